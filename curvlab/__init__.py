@@ -1,0 +1,1 @@
+"""Curvature analysis of neural networks: exact and approximate Fisher matrices, judged in function space."""
