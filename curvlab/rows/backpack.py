@@ -1,0 +1,164 @@
+"""The BackPACK engine: an extension that keeps the back-propagated factors.
+
+BackPACK propagates the seeds through a chain of modules; where its own extensions would form `[V, N, *parameter]`, the
+rules here hand the factor at the layer's output to the table of layers. The extension runs on a structural twin of the
+model: `backpack.extend` leaves full backward hooks, which break `torch.func`, and attributes on parameters, so the twin
+has Parameters of its own that share the storage of the user's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from backpack import backpack, extend
+from backpack.core.derivatives.basederivatives import BaseDerivatives
+from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
+from backpack.core.derivatives.conv1d import Conv1DDerivatives
+from backpack.core.derivatives.conv2d import Conv2DDerivatives
+from backpack.core.derivatives.embedding import EmbeddingDerivatives
+from backpack.core.derivatives.linear import LinearDerivatives
+from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
+from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
+from backpack.extensions.secondorder.sqrt_ggn import activations, flatten, padding, pooling
+from backpack.extensions.secondorder.sqrt_ggn.custom_module import SqrtGGNScaleModule
+from torch import Tensor, nn
+
+from curvlab.errors import UnsupportedModel
+from curvlab.nn import NTKLinear
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.modules import rule_for
+from curvlab.rows.sweep import PickOutput, Seed, Swept, call, in_parameter_order, owners_of, structural_twin
+
+
+class _NTKLinearDerivatives(LinearDerivatives):
+    """Derivatives of `y = s_w/√M x Wᵀ + s_b b`."""
+
+    def _jac_t_mat_prod(
+        self, module: NTKLinear, g_inp: Any, g_out: Any, mat: Tensor, subsampling: list[int] | None = None
+    ) -> Tensor:
+        propagated: Tensor = super()._jac_t_mat_prod(module, g_inp, g_out, mat, subsampling)
+        return propagated * module.weight_scale
+
+
+class _KeepFactor(MatToJacMat):  # type: ignore[misc]
+    """Propagates through a layer and keeps the rows at its output."""
+
+    def __init__(self, derivatives: BaseDerivatives, parameters: tuple[str, ...]) -> None:
+        super().__init__(derivatives, params=list(parameters))
+
+    def weight(
+        self, ext: _RowsExtension, module: nn.Module, g_inp: Any, g_out: Any, backproped: Tensor
+    ) -> None:
+        """Record the factor and the input under the module."""
+        ext.kept[module] = (module.input0.detach(), backproped)
+
+    bias = weight
+
+
+class _SeedLoss(nn.modules.loss._Loss):
+    """Stands where BackPACK expects a loss; the rows start here."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.sum()
+
+
+class _StartRows(MatToJacMat):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(derivatives=None)
+
+    def backpropagate(self, ext: _RowsExtension, *_: Any) -> Tensor:
+        return ext.seeds
+
+
+_PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
+    nn.Linear: _KeepFactor(LinearDerivatives(), ("weight", "bias")),
+    NTKLinear: _KeepFactor(_NTKLinearDerivatives(), ("weight", "bias")),
+    nn.Conv1d: _KeepFactor(Conv1DDerivatives(), ("weight", "bias")),
+    nn.Conv2d: _KeepFactor(Conv2DDerivatives(), ("weight", "bias")),
+    nn.BatchNorm1d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),
+    nn.BatchNorm2d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),
+    nn.Embedding: _KeepFactor(EmbeddingDerivatives(), ("weight",)),
+}
+
+_PARAMETERLESS: dict[type[nn.Module], MatToJacMat] = {
+    nn.ReLU: activations.SqrtGGNReLU(),
+    nn.Sigmoid: activations.SqrtGGNSigmoid(),
+    nn.Tanh: activations.SqrtGGNTanh(),
+    nn.LeakyReLU: activations.SqrtGGNLeakyReLU(),
+    nn.LogSigmoid: activations.SqrtGGNLogSigmoid(),
+    nn.ELU: activations.SqrtGGNELU(),
+    nn.SELU: activations.SqrtGGNSELU(),
+    nn.Flatten: flatten.SqrtGGNFlatten(),
+    nn.Identity: SqrtGGNScaleModule(),
+    nn.MaxPool1d: pooling.SqrtGGNMaxPool1d(),
+    nn.MaxPool2d: pooling.SqrtGGNMaxPool2d(),
+    nn.AvgPool1d: pooling.SqrtGGNAvgPool1d(),
+    nn.AvgPool2d: pooling.SqrtGGNAvgPool2d(),
+    nn.ZeroPad2d: padding.SqrtGGNZeroPad2d(),
+}
+
+
+class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
+    """Propagates seeds and keeps, for every layer of the table, its input and the rows at its output."""
+
+    def __init__(self, seeds: Tensor) -> None:
+        super().__init__("curvlab_rows", {_SeedLoss: _StartRows(), **_PARAMETRISED, **_PARAMETERLESS})
+        self.seeds = seeds
+        self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def accumulate_backpropagated_quantities(self, existing: Tensor, other: Tensor) -> Tensor:
+        return existing + other
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Say why BackPACK cannot propagate rows through a model, or return None if it can.
+
+    It can through (nested) `Sequential` chains of modules that it knows, each used once and none in place.
+    """
+    used: set[nn.Module] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Sequential:
+            continue
+        where = f"{type(module).__name__} {name!r}"
+        if type(module) not in _PARAMETRISED and type(module) not in _PARAMETERLESS:
+            return f"{where} is not in BackPACK's chain rules"
+        if module in used:
+            return f"{where} is used more than once"
+        if getattr(module, "inplace", False):
+            return f"{where} works in place"
+        if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(
+            getattr(module, "padding", 0), str
+        ):
+            return f"{where} pads by {module.padding_mode!r}, {module.padding!r}"
+        used.add(module)
+    if any(owner.tied for owner in owners_of(model)):
+        return "parameters are tied"
+    return None
+
+
+def sweep(model: nn.Module, inputs: Any, pick: PickOutput, seed: Seed) -> Swept:
+    """Propagate the seeds with BackPACK and keep the rows factored.
+
+    Raises:
+        UnsupportedModel: if BackPACK cannot treat the model; the message says why.
+    """
+    reason = obstacle(model)
+    if reason is not None:
+        raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
+    twin = extend(structural_twin(model))
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        z = call(twin, inputs, pick)
+        seeds = seed(z.detach())
+        extension = _RowsExtension(seeds)
+        with backpack(extension):
+            extend(_SeedLoss())(z).backward()
+    layers: list[LayerRows] = []
+    for original, copied in zip(owners_of(model), owners_of(twin), strict=True):
+        x, g = extension.kept[copied.module]
+        rule = rule_for(original.module)
+        assert rule is not None
+        layers.append(rule.rows(original.module, original.name, original.layout, original.names, x, g))
+    return Swept(z.detach(), seeds, in_parameter_order(model, layers))

@@ -1,0 +1,334 @@
+"""The rows of one layer, kept factored.
+
+Index notation: `v` output row of a sample, `n` sample, `t` position that shares the weights (1 for a dense layer on
+vectors, H·W for a convolution, the sequence length), `q` group of a grouped convolution, `o` output channel of a group,
+`i` input feature of a group (the last one is the bias). Row `(v, n)` of a layer is the `[units, width]` matrix
+
+    KroneckerRows   Σ_t g[v,n,t,q,o] a[n,t,q,i]       Linear, convolutions; unit = (q, o)
+    EmbeddingRows   Σ_t g[v,n,t,i] 1[index[n,t] = u]  Embedding; unit = u, a row of the table
+    DenseRows       j[v,n,u,i]                        normalisations, bare parameters, whatever is left
+
+A flattened row axis has `R = V·N` entries, `v` outermost. `[R, P_l]` is never formed unless it is the cheaper side of
+an operation count. Costs below are multiply-adds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from curvlab.rows.parameters import Layout
+from curvlab.rows.products import add_product, chunks
+
+RowMap = Callable[[Tensor], Tensor]
+"""A map of tensors `[V, N, …]` to `[W, N, …]`, linear in the row axis `v`."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows(ABC):
+    """Rows of one layer: the algebra that structures are built from."""
+
+    name: str
+    layout: Layout
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """`(V, N)`: rows a sample, samples."""
+
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors that determine the rows; the last one carries the row index, `[V, N, …]`."""
+
+    @abstractmethod
+    def _with_factors(self, *factors: Tensor) -> Self:
+        """Return the same kind of rows over other tensors."""
+
+    @abstractmethod
+    def restrict(self, names: Iterable[str]) -> LayerRows:
+        """Keep the columns of some of the parameters."""
+
+    @abstractmethod
+    def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
+        """Add `self @ otherᵀ` to `out`; if `other is self`, only blocks on and above the diagonal (see `mirror`)."""
+
+    @abstractmethod
+    def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:
+        """Multiply the rows with block vectors."""
+
+    @abstractmethod
+    def rmatvec(self, coefficients: Float[Tensor, "K R"]) -> Float[Tensor, "K P_l"]:
+        """Combine the rows with coefficients."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "R P_l"]:
+        """Form the rows. Memory `R·P_l`."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows `R = V·N`."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters `P_l`."""
+        return self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the rows."""
+        return self.factors[-1].dtype
+
+    def map_rows(self, function: RowMap) -> Self:
+        """Apply a linear map of the row axis."""
+        *shared, rows = self.factors
+        return self._with_factors(*shared, function(rows))
+
+    def scale(self, factor: float) -> Self:
+        """Multiply all rows by a number."""
+        return self.map_rows(lambda rows: rows * factor)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Convert the floating-point factors."""
+        return self._with_factors(*(f.to(dtype) if f.is_floating_point() else f for f in self.factors))
+
+    def select(self, samples: slice) -> Self:
+        """Keep some of the samples."""
+        *shared, rows = self.factors
+        return self._with_factors(*(f[samples] for f in shared), rows[:, samples])
+
+    def concatenate(self, others: Sequence[LayerRows]) -> Self:
+        """Append the samples of other rows of this layer."""
+        parts = [self.factors, *(other.factors for other in others)]
+        shared = [torch.cat(fs, dim=0) for fs in list(zip(*parts, strict=True))[:-1]]
+        return self._with_factors(*shared, torch.cat([part[-1] for part in parts], dim=1))
+
+    def same_as(self, other: LayerRows) -> bool:
+        """Whether other rows hold equal factors. Cost: one pass over them."""
+        return (
+            type(self) is type(other)
+            and self.layout == other.layout
+            and all(a is b or torch.equal(a, b) for a, b in zip(self.factors, other.factors, strict=True))
+        )
+
+    def unit_stack(self) -> Float[Tensor, "U R width"]:
+        """Form the rows of every unit. Memory `R·P_l`."""
+        return self.dense().unflatten(1, (self.layout.units, self.layout.width)).transpose(0, 1)
+
+    def diagonal(self) -> Float[Tensor, " P_l"]:
+        """Return the diagonal of `SᵀS`. Cost `R·P_l` after `dense`, in chunks of samples."""
+        total = self.factors[-1].new_zeros(self.size)
+        for part in chunks(self.shape[1], self.shape[0] * self.size):
+            total += self.select(part).dense().square().sum(0)
+        return total
+
+    def _add_dense_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
+        left = self.dense().view(*self.shape, -1)
+        right = left if other is self else other.dense().view(*other.shape, -1)
+        add_product(out, left, right, symmetric=other is self)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerRows(LayerRows):
+    """Rows `Σ_t g ⊗ a` of a layer whose output is linear in its parameters: Linear and convolutions.
+
+    Attributes:
+        a: inputs of the layer, unfolded, with the bias' column.
+        g: back-propagated rows at the layer's output.
+    """
+
+    a: Float[Tensor, "N T Q I"]
+    g: Float[Tensor, "V N T Q O"]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.g.shape[0], self.g.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions `T` that share the weights."""
+        return self.a.shape[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.a, self.g
+
+    def _with_factors(self, *factors: Tensor) -> KroneckerRows:
+        return replace(self, a=factors[0], g=factors[1])
+
+    def restrict(self, names: Iterable[str]) -> KroneckerRows:  # noqa: D102
+        layout, columns = self.layout.restrict(names)
+        return replace(self, layout=layout, a=self.a[..., columns])
+
+    def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
+        """Add `self @ otherᵀ`.
+
+        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`. For `T > 1` the cheaper of forming the rows,
+        `(R + S)·T·Q·O·I + R·S·Q·O·I`, and of the pairs of positions, `Q·(R·S·T·T'·(O + 1) + N·M·T·T'·I)`.
+        """
+        if not isinstance(other, KroneckerRows):
+            self._add_dense_gram(out, other)
+            return
+        if self.positions == other.positions == 1:
+            for q in range(self.a.shape[2]):
+                weight = self.a[:, 0, q] @ other.a[:, 0, q].T
+                add_product(out, self.g[:, :, 0, q], other.g[:, :, 0, q], weight, symmetric=other is self)
+            return
+        (_, N), (_, M) = self.shape, other.shape
+        R, S, T, U = self.count, other.count, self.positions, other.positions
+        _, _, _, Q, O = self.g.shape  # noqa: E741
+        I = self.a.shape[-1]  # noqa: E741
+        forming = (R * T + S * U) * Q * O * I + R * S * Q * O * I
+        pairing = Q * (R * S * T * U * (O + 1) + N * M * T * U * I)
+        if forming <= pairing:
+            self._add_dense_gram(out, other)
+        else:
+            self._add_pairwise_gram(out, other)
+
+    def _add_pairwise_gram(self, out: Float[Tensor, "R S"], other: KroneckerRows) -> None:
+        (V, N), (W, M) = self.shape, other.shape
+        T, U = self.positions, other.positions
+        view = out.view(V, N, W, M)
+        for part in chunks(N, V * T * other.count * U):
+            for q in range(self.a.shape[2]):
+                gg = torch.einsum("vnto,wmuo->vwntmu", self.g[:, part, :, q], other.g[:, :, :, q])
+                aa = torch.einsum("nti,mui->ntmu", self.a[part, :, q], other.a[:, :, q])
+                view[:, part] += torch.einsum("vwntmu,ntmu->vnwm", gg, aa)
+
+    def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:  # noqa: D102
+        Q, O, I = self.a.shape[2], self.g.shape[4], self.a.shape[3]  # noqa: E741
+        moved = torch.einsum("ntqi,kqoi->kntqo", self.a, block.view(-1, Q, O, I))
+        return torch.einsum("vntqo,kntqo->kvn", self.g, moved).flatten(1)
+
+    def rmatvec(self, coefficients: Float[Tensor, "K R"]) -> Float[Tensor, "K P_l"]:  # noqa: D102
+        combined = torch.einsum("kvn,vntqo->kntqo", coefficients.view(-1, *self.shape), self.g)
+        return torch.einsum("kntqo,ntqi->kqoi", combined, self.a).flatten(1)
+
+    def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
+        return torch.einsum("vntqo,ntqi->vnqoi", self.g, self.a).flatten(2).flatten(0, 1)
+
+    def diagonal(self) -> Float[Tensor, " P_l"]:
+        """Return the diagonal of `SᵀS`. Cost `N·Q·(V·O + O·I)` for `T = 1`."""
+        if self.positions > 1:
+            return super().diagonal()
+        energy = self.g[:, :, 0].square().sum(0)
+        return torch.einsum("nqo,nqi->qoi", energy, self.a[:, 0].square()).flatten()
+
+    def input_root(self, sample_weights: Float[Tensor, " N"], *, reduce: bool) -> Float[Tensor, "Q A I"]:
+        """Return X with `XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""
+        a = self.a.mean(1, keepdim=True) if reduce else self.a / self.positions**0.5
+        weighted = a * sample_weights.sqrt().to(a.dtype).view(-1, 1, 1, 1)
+        return weighted.flatten(0, 1).transpose(0, 1)
+
+    def output_root(self, *, reduce: bool) -> Float[Tensor, "Q B O"]:
+        """Return X with `XᵀX = Σ_{v,n,t} g gᵀ` (expand), or with g summed over t first (reduce)."""
+        g = self.g.sum(2, keepdim=True) if reduce else self.g
+        return g.flatten(0, 2).transpose(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingRows(LayerRows):
+    """Rows of an embedding: position t adds `g[v,n,t]` to the table row `index[n,t]`.
+
+    Attributes:
+        index: table rows that were looked up.
+        g: back-propagated rows at the output, zero where the padding index was looked up.
+    """
+
+    index: Int[Tensor, "N T"]
+    g: Float[Tensor, "V N T I"]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.g.shape[0], self.g.shape[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.index, self.g
+
+    def _with_factors(self, *factors: Tensor) -> EmbeddingRows:
+        return replace(self, index=factors[0], g=factors[1])
+
+    def restrict(self, names: Iterable[str]) -> EmbeddingRows:  # noqa: ARG002
+        """Return the rows themselves: an embedding has one parameter."""
+        return self
+
+    def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
+        """Add `self @ otherᵀ`, over the pairs of positions that look up the same row: `R·S·T·T'·I`."""
+        if not isinstance(other, EmbeddingRows):
+            self._add_dense_gram(out, other)
+            return
+        (V, N), (W, M) = self.shape, other.shape
+        view = out.view(V, N, W, M)
+        for part in chunks(N, V * self.index.shape[1] * other.count * other.index.shape[1]):
+            gg = torch.einsum("vnti,wmui->vwntmu", self.g[:, part], other.g)
+            same = self.index[part, :, None, None] == other.index
+            view[:, part] += torch.einsum("vwntmu,ntmu->vnwm", gg, same.to(gg.dtype))
+
+    def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:  # noqa: D102
+        looked_up = block.view(-1, self.layout.units, self.layout.width)[:, self.index]
+        return torch.einsum("vnti,knti->kvn", self.g, looked_up).flatten(1)
+
+    def rmatvec(self, coefficients: Float[Tensor, "K R"]) -> Float[Tensor, "K P_l"]:  # noqa: D102
+        combined = torch.einsum("kvn,vnti->knti", coefficients.view(-1, *self.shape), self.g)
+        table = combined.new_zeros(combined.shape[0], self.layout.units, self.layout.width)
+        return table.index_add_(1, self.index.flatten(), combined.flatten(1, 2)).flatten(1)
+
+    def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
+        V, N, T, I = self.g.shape  # noqa: E741
+        table = self.g.new_zeros(V, N, self.layout.units, I)
+        return table.scatter_add_(2, self.index.expand(V, N, T)[..., None].expand_as(self.g), self.g).view(
+            V * N, -1
+        )
+
+    def frequency(self, sample_weights: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
+        """Return the diagonal of K-FAC's A, `Σ_n ω_n (1/T) Σ_t 1[index = u]`, of the one-hot inputs."""
+        T = self.index.shape[1]
+        weights = (sample_weights / T)[:, None].expand(-1, T).flatten().to(self.dtype)
+        return self.g.new_zeros(self.layout.units).index_add_(0, self.index.flatten(), weights)
+
+    def output_root(self) -> Float[Tensor, "B I"]:
+        """Return X with `XᵀX = Σ_{v,n,t} g gᵀ`."""
+        return self.g.flatten(0, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows(LayerRows):
+    """Rows that were formed: normalisations, bare parameters, and layers without a factored form."""
+
+    j: Float[Tensor, "V N U I"]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.j.shape[0], self.j.shape[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (self.j,)
+
+    def _with_factors(self, *factors: Tensor) -> DenseRows:
+        return replace(self, j=factors[0])
+
+    def restrict(self, names: Iterable[str]) -> DenseRows:  # noqa: D102
+        layout, columns = self.layout.restrict(names)
+        return replace(self, layout=layout, j=self.j[..., columns])
+
+    def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
+        """Add `self @ otherᵀ` at `R·S·P_l`."""
+        self._add_dense_gram(out, other)
+
+    def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:  # noqa: D102
+        return block @ self.dense().T
+
+    def rmatvec(self, coefficients: Float[Tensor, "K R"]) -> Float[Tensor, "K P_l"]:  # noqa: D102
+        return coefficients @ self.dense()
+
+    def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
+        return self.j.flatten(2).flatten(0, 1)

@@ -1,0 +1,411 @@
+"""Rows of a whole model: the Jacobian J, and S with SᵀS the Fisher matrix.
+
+    S = Λ^{1/2} J / √count
+
+One backward sweep gives both. Rows stay factored per layer (`curvlab.rows.layer`); a flattened row axis has R = V·N
+entries `(v, n)`, `v` outermost, in the same order in every layer and product.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+from weakref import WeakSet
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.errors import StateError, UnsupportedModel, unknown_name
+from curvlab.nn import Linearized
+from curvlab.rows import autograd, backpack
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.loss import Kind, OutputFactor, flat_outputs, identity_seeds, loss_terms
+from curvlab.rows.parameters import ParameterSpace, Vector
+from curvlab.rows.products import mirror
+from curvlab.rows.sweep import PickOutput, Seed, Swept, call, check_sweep, structural_twin, trainable
+
+logger = logging.getLogger("curvlab")
+
+Engine = Literal["auto", "backpack", "autograd"]
+_ENGINES = {"backpack": backpack.sweep, "autograd": autograd.sweep}
+_announced: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of J or S for every trainable parameter.
+
+    Attributes:
+        layers: the rows of each layer.
+        space: names and shapes of the trainable parameters.
+        kind: "jacobian", "exact", "ggn", "mc" or "empirical".
+        count: divisor that the loss applied (1 for a sum and for a Jacobian).
+        terms: weight when batches merge; equals `count` for means.
+        reduction: how batches merge: Fisher matrices of means as Σ terms·F / Σ terms, those of sums by adding; rows of a
+            Jacobian are only stacked.
+        sample_weights: ω_n, the loss' weight of every sample, 0 if ignored.
+    """
+
+    layers: tuple[LayerRows, ...]
+    space: ParameterSpace
+    kind: str
+    count: float
+    terms: float
+    reduction: Literal["mean", "sum", "none"]
+    sample_weights: Float[Tensor, " N"]
+    _jacobian: Rows | None = field(default=None, repr=False)
+    _factor: OutputFactor | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(V, N)`: rows a sample, samples."""
+        return self.layers[0].shape
+
+    @property
+    def R(self) -> int:
+        """Number of rows `R = V·N`."""
+        return self.layers[0].count
+
+    @property
+    def P(self) -> int:
+        """Number of trainable parameters."""
+        return self.space.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the rows."""
+        return self.layers[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the rows."""
+        return self.layers[0].factors[-1].device
+
+    def __repr__(self) -> str:
+        return (
+            f"Rows(kind={self.kind!r}, V={self.shape[0]}, N={self.shape[1]}, P={self.P}, count={self.count:g}, "
+            f"terms={self.terms:g}, layers=[{', '.join(layer.name for layer in self.layers)}], dtype={self.dtype})"
+        )
+
+    def jacobian(self) -> Rows:
+        """Return the Jacobian's rows from the sweep that gave these.
+
+        Raises:
+            StateError: for "mc" and "empirical" rows, whose sweep did not visit every output.
+        """
+        if self.kind == "jacobian":
+            return self
+        if self._jacobian is None:
+            raise StateError(
+                f"Rows of kind {self.kind!r} do not determine the Jacobian; call curvlab.jacobian(model, inputs)."
+            )
+        return self._jacobian
+
+    def coefficients(self, jacobian: Rows) -> OutputFactor | None:
+        """Return C with J = C·S if the given Jacobian is the one behind these rows and Λ is invertible, else None.
+
+        Cost: at most one pass over the factors of both.
+        """
+        if self._jacobian is None or self._factor is None or self.shape != jacobian.shape:
+            return None
+        own = self._jacobian
+        if own is not jacobian and not all(
+            mine.same_as(theirs) for mine, theirs in zip(own.layers, jacobian.layers, strict=True)
+        ):
+            return None
+        return self._factor.inverse()
+
+    def gram(self, other: Rows | None = None) -> Float[Tensor, "R S"]:
+        """Return `self @ otherᵀ`, `self @ selfᵀ` if `other` is None (the symmetric product is done once).
+
+        Cost: see `LayerRows.add_gram`; memory `R·S`.
+        """
+        return gram(self.layers, self.layers if other is None else other.layers)
+
+    def matvec(self, vector: Vector) -> Float[Tensor, "... R"]:
+        """Multiply the rows with parameters (by name or flat; one leading axis is a block of vectors)."""
+        named, _ = self.space.unpack(vector)
+        blocked = (vector.ndim == 2) if isinstance(vector, Tensor) else _is_blocked(vector, self.space)
+        product = sum(layer.matvec(layer.layout.join(named)) for layer in self.layers)
+        assert isinstance(product, Tensor)
+        return product if blocked else product[0]
+
+    def rmatvec(self, coefficients: Float[Tensor, "... R"]) -> dict[str, Tensor]:
+        """Combine rows: `Sᵀc` by parameter name; a leading axis of `c` is kept."""
+        if coefficients.ndim not in (1, 2) or coefficients.shape[-1] != self.R:
+            raise ValueError(
+                f"Coefficients are [R] or [K, R] with R = {self.R}, got {tuple(coefficients.shape)}."
+            )
+        block = coefficients.reshape(-1, self.R)
+        named: dict[str, Tensor] = {}
+        for layer in self.layers:
+            named.update(layer.layout.split(layer.rmatvec(block)))
+        lead = coefficients.shape[:-1]
+        return {name: named[name].reshape(*lead, *shape) for name, shape in self.space.shapes.items()}
+
+    def dense(self) -> Float[Tensor, "R P"]:
+        """Form the rows, columns in `named_parameters()` order. Memory `R·P`."""
+        named: dict[str, Tensor] = {}
+        for layer in self.layers:
+            named.update(layer.layout.split(layer.dense()))
+        return self.space.flatten(named)
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """Convert to another floating-point type."""
+        return replace(
+            self,
+            layers=tuple(layer.to(dtype) for layer in self.layers),
+            sample_weights=self.sample_weights.to(dtype),
+            _jacobian=None if self._jacobian is None else self._jacobian.to(dtype),
+            _factor=None if self._factor is None else OutputFactor(self._factor.factor.to(dtype)),
+        )
+
+    def __add__(self, other: Rows) -> Rows:
+        """Concatenate samples: the result's SᵀS is the Fisher matrix of both batches together."""
+        return merge([self, other])
+
+
+def _is_blocked(vector: Any, space: ParameterSpace) -> bool:
+    name, shape = next(iter(space.shapes.items()))
+    return bool(vector[name].ndim > len(shape))
+
+
+def gram(left: Sequence[LayerRows], right: Sequence[LayerRows]) -> Float[Tensor, "R S"]:
+    """Return `Σ_l left_l @ right_lᵀ` over the layers of two row sets."""
+    symmetric = all(a is b for a, b in zip(left, right, strict=True))
+    out = left[0].factors[-1].new_zeros(left[0].count, right[0].count)
+    for a, b in zip(left, right, strict=True):
+        a.add_gram(out, b)
+    if symmetric:
+        mirror(out, *left[0].shape)
+    return out
+
+
+def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
+    """Stack batches so that SᵀS is the (weighted) Fisher matrix of all.
+
+    Args:
+        parts: rows of one kind over the same parameters with the same number of rows a sample.
+        decay: weight of each batch, ones if None.
+
+    Raises:
+        ValueError: if the parts do not fit together.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        for what in ("kind", "reduction"):
+            if getattr(part, what) != getattr(first, what):
+                raise ValueError(
+                    f"Rows differ in {what}: {getattr(first, what)!r} and {getattr(part, what)!r}."
+                )
+        if dict(part.space.shapes) != dict(first.space.shapes):
+            raise ValueError("Rows of different parameters cannot be stacked.")
+        if part.shape[0] != first.shape[0]:
+            raise ValueError(f"Rows a sample differ: {first.shape[0]} and {part.shape[0]}.")
+    weights = [1.0] * len(parts) if decay is None else list(decay)
+    if len(parts) == 1 and weights == [1.0]:
+        return first
+    scales = _merge_scales(parts, weights)
+    stacked = [
+        layers[0]
+        .scale(scales[0])
+        .concatenate([x.scale(s) for x, s in zip(layers[1:], scales[1:], strict=True)])
+        for layers in zip(*(part.layers for part in parts), strict=True)
+    ]
+    base = factor = None
+    if all(part._jacobian is not None and part._factor is not None for part in parts):
+        base = merge([part.jacobian() for part in parts])
+        factor = OutputFactor(
+            torch.cat([p._factor.factor * s for p, s in zip(parts, scales, strict=True) if p._factor], dim=1)
+        )
+    means = first.reduction == "mean"
+    return Rows(
+        layers=tuple(stacked),
+        space=first.space,
+        kind=first.kind,
+        count=sum(part.count for part in parts) if means else 1.0,
+        terms=sum(w * part.terms for w, part in zip(weights, parts, strict=True)),
+        reduction=first.reduction,
+        sample_weights=torch.cat([w * part.sample_weights for w, part in zip(weights, parts, strict=True)]),
+        _jacobian=base,
+        _factor=factor,
+    )
+
+
+def _merge_scales(parts: Sequence[Rows], weights: Sequence[float]) -> list[float]:
+    if parts[0].reduction == "mean":
+        total = sum(w * part.terms for w, part in zip(weights, parts, strict=True))
+        return [(w * part.terms / total) ** 0.5 for w, part in zip(weights, parts, strict=True)]
+    return [w**0.5 for w in weights]
+
+
+def jacobian(model: nn.Module, inputs: Any, *, output: PickOutput = None, engine: Engine = "auto") -> Rows:
+    """Return the rows of J, the Jacobian of the outputs with respect to the trainable parameters.
+
+    Row `(c, n)` is the gradient of output c of sample n, unscaled; extra output axes follow c, innermost last.
+
+    Args:
+        model: any module whose samples do not interact. It is left as it was found.
+        inputs: a tensor, a tuple (unpacked) or a dict (keywords); the first axis is the sample.
+        output: which tensor of a structured output to use: a key, an attribute, an index or a function.
+        engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture, "auto" for the
+            first that applies.
+
+    Raises:
+        UnsupportedModel: names the layer, the reason and the remedy.
+        ValueError: for no samples, non-finite outputs or an unknown engine.
+
+    Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
+    """
+
+    def seed(z: Tensor) -> Tensor:
+        return identity_seeds(flat_outputs(z)).view(-1, *z.shape)
+
+    swept = _sweep(model, inputs, output, engine, seed)
+    return _jacobian_rows(model, swept)
+
+
+def sqrt_fisher(
+    model: nn.Module,
+    loss: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    kind: Kind = "exact",
+    *,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    output: PickOutput = None,
+    engine: Engine = "auto",
+) -> Rows:
+    """Return the rows of S, with `SᵀS` the Fisher matrix of the loss that is passed, its own factors included.
+
+    Args:
+        model: as in `jacobian`.
+        loss: `MSELoss`, `HalfSquaredError`, `CrossEntropyLoss` or `BCEWithLogitsLoss`, reduction "mean" or "sum".
+        inputs: as in `jacobian`.
+        targets: as the loss takes them.
+        kind: "exact" for the Fisher matrix of the model's own distribution (type 2, equal to the GGN for these losses);
+            "ggn" for the generalised Gauss-Newton matrix; "mc" for a Monte-Carlo estimate of it; "empirical" for the
+            gradients with the given targets (type 1), one row a loss term.
+        samples: draws a loss term, for "mc".
+        generator: source of the draws, required for "mc".
+        output: as in `jacobian`.
+        engine: as in `jacobian`.
+
+    Raises:
+        UnsupportedModel: as in `jacobian`, and for a loss that is not covered.
+        ValueError: for targets that do not fit the outputs, and for options that contradict each other.
+
+    Cost: as `jacobian` with V = C rows ("exact", "ggn"), `samples` rows ("mc") or one ("empirical") a position.
+
+    Source: `exact` and `empirical` as in Kunstner, Hennig & Balles 2019; count and weights as the loss applies them.
+    """
+    if kind not in get_args(Kind):
+        raise unknown_name("kind", kind, get_args(Kind))
+    if kind != "mc" and samples != 1:
+        raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    if kind in ("exact", "ggn"):
+        swept = _sweep(
+            model, inputs, output, engine, lambda z: identity_seeds(flat_outputs(z)).view(-1, *z.shape)
+        )
+        base = _jacobian_rows(model, swept)
+        terms = loss_terms(loss, swept.output, targets)
+        factor = terms.exact()
+        layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
+    else:
+        draw = _sampler(kind, samples, generator)
+
+        def seed(z: Tensor) -> Tensor:
+            return draw(loss, z, targets).view(-1, *z.shape)
+
+        swept = _sweep(model, inputs, output, engine, seed)
+        base = factor = None
+        terms = loss_terms(loss, swept.output, targets)
+        layers = swept.layers
+    return Rows(
+        layers=layers,
+        space=_space(model),
+        kind=kind,
+        count=terms.count,
+        terms=terms.terms,
+        reduction=terms.reduction,
+        sample_weights=terms.sample_weights,
+        _jacobian=base,
+        _factor=factor,
+    )
+
+
+def _sampler(
+    kind: Kind, samples: int, generator: torch.Generator | None
+) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    if kind == "empirical":
+        return lambda loss, z, targets: loss_terms(loss, z, targets).empirical()
+    if generator is None:
+        raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
+    return lambda loss, z, targets: loss_terms(loss, z, targets).sampled(samples, generator)
+
+
+def _space(model: nn.Module) -> ParameterSpace:
+    return ParameterSpace({name: parameter.shape for name, parameter in trainable(model).items()})
+
+
+def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
+    samples = swept.output.shape[0]
+    return Rows(
+        layers=swept.layers,
+        space=_space(model),
+        kind="jacobian",
+        count=1.0,
+        terms=float(samples),
+        reduction="none",
+        sample_weights=swept.output.new_ones(samples),
+    )
+
+
+def _sweep(model: nn.Module, inputs: Any, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
+    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
+    swept_model = model
+    if isinstance(model, Linearized):
+        with torch.no_grad():
+            z = call(model, inputs, pick)
+        at_output = seed
+        swept_model = structural_twin(
+            model.base, {name: p.requires_grad for name, p in model.named_parameters()}
+        )
+
+        def seed(_: Tensor) -> Tensor:
+            return at_output(z)
+
+    chosen = _choose(swept_model, engine, model)
+    try:
+        swept = _ENGINES[chosen](swept_model, inputs, pick, seed)
+    except NotImplementedError as error:
+        if engine != "auto":
+            raise UnsupportedModel(
+                f"The BackPACK engine does not apply: {error}. Use engine='autograd'."
+            ) from error
+        logger.info("BackPACK gave up (%s); rows by the autograd engine.", error)
+        chosen = "autograd"
+        swept = autograd.sweep(swept_model, inputs, pick, seed)
+    check_sweep(swept_model, inputs, pick, swept, chosen, once_for=model)
+    return replace(swept, output=z) if isinstance(model, Linearized) else swept
+
+
+def _choose(model: nn.Module, engine: Engine, announced_for: nn.Module) -> str:
+    if engine not in get_args(Engine):
+        raise unknown_name("engine", engine, get_args(Engine))
+    if engine != "auto":
+        return engine
+    reason = backpack.obstacle(model)
+    if announced_for not in _announced:
+        _announced.add(announced_for)
+        if reason is None:
+            logger.info("Rows by the BackPACK engine: the model is a chain of modules that it knows.")
+        else:
+            logger.info("Rows by the autograd engine: %s.", reason)
+    return "autograd" if reason else "backpack"
