@@ -1,0 +1,109 @@
+"""The full Fisher matrix, and its restriction to diagonal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from curvlab.errors import PartitionError, unknown_name
+from curvlab.fisher.block import Block, RowBlock, RowSide, Side
+from curvlab.fisher.structure import Structure
+from curvlab.rows import Rows
+from curvlab.rows.parameters import Layout
+
+
+class _RowStructure(Structure):
+    """A structure whose blocks are exact Fisher blocks."""
+
+    def __init__(self, *, side: Side = "auto", window: int | None = None, rtol: float | None = None) -> None:
+        super().__init__()
+        self._config = RowSide(side, window, rtol)
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The configuration."""
+        return {"side": self._config.side, "window": self._config.window, "rtol": self._config.rtol}
+
+    def _window(self) -> int | None:
+        return self._config.window
+
+
+class Full(_RowStructure, key="full", summary="F = SᵀS itself"):
+    """The full matrix `F = SᵀS`.
+
+    With R rows and P parameters it is kept as rows, and solved with `[R, R]`, or as `[P, P]`, whichever is smaller.
+
+    Args:
+        side: "rows", "parameters" or "auto".
+        window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
+        rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
+    """
+
+    def _make_blocks(self, rows: Rows) -> list[Block]:
+        parts = [layer.layout for layer in rows.layers]
+        return [RowBlock(", ".join(layer.name for layer in rows.layers), parts, self._config)]
+
+
+class BlockDiagonal(_RowStructure, key="block-diagonal", summary="diagonal blocks of F, by default one a layer"):
+    """The blocks of `F` on its diagonal: one a layer, or those of a partition of the parameters' names.
+
+    Args:
+        partition: groups of parameter names, each a block; layers if None.
+        side: see `Full`.
+        window: see `Full`.
+        rtol: see `Full`.
+    """
+
+    def __init__(
+        self,
+        *,
+        partition: Sequence[Sequence[str]] | None = None,
+        side: Side = "auto",
+        window: int | None = None,
+        rtol: float | None = None,
+    ) -> None:
+        super().__init__(side=side, window=window, rtol=rtol)
+        self._partition = None if partition is None else tuple(tuple(group) for group in partition)
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The configuration."""
+        return {"partition": self._partition, **super().options}
+
+    def _make_blocks(self, rows: Rows) -> list[Block]:
+        return [
+            RowBlock(name, parts, self._config) for name, parts in partition_parts(rows, self._partition)
+        ]
+
+
+def partition_parts(
+    rows: Rows, partition: Sequence[Sequence[str]] | None
+) -> list[tuple[str, list[Layout]]]:
+    """Cut the layers by a partition of the parameters' names.
+
+    Raises:
+        PartitionError: if a parameter is missing from the partition or stands in it twice.
+        ValueError: if a name is unknown.
+    """
+    if partition is None:
+        return [(layer.name, [layer.layout]) for layer in rows.layers]
+    listed = [name for group in partition for name in group]
+    for name in listed:
+        if name not in rows.space.shapes:
+            raise unknown_name("parameter", name, rows.space.shapes)
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    missing = [name for name in rows.space.shapes if name not in listed]
+    if twice or missing or not all(partition):
+        problems = [
+            f"in several blocks: {', '.join(twice)}" if twice else "",
+            f"in no block: {', '.join(missing)}" if missing else "",
+            "" if all(partition) else "a block is empty",
+        ]
+        raise PartitionError(
+            f"Every trainable parameter belongs to exactly one block; {'; '.join(p for p in problems if p)}. "
+            "List each name once, or freeze parameters that are not to be analysed."
+        )
+    blocks = []
+    for group in partition:
+        parts = [layer.layout.restrict(group)[0] for layer in rows.layers if set(group) & set(layer.layout.names)]
+        blocks.append((", ".join(group), parts))
+    return blocks

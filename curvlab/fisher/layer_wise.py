@@ -1,0 +1,294 @@
+"""The layer-wise family `F_Σ = S̃ᵀ(Σ ⊗ I_R)S̃`, with `S̃ = blockdiag(S_1, …, S_L)` and any symmetric Σ.
+
+Σ = 1 1ᵀ is the full matrix, Σ = I the block-diagonal one, a band of ones the block-tridiagonal *F* (not the tridiagonal
+*F⁻¹* of Martens & Grosse 2015). F_Σ has the blocks `Σ_lm S_lᵀS_m` and is indefinite where Σ is.
+
+On the row side every group of layers gets an orthonormal basis of its row space, `Q_l = λ^{-1/2} Uᵀ S_l` from
+`S_l S_lᵀ = U λ Uᵀ`; in these coordinates F_Σ is the symmetric matrix H with blocks `Σ_lm λ_l^{1/2} U_lᵀ U_m λ_m^{1/2}`, of
+size at most L·R, and zero elsewhere.
+
+Source: Karakida & Osawa 2020, section 3 (the family and its isotropy).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import IllConditioned
+from curvlab.fisher.block import Block, RowBlock, RowSide, Side, moment, times
+from curvlab.fisher.full import _RowStructure, partition_parts
+from curvlab.fisher.system import Eigen, System, decompose, inverse_values, rank_tolerance
+from curvlab.rows import Rows
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.loss import OutputFactor
+from curvlab.rows.parameters import Layout
+from curvlab.rows.rows import gram
+
+Sigma = Sequence[Sequence[float]] | Callable[[int], Tensor]
+"""Σ itself, or a function that returns Σ for a number of layers."""
+
+
+class LayerWiseBlock(RowBlock):
+    """All layers, coupled by Σ.
+
+    Args:
+        name: names of the layers.
+        groups: parts of each group of layers.
+        sigma: `[L, L]`, symmetric.
+        config: see `RowSide`.
+    """
+
+    def __init__(
+        self, name: str, groups: Sequence[Sequence[Layout]], sigma: Float[Tensor, "L L"], config: RowSide
+    ) -> None:
+        super().__init__(name, [part for group in groups for part in group], config)
+        self.sigma = sigma
+        self._group_sizes = [len(group) for group in groups]
+        self._reset()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._eigen: Eigen | None = None
+        self._bases: list[tuple[Tensor, Tensor]] = []
+
+    def _row_size(self, layers: Sequence[LayerRows]) -> int:
+        return layers[0].count * len(self._group_sizes)
+
+    def _form(self, layers: Sequence[LayerRows]) -> Tensor:
+        sizes = [sum(layer.size for layer in group) for group in self._grouped(layers)]
+        of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.sigma.device)
+        dense = moment(layers)
+        return dense * self.sigma.to(dense)[of[:, None], of[None, :]]
+
+    def _grouped(self, layers: Sequence[LayerRows]) -> list[Sequence[LayerRows]]:
+        groups, start = [], 0
+        for size in self._group_sizes:
+            groups.append(layers[start : start + size])
+            start += size
+        return groups
+
+    def systems(self) -> list[System]:
+        """Return nothing: an indefinite matrix has no Cholesky factor."""
+        return []
+
+    @property
+    def bases(self) -> list[tuple[Float[Tensor, " r"], Float[Tensor, "R r"]]]:
+        """`(λ, U)` of every group's Gram matrix, null directions left out."""
+        if not self._bases:
+            systems = [System(gram(group, group), self.name, self.config.rtol) for group in self._grouped(self.layers)]
+            decompose(systems)
+            for system in systems:
+                kept = ~system.eigen.null
+                self._bases.append((system.eigen.values[kept], system.eigen.vectors[:, kept]))
+        return self._bases
+
+    @property
+    def eigen(self) -> Eigen:
+        """Eigendecomposition of H, or of F_Σ itself on the parameter side; eigenvalues may be negative."""
+        if self._eigen is None:
+            if self.keeps_rows:
+                roots = [vectors * values.sqrt() for values, vectors in self.bases]
+                sigma = self.sigma.to(roots[0])
+                matrix = torch.cat(
+                    [torch.cat([sigma[i, j] * (a.T @ b) for j, b in enumerate(roots)], dim=1) for i, a in enumerate(roots)]
+                )
+            else:
+                matrix = self.average.value
+            values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+            null = values.abs() <= rank_tolerance(values, self.config.rtol, len(values))
+            self._eigen = Eigen(values, vectors, null)
+        return self._eigen
+
+    def _inverse(self, y: Float[Tensor, "K r"], damping: float) -> Float[Tensor, "K r"]:
+        """Apply `(H + ρI)⁻¹`."""
+        eigen = self.eigen
+        shifted = (eigen.values + damping).abs().min()
+        if damping > 0 and float(shifted) <= len(eigen.values) * torch.finfo(y.dtype).eps * float(eigen.values.abs().max()):
+            warnings.warn(
+                f"The layer-wise structure has an eigenvalue within round-off of −ρ = {-damping:.3g}, so F + ρI is singular. "
+                "Use another damping.",
+                IllConditioned,
+                stacklevel=2,
+            )
+        scaled = inverse_values(eigen.values, damping, eigen.null)
+        return ((y @ eigen.vectors) * scaled) @ eigen.vectors.T
+
+    def _coordinates(self, products: Sequence[Float[Tensor, "K R"]]) -> Float[Tensor, "K r"]:
+        """Coordinates of vectors x in the row spaces, from `S_l x` of every group."""
+        return torch.cat(
+            [(seen @ vectors) * values.rsqrt() for seen, (values, vectors) in zip(products, self.bases, strict=True)], dim=-1
+        )
+
+    def _combination(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K r"]:
+        """Coordinates of `Sᵀc`."""
+        return torch.cat([(c @ vectors) * values.sqrt() for values, vectors in self.bases], dim=-1)
+
+    def _from_coordinates(self, y: Float[Tensor, "K r"]) -> Float[Tensor, "K P_b"]:
+        pieces = y.split([len(values) for values, _ in self.bases], dim=-1)
+        result = []
+        for piece, (values, vectors), group in zip(pieces, self.bases, self._grouped(self.layers), strict=True):
+            c = (piece * values.rsqrt()) @ vectors.T
+            result.extend(layer.rmatvec(c) for layer in group)
+        return torch.cat(result, dim=-1)
+
+    def _seen(self, x: Float[Tensor, "K P_b"]) -> list[Float[Tensor, "K R"]]:
+        groups = self._grouped(self.layers)
+        sizes = [sum(layer.size for layer in group) for group in groups]
+        return [times(group, piece) for group, piece in zip(groups, x.split(sizes, dim=-1), strict=True)]
+
+    def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
+        if not self.keeps_rows:
+            return x @ self.average.value
+        seen = torch.stack(self._seen(x))
+        mixed = torch.einsum("lm,mkr->lkr", self.sigma.to(x), seen)
+        groups = self._grouped(self.layers)
+        return torch.cat(
+            [layer.rmatvec(c) for c, group in zip(mixed, groups, strict=True) for layer in group], dim=-1
+        )
+
+    def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
+        """Solve by the eigendecomposition of H, never by Cholesky."""
+        if not self.keeps_rows:
+            inside = ((x @ self.eigen.vectors).square() * ~self.eigen.null).sum(-1)
+            outside = x.square().sum(-1) - inside if damping == 0 else x.new_zeros(len(x))
+            return self._inverse(x, damping), outside.clamp_min(0)
+        y = self._coordinates(self._seen(x))
+        solved = self._inverse(y, damping)
+        if damping > 0:
+            return self._from_coordinates(solved - y / damping) + x / damping, x.new_zeros(len(x))
+        inside = ((y @ self.eigen.vectors).square() * ~self.eigen.null).sum(-1)
+        return self._from_coordinates(solved), (x.square().sum(-1) - inside).clamp_min(0)
+
+    def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
+        """Return `(F_Σ + ρI)⁻¹Sᵀc`, with `Sᵀ = S̃ᵀ(1 ⊗ I)`; no part of it leaves the row spaces."""
+        if not self.keeps_rows:
+            return super().lift(c, layers, damping)
+        return self._from_coordinates(self._inverse(self._combination(c), damping))
+
+    def sandwich(  # noqa: D102
+        self,
+        left: tuple[LayerRows, ...],
+        right: tuple[LayerRows, ...],
+        damping: float,
+        coefficients: OutputFactor | None,
+    ) -> Float[Tensor, "Q R"]:
+        if not self.keeps_rows:
+            return super().sandwich(left, right, damping, coefficients)
+        a = self._coordinates(self._crosses(left))
+        if coefficients is not None:
+            V, N = self.layers[0].shape
+            identity = torch.eye(V * N, dtype=a.dtype, device=a.device)
+            b = self._combination(coefficients.apply(identity.view(V, N, -1)).flatten(0, 1))
+            return a @ self._inverse(b, damping).T
+        b = self._coordinates(self._crosses(right))
+        within = a @ self._inverse(b, damping).T
+        return within if damping == 0 else within + (gram(left, right) - a @ b.T) / damping
+
+    def _crosses(self, layers: Sequence[LayerRows]) -> list[Float[Tensor, "Q R"]]:
+        pairs = zip(self._grouped(layers), self._grouped(self.layers), strict=True)
+        return [gram(theirs, ours) for theirs, ours in pairs]
+
+    def eigenvalues(self) -> Float[Tensor, " k"]:
+        """Return the eigenvalues of H; the other `P − rank` are zero."""
+        return self.eigen.values
+
+    def trace(self) -> float:  # noqa: D102
+        if not self.keeps_rows:
+            return float(self.average.value.trace())
+        groups = self._grouped(self.layers)
+        traces = [float(sum(layer.diagonal().sum() for layer in group)) for group in groups]
+        return sum(weight * trace for weight, trace in zip(self.sigma.diagonal().tolist(), traces, strict=True))
+
+
+class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ ⊗ I)S̃ for any symmetric Σ"):
+    """The layer-wise family for a symmetric Σ.
+
+    Args:
+        sigma: `[L, L]`, or a function of L that returns it; the identity (block-diagonal) if None.
+        partition: groups of parameter names that take the place of layers.
+        side: see `Full`.
+        window: see `Full`.
+        rtol: see `Full`.
+
+    Raises:
+        ValueError: at construction if Σ is not square, symmetric and finite; at the first update if its size is not the
+            number of layers.
+    """
+
+    def __init__(
+        self,
+        sigma: Sigma | None = None,
+        *,
+        partition: Sequence[Sequence[str]] | None = None,
+        side: Side = "auto",
+        window: int | None = None,
+        rtol: float | None = None,
+    ) -> None:
+        super().__init__(side=side, window=window, rtol=rtol)
+        self._partition = None if partition is None else tuple(tuple(group) for group in partition)
+        self._sigma: Callable[[int], Tensor]
+        if sigma is None:
+            self._sigma = lambda L: torch.eye(L, dtype=torch.float64)
+        elif callable(sigma):
+            self._sigma = sigma
+        else:
+            fixed = _checked(torch.as_tensor(sigma, dtype=torch.float64))
+            self._sigma = lambda _: fixed
+        self._given = sigma
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The configuration."""
+        return {"sigma": self._given, "partition": self._partition, **super().options}
+
+    def _make_blocks(self, rows: Rows) -> list[Block]:
+        groups = partition_parts(rows, self._partition)
+        sigma = _checked(torch.as_tensor(self._sigma(len(groups)), dtype=torch.float64))
+        if len(sigma) != len(groups):
+            raise ValueError(f"sigma is {len(sigma)} × {len(sigma)}, but there are {len(groups)} groups of layers.")
+        name = ", ".join(group for group, _ in groups)
+        return [LayerWiseBlock(name, [parts for _, parts in groups], sigma.to(rows.device), self._config)]
+
+
+class BlockTridiagonal(LayerWise, key="block-tridiagonal", summary="F restricted to a layer and its neighbours"):
+    """The blocks of `F` between a layer and its neighbours; indefinite for three layers and more.
+
+    Args:
+        partition: see `LayerWise`.
+        side: see `Full`.
+        window: see `Full`.
+        rtol: see `Full`.
+    """
+
+    def __init__(
+        self,
+        *,
+        partition: Sequence[Sequence[str]] | None = None,
+        side: Side = "auto",
+        window: int | None = None,
+        rtol: float | None = None,
+    ) -> None:
+        super().__init__(tridiagonal, partition=partition, side=side, window=window, rtol=rtol)
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The configuration."""
+        return {name: value for name, value in super().options.items() if name != "sigma"}
+
+
+def tridiagonal(L: int) -> Float[Tensor, "L L"]:
+    """Return the matrix with ones on its three central diagonals."""
+    index = torch.arange(L)
+    return ((index[:, None] - index[None, :]).abs() <= 1).double()
+
+
+def _checked(sigma: Tensor) -> Float[Tensor, "L L"]:
+    square = sigma.ndim == 2 and sigma.shape[0] == sigma.shape[1]
+    if not square or not bool(torch.isfinite(sigma).all()) or not torch.equal(sigma, sigma.T):
+        raise ValueError("sigma must be a finite, symmetric square matrix with one row a layer.")
+    return sigma

@@ -1,0 +1,59 @@
+"""Rows as plain containers of tensors and numbers, for `torch.save` with `weights_only=True` on the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from curvlab.rows import Rows
+from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
+from curvlab.rows.loss import OutputFactor
+from curvlab.rows.parameters import Layout, ParameterSpace
+
+_FORMS: dict[str, type[LayerRows]] = {form.__name__: form for form in (KroneckerRows, EmbeddingRows, DenseRows)}
+
+
+def pack_rows(rows: Rows) -> dict[str, Any]:
+    """Return the rows as a dictionary that `unpack_rows` understands."""
+    return {
+        "layers": [
+            {
+                "form": type(layer).__name__,
+                "name": layer.name,
+                "units": layer.layout.units,
+                "parameters": {slot.name: list(slot.shape) for slot in layer.layout.slots},
+                "factors": list(layer.factors),
+            }
+            for layer in rows.layers
+        ],
+        "shapes": {name: list(shape) for name, shape in rows.space.shapes.items()},
+        "kind": rows.kind,
+        "count": rows.count,
+        "terms": rows.terms,
+        "reduction": rows.reduction,
+        "sample_weights": rows.sample_weights,
+        "jacobian": None if rows._jacobian is None else pack_rows(rows._jacobian),
+        "factor": None if rows._factor is None else rows._factor.factor,
+    }
+
+
+def unpack_rows(packed: dict[str, Any]) -> Rows:
+    """Return the rows that `pack_rows` packed."""
+    layers = []
+    for layer in packed["layers"]:
+        shapes = {name: torch.Size(shape) for name, shape in layer["parameters"].items()}
+        layers.append(
+            _FORMS[layer["form"]](layer["name"], Layout.of(layer["units"], shapes), *layer["factors"])
+        )
+    return Rows(
+        layers=tuple(layers),
+        space=ParameterSpace({name: torch.Size(shape) for name, shape in packed["shapes"].items()}),
+        kind=packed["kind"],
+        count=packed["count"],
+        terms=packed["terms"],
+        reduction=packed["reduction"],
+        sample_weights=packed["sample_weights"],
+        _jacobian=None if packed["jacobian"] is None else unpack_rows(packed["jacobian"]),
+        _factor=None if packed["factor"] is None else OutputFactor(packed["factor"]),
+    )

@@ -1,0 +1,100 @@
+"""Problems by name, and from the user's own functions."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+from curvlab.errors import CurvlabError, unknown_name
+from curvlab.problems.classification import image_problem
+from curvlab.problems.images import IMAGE_SETS
+from curvlab.problems.problem import Problem
+
+ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(image_problem).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "name"
+)
+"""What an analysis may pass to a problem; each function gets those that its signature names."""
+
+PROBLEMS: Mapping[str, Callable[..., Problem]] = {
+    **{images: partial(image_problem, images) for images in IMAGE_SETS},
+    "digits": partial(image_problem, "digits", samples=40),
+    "karakida-osawa": partial(image_problem, "mnist", name="karakida-osawa", width=4096),
+}
+"""Problems by name. `digits` needs no file: classes 0 and 1, N = 40, below the rank that 64 pixels allow.
+`karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3."""
+
+
+class ProblemError(CurvlabError, ValueError):
+    """A problem that cannot be made from what the user named; the message says why."""
+
+
+def resolve(spec: str, **arguments: Any) -> Problem:
+    """Return the problem that a user named.
+
+    Args:
+        spec: A key of `PROBLEMS`, or "module:function" for a function that returns a `Problem`.
+        arguments: Any of `ARGUMENTS`. Those that the function's signature does not name are left out.
+
+    Raises:
+        ProblemError: The name is unknown, the module or function does not exist or is not a function, it
+            needs an argument that is not given, or it returns something else.
+        ValueError: An argument is not one of `ARGUMENTS`, or the function refuses its value.
+        DataUnavailable: The problem's data are absent and cannot be fetched, or are damaged.
+    """
+    for name in arguments:
+        if name not in ARGUMENTS:
+            raise unknown_name("argument of a problem", name, ARGUMENTS)
+    function = _function(spec)
+    signature = inspect.signature(function)
+    passed = {name: value for name, value in arguments.items() if name in signature.parameters}
+    try:
+        signature.bind(**passed)
+    except TypeError as error:
+        raise ProblemError(
+            f"Problem {spec!r}: {error}. It was called with {sorted(passed)}; other arguments need a default."
+        ) from error
+    problem = function(**passed)
+    if not isinstance(problem, Problem):
+        raise ProblemError(
+            f"Problem {spec!r} returned {type(problem).__name__}; it must return a curvlab.problems.Problem."
+        )
+    return problem
+
+
+def swept_arguments(spec: str) -> dict[str, Any]:
+    """Return those of `ARGUMENTS` that a problem takes, with their defaults.
+
+    A required argument has `inspect.Parameter.empty`.
+
+    Raises:
+        ProblemError: The problem does not exist, see `resolve`.
+    """
+    parameters = inspect.signature(_function(spec)).parameters
+    return {name: parameters[name].default for name in ARGUMENTS if name in parameters}
+
+
+def _function(spec: str) -> Callable[..., Any]:
+    """Return the function behind a spec."""
+    if ":" not in spec:
+        if spec not in PROBLEMS:
+            message = unknown_name("problem", spec, PROBLEMS)
+            raise ProblemError(f"{message} Your own function is named as module:function.")
+        return PROBLEMS[spec]
+    module_name, _, function_name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ProblemError(
+            f"Problem {spec!r}: importing {module_name!r} failed ({error}). Run from the folder that holds "
+            "the module, or add that folder to PYTHONPATH."
+        ) from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        nearest = unknown_name(f"function of {module_name}", function_name, dir(module))
+        raise ProblemError(f"Problem {spec!r}: {nearest}")
+    if not callable(function):
+        raise ProblemError(f"Problem {spec!r}: {function_name} is {type(function).__name__}, not a function.")
+    return cast("Callable[..., Any]", function)
