@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, overload
 
@@ -136,7 +136,14 @@ class Structure(ABC):
 
         pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
         batches: Any = [data] if pair else data
-        structure._fit(lambda: (rows_of(batch) for batch in batches))
+        start = None if generator is None else generator.get_state()
+
+        def sweep() -> Iterator[Rows]:
+            if generator is not None and start is not None:
+                generator.set_state(start)
+            return (rows_of(batch) for batch in batches)
+
+        structure._fit(sweep)
         return structure
 
     def _fit(self, sweeps: Callable[[], Iterable[Rows]]) -> None:
