@@ -1,0 +1,84 @@
+"""Closed-form predictions: pure functions of NumPy arrays and numbers, in float64, that know no network.
+
+`isotropy` gives the scale α of every structure's response, `responses` and `factored` the responses
+themselves from layer kernels and from back-propagated rows, `dynamics` and `cross_entropy` the outputs and
+losses after t steps, `kernels` the infinite-width kernels, `forster` the Forster transform. Source, unless
+noted: Karakida & Osawa (2020, arXiv 2010.00879).
+"""
+
+from curvlab.theory.cross_entropy import (
+    damped_logit_step,
+    fitted_loss_ratio,
+    minimum_norm_gauge,
+    newton_logit_step,
+    newton_losses,
+)
+from curvlab.theory.dynamics import (
+    damped_contraction,
+    damped_loss_ratio,
+    gd_contraction,
+    kernel_modes,
+    predict_test,
+    predict_train,
+)
+from curvlab.theory.factored import (
+    kfac_kernel_response,
+    kfac_layer_response,
+    leverages,
+    unit_wise_layer_response,
+)
+from curvlab.theory.forster import ForsterTransform, forster_transform
+from curvlab.theory.isotropy import (
+    alpha,
+    best_step,
+    layer_coefficients,
+    published_alpha,
+    stability_limit,
+    tridiagonal_covered,
+    tridiagonal_eigenvalues,
+    tridiagonal_sigma,
+)
+from curvlab.theory.kernels import InfiniteWidthKernels, infinite_width_kernels, per_output
+from curvlab.theory.responses import (
+    block_diagonal_response,
+    curvature_eigenvalues,
+    exact_response,
+    layer_wise_response,
+    zero_damping_pole,
+)
+
+__all__ = [
+    "ForsterTransform",
+    "InfiniteWidthKernels",
+    "alpha",
+    "best_step",
+    "block_diagonal_response",
+    "curvature_eigenvalues",
+    "damped_contraction",
+    "damped_logit_step",
+    "damped_loss_ratio",
+    "exact_response",
+    "fitted_loss_ratio",
+    "forster_transform",
+    "gd_contraction",
+    "infinite_width_kernels",
+    "kernel_modes",
+    "kfac_kernel_response",
+    "kfac_layer_response",
+    "layer_coefficients",
+    "layer_wise_response",
+    "leverages",
+    "minimum_norm_gauge",
+    "newton_logit_step",
+    "newton_losses",
+    "per_output",
+    "predict_test",
+    "predict_train",
+    "published_alpha",
+    "stability_limit",
+    "tridiagonal_covered",
+    "tridiagonal_eigenvalues",
+    "tridiagonal_sigma",
+    "unit_wise_layer_response",
+    "zero_damping_pole",
+]
