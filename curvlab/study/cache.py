@@ -1,0 +1,63 @@
+"""Finished cells on disk, so that a run which is interrupted, sharded or extended computes nothing twice.
+
+An entry is one JSON file, ``<results>/.cache/<analysis>/<digest>.json``, under the digest of everything that
+the measurement depends on. It carries a checksum: an entry that was damaged is reported, and computed again.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from curvlab.study.cells import Cell
+from curvlab.study.measurements import Row
+from curvlab.study.storage import digest, write
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CellCache:
+    """Cache of one analysis.
+
+    Attributes:
+        folder: Where the entries lie.
+        context: What the measurement of every cell depends on besides its coordinates: analysis, version,
+            configuration, data, dtype, device.
+    """
+
+    folder: Path
+    context: Mapping[str, object]
+
+    def path(self, cell: Cell) -> Path:
+        """Where the entry of ``cell`` lies."""
+        return self.folder / f"{digest(self._key(cell))[:40]}.json"
+
+    def load(self, cell: Cell) -> list[Row] | None:
+        """The observations of ``cell``; None if there is no entry or a damaged one."""
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        try:
+            entry = json.loads(path.read_bytes())
+            if entry["checksum"] != digest([entry["key"], entry["rows"]]) or entry["key"] != self._key(cell):
+                raise ValueError("its checksum does not match")
+            rows: list[Row] = entry["rows"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("cache entry %s of cell %s is damaged (%s); computing it again", path.name, cell, error)
+            return None
+        return rows
+
+    def store(self, cell: Cell, rows: Sequence[Row]) -> None:
+        """Keep the observations of ``cell``, atomically.
+
+        Raises:
+            StorageFull: no space left; the other entries are untouched.
+        """
+        key = self._key(cell)
+        entry = {"key": key, "rows": list(rows), "checksum": digest([key, list(rows)])}
+        write(self.path(cell), json.dumps(entry, ensure_ascii=False).encode())
+
+    def _key(self, cell: Cell) -> dict[str, object]:
+        return {**self.context, "coordinates": dict(cell.coordinates)}

@@ -1,0 +1,160 @@
+"""The judge: claims and measurements in, verdicts out.
+
+A claim with a t-test is decided together with its family; `curvlab.study.decision` states the rule, by which
+the chance that any true claim is refuted is at most 5 %, and so is the chance that any false one is supported.
+An `Identity` has no p-value and is outside that family: one observation above its tolerance refutes it.
+
+Nothing is dropped in silence. The estimate sees only the cells and quantities that its claim declares; a
+failed cell, a value that is not finite or a seed without an estimate makes the claim inconclusive, with that
+as its note.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from curvlab.study.cells import Cell
+from curvlab.study.claims import Claim, Failure, Identity, Outcome, Verdict, every_cell
+from curvlab.study.decision import decide
+from curvlab.study.inference import Summary
+from curvlab.study.measurements import faults, locate, records
+
+log = logging.getLogger(__name__)
+
+
+class _Undecidable(Exception):
+    """Why a claim cannot be decided on the measurements at hand."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A claim before its family is decided: a verdict that stands already, or the summary that is to be tested."""
+
+    claim: Claim
+    verdict: Verdict
+    summary: Summary | None = None
+
+
+def judge(
+    claims: Sequence[Claim],
+    measurements: pd.DataFrame,
+    failures: Sequence[Failure] = (),
+    level: float = 0.05,
+) -> list[Verdict]:
+    """One verdict per claim, in the order of the claims; `curvlab.study.decision` states the rule.
+
+    Args:
+        claims: The family.
+        measurements: In long form (`curvlab.study.measurements`). Without a ``cell`` column every row belongs
+            to every claim.
+        failures: Cells without measurements; claims that need one become inconclusive.
+        level: Family-wise error level of support and of refutation.
+    """
+    cells = [Cell.from_key(key) for key in measurements["cell"].unique()] if "cell" in measurements else None
+    cases = [_examine(claim, measurements, cells, failures) for claim in claims]
+    tests = [(case, case.claim.rule) for case in cases if not isinstance(case.claim.rule, Identity)]
+    decisions = decide([rule for _, rule in tests], [case.summary for case, _ in tests], level)
+    verdicts = {case.claim.id: case.verdict for case in cases}
+    for (case, _), decision in zip(tests, decisions, strict=True):
+        if decision is not None:
+            verdicts[case.claim.id] = replace(case.verdict, **vars(decision))
+    return [verdicts[claim.id] for claim in claims]
+
+
+def _examine(
+    claim: Claim, measurements: pd.DataFrame, cells: Sequence[Cell] | None, failures: Sequence[Failure]
+) -> _Case:
+    """Everything about a claim that does not depend on the other claims."""
+    try:
+        rows = _select(claim, measurements, cells, failures)
+        outside = claim.assumptions(rows)
+        if outside is not None:
+            return _Case(claim, Verdict(claim.id, "outside the assumptions", note=outside))
+        _check_finite(rows)
+        estimate = claim.estimate(rows)
+        _check_estimate(claim, estimate, rows)
+    except _Undecidable as reason:
+        return _Case(claim, Verdict(claim.id, "inconclusive", note=str(reason)))
+    except Exception as error:
+        log.exception("claim %s cannot be judged", claim.id)
+        note = f"its assumptions or its estimate raised {type(error).__name__}: {error}"
+        return _Case(claim, Verdict(claim.id, "inconclusive", note=note))
+    if isinstance(claim.rule, Identity):
+        return _Case(claim, _judge_identity(claim, estimate))
+    summary = Summary.of(estimate["value"].to_numpy(dtype=float))
+    verdict = Verdict(claim.id, "inconclusive", estimate=summary.mean, seeds=summary.seeds)
+    if summary.seeds < 2:
+        return _Case(claim, replace(verdict, note="one seed has no interval; run with --seeds 2 or more"))
+    if summary.error == 0.0:
+        verdict = replace(verdict, note=f"all {summary.seeds} seeds give this value: exact sign test, not t")
+    return _Case(claim, verdict, summary)
+
+
+def _select(
+    claim: Claim, measurements: pd.DataFrame, cells: Sequence[Cell] | None, failures: Sequence[Failure]
+) -> pd.DataFrame:
+    """The rows that the claim declares: those of the cells that it needs and the quantities that it reads."""
+    failed = [failure for failure in failures if claim.needs(failure.cell)]
+    if failed:
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise _Undecidable(f"no measurement in cell {failed[0].cell}{others}: {failed[0].reason}")
+    rows = measurements
+    if cells is not None and claim.needs is not every_cell:
+        rows = rows[rows["cell"].isin([cell.key for cell in cells if claim.needs(cell)])]
+    if claim.quantities:
+        rows = rows[rows["quantity"].isin(claim.quantities)]
+    if rows.empty:
+        raise _Undecidable("nothing was measured for it")
+    return rows
+
+
+def _check_finite(rows: pd.DataFrame) -> None:
+    faulty = faults(rows)
+    if faulty.any():
+        others = f" (and {faulty.sum() - 1} more)" if faulty.sum() > 1 else ""
+        raise _Undecidable(f"non-finite measurement: {locate(records(rows[faulty])[0])}{others}")
+
+
+def _check_estimate(claim: Claim, estimate: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """Refuse an estimate that would drop or repeat something in silence."""
+    identity = isinstance(claim.rule, Identity)
+    missing = {"value", "tolerance" if identity else "seed"} - set(estimate.columns)
+    if missing:
+        raise ValueError(f"the estimate has no column {' and no column '.join(sorted(missing))}")
+    if estimate.empty:
+        raise _Undecidable("its estimate is empty")
+    if identity:
+        tolerance = estimate["tolerance"].to_numpy(dtype=float)
+        if not (np.isfinite(tolerance) & (tolerance >= 0)).all():
+            raise _Undecidable("a tolerance of its estimate is negative or not finite")
+    elif estimate["seed"].duplicated().any():
+        raise ValueError("the estimate has several rows per seed; seeds are the unit of replication")
+    finite = np.isfinite(estimate["value"].to_numpy(dtype=float))
+    if not finite.all():
+        named = f" at seed {estimate.loc[~finite, 'seed'].iloc[0]}" if "seed" in estimate else ""
+        raise _Undecidable(f"its estimate is not finite{named}")
+    if "seed" in rows and "seed" in estimate:
+        dropped = sorted(set(rows["seed"].dropna()) - set(estimate["seed"]))
+        if dropped:
+            raise _Undecidable(f"its estimate has no value for seed {', '.join(map(str, dropped))}")
+
+
+def _judge_identity(claim: Claim, estimate: pd.DataFrame) -> Verdict:
+    values = np.abs(estimate["value"].to_numpy(dtype=float))
+    tolerances = estimate["tolerance"].to_numpy(dtype=float)
+    broken = values > tolerances
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(tolerances > 0, values / tolerances, np.where(broken, math.inf, 0.0))
+    worst = int(np.argmax(share))
+    note = (
+        f"{broken.sum()} of {len(values)} observations exceed their tolerance; "
+        f"worst |value| {values[worst]:.2g} against {tolerances[worst]:.2g}, "
+        f"largest tolerance {tolerances.max():.2g}"
+    )
+    seeds = int(estimate["seed"].nunique()) if "seed" in estimate else 0
+    outcome: Outcome = "refuted" if broken.any() else "supported"
+    return Verdict(claim.id, outcome, estimate=float(values[worst]), seeds=seeds, note=note)

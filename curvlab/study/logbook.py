@@ -1,0 +1,45 @@
+"""The log of a run, ``log.txt``."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from curvlab.study.faults import StudyError
+from curvlab.study.storage import make_folder, writing
+
+log = logging.getLogger(__name__)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk silences; the run itself reports the full disk where it matters."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
+@contextlib.contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """Record what the libraries log, and every warning, in a file; append if it exists."""
+    make_folder(path.parent)
+    with writing(path):
+        handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("curvlab", "analyses")}
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except StudyError as error:
+        log.error("%s", error)
+        raise
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        handler.close()

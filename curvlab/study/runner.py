@@ -1,0 +1,193 @@
+"""The command line of an analysis, from its options to its exit code."""
+
+import contextlib
+import inspect
+import logging
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from curvlab.study import report
+from curvlab.study.analysis import Analysis
+from curvlab.study.claims import contradicts
+from curvlab.study.environment import available_memory, environment
+from curvlab.study.execution import Measured, Plan, measure
+from curvlab.study.faults import StudyError
+from curvlab.study.logbook import recording
+from curvlab.study.options import C, parse, pop_option
+from curvlab.study.progress import progress, say
+from curvlab.study.publish import draw, open_folder, publish
+from curvlab.study.results import load, promote
+from curvlab.study.storage import make_folder
+from curvlab.study.units import duration, size
+
+log = logging.getLogger(__name__)
+
+DONE, CONTRADICTED, INTERRUPTED = 0, 1, 130
+
+
+def main(analysis: Analysis[C], argv: Sequence[str] | None = None) -> int:
+    """Run an analysis from its command line: ``raise SystemExit(main(ANALYSIS))``.
+
+    Args:
+        analysis: The analysis.
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0 done; 1 with ``--strict`` and a verdict that contradicts what the code expects; 2
+        wrong usage; 3 data, memory or disk space are missing; 130 interrupted or terminated, everything
+        finished kept.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = parse(analysis.defaults, arguments, prog=analysis.command, description=analysis.description)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except StudyError as error:
+        return _fail(error)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        with _terminable():
+            return _dispatch(analysis, config, arguments, console)
+    except StudyError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; every finished cell is kept, the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(analysis: Analysis[C], config: C, arguments: Sequence[str], console: Console) -> int:
+    if config.redraw:
+        return _redraw(analysis, config.redraw, console)
+    if config.list_claims:
+        return _list_claims(analysis, config, console)
+    plan = Plan.of(analysis, config)
+    if config.dry_run:
+        return _dry_run(plan, console)
+    if config.shard:
+        return _run_shard(plan, arguments, console)
+    return _run(plan, arguments, console)
+
+
+def _run(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
+    """Measure, judge, write, draw; the folder is partial until all of it is there."""
+    analysis, config = plan.analysis, plan.config
+    command = shlex.join([*analysis.command.split(), *arguments])
+    facts = environment(Path(inspect.getfile(analysis.config)), config.device)
+    partial = open_folder(plan, facts, command)
+    with recording(partial / "log.txt"):
+        log.info("%s", command)
+        measured = _measure(plan, console)
+        published = publish(plan, measured, partial)
+    if not measured.interrupted:
+        promote(partial)
+
+    verdicts = published.verdicts
+    for note in report.notes(verdicts):
+        say(console, note)
+    console.print(report.console_table(plan.claims, verdicts))
+    say(console, report.summary(plan.claims, verdicts))
+    if measured.interrupted:
+        say(console, "Interrupted: every finished cell is kept; the same command goes on.")
+    if published.failures:
+        count = len(published.failures)
+        say(console, f"Cells without measurements: {count}, named in {published.folder / 'report.md'}")
+    for figure in published.spoilt:
+        say(console, f"Figure failed: {figure} (traceback in log.txt)")
+    say(console, f"Results: {published.folder}")
+    say(console, f"Redraw:  {published.redraw}")
+    contradicted = any(contradicts(claim, verdict) for claim, verdict in zip(plan.claims, verdicts, strict=True))
+    return _exit_code(measured, config.strict and contradicted)
+
+
+def _run_shard(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
+    """Measure a share of the cells into the shared cache; no results folder."""
+    name = f"shard-{str(plan.config.shard).replace('/', '-of-')}"
+    path = plan.cache.folder / f"{name}.log"
+    with recording(path):
+        measured = _measure(plan, console)
+    _, rest = pop_option("shard", arguments)
+    say(console, f"{name}: {len(measured.rows)} of its {len(plan.cells)} cells are in the cache {plan.cache.folder}")
+    for failure in measured.failures:
+        say(console, f"failed: cell {failure.cell}: {failure.reason} (traceback in {path})")
+    assemble = shlex.join([*plan.analysis.command.split(), *(word for word in rest if word != "--fresh")])
+    say(console, f"When all shards are done, assemble: {assemble}")
+    return _exit_code(measured, contradicted=False)
+
+
+def _measure(plan: Plan[C], console: Console) -> Measured:
+    make_folder(plan.cache.folder)
+    cached = plan.cached()
+    costs = {cell: plan.analysis.resources(cell, plan.config)[0] for cell in plan.cells if cell not in cached}
+    if not plan.config.quiet:
+        time = duration(sum(costs.values()))
+        say(console, f"{len(plan.cells)} cells, {len(cached)} cached, {len(costs)} to run (about {time})")
+    with progress(console, costs, plan.config.quiet) as advance:
+        return measure(plan, cached, advance)
+
+
+def _exit_code(measured: Measured, contradicted: bool) -> int:
+    if measured.interrupted:
+        return INTERRUPTED
+    if measured.shortage:
+        return _fail(measured.shortage)
+    return CONTRADICTED if contradicted else DONE
+
+
+def _redraw(analysis: Analysis[C], folder: Path, console: Console) -> int:
+    results = load(folder)
+    for name in analysis.figures:
+        draw(analysis, name, results)
+        say(console, f"drawn: {results.folder / 'figures' / name}.pdf and .png")
+    return DONE
+
+
+def _list_claims(analysis: Analysis[C], config: C, console: Console) -> int:
+    for claim in analysis.claims(config):
+        say(console, f"{claim.id}  {claim.statement}")
+        say(console, f"    source:   {claim.source}")
+        say(console, f"    measured: {claim.measured}")
+        say(console, f"    decided:  {claim.rule}")
+        say(console, f"    expected: {claim.expected}, because {claim.reason}")
+    return DONE
+
+
+def _dry_run(plan: Plan[C], console: Console) -> int:
+    cached = plan.cached()
+    pending = [cell for cell in plan.cells if cell not in cached]
+    seconds, needed, cell = plan.estimate(pending)
+    available = available_memory(plan.config.device)
+    say(console, f"cells:  {len(plan.cells)}, {len(cached)} cached, {len(pending)} to run")
+    say(console, f"time:   about {duration(seconds)}")
+    where = f" for cell {cell}" if cell else ""
+    free = f", {size(available)} available" if available is not None else ""
+    say(console, f"memory: about {size(needed)}{where}{free}")
+    return DONE
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the run as Ctrl-C does."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(error: StudyError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,153 @@
+"""A tiny analysis that exercises the runner: does a noisy number lie where its structure says?
+
+``DUMMY_SLEEP`` (seconds per cell) makes it slow enough to be interrupted, ``DUMMY_LOG`` names a file in which every
+measured cell leaves a line.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from curvlab.study import (
+    Analysis,
+    Cell,
+    Claim,
+    CommonOptions,
+    DataUnavailable,
+    Equivalence,
+    Identity,
+    Inequality,
+    main,
+    style,
+)
+
+TRUTH = {"full": 1.0, "block-diagonal": 3.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    """Options of the dummy."""
+
+    problem: str = "noise"
+    """What goes wrong: noise (nothing), failing, nan, diverging, memory, tensor, huge or absent."""
+    offsets: tuple[float, ...] = (0.0, 1.0)
+    """Offsets that are added to the truth (unit: that of the truth)."""
+    scale: float = 0.1
+    """Standard deviation of the noise (unit: that of the truth)."""
+
+
+def claims(config: Options) -> Sequence[Claim]:
+    def mean(rows: pd.DataFrame) -> pd.DataFrame:
+        return rows.groupby("seed", as_index=False)["value"].mean()
+
+    def of(structure: str, offset: float) -> dict[str, object]:
+        return {
+            "needs": lambda cell: cell["structure"] == structure and cell["offset"] == offset,
+            "quantities": ("alpha",),
+        }
+
+    def residual(rows: pd.DataFrame) -> pd.DataFrame:
+        return rows.assign(tolerance=1e-12)
+
+    shared = {"source": "nowhere, Theorem 1", "measured": "the noisy number", "reason": "it was made so"}
+    return [
+        Claim("D-1", "The full number is 1.", rule=Equivalence(1.0, 0.5), estimate=mean, expected="supported",
+              **shared, **of("full", 0.0)),
+        Claim("D-2", "The block-diagonal number is above 2.", rule=Inequality(2.0, "greater"), estimate=mean,
+              expected="supported", **shared, **of("block-diagonal", 0.0)),
+        Claim("D-3", "The block-diagonal number is below 2.", rule=Inequality(2.0, "less"), estimate=mean,
+              expected="refuted", **shared, **of("block-diagonal", 0.0)),
+        Claim("D-4", "The residual vanishes.", rule=Identity(), estimate=residual, expected="supported",
+              quantities=("residual",), **shared),
+        Claim("D-5", "An offset of 1 does not matter.", rule=Equivalence(1.0, 0.5), estimate=mean,
+              expected="open" if config.scale < 1 else "supported", **shared, **of("full", 1.0)),
+    ]  # fmt: skip
+
+
+def cells(config: Options) -> Sequence[Cell]:
+    return [
+        Cell({"structure": structure, "offset": offset, "seed": seed})
+        for seed in range(config.seeds)
+        for offset in config.offsets
+        for structure in TRUTH
+    ]
+
+
+def data_hash(config: Options) -> str:
+    if config.problem == "absent":
+        raise DataUnavailable("the data set 'absent' is not in the data folder; --problem noise needs none")
+    return f"data of {config.problem}"
+
+
+def measure(cell: Cell, config: Options) -> list[dict[str, object]]:
+    time.sleep(float(os.environ.get("DUMMY_SLEEP", "0")))
+    if "DUMMY_LOG" in os.environ:
+        with Path(os.environ["DUMMY_LOG"]).open("a") as file:
+            file.write(f"{cell}\n")
+    structure, offset, seed = cell["structure"], float(cell["offset"]), int(cell["seed"])
+    struck = structure == "full" and offset == 0.0 and seed == 1
+    if struck and config.problem == "failing":
+        raise RuntimeError("this cell always fails")
+    if struck and config.problem == "memory":
+        raise MemoryError("tried to allocate 80 GiB")
+    if struck and config.problem == "tensor":
+        return [{"quantity": "alpha", "value": np.zeros(3)}]
+    noise = np.random.default_rng([seed, int(offset), list(TRUTH).index(str(structure))]).normal() * config.scale
+    alpha = {"quantity": "alpha", "value": TRUTH[str(structure)] + offset + noise, "layer": 2, "sample": 7}
+    if struck and config.problem == "nan":
+        alpha["value"] = float("nan")
+    if config.problem == "diverging":
+        alpha["status"] = "diverged" if struck else "ok"
+        alpha["value"] = float("inf") if struck else alpha["value"]
+    return [alpha, {"quantity": "residual", "value": np.float64(1e-14), "layer": "all"}]
+
+
+def resources(cell: Cell, config: Options) -> tuple[float, float]:
+    return 0.5, 1e18 if config.problem == "huge" and cell["seed"] == 0 else 3 * 2.0**20
+
+
+def alphas(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
+    figure, axes = style.canvas()
+    table = measurements[measurements["quantity"] == "alpha"]
+    for structure, truth in TRUTH.items():
+        style.theory(axes[0, 0], [0.0, 1.0], [truth, truth + 1], structure)
+        style.measured(axes[0, 0], table[table["structure"] == structure], "offset", structure)
+    axes[0, 0].set(xlabel="offset", ylabel="number")
+    axes[0, 0].legend()
+    style.caption(figure, verdicts, ["D-1", "D-2"])
+    return figure
+
+
+def spoilt(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
+    if (measurements["quantity"] == "residual").any() and not np.isfinite(measurements["value"]).all():
+        raise ValueError("nothing finite to draw")
+    return alphas(measurements, verdicts)
+
+
+ANALYSIS = Analysis(
+    name="dummy",
+    version=1,
+    question="Does a noisy number lie where its structure says?",
+    paper="A. Nobody, On Nothing, 2026",
+    examples=("--seeds 5", "--claims D-1 --dry-run"),
+    cost="48 cells, about a second",
+    config=Options,
+    claims=claims,
+    cells=cells,
+    data_hash=data_hash,
+    measure=measure,
+    resources=resources,
+    figures={"alphas": alphas, "spoilt": spoilt},
+    axes=("offsets",),
+    memory_option="--offsets",
+    module="dummy_analysis",
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(ANALYSIS))

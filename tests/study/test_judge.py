@@ -1,0 +1,246 @@
+"""Verdicts on synthetic measurements with known truth."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.weightstats import DescrStatsW
+
+from curvlab.study import Cell, Claim, Equivalence, Failure, Identity, Inequality, judge
+from curvlab.study.claims import contradicts
+
+SEEDS = 12
+
+
+def claim(rule, name="q0", **fields):
+    """A claim about the mean of the quantity ``name``."""
+    defaults = {
+        "id": name,
+        "statement": "s",
+        "source": "s",
+        "measured": "m",
+        "estimate": lambda rows: rows,
+        "expected": "open",
+        "reason": "r",
+        "quantities": (name,),
+    }
+    return Claim(rule=rule, **(defaults | fields))
+
+
+def measured(*values):
+    """Long-form measurements; ``values[k]`` are those of the quantity ``q<k>``, one per seed."""
+    return pd.DataFrame(
+        {
+            "quantity": np.repeat([f"q{k}" for k in range(len(values))], [len(v) for v in values]),
+            "seed": np.concatenate([np.arange(len(v)) for v in values]),
+            "value": np.concatenate(values).astype(float),
+        }
+    )
+
+
+def one(rule, values, **fields):
+    """The verdict on a single claim."""
+    [verdict] = judge([claim(rule, **fields)], measured(np.asarray(values)))
+    return verdict
+
+
+LESS, GREATER = Inequality(0.0, "less"), Inequality(0.0, "greater")
+
+
+@pytest.fixture
+def noise():
+    """A generator of its own for every test, so that their order does not matter."""
+    return np.random.default_rng(20261121)
+
+
+def test_tost_is_statsmodels(noise):
+    values = noise.normal(0.3, 1.0, size=SEEDS)
+    p_value, *_ = DescrStatsW(values).ttost_mean(-1.2, 1.2)
+    verdict = one(Equivalence(0.0, 1.2), values)
+    assert verdict.p_value == pytest.approx(p_value, rel=1e-9)
+    assert verdict.estimate == pytest.approx(values.mean())
+    assert (verdict.low, verdict.high) == pytest.approx(DescrStatsW(values).tconfint_mean(alpha=0.1))
+
+
+def test_a_true_claim_is_refuted_in_at_most_one_run_of_twenty(noise):
+    """From measurements to verdict; `test_decision.py` has families, which are harder."""
+    on_its_bound = [claim(GREATER)]
+    runs = noise.normal(size=(1000, SEEDS))
+    refuted = sum(judge(on_its_bound, measured(values))[0].outcome == "refuted" for values in runs)
+    assert 27 <= refuted <= 73, f"{refuted} of 1000 true claims are refuted"
+
+
+def test_interval_says_the_same_as_the_verdict(noise):
+    seen = set()
+    for _ in range(60):
+        draws = noise.normal(noise.uniform(-2, 2, size=(4, 1)), 1.0, size=(4, SEEDS))
+        rules = [LESS, GREATER, Equivalence(0.0, 1.0), Equivalence(0.0, 1.0)]
+        claims = [claim(rule, f"q{k}") for k, rule in enumerate(rules)]
+        for rule, verdict in zip(rules, judge(claims, measured(*draws)), strict=True):
+            if isinstance(rule, Equivalence):
+                inside = verdict.low >= -1 and verdict.high <= 1
+                outside = verdict.low >= 1 or verdict.high <= -1
+            else:
+                inside = verdict.high <= 0 if rule.direction == "less" else verdict.low >= 0
+                outside = verdict.low >= 0 if rule.direction == "less" else verdict.high <= 0
+            said = "supported" if inside else "refuted" if outside else "inconclusive"
+            assert verdict.outcome == said
+            assert (verdict.p_adjusted <= 0.05) == (said != "inconclusive")
+            seen.add((type(rule), said))
+    assert len(seen) == 6
+
+
+def test_the_family_counts_every_claim_with_a_p_value_even_an_untestable_one(noise):
+    values = noise.normal(-1.0, 1.0, size=SEEDS)
+    untestable = claim(LESS, "q1", assumptions=lambda _: "not here")
+    identity = claim(Identity(), "q2", estimate=lambda rows: rows.assign(tolerance=1.0))
+    alone = one(LESS, values)
+    first, second, third = judge([claim(LESS), untestable, identity], measured(values, values, np.zeros(SEEDS)))
+    assert first.p_value == alone.p_value
+    assert first.p_adjusted == pytest.approx(2 * alone.p_value)
+    assert (second.outcome, second.note) == ("outside the assumptions", "not here")
+    assert np.isnan(second.p_value)
+    assert third.outcome == "supported"
+    assert np.isnan(third.p_value)
+
+
+def test_identity_is_refuted_by_one_observation():
+    def estimate(rows):
+        return rows.assign(tolerance=[1e-12, 1e-12, 1e-9, 0.0])
+
+    fine = one(Identity(), [1e-13, -1e-12, 5e-10, 0.0], estimate=estimate)
+    assert (fine.outcome, fine.estimate, fine.seeds) == ("supported", 1e-12, 4)
+    broken = one(Identity(), [1e-13, -2e-12, 5e-10, 0.0], estimate=estimate)
+    assert (broken.outcome, broken.estimate) == ("refuted", 2e-12)
+    assert broken.note.startswith("1 of 4 observations exceed")
+    exact = one(Identity(), [0.0, 0.0, 0.0, 1e-300], estimate=estimate)
+    assert (exact.outcome, exact.estimate) == ("refuted", 1e-300)
+
+
+@pytest.mark.parametrize("tolerance", [np.inf, np.nan, -1.0])
+def test_identity_needs_a_tolerance_that_can_fail(tolerance):
+    verdict = one(Identity(), [0.0, 0.0], estimate=lambda rows: rows.assign(tolerance=tolerance))
+    assert verdict.outcome == "inconclusive"
+    assert "tolerance" in verdict.note
+
+
+def test_one_seed_is_inconclusive_and_says_what_to_do():
+    verdict = one(LESS, [-5.0])
+    assert (verdict.outcome, verdict.estimate, verdict.seeds) == ("inconclusive", -5.0, 1)
+    assert "--seeds" in verdict.note
+    assert np.isnan([verdict.low, verdict.high, verdict.p_value]).all()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "value", "outcome"),
+    [(12, 40.0, "supported"), (12, 41.0, "refuted"), (2, 40.0, "inconclusive"), (12, 40.5, "inconclusive")],
+)
+def test_a_quantity_without_variance_is_judged_by_the_sign_test(seeds, value, outcome):
+    verdict = one(Equivalence(40.0, 0.5), np.full(seeds, value))
+    assert verdict.outcome == outcome
+    assert "sign test" in verdict.note
+    assert (verdict.low, verdict.high) == (value, value)
+
+
+def in_cells(values):
+    """Measurements of one quantity with a cell per seed."""
+    table = measured(np.asarray(values))
+    return table.assign(cell=[Cell({"width": 8, "seed": int(seed)}).key for seed in table["seed"]], layer=3)
+
+
+def test_a_value_that_is_not_finite_is_named_and_never_dropped():
+    table = in_cells([-5.0, -5.1, np.nan, -5.2])
+    skipping = claim(LESS, estimate=lambda rows: rows.dropna(subset="value"))
+    [verdict] = judge([skipping], table)
+    assert verdict.outcome == "inconclusive"
+    assert verdict.note == "non-finite measurement: q0 = nan, layer 3, cell seed=2, width=8"
+    bystander = claim(LESS, "q1")
+    both = pd.concat([table, measured(np.zeros(1), [-5.0, -5.1, -5.2]).query("quantity == 'q1'")])
+    assert judge([bystander], both.fillna({"cell": Cell({"seed": 9}).key}))[0].outcome == "supported"
+
+
+def test_divergence_is_a_status_and_the_claim_says_what_it_makes_of_it():
+    table = in_cells([-5.0, -5.1, np.inf, -5.2]).assign(status=["ok", "ok", "diverged", None])
+    counted = claim(
+        Inequality(0.5, "less"), estimate=lambda rows: rows.assign(value=(rows["status"] == "diverged") * 1.0)
+    )
+    assert judge([counted], table)[0].estimate == 0.25
+    plain, dropped = judge(
+        [claim(LESS), claim(LESS, id="dropping", estimate=lambda rows: rows[np.isfinite(rows["value"])])], table
+    )
+    assert (plain.outcome, plain.note) == ("inconclusive", "its estimate is not finite at seed 2")
+    assert (dropped.outcome, dropped.note) == ("inconclusive", "its estimate has no value for seed 2")
+
+
+def test_only_declared_cells_and_quantities_reach_the_estimate(noise):
+    seen = []
+
+    def estimate(rows):
+        seen.append(rows)
+        return rows
+
+    table = pd.concat([in_cells(noise.normal(size=4)), in_cells([0.0] * 4).assign(quantity="other")])
+    judge([claim(LESS, estimate=estimate, needs=lambda cell: cell["seed"] in (1, 3))], table)
+    assert set(seen[0]["seed"]) == {1, 3}
+    assert set(seen[0]["quantity"]) == {"q0"}
+
+
+def test_a_failed_cell_makes_the_claims_inconclusive_that_need_it(noise):
+    table = in_cells(noise.normal(-5, 1, size=SEEDS))
+    failures = [Failure(Cell({"seed": 7, "width": 4}), "RuntimeError: no"), Failure(Cell({"seed": 8, "width": 4}), "n")]
+    needing = claim(LESS, id="needing")
+    other = claim(LESS, id="other", needs=lambda cell: cell["width"] == 8)
+    first, second = judge([needing, other], table, failures)
+    assert first.outcome == "inconclusive"
+    assert first.note == "no measurement in cell seed=7, width=4 (and 1 more): RuntimeError: no"
+    assert second.outcome == "supported"
+
+
+@pytest.mark.parametrize(
+    ("estimate", "note"),
+    [
+        (lambda rows: rows["nothing"], "KeyError"),
+        (lambda rows: rows[["value"]], "no column seed"),
+        (lambda rows: pd.concat([rows, rows]), "several rows per seed"),
+        (lambda rows: rows.iloc[:0], "empty"),
+    ],
+)
+def test_an_estimate_that_cannot_be_used_costs_only_its_own_claim(estimate, note, caplog, noise):
+    values = noise.normal(-5, 1, size=SEEDS)
+    with caplog.at_level(logging.CRITICAL):
+        broken, fine = judge([claim(LESS, estimate=estimate), claim(LESS, "q1")], measured(values, values))
+    assert broken.outcome == "inconclusive"
+    assert note in broken.note
+    assert fine.outcome == "supported"
+
+
+def test_nothing_measured():
+    nothing = pd.DataFrame({"quantity": [], "value": [], "seed": []})
+    [verdict] = judge([claim(LESS)], nothing)
+    assert (verdict.outcome, verdict.note) == ("inconclusive", "nothing was measured for it")
+    assert judge([], nothing) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "values", "contradiction"),
+    [("supported", 5.0, True), ("refuted", -5.0, True), ("refuted", 5.0, False), ("open", 5.0, False)],
+)
+def test_contradiction(expected, values, contradiction, noise):
+    subject = claim(LESS, expected=expected)
+    [verdict] = judge([subject], measured(noise.normal(values, 1.0, size=SEEDS)))
+    assert contradicts(subject, verdict) == contradiction
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Equivalence(1.0, 0.0), "margin > 0"),
+        (lambda: Equivalence(np.nan, 1.0), "finite target"),
+        (lambda: Inequality(np.inf, "less"), "finite bound"),
+        (lambda: claim(LESS, id="two words"), "without spaces"),
+    ],
+)
+def test_rules_that_cannot_be_decided_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,41 @@
+"""Progress on a terminal and elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from curvlab.study import Cell
+from curvlab.study.progress import progress
+
+CELLS = [Cell({"seed": seed}) for seed in range(5)]
+COSTS = dict.fromkeys(CELLS, 2.0)
+
+
+def shown(*, terminal, quiet=False):
+    """What is printed while five cells are measured, the third of them in trouble."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with progress(console, COSTS, quiet) as advance:
+        for cell in CELLS:
+            trouble = cell["seed"] == 2
+            advance(cell, "failed: [no]" if trouble else "0.1 s", trouble)
+    return console.file.getvalue()
+
+
+def test_plain_lines_are_the_first_the_last_and_trouble():
+    lines = shown(terminal=False).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["[1/5] seed=0", "[3/5] seed=2", "[5/5] seed=4"]
+    assert "failed: [no]; 0.0 s left" in lines[1]
+    assert lines[2] == "[5/5] seed=4: 0.1 s"
+
+
+def test_a_terminal_keeps_the_trouble_above_the_bar():
+    out = shown(terminal=True)
+    assert "of 5 cells" in out
+    assert "seed=2: failed: [no]\n" in out
+    assert "seed=1: 0.1 s" not in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet(terminal):
+    assert shown(terminal=terminal, quiet=True) == ""

@@ -1,0 +1,166 @@
+"""The look of figures."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from scipy import stats
+
+from curvlab.study import style
+
+STRUCTURES = (
+    "full",
+    "block-diagonal",
+    "block-tridiagonal",
+    "layer-wise",
+    "unit-wise",
+    "diagonal",
+    "kfac",
+    "ekfac",
+    "gradient-descent",
+)
+
+
+@pytest.fixture
+def axes():
+    with style.use():
+        figure, grid = style.canvas()
+        yield grid[0, 0]
+    plt.close(figure)
+
+
+def seeds(*points, count=12):
+    """``count`` seeds of noise around a mean per width."""
+    generator = np.random.default_rng(7)
+    return pd.DataFrame(
+        [
+            {"width": width, "seed": seed, "value": mean * np.exp(0.3 * generator.normal())}
+            for width, mean in points
+            for seed in range(count)
+        ]
+    )
+
+
+def test_every_structure_has_a_look_of_its_own():
+    assert tuple(style.LOOKS) == STRUCTURES
+    for field in ("color", "marker", "label"):
+        assert len({getattr(look, field) for look in style.LOOKS.values()}) == len(STRUCTURES)
+    with pytest.raises(ValueError, match="unknown structure 'k-fac'; did you mean 'kfac'"):
+        style.look("k-fac")
+
+
+def drawn(container):
+    """Positions, means, lower and upper ends of an error bar."""
+    points, _, (bars,) = container.lines
+    ends = np.array(bars.get_segments())[:, :, 1]
+    return points.get_xdata(), points.get_ydata(), ends[:, 0], ends[:, 1]
+
+
+def test_points_are_means_with_t_intervals(axes):
+    table = seeds((128, 1.0), (512, 2.0))
+    positions, means, low, high = drawn(style.measured(axes, table, "width", "kfac", confidence=0.9))
+    assert list(positions) == [128, 512]
+    for index, (_, group) in enumerate(table.groupby("width")):
+        expected = stats.t.interval(0.9, 11, group["value"].mean(), stats.sem(group["value"]))
+        assert means[index] == pytest.approx(group["value"].mean())
+        assert (low[index], high[index]) == pytest.approx(expected)
+
+
+def test_on_a_logarithmic_axis_the_interval_is_that_of_the_logarithm(axes):
+    axes.set_yscale("log")
+    table = seeds((128, 1.0))
+    _, means, low, high = drawn(style.measured(axes, table, "width", "kfac"))
+    logs = np.log(table["value"])
+    assert np.log(means[0]) == pytest.approx(logs.mean())
+    assert (np.log(low[0]), np.log(high[0])) == pytest.approx(stats.t.interval(0.95, 11, logs.mean(), stats.sem(logs)))
+    with pytest.raises(ValueError, match="values ≤ 0"):
+        style.measured(axes, table.assign(value=0.0), "width", "kfac")
+
+
+def test_what_cannot_be_drawn_is_said(axes):
+    table = seeds((128, 1.0), count=4)
+    table.loc[2, "value"] = np.inf
+    container = style.measured(axes, table, "width", "ekfac")
+    assert container.get_label() == "EKFAC (1 of 4 not finite)"
+    with pytest.raises(ValueError, match="several rows per width and seed"):
+        style.measured(axes, pd.concat([table, table]), "width", "full")
+
+
+def test_a_single_seed_is_a_point_without_an_interval(axes):
+    container = style.measured(axes, seeds((128, 1.0), count=1), "width", "full")
+    point, _, (bars,) = container.lines
+    assert np.isfinite(point.get_ydata()).all()
+    assert [len(segment) for segment in bars.get_segments()] == [0]
+
+
+def test_theory_is_a_line_without_markers_in_the_colour_of_its_structure(axes):
+    line = style.theory(axes, [1, 2], [1.0, 4.0], "unit-wise")
+    assert line.get_linestyle() == "-"
+    assert line.get_marker() == "None"
+    assert line.get_color() == style.look("unit-wise").color
+    assert not axes.get_legend_handles_labels()[1]
+
+
+def test_a_shift_moves_the_drawing_and_not_the_data(axes):
+    table = seeds((128, 1.0), (512, 2.0))
+    here, there = (style.measured(axes, table, "width", "full", shift=shift) for shift in (0.0, 7.2))
+    assert list(drawn(here)[0]) == list(drawn(there)[0])
+    pixels = [container.lines[0].get_transform().transform((128.0, 1.0)) for container in (here, there)]
+    assert pixels[1] - pixels[0] == pytest.approx([0.1 * axes.figure.dpi, 0.0])
+    low, high = axes.get_ylim()
+    assert low < min(drawn(there)[2])
+    assert high > max(drawn(there)[3])
+
+
+def test_ticks_are_where_something_was_measured(axes):
+    style.log_ticks(axes, (128, 512))
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["128", "512"]
+    assert list(axes.xaxis.get_minorticklocs()) == []
+
+
+def test_the_legend_has_every_label_once():
+    figure, grid = style.canvas(1, 2)
+    for panel in grid.flat:
+        style.measured(panel, seeds((128, 1.0)), "width", "kfac")
+    style.theory(grid[0, 1], [128, 512], [1.0, 1.0], "kfac", label="theory")
+    style.legend(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["K-FAC", "theory"]
+    plt.close(figure)
+
+
+def test_caption_names_the_claims_and_their_verdicts(axes):
+    verdicts = pd.DataFrame({"claim": ["A-1", "A-2"], "outcome": ["supported", "refuted"]})
+    style.caption(axes.figure, verdicts, ["A-2", "A-3"])
+    assert axes.figure.get_supxlabel() == "A-2: refuted   A-3: not judged"
+
+
+def test_colours_stand_out_from_the_paper_and_from_each_other():
+    """No two colours closer than a quarter of the RGB cube's side, none almost white."""
+    colours = np.array([to_rgb(look.color) for look in style.LOOKS.values()])
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+    assert distances[np.triu_indices(len(colours), 1)].min() > 0.25
+    assert np.linalg.norm(1 - colours, axis=1).min() > 0.25
+
+
+def test_a_saved_figure_has_the_width_of_a_column_and_text_as_text(tmp_path):
+    with style.use():
+        figure, grid = style.canvas(1, 2, width="double")
+        for index, structure in enumerate(STRUCTURES):
+            points = [(width, (index + 1) * width**-0.5) for width in (128, 512, 2048)]
+            for panel, count in zip(grid.flat, (12, 3), strict=True):
+                panel.set(yscale="log", xlabel="width", ylabel="distance from isotropy")
+                style.theory(panel, *zip(*points, strict=True), structure)
+                style.measured(panel, seeds(*points, count=count), "width", structure, shift=3.0 * (index - 4))
+                style.log_ticks(panel, [128, 512, 2048])
+        style.legend(figure, columns=5)
+        style.caption(figure, pd.DataFrame({"claim": ["S-1"], "outcome": ["refuted"]}), ["S-1"])
+        pdf, png = style.save(figure, tmp_path / "all.structures")
+        plt.close(figure)
+    assert (pdf.name, png.name) == ("all.structures.pdf", "all.structures.png")
+    assert plt.imread(png).shape[1] == pytest.approx(style.DOUBLE * 300, abs=1)
+    content = pdf.read_bytes()
+    assert f"/MediaBox [ 0 0 {style.DOUBLE * 72:g} ".encode() in content
+    assert b"/Type3" not in content, "fonts are embedded as TrueType, so that text stays text"
+    assert b"/FontFile2" in content
