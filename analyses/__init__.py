@@ -1,0 +1,1 @@
+"""Analyses: one module per theory, each run as `python -m analyses.<name>`."""

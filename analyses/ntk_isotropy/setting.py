@@ -1,0 +1,204 @@
+"""One network on one problem: its rows, kernels and the theory's predictions for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import curvlab
+from analyses.ntk_isotropy.config import Config
+from curvlab import theory
+from curvlab.fisher import STRUCTURES, LayerWise, Structure
+from curvlab.nn import ACTIVATIONS
+from curvlab.problems import Problem, resolve
+from curvlab.rows import Rows
+from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.rows import gram
+from curvlab.study import Cell
+
+ARGUMENTS = ("width", "depth", "activation", "outputs", "seed", "loss")
+"""Coordinates of a cell that are arguments of a problem."""
+
+SMOOTH = frozenset(ACTIVATIONS) - {"relu"}
+"""Activations whose derivative is almost nowhere zero, γ = 1; γ = ½ for ReLU."""
+
+
+def flat(z: Float[Tensor, "N C"]) -> Float[Tensor, " R"]:
+    """Outputs in row order (output, sample), outputs outermost."""
+    return z.T.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A problem with everything that follows from its network at initialisation; computed once, shared by cells."""
+
+    problem: Problem
+    activation: str
+    _predicted: dict[str, Float[np.ndarray, "T R"] | None] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> Tensor:
+        """Training inputs."""
+        return self.problem.train[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """Training targets."""
+        return self.problem.train[1]
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Exact rows of S on the training inputs."""
+        return curvlab.sqrt_fisher(self.problem.model, self.problem.loss, self.inputs, self.targets)
+
+    @property
+    def jacobian(self) -> Rows:
+        """Rows of J on the training inputs."""
+        return self.rows.jacobian()
+
+    @cached_property
+    def test_jacobian(self) -> Rows:
+        """Rows of J on the test inputs."""
+        return curvlab.jacobian(self.problem.model, self.problem.test[0])
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self.jacobian.shape[1]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers with parameters."""
+        return len(self.jacobian.layers)
+
+    @cached_property
+    def initial(self) -> Float[Tensor, " R"]:
+        """f_0 on the training inputs."""
+        with torch.no_grad():
+            return flat(self.problem.model(self.inputs))
+
+    @cached_property
+    def initial_test(self) -> Float[Tensor, " T"]:
+        """f_0 on the test inputs."""
+        with torch.no_grad():
+            return flat(self.problem.model(self.problem.test[0]))
+
+    @cached_property
+    def kernels(self) -> Float[np.ndarray, "L R R"]:
+        """Θ_l = J_l J_lᵀ/N of every layer."""
+        layers = self.jacobian.layers
+        return np.stack([gram([layer], [layer]).numpy(force=True) for layer in layers]) / self.samples
+
+    @cached_property
+    def test_kernels(self) -> Float[np.ndarray, "L T R"]:
+        """J_l(x') J_lᵀ/N of every layer."""
+        pairs = zip(self.test_jacobian.layers, self.jacobian.layers, strict=True)
+        return np.stack([gram([a], [b]).numpy(force=True) for a, b in pairs]) / self.samples
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every layer is dense on vectors, as the theory of K-FAC and unit-wise blocks assumes."""
+        return all(isinstance(layer, KroneckerRows) and layer.positions == 1 for layer in self.jacobian.layers)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """(M_0, …, M_L), with the rank of the inputs for M_0."""
+        layers = [layer for layer in self.jacobian.layers if isinstance(layer, KroneckerRows)]
+        rank = int(torch.linalg.matrix_rank(layers[0].a[:, 0, 0]))
+        return (rank, *(layer.g.shape[-1] for layer in layers))
+
+    @property
+    def active(self) -> float:
+        """γ."""
+        return 1.0 if self.activation in SMOOTH else 0.5
+
+    def sigma(self, structure: str) -> Float[np.ndarray, "L L"] | None:
+        """Σ of a structure of the layer-wise family; None outside it."""
+        match structure:
+            case "full":
+                return np.ones((self.depth, self.depth))
+            case "block-diagonal":
+                return np.eye(self.depth)
+            case "block-tridiagonal":
+                return theory.tridiagonal_sigma(self.depth)
+            case "layer-wise":
+                return random_sigma(self.depth)
+        return None
+
+    def alpha(self, structure: str) -> float | None:
+        """The derived α, None where no theory gives one."""
+        sigma = self.sigma(structure)
+        if sigma is not None:
+            return float(np.sum(theory.layer_coefficients(sigma)))
+        if structure in ("kfac", "unit-wise") and self.plain:
+            return theory.alpha(structure, self.widths, self.samples, active=self.active)
+        return None
+
+    def published_alpha(self, structure: str) -> float | None:
+        """α as published, None where the paper has none."""
+        excluded = structure == "block-tridiagonal" and not theory.tridiagonal_covered(self.depth)
+        if (
+            structure not in ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
+            or excluded
+            or not self.plain
+        ):
+            return None
+        return theory.published_alpha(structure, self.depth, self.widths[1], self.samples, active=self.active)
+
+    def predicted_test_response(self, structure: str) -> Float[np.ndarray, "T R"] | None:
+        """K(x', X) of claim 8, from kernels or from back-propagated rows; None where there is no formula."""
+        if structure not in self._predicted:
+            self._predicted[structure] = self._predict_test_response(structure)
+        return self._predicted[structure]
+
+    def _predict_test_response(self, structure: str) -> Float[np.ndarray, "T R"] | None:
+        sigma = self.sigma(structure)
+        if structure == "full":
+            return theory.exact_response(self.kernels.sum(0), test_kernel=self.test_kernels.sum(0))
+        if sigma is not None:
+            return theory.layer_wise_response(sigma, self.kernels, test_kernels=self.test_kernels)
+        if structure not in ("kfac", "unit-wise") or not self.plain:
+            return None
+        formula = theory.kfac_layer_response if structure == "kfac" else theory.unit_wise_layer_response
+        total = np.zeros((self.test_jacobian.R, self.jacobian.R))
+        for train, test in zip(self.jacobian.layers, self.test_jacobian.layers, strict=True):
+            total += formula(*_factors(train), *_factors(test))
+        return total
+
+
+def _factors(layer: Any) -> tuple[Float[np.ndarray, "R M"], Float[np.ndarray, "N m"]]:
+    """δ and the inputs of a dense layer."""
+    return layer.g[:, :, 0, 0].flatten(0, 1).numpy(force=True), layer.a[:, 0, 0].numpy(force=True)
+
+
+def random_sigma(depth: int) -> Float[np.ndarray, "L L"]:
+    """Return a random positive definite Σ, the same in every run: a member of the family that nobody chose."""
+    half = np.random.default_rng(depth).standard_normal((depth, depth))
+    return np.asarray(half @ half.T / depth + np.eye(depth))
+
+
+def make(structure: str, depth: int) -> Structure:
+    """Return a structure by its key; the layer-wise one with `random_sigma`."""
+    return LayerWise(random_sigma(depth).tolist()) if structure == "layer-wise" else STRUCTURES[structure]()
+
+
+def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
+    """Return the setting of a cell; the last one is kept, so that neighbouring cells share it."""
+    wanted: dict[str, Any] = {name: cell[name] for name in ARGUMENTS if name in cell.coordinates} | overrides
+    if wanted.get("width") == 0:
+        del wanted["width"]
+    return _setting(config.problem, config.device, config.dtype, tuple(sorted(wanted.items())))
+
+
+@lru_cache(maxsize=1)
+def _setting(spec: str, device: str, dtype: str, arguments: tuple[tuple[str, Any], ...]) -> Setting:
+    values: Mapping[str, Any] = dict(arguments)
+    problem = resolve(spec, **values).to(device, getattr(torch, dtype))
+    return Setting(problem, str(values.get("activation", "relu")))

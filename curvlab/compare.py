@@ -1,0 +1,167 @@
+"""Which approximate Fisher behaves like the exact one on this model, and at which learning rate and damping?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.errors import unknown_name
+from curvlab.fisher import STRUCTURES, Full, Structure
+from curvlab.fisher.damping import Damping, absolute
+from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows.loss import Kind
+from curvlab.rows.sweep import PickOutput, as_arguments, call
+
+
+def compare(
+    model: nn.Module,
+    loss: nn.Module,
+    data: tuple[Any, Tensor],
+    structures: Sequence[str] | Mapping[str, Structure] = tuple(STRUCTURES),
+    damping: Sequence[Damping] = ("rel:1e-6", "rel:1e-3"),
+    *,
+    kind: Kind = "exact",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    output: PickOutput = None,
+) -> pd.DataFrame:
+    """Judge structures in function space, on one batch of data.
+
+    A step `θ ← θ − η (F + ρI)⁻¹∇L` moves the outputs by the response. It is looked at in the metric of the loss,
+    `M = S (F + ρI)⁻¹ Sᵀ` with S the exact rows, which for `HalfSquaredError` is `J (F + ρI)⁻¹ Jᵀ/N`. The undamped full
+    matrix gives the projector P on the output directions that the loss weighs (all of them for squared errors, all but a
+    common shift of the logits for a softmax), if the Jacobian has full row rank.
+
+    Args:
+        model: any module whose samples do not interact; it is left as it was found.
+        loss: see `curvlab.sqrt_fisher`.
+        data: inputs and targets.
+        structures: keys of `curvlab.fisher.STRUCTURES`, or structures by a name of your own. All by default.
+        damping: values of ρ, absolute or relative to each structure's λ_max ("rel:1e-6"); 0 is the pseudo-inverse.
+        kind: rows from which the structures are built; the response is always that of the exact rows.
+        samples: see `curvlab.sqrt_fisher`.
+        generator: see `curvlab.sqrt_fisher`.
+        output: see `curvlab.sqrt_fisher`.
+
+    Returns:
+        One row a structure and damping, with the columns
+
+        - `structure`, `damping` (as given), `rho` (absolute), `rho_rel` (ρ/λ_max of the structure);
+        - `alpha`: tr M / tr P, the scale of the response; an isotropic one interpolates in one step at η = 1/α;
+        - `anisotropy`: ‖M − αP‖_F / ‖αP‖_F, 0 for an isotropic response;
+        - `cosine`: of the step with that of the full exact matrix at the same `damping`;
+        - `lambda_max`: largest eigenvalue of M;
+        - `eta_max`: 2/λ_max, the largest stable learning rate where the loss is quadratic;
+        - `rank`: eigenvalues of the structure above P·ε·λ_max in modulus;
+        - `seconds`: of building the structure and of one step; `mib`: of the state that it keeps.
+
+    Raises:
+        ValueError: for an unknown structure, with the nearest suggested; others as `curvlab.sqrt_fisher`.
+
+    Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
+    """
+    inputs, targets = data
+    exact = sqrt_fisher(model, loss, inputs, targets, "exact", output=output)
+    own = exact if kind == "exact" else sqrt_fisher(
+        model, loss, inputs, targets, kind, samples=samples, generator=generator, output=output
+    )
+    u = _output_gradient(model, loss, inputs, targets, output)
+    gradient = exact.jacobian().rmatvec(u)
+    projector = _projector(exact)
+    reference = Full().update(exact)
+    wanted = {rho: reference.lift(exact.dual(u), rho) for rho in damping}
+    table = []
+    for name, structure in _chosen(structures).items():
+        started = time.perf_counter()
+        structure.update(own)
+        built = time.perf_counter() - started
+        largest = structure.largest_eigenvalue()
+        values = structure.eigvalsh().abs()
+        rank = int((values > exact.P * torch.finfo(values.dtype).eps * values.max()).sum())
+        for rho in damping:
+            started = time.perf_counter()
+            step = structure.lift(exact.dual(u), rho) if own is exact else structure.solve(gradient, rho)
+            seconds = built + time.perf_counter() - started
+            absolute_rho = absolute(rho, structure.largest_eigenvalue)
+            response = structure.response(exact, rho) * structure.count
+            response = (response + response.T) / 2
+            alpha = float(response.trace() / projector.trace())
+            top = float(torch.linalg.eigvalsh(response).max())
+            table.append(
+                {
+                    "structure": name,
+                    "damping": rho,
+                    "rho": absolute_rho,
+                    "rho_rel": absolute_rho / largest,
+                    "alpha": alpha,
+                    "anisotropy": float((response - alpha * projector).norm() / (alpha * projector).norm()),
+                    "cosine": _cosine(exact, step, wanted[rho]),
+                    "lambda_max": top,
+                    "eta_max": 2 / top,
+                    "rank": rank,
+                    "seconds": seconds,
+                    "mib": _bytes(structure.state_dict()) / 2**20,
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def _chosen(structures: Sequence[str] | Mapping[str, Structure]) -> dict[str, Structure]:
+    if isinstance(structures, Mapping):
+        return dict(structures)
+    for name in structures:
+        if name not in STRUCTURES:
+            raise unknown_name("structure", name, STRUCTURES)
+    return {name: STRUCTURES[name]() for name in structures}
+
+
+def _output_gradient(
+    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, output: PickOutput
+) -> Float[Tensor, " R"]:
+    """∂L/∂z in row order."""
+    with torch.no_grad():
+        z = call(model, as_arguments(inputs), output)
+    with torch.enable_grad():
+        z.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(z, targets), z)
+    return gradient.flatten(1).T.flatten()
+
+
+def _projector(exact: Rows) -> Float[Tensor, "R R"]:
+    """Projector on the rows' directions that the loss weighs."""
+    assert exact.factor is not None
+    within = exact.factor.projector()
+    C, X, N = within.shape[:3]
+    out = within.new_zeros(C, X, N, C, X, N)
+    x, n = torch.arange(X, device=within.device)[:, None], torch.arange(N, device=within.device)
+    out[:, x, n, :, x, n] = within.permute(1, 2, 0, 3)
+    return out.view(C * X * N, C * X * N)
+
+
+def _cosine(rows: Rows, a: Any, b: Any) -> float:
+    x, y = rows.space.flatten(a), rows.space.flatten(b)
+    return float(x @ y / (x.norm() * y.norm()))
+
+
+def _bytes(state: Any) -> int:
+    """Memory of the tensors in nested containers, storage that is shared counted once."""
+    seen: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(state)
+    return sum(seen.values())
