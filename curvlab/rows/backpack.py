@@ -2,8 +2,8 @@
 
 BackPACK propagates the seeds through a chain of modules; where its own extensions would form `[V, N, *parameter]`, the
 rules here hand the factor at the layer's output to the table of layers. The extension runs on a structural twin of the
-model: `backpack.extend` leaves full backward hooks, which break `torch.func`, and attributes on parameters, so the twin
-has Parameters of its own that share the storage of the user's.
+model: BackPACK leaves full backward hooks, which break `torch.func`, and attributes on parameters, so the twin has
+Parameters of its own that share the storage of the user's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 import torch
-from backpack import backpack, extend
+from backpack import backpack, hook_run_extensions, hook_store_io
 from backpack.core.derivatives.basederivatives import BaseDerivatives
 from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
 from backpack.core.derivatives.conv1d import Conv1DDerivatives
@@ -21,18 +21,28 @@ from backpack.core.derivatives.embedding import EmbeddingDerivatives
 from backpack.core.derivatives.linear import LinearDerivatives
 from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
-from backpack.extensions.secondorder.sqrt_ggn import activations, flatten, padding, pooling
+from backpack.extensions.secondorder.sqrt_ggn import activations, dropout, flatten, padding, pooling
 from backpack.extensions.secondorder.sqrt_ggn.custom_module import SqrtGGNScaleModule
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import NTKLinear
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.modules import rule_for
-from curvlab.rows.sweep import PickOutput, Seed, Swept, call, in_parameter_order, owners_of, structural_twin
+from curvlab.rows.sweep import (
+    Arguments,
+    PickOutput,
+    Seed,
+    Swept,
+    call,
+    in_parameter_order,
+    owners_of,
+    structural_twin,
+)
 
 
-class _NTKLinearDerivatives(LinearDerivatives):
+class _NTKLinearDerivatives(LinearDerivatives):  # type: ignore[misc]
     """Derivatives of `y = s_w/√M x Wᵀ + s_b b`."""
 
     def _jac_t_mat_prod(
@@ -48,11 +58,9 @@ class _KeepFactor(MatToJacMat):  # type: ignore[misc]
     def __init__(self, derivatives: BaseDerivatives, parameters: tuple[str, ...]) -> None:
         super().__init__(derivatives, params=list(parameters))
 
-    def weight(
-        self, ext: _RowsExtension, module: nn.Module, g_inp: Any, g_out: Any, backproped: Tensor
-    ) -> None:
-        """Record the factor and the input under the module."""
-        ext.kept[module] = (module.input0.detach(), backproped)
+    def weight(self, ext: _RowsExtension, module: Any, *arguments: Any) -> None:
+        """Record the input and the back-propagated rows, the last argument, under the module."""
+        ext.kept[module] = (module.input0.detach(), arguments[-1])
 
     bias = weight
 
@@ -92,19 +100,22 @@ _PARAMETERLESS: dict[type[nn.Module], MatToJacMat] = {
     nn.SELU: activations.SqrtGGNSELU(),
     nn.Flatten: flatten.SqrtGGNFlatten(),
     nn.Identity: SqrtGGNScaleModule(),
+    nn.Dropout: dropout.SqrtGGNDropout(),
     nn.MaxPool1d: pooling.SqrtGGNMaxPool1d(),
     nn.MaxPool2d: pooling.SqrtGGNMaxPool2d(),
-    nn.AvgPool1d: pooling.SqrtGGNAvgPool1d(),
-    nn.AvgPool2d: pooling.SqrtGGNAvgPool2d(),
     nn.ZeroPad2d: padding.SqrtGGNZeroPad2d(),
 }
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
     """Propagates seeds and keeps, for every layer of the table, its input and the rows at its output."""
 
     def __init__(self, seeds: Tensor) -> None:
-        super().__init__("curvlab_rows", {_SeedLoss: _StartRows(), **_PARAMETRISED, **_PARAMETERLESS})
+        modules: dict[type[nn.Module], MatToJacMat] = {_SeedLoss: _StartRows(), **_PARAMETRISED, **_PARAMETERLESS}
+        super().__init__("curvlab_rows", modules)
         self.seeds = seeds
         self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -112,53 +123,69 @@ class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
         return existing + other
 
 
-def obstacle(model: nn.Module) -> str | None:
+def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
     """Say why BackPACK cannot propagate rows through a model, or return None if it can.
 
     It can through (nested) `Sequential` chains of modules that it knows, each used once and none in place.
     """
+    if pick is not None:
+        return "output= picks from what the model returns"
     used: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
+        where = f"{type(module).__name__} {name!r}"
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"{where} has hooks or a forward pass of its own"
         if type(module) is nn.Sequential:
             continue
-        where = f"{type(module).__name__} {name!r}"
         if type(module) not in _PARAMETRISED and type(module) not in _PARAMETERLESS:
             return f"{where} is not in BackPACK's chain rules"
         if module in used:
             return f"{where} is used more than once"
         if getattr(module, "inplace", False):
             return f"{where} works in place"
-        if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(
-            getattr(module, "padding", 0), str
-        ):
+        if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(getattr(module, "padding", 0), str):
             return f"{where} pads by {module.padding_mode!r}, {module.padding!r}"
+        if not getattr(module, "affine", True):
+            return f"{where} has no scale and shift"
         used.add(module)
     if any(owner.tied for owner in owners_of(model)):
         return "parameters are tied"
     return None
 
 
-def sweep(model: nn.Module, inputs: Any, pick: PickOutput, seed: Seed) -> Swept:
+def _hook(model: nn.Module) -> nn.Module:
+    """Do what `backpack.extend` does, without its global list of all hooks, which would grow with every sweep."""
+    for module in model.modules():
+        if type(module) is not nn.Sequential:
+            module.register_forward_hook(hook_store_io)
+            module.register_full_backward_hook(hook_run_extensions)
+    return model
+
+
+def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed) -> Swept:
     """Propagate the seeds with BackPACK and keep the rows factored.
 
     Raises:
         UnsupportedModel: if BackPACK cannot treat the model; the message says why.
     """
-    reason = obstacle(model)
+    reason = obstacle(model, pick)
     if reason is not None:
         raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
-    twin = extend(structural_twin(model))
+    twin = _hook(structural_twin(model))
+    owners = owners_of(twin)
+    smallest = min((getattr(owners[0].module, name) for name in owners[0].names), key=Tensor.numel)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-        z = call(twin, inputs, pick)
+        z = call(twin, tree_map_only(Tensor, Tensor.detach, arguments), pick)
         seeds = seed(z.detach())
         extension = _RowsExtension(seeds)
         with backpack(extension):
-            extend(_SeedLoss())(z).backward()
+            # One parameter of the first layer is enough for a pass through all of them.
+            _hook(_SeedLoss())(z).backward(inputs=[smallest])
     layers: list[LayerRows] = []
-    for original, copied in zip(owners_of(model), owners_of(twin), strict=True):
-        x, g = extension.kept[copied.module]
-        rule = rule_for(original.module)
+    for owner in owners:
+        x, g = extension.kept[owner.module]
+        rule = rule_for(owner.module)
         assert rule is not None
-        layers.append(rule.rows(original.module, original.name, original.layout, original.names, x, g))
+        layers.append(rule.rows(owner.module, owner.name, owner.layout, owner.names, x, g))
     return Swept(z.detach(), seeds, in_parameter_order(model, layers))

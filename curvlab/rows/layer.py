@@ -17,14 +17,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.rows.parameters import Layout
-from curvlab.rows.products import add_product, chunks
+from curvlab.rows.products import add_pairs, add_product, chunks, pairs_cost
+
+Own = TypeVar("Own", bound="LayerRows")
 
 RowMap = Callable[[Tensor], Tensor]
 """A map of tensors `[V, N, …]` to `[W, N, …]`, linear in the row axis `v`."""
@@ -48,7 +51,7 @@ class LayerRows(ABC):
         """The tensors that determine the rows; the last one carries the row index, `[V, N, …]`."""
 
     @abstractmethod
-    def _with_factors(self, *factors: Tensor) -> Self:
+    def _with_factors(self: Own, *factors: Tensor) -> Own:
         """Return the same kind of rows over other tensors."""
 
     @abstractmethod
@@ -86,27 +89,37 @@ class LayerRows(ABC):
         """Floating-point type of the rows."""
         return self.factors[-1].dtype
 
-    def map_rows(self, function: RowMap) -> Self:
+    def map_rows(self: Own, function: RowMap) -> Own:
         """Apply a linear map of the row axis."""
         *shared, rows = self.factors
         return self._with_factors(*shared, function(rows))
 
-    def scale(self, factor: float) -> Self:
+    def scale(self: Own, factor: float) -> Own:
         """Multiply all rows by a number."""
         return self.map_rows(lambda rows: rows * factor)
 
-    def to(self, dtype: torch.dtype) -> Self:
+    def to(self: Own, dtype: torch.dtype) -> Own:
         """Convert the floating-point factors."""
         return self._with_factors(*(f.to(dtype) if f.is_floating_point() else f for f in self.factors))
 
-    def select(self, samples: slice) -> Self:
+    def select(self: Own, samples: slice) -> Own:
         """Keep some of the samples."""
         *shared, rows = self.factors
         return self._with_factors(*(f[samples] for f in shared), rows[:, samples])
 
-    def concatenate(self, others: Sequence[LayerRows]) -> Self:
-        """Append the samples of other rows of this layer."""
+    def concatenate(self: Own, others: Sequence[LayerRows]) -> Own:
+        """Append the samples of other rows of this layer.
+
+        Raises:
+            ValueError: if the layer was applied at different numbers of positions.
+        """
         parts = [self.factors, *(other.factors for other in others)]
+        if len({part[-1].shape[2:] for part in parts}) > 1:
+            positions = ", ".join(str(part[-1].shape[2]) for part in parts)
+            raise ValueError(
+                f"Layer {self.name!r} was applied at {positions} positions in batches that are to be stacked. "
+                "Pad the inputs to one length."
+            )
         shared = [torch.cat(fs, dim=0) for fs in list(zip(*parts, strict=True))[:-1]]
         return self._with_factors(*shared, torch.cat([part[-1] for part in parts], dim=1))
 
@@ -120,7 +133,7 @@ class LayerRows(ABC):
 
     def unit_stack(self) -> Float[Tensor, "U R width"]:
         """Form the rows of every unit. Memory `R·P_l`."""
-        return self.dense().unflatten(1, (self.layout.units, self.layout.width)).transpose(0, 1)
+        return self.dense().reshape(self.count, self.layout.units, self.layout.width).transpose(0, 1)
 
     def diagonal(self) -> Float[Tensor, " P_l"]:
         """Return the diagonal of `SᵀS`. Cost `R·P_l` after `dense`, in chunks of samples."""
@@ -170,37 +183,39 @@ class KroneckerRows(LayerRows):
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ`.
 
-        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`. For `T > 1` the cheaper of forming the rows,
-        `(R + S)·T·Q·O·I + R·S·Q·O·I`, and of the pairs of positions, `Q·(R·S·T·T'·(O + 1) + N·M·T·T'·I)`.
+        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`. For `T > 1` it is the cheaper of forming the
+        rows, `(R·T + S·U + R·S)·Q·O·I`, and of the pairs of positions, `Q·N·M·T·(U·I + W·O·(U + V))`.
         """
         if not isinstance(other, KroneckerRows):
             self._add_dense_gram(out, other)
-            return
-        if self.positions == other.positions == 1:
+        elif self.positions == other.positions == 1:
             for q in range(self.a.shape[2]):
                 weight = self.a[:, 0, q] @ other.a[:, 0, q].T
                 add_product(out, self.g[:, :, 0, q], other.g[:, :, 0, q], weight, symmetric=other is self)
-            return
-        (_, N), (_, M) = self.shape, other.shape
-        R, S, T, U = self.count, other.count, self.positions, other.positions
-        _, _, _, Q, O = self.g.shape  # noqa: E741
-        I = self.a.shape[-1]  # noqa: E741
-        forming = (R * T + S * U) * Q * O * I + R * S * Q * O * I
-        pairing = Q * (R * S * T * U * (O + 1) + N * M * T * U * I)
-        if forming <= pairing:
-            self._add_dense_gram(out, other)
+        elif self._forming_cost(other) <= self._pairing_cost(other):
+            self._add_formed_gram(out, other)
         else:
             self._add_pairwise_gram(out, other)
 
+    def _forming_cost(self, other: KroneckerRows) -> int:
+        return (self.count * (self.positions + other.count) + other.count * other.positions) * self.size
+
+    def _pairing_cost(self, other: KroneckerRows) -> int:
+        similarity = self.shape[1] * self.positions * other.shape[1] * other.positions * self.a.shape[3]
+        return self.a.shape[2] * (similarity + pairs_cost(self.g[:, :, :, 0], other.g[:, :, :, 0]))
+
+    def _add_formed_gram(self, out: Float[Tensor, "R S"], other: KroneckerRows) -> None:
+        _, _, _, Q, O = self.g.shape  # noqa: E741
+        for q in range(Q):
+            for part in chunks(O, max(self.count, other.count) * self.a.shape[3]):
+                left = _form(self.a[:, :, q], self.g[:, :, :, q, part])
+                right = left if other is self else _form(other.a[:, :, q], other.g[:, :, :, q, part])
+                add_product(out, left, right, symmetric=other is self)
+
     def _add_pairwise_gram(self, out: Float[Tensor, "R S"], other: KroneckerRows) -> None:
-        (V, N), (W, M) = self.shape, other.shape
-        T, U = self.positions, other.positions
-        view = out.view(V, N, W, M)
-        for part in chunks(N, V * T * other.count * U):
-            for q in range(self.a.shape[2]):
-                gg = torch.einsum("vnto,wmuo->vwntmu", self.g[:, part, :, q], other.g[:, :, :, q])
-                aa = torch.einsum("nti,mui->ntmu", self.a[part, :, q], other.a[:, :, q])
-                view[:, part] += torch.einsum("vwntmu,ntmu->vnwm", gg, aa)
+        for q in range(self.a.shape[2]):
+            alike = partial(_inner_products, self.a[:, :, q], other.a[:, :, q])
+            add_pairs(out, self.g[:, :, :, q], other.g[:, :, :, q], alike, symmetric=other is self)
 
     def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:  # noqa: D102
         Q, O, I = self.a.shape[2], self.g.shape[4], self.a.shape[3]  # noqa: E741
@@ -233,6 +248,18 @@ class KroneckerRows(LayerRows):
         return g.flatten(0, 2).transpose(0, 1)
 
 
+def _inner_products(
+    left: Float[Tensor, "N T I"], right: Float[Tensor, "M U I"], n: slice, m: slice
+) -> Float[Tensor, "n t m u"]:
+    """Compare the positions of some samples with those of others."""
+    return torch.einsum("nti,mui->ntmu", left[n], right[m])
+
+
+def _form(a: Float[Tensor, "N T I"], g: Float[Tensor, "V N T O"]) -> Float[Tensor, "V N P"]:
+    """Form the rows of one group."""
+    return torch.einsum("vnto,nti->vnoi", g, a).flatten(2)
+
+
 @dataclass(frozen=True, eq=False)
 class EmbeddingRows(LayerRows):
     """Rows of an embedding: position t adds `g[v,n,t]` to the table row `index[n,t]`.
@@ -261,16 +288,18 @@ class EmbeddingRows(LayerRows):
         return self
 
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
-        """Add `self @ otherᵀ`, over the pairs of positions that look up the same row: `R·S·T·T'·I`."""
-        if not isinstance(other, EmbeddingRows):
+        """Add `self @ otherᵀ`: the cheaper of forming the rows, `R·S·P_l`, and of the pairs of positions."""
+        forming = self.count * other.count * self.size
+        if isinstance(other, EmbeddingRows) and pairs_cost(self.g, other.g) < forming:
+            self._add_pairwise_gram(out, other)
+        else:
             self._add_dense_gram(out, other)
-            return
-        (V, N), (W, M) = self.shape, other.shape
-        view = out.view(V, N, W, M)
-        for part in chunks(N, V * self.index.shape[1] * other.count * other.index.shape[1]):
-            gg = torch.einsum("vnti,wmui->vwntmu", self.g[:, part], other.g)
-            same = self.index[part, :, None, None] == other.index
-            view[:, part] += torch.einsum("vwntmu,ntmu->vnwm", gg, same.to(gg.dtype))
+
+    def _add_pairwise_gram(self, out: Float[Tensor, "R S"], other: EmbeddingRows) -> None:
+        def alike(n: slice, m: slice) -> Tensor:
+            return (self.index[n, :, None, None] == other.index[m]).to(self.dtype)
+
+        add_pairs(out, self.g, other.g, alike, symmetric=other is self)
 
     def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:  # noqa: D102
         looked_up = block.view(-1, self.layout.units, self.layout.width)[:, self.index]
@@ -284,9 +313,7 @@ class EmbeddingRows(LayerRows):
     def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
         V, N, T, I = self.g.shape  # noqa: E741
         table = self.g.new_zeros(V, N, self.layout.units, I)
-        return table.scatter_add_(2, self.index.expand(V, N, T)[..., None].expand_as(self.g), self.g).view(
-            V * N, -1
-        )
+        return table.scatter_add_(2, self.index.expand(V, N, T)[..., None].expand_as(self.g), self.g).view(V * N, -1)
 
     def frequency(self, sample_weights: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
         """Return the diagonal of K-FAC's A, `Σ_n ω_n (1/T) Σ_t 1[index = u]`, of the one-hot inputs."""

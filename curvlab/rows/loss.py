@@ -19,7 +19,7 @@ position v-ordered as (k, x), x innermost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,35 +35,69 @@ Kind = Literal["exact", "ggn", "mc", "empirical"]
 
 @dataclass(frozen=True)
 class OutputFactor:
-    """Λ^{1/2}/√count at the output: row (k, x, n) of S is `Σ_c factor[k,n,c,x]` times row (c, x, n) of J.
+    """Λ^{1/2}/√count at the output, which turns rows (c, x, n) of J into rows of S in the same order.
+
+    Element-wise losses rescale rows by `scale`. A softmax mixes the C rows of a position by
+    `scale √p_k (δ_kc − p_c)`: K = C rows again, one of which is redundant.
 
     Attributes:
-        factor: `[K, N, C, X]`, or `[C, N, X]` where it is diagonal (K = C).
+        scale: `[C, N, X]`.
+        root: `√p` of a softmax, `[C, N, X]`; None for element-wise losses.
     """
 
-    factor: Tensor
+    scale: Float[Tensor, "C N X"]
+    root: Float[Tensor, "C N X"] | None = None
 
-    @property
-    def diagonal(self) -> bool:
-        """Whether rows are only rescaled."""
-        return self.factor.ndim == 3
+    def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V N ..."]:
+        """Weight rows of J. Cost `V·N` times the elements of a row."""
+        X = self.scale.shape[-1]
+        split = rows.reshape(-1, X, *rows.shape[1:])
 
-    def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "W N ..."]:
-        """Weight rows of J. Cost `K·C·X·N` times the elements of a row; `C·X·N` where diagonal."""
-        X = self.factor.shape[-1]
-        split = rows.unflatten(0, (-1, X))
-        if self.diagonal:
-            weight = self.factor.transpose(1, 2)
-            weighted = split * weight.reshape(*weight.shape, *(1,) * (rows.ndim - 2))
-        else:
-            weighted = torch.einsum("kncx,cxn...->kxn...", self.factor, split)
-        return weighted.flatten(0, 1)
+        def spread(weight: Tensor) -> Tensor:
+            return weight.transpose(1, 2).reshape(*split.shape[:3], *(1,) * (rows.ndim - 2))
+
+        if self.root is not None:
+            split = (split - (spread(self.root.square()) * split).sum(0)) * spread(self.root)
+        return (split * spread(self.scale)).flatten(0, 1)
 
     def inverse(self) -> OutputFactor | None:
         """Return the factor that turns S back into J, or None if some direction of the output has no weight."""
-        if not self.diagonal or bool((self.factor == 0).any()):
+        if self.root is not None or bool((self.scale == 0).any()):
             return None
-        return OutputFactor(self.factor.reciprocal())
+        return OutputFactor(self.scale.reciprocal())
+
+    def dual(self, u: Float[Tensor, "K C X N"]) -> Float[Tensor, "K C X N"]:
+        """Return the shortest c with `Sᵀc = Jᵀu`; for a softmax, with u reduced to entries that sum to zero.
+
+        Directions without weight, which no c reaches, are dropped.
+        """
+        scale = self.scale.transpose(1, 2)
+        if self.root is not None:
+            root = self.root.transpose(1, 2)
+            scale = scale * root
+            u = u - root.square() * u.sum(1, keepdim=True)
+        return torch.where(scale != 0, u / torch.where(scale != 0, scale, 1), 0)
+
+    def projector(self) -> Float[Tensor, "C X N C"]:
+        """Return the projector on the range of `Λ^{1/2}` at every position: ones, or `I − √p√pᵀ` for a softmax."""
+        C = self.scale.shape[0]
+        weighted = (self.scale != 0).to(self.scale).transpose(1, 2)
+        projector = torch.eye(C, dtype=self.scale.dtype, device=self.scale.device)[:, None, None] * weighted[..., None]
+        if self.root is None:
+            return projector
+        root = self.root.transpose(1, 2)
+        return projector - weighted[..., None] * root[..., None] * root.permute(1, 2, 0)
+
+    def to(self, dtype: torch.dtype) -> OutputFactor:
+        """Convert to another floating-point type."""
+        return OutputFactor(self.scale.to(dtype), None if self.root is None else self.root.to(dtype))
+
+    @staticmethod
+    def concatenate(parts: Sequence[OutputFactor], scales: Sequence[float]) -> OutputFactor:
+        """Stack the samples of several batches, each multiplied by a number."""
+        scale = torch.cat([part.scale * number for part, number in zip(parts, scales, strict=True)], dim=1)
+        roots = [part.root for part in parts if part.root is not None]
+        return OutputFactor(scale, torch.cat(roots, dim=1) if roots else None)
 
 
 @dataclass(frozen=True)
@@ -100,14 +134,11 @@ class LossTerms:
 
     def exact(self) -> OutputFactor:
         """Return Λ^{1/2}/√count."""
-        scaled = (self.weight / self.count).sqrt()
+        scale = (self.weight / self.count).sqrt().transpose(0, 1)
         if self.likelihood == "softmax":
-            p = self.z.softmax(1)
-            N, C, X = p.shape
-            eye = torch.eye(C, dtype=p.dtype, device=p.device).view(C, 1, C, 1)
-            rows = p.transpose(0, 1).sqrt()[:, :, None] * (eye - p[None])
-            return OutputFactor(rows * scaled[None])
-        return OutputFactor((scaled * self._curvature().sqrt()).transpose(0, 1))
+            root = self.z.softmax(1).sqrt().transpose(0, 1)
+            return OutputFactor(scale.expand_as(root), root)
+        return OutputFactor(scale * self._curvature().sqrt().transpose(0, 1))
 
     def sampled(self, samples: int, generator: torch.Generator) -> Float[Tensor, "V N C X"]:
         """Draw rows whose covariance is Λ/count, divided by √samples."""
@@ -163,7 +194,7 @@ def loss_terms(loss: nn.Module, z: Float[Tensor, "N C ..."], targets: Tensor) ->
 
     Raises:
         UnsupportedModel: if the loss or its reduction is not covered.
-        ValueError: if targets do not fit, are not finite, or carry no weight at all.
+        ValueError: if targets do not fit, are not finite, or carry no weight at all, or if weights are negative.
     """
     reader = LOSSES.get(type(loss))
     if reader is None:
@@ -171,19 +202,27 @@ def loss_terms(loss: nn.Module, z: Float[Tensor, "N C ..."], targets: Tensor) ->
             f"{type(loss).__name__} is not a loss that curvlab knows. Use one of: "
             f"{', '.join(kind.__name__ for kind in LOSSES)}."
         )
-    if loss.reduction not in ("mean", "sum"):
-        raise UnsupportedModel(
-            f"{type(loss).__name__} has reduction={loss.reduction!r}; a Fisher matrix needs 'mean' or 'sum'."
-        )
     if targets.is_floating_point() and not torch.isfinite(targets).all():
         sample = int((~torch.isfinite(targets)).reshape(len(targets), -1).any(1).nonzero()[0])
         raise ValueError(f"The targets are not finite, first at sample {sample}.")
     terms = reader(loss, z, targets)
+    if bool((terms.weight < 0).any()):
+        raise ValueError(f"{type(loss).__name__} has negative weights, so the curvature has no square root.")
     if terms.count == 0:
         raise ValueError(
             "No target carries weight (all ignored, or class weights of zero), so the mean does not exist."
         )
     return terms
+
+
+def _reduction(loss: nn.Module) -> Literal["mean", "sum"]:
+    if loss.reduction == "mean":
+        return "mean"
+    if loss.reduction == "sum":
+        return "sum"
+    raise UnsupportedModel(
+        f"{type(loss).__name__} has reduction={loss.reduction!r}; a Fisher matrix needs 'mean' or 'sum'."
+    )
 
 
 def _same_shape(loss: nn.Module, z: Tensor, targets: Tensor) -> Tensor:
@@ -195,6 +234,7 @@ def _same_shape(loss: nn.Module, z: Tensor, targets: Tensor) -> Tensor:
 
 
 def _squared(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
+    assert isinstance(loss, nn.MSELoss | HalfSquaredError)
     residual = flat_outputs(z - _same_shape(loss, z, targets))
     half = isinstance(loss, HalfSquaredError)
     hessian = 1.0 if half else 2.0
@@ -205,7 +245,7 @@ def _squared(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
         weight=torch.ones_like(residual),
         score=hessian * residual,
         count=float(divisor) if loss.reduction == "mean" else 1.0,
-        reduction=loss.reduction,
+        reduction=_reduction(loss),
         hessian=hessian,
     )
 
@@ -218,19 +258,15 @@ def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
         )
     positions = (z.shape[0], *z.shape[2:])
     if targets.shape != positions:
-        raise ValueError(
-            f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}."
-        )
+        raise ValueError(f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}.")
     logits = flat_outputs(z)
     N, C, X = logits.shape
-    y = targets.reshape(N, X)
+    y = targets.long().reshape(N, X)
     counted = y != loss.ignore_index
     outside = counted & ((y < 0) | (y >= C))
     if outside.any():
         n, x = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"Target {int(y[n, x])} of sample {n} is neither one of the {C} classes nor ignore_index."
-        )
+        raise ValueError(f"Target {int(y[n, x])} of sample {n} is neither one of the {C} classes nor ignore_index.")
     class_weight = z.new_ones(C) if loss.weight is None else loss.weight.to(z)
     label = torch.where(counted, y, 0)
     own = class_weight[label] * counted
@@ -243,7 +279,7 @@ def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
         weight=weight,
         score=logits.softmax(1) - mass / torch.where(weight > 0, weight, 1),
         count=float(own.sum()) if loss.reduction == "mean" else 1.0,
-        reduction=loss.reduction,
+        reduction=_reduction(loss),
     )
 
 
@@ -261,7 +297,7 @@ def _bernoulli(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
         weight=flat_outputs(weight.expand_as(z)),
         score=flat_outputs(z.sigmoid() - positive / torch.where(mass > 0, mass, 1)),
         count=float(z.numel()) if loss.reduction == "mean" else 1.0,
-        reduction=loss.reduction,
+        reduction=_reduction(loss),
     )
 
 

@@ -1,14 +1,15 @@
 """The table of supported layers: how a module's input and back-propagated rows become `LayerRows`.
 
-A new layer is one entry of `RULES`: its exact forward pass (a subclass that overrides `forward` is not covered), how its
-parameters are laid out in units, and how its rows follow from its input and from the rows at its output. Both engines
-read this table, and so do the tests and the documentation.
+A new layer is one entry of `RULES`: its exact forward pass (a subclass that overrides `forward` is not covered), how
+its parameters are laid out in units, and how its rows follow from its input and from the rows at its output. Both
+engines read this table, and so do the tests and the documentation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,19 @@ class Rule:
     Attributes:
         units: number of units of a module (output channels, scale-shift pairs, table rows).
         rows: `(module, layout, names, input, g [V, N, *output])` to rows.
-        check: raises `UnsupportedModel` for settings that the rule does not cover.
+        check: raises `UnsupportedModel` for settings that the rule does not cover, if there are any.
     """
 
-    units: Callable[[nn.Module], int]
+    units: Callable[[Any], int]
     rows: Callable[[nn.Module, str, Layout, Names, Tensor, Tensor], LayerRows]
-    check: Callable[[nn.Module, str], None] = lambda module, name: None
+    check: Callable[[nn.Module, str], None] | None = None
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """Return the rule of a module, or None if its forward pass is not in the table."""
+    """Return the rule of a module, or None if its forward pass or its parameters are not those in the table."""
+    altered = "forward" in vars(module) or not module._parameters.keys() <= {"weight", "bias"}
     for kind, rule in RULES.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and type(module).forward is kind.forward and not altered:
             return rule
     return None
 
@@ -78,9 +80,7 @@ def _pad(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def _convolution(
-    module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor
-) -> LayerRows:
+def _convolution(module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor) -> LayerRows:
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
     V, N = g.shape[:2]
     padded = _pad(module, x)
@@ -103,7 +103,7 @@ def _embedding(
     module: nn.Module,
     name: str,
     layout: Layout,
-    names: Names,
+    names: Names,  # noqa: ARG001
     x: Tensor,
     g: Tensor,
 ) -> LayerRows:
@@ -112,7 +112,7 @@ def _embedding(
     index, rows = x.reshape(N, -1), g.reshape(V, N, -1, g.shape[-1])
     if module.padding_idx is not None:
         rows = rows * (index != module.padding_idx)[..., None]
-    return EmbeddingRows(name, layout, index, rows)
+    return EmbeddingRows(name, layout, index.clone(), rows)
 
 
 def _check_embedding(module: nn.Module, name: str) -> None:
@@ -134,9 +134,7 @@ def _scale_shift(name: str, layout: Layout, names: Names, normalised: Tensor, g:
     return DenseRows(name, layout, torch.stack(columns, dim=-1))
 
 
-def _batch_norm(
-    module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor
-) -> LayerRows:
+def _batch_norm(module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor) -> LayerRows:
     assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
     plain = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
     V, N, U = g.shape[:3]
@@ -145,25 +143,11 @@ def _batch_norm(
     )
 
 
-def _check_batch_norm(module: nn.Module, name: str) -> None:
-    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-    if module.training or module.running_mean is None:
-        state = "is in training mode" if module.training else "has no running statistics"
-        raise UnsupportedModel(
-            f"{type(module).__name__} {name!r} {state}, so samples interact and rows per sample do not exist. "
-            f"Call model.eval() first{'' if module.training else ' on a layer with track_running_stats=True'}."
-        )
-
-
-def _layer_norm(
-    module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor
-) -> LayerRows:
+def _layer_norm(module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor) -> LayerRows:
     assert isinstance(module, nn.LayerNorm)
     plain = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     V, N = g.shape[:2]
-    return _scale_shift(
-        name, layout, names, plain.reshape(N, -1, layout.units), g.reshape(V, N, -1, layout.units)
-    )
+    return _scale_shift(name, layout, names, plain.reshape(N, -1, layout.units), g.reshape(V, N, -1, layout.units))
 
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -171,8 +155,8 @@ RULES: dict[type[nn.Module], Rule] = {
     NTKLinear: Rule(lambda m: m.out_features, _linear),
     nn.Conv1d: Rule(lambda m: m.out_channels, _convolution),
     nn.Conv2d: Rule(lambda m: m.out_channels, _convolution),
-    nn.BatchNorm1d: Rule(lambda m: m.num_features, _batch_norm, _check_batch_norm),
-    nn.BatchNorm2d: Rule(lambda m: m.num_features, _batch_norm, _check_batch_norm),
-    nn.LayerNorm: Rule(lambda m: int(torch.Size(m.normalized_shape).numel()), _layer_norm),
+    nn.BatchNorm1d: Rule(lambda m: m.num_features, _batch_norm),
+    nn.BatchNorm2d: Rule(lambda m: m.num_features, _batch_norm),
+    nn.LayerNorm: Rule(lambda m: torch.Size(m.normalized_shape).numel(), _layer_norm),
     nn.Embedding: Rule(lambda m: m.num_embeddings, _embedding, _check_embedding),
 }

@@ -64,13 +64,12 @@ class Layout:
         """Cut block vectors into parameters, keeping leading axes."""
         lead = block.shape[:-1]
         matrix = block.reshape(*lead, self.units, self.width)
-        return {s.name: matrix[..., s.start : s.stop].reshape(*lead, *s.shape) for s in self.slots}
+        return {s.name: matrix[..., s.start : s.stop].reshape((*lead, *s.shape)) for s in self.slots}
 
     def join(self, parameters: Parameters) -> Float[Tensor, "K P_l"]:
         """Assemble block vectors from parameters that carry one leading axis."""
         columns = [
-            parameters[s.name].reshape(parameters[s.name].shape[0], self.units, s.stop - s.start)
-            for s in self.slots
+            parameters[s.name].reshape(parameters[s.name].shape[0], self.units, s.stop - s.start) for s in self.slots
         ]
         return torch.cat(columns, dim=-1).flatten(1)
 
@@ -101,7 +100,7 @@ class ParameterSpace:
             )
         pieces = flat.split([shape.numel() for shape in self.shapes.values()], dim=-1)
         return {
-            name: piece.reshape(*flat.shape[:-1], *shape)
+            name: piece.reshape((*flat.shape[:-1], *shape))
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
 
@@ -148,8 +147,8 @@ class ParameterSpace:
         for name, shape in self.shapes.items():
             if ranks[name] != 1 or vector[name].shape[1:] != shape:
                 raise ValueError(
-                    f"Parameter {name!r} has shape {tuple(shape)}; a vector for it needs that shape, or that shape after "
-                    f"one leading axis common to all parameters, got {tuple(vector[name].shape)}."
+                    f"Parameter {name!r} has shape {tuple(shape)}; a vector for it needs that shape, or that shape "
+                    f"after one leading axis common to all parameters, got {tuple(vector[name].shape)}."
                 )
         return {name: vector[name] for name in self.shapes}, lambda result: dict(result)
 
@@ -162,6 +161,4 @@ class ParameterSpace:
             raise ValueError(f"The vector lacks the parameters {', '.join(missing)}.")
         for name, shape in self.shapes.items():
             if vector[name].shape[vector[name].ndim - len(shape) :] != shape:
-                raise ValueError(
-                    f"Parameter {name!r} has shape {tuple(shape)}, got {tuple(vector[name].shape)}."
-                )
+                raise ValueError(f"Parameter {name!r} has shape {tuple(shape)}, got {tuple(vector[name].shape)}.")

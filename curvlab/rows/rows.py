@@ -18,14 +18,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.errors import StateError, UnsupportedModel, unknown_name
+from curvlab.errors import StateError, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, OutputFactor, flat_outputs, identity_seeds, loss_terms
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
-from curvlab.rows.sweep import PickOutput, Seed, Swept, call, check_sweep, structural_twin, trainable
+from curvlab.rows.sweep import (
+    Arguments,
+    PickOutput,
+    Seed,
+    Swept,
+    as_arguments,
+    call,
+    check_finite,
+    check_sweep,
+    left_as_found,
+    structural_twin,
+    trainable,
+)
 
 logger = logging.getLogger("curvlab")
 
@@ -44,8 +56,8 @@ class Rows:
         kind: "jacobian", "exact", "ggn", "mc" or "empirical".
         count: divisor that the loss applied (1 for a sum and for a Jacobian).
         terms: weight when batches merge; equals `count` for means.
-        reduction: how batches merge: Fisher matrices of means as Σ terms·F / Σ terms, those of sums by adding; rows of a
-            Jacobian are only stacked.
+        reduction: how batches merge: Fisher matrices of means as Σ terms·F / Σ terms, those of sums by adding; rows of
+            a Jacobian are only stacked.
         sample_weights: ω_n, the loss' weight of every sample, 0 if ignored.
     """
 
@@ -57,7 +69,7 @@ class Rows:
     reduction: Literal["mean", "sum", "none"]
     sample_weights: Float[Tensor, " N"]
     _jacobian: Rows | None = field(default=None, repr=False)
-    _factor: OutputFactor | None = field(default=None, repr=False)
+    factor: OutputFactor | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,18 +117,36 @@ class Rows:
         return self._jacobian
 
     def coefficients(self, jacobian: Rows) -> OutputFactor | None:
-        """Return C with J = C·S if the given Jacobian is the one behind these rows and Λ is invertible, else None.
+        """Return C with `rows = C·S` for rows that are S itself, or the Jacobian behind it if Λ is invertible; else None.
 
         Cost: at most one pass over the factors of both.
         """
-        if self._jacobian is None or self._factor is None or self.shape != jacobian.shape:
+        if jacobian is self and self.factor is not None:
+            return OutputFactor(torch.ones_like(self.factor.scale))
+        if self._jacobian is None or self.factor is None or self.shape != jacobian.shape:
             return None
         own = self._jacobian
         if own is not jacobian and not all(
             mine.same_as(theirs) for mine, theirs in zip(own.layers, jacobian.layers, strict=True)
         ):
             return None
-        return self._factor.inverse()
+        return self.factor.inverse()
+
+    def dual(self, u: Float[Tensor, "... R"]) -> Float[Tensor, "... R"]:
+        """Return the shortest c with `Sᵀc = Jᵀu`, for exact rows: what `Structure.lift` takes for a step.
+
+        With `u = ∂L/∂z` in row order `(c, n)`, the gradient is `Jᵀu = Sᵀc`. Directions of the output to which the loss
+        gives no weight (a common shift of the logits) are dropped: gradients have no part in them.
+
+        Raises:
+            StateError: for rows that do not determine the Jacobian.
+        """
+        if self.factor is None:
+            raise StateError(
+                f"Rows of kind {self.kind!r} do not span the outputs, so a step has no coefficients in them."
+            )
+        C, N, X = self.factor.scale.shape
+        return self.factor.dual(u.reshape(-1, C, X, N)).reshape(u.shape)
 
     def gram(self, other: Rows | None = None) -> Float[Tensor, "R S"]:
         """Return `self @ otherᵀ`, `self @ selfᵀ` if `other` is None (the symmetric product is done once).
@@ -136,15 +166,13 @@ class Rows:
     def rmatvec(self, coefficients: Float[Tensor, "... R"]) -> dict[str, Tensor]:
         """Combine rows: `Sᵀc` by parameter name; a leading axis of `c` is kept."""
         if coefficients.ndim not in (1, 2) or coefficients.shape[-1] != self.R:
-            raise ValueError(
-                f"Coefficients are [R] or [K, R] with R = {self.R}, got {tuple(coefficients.shape)}."
-            )
+            raise ValueError(f"Coefficients are [R] or [K, R] with R = {self.R}, got {tuple(coefficients.shape)}.")
         block = coefficients.reshape(-1, self.R)
         named: dict[str, Tensor] = {}
         for layer in self.layers:
             named.update(layer.layout.split(layer.rmatvec(block)))
         lead = coefficients.shape[:-1]
-        return {name: named[name].reshape(*lead, *shape) for name, shape in self.space.shapes.items()}
+        return {name: named[name].reshape((*lead, *shape)) for name, shape in self.space.shapes.items()}
 
     def dense(self) -> Float[Tensor, "R P"]:
         """Form the rows, columns in `named_parameters()` order. Memory `R·P`."""
@@ -160,7 +188,7 @@ class Rows:
             layers=tuple(layer.to(dtype) for layer in self.layers),
             sample_weights=self.sample_weights.to(dtype),
             _jacobian=None if self._jacobian is None else self._jacobian.to(dtype),
-            _factor=None if self._factor is None else OutputFactor(self._factor.factor.to(dtype)),
+            factor=None if self.factor is None else self.factor.to(dtype),
         )
 
     def __add__(self, other: Rows) -> Rows:
@@ -178,7 +206,7 @@ def gram(left: Sequence[LayerRows], right: Sequence[LayerRows]) -> Float[Tensor,
     symmetric = all(a is b for a, b in zip(left, right, strict=True))
     out = left[0].factors[-1].new_zeros(left[0].count, right[0].count)
     for a, b in zip(left, right, strict=True):
-        a.add_gram(out, b)
+        a.add_gram(out, b if symmetric or a is not b else replace(b))
     if symmetric:
         mirror(out, *left[0].shape)
     return out
@@ -192,15 +220,15 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         decay: weight of each batch, ones if None.
 
     Raises:
-        ValueError: if the parts do not fit together.
+        ValueError: if there are no parts, or they do not fit together.
     """
+    if not parts:
+        raise ValueError("There is nothing to stack: merge needs the rows of at least one batch.")
     first = parts[0]
     for part in parts[1:]:
         for what in ("kind", "reduction"):
             if getattr(part, what) != getattr(first, what):
-                raise ValueError(
-                    f"Rows differ in {what}: {getattr(first, what)!r} and {getattr(part, what)!r}."
-                )
+                raise ValueError(f"Rows differ in {what}: {getattr(first, what)!r} and {getattr(part, what)!r}.")
         if dict(part.space.shapes) != dict(first.space.shapes):
             raise ValueError("Rows of different parameters cannot be stacked.")
         if part.shape[0] != first.shape[0]:
@@ -210,17 +238,13 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         return first
     scales = _merge_scales(parts, weights)
     stacked = [
-        layers[0]
-        .scale(scales[0])
-        .concatenate([x.scale(s) for x, s in zip(layers[1:], scales[1:], strict=True)])
+        layers[0].scale(scales[0]).concatenate([x.scale(s) for x, s in zip(layers[1:], scales[1:], strict=True)])
         for layers in zip(*(part.layers for part in parts), strict=True)
     ]
     base = factor = None
-    if all(part._jacobian is not None and part._factor is not None for part in parts):
+    if all(part._jacobian is not None and part.factor is not None for part in parts):
         base = merge([part.jacobian() for part in parts])
-        factor = OutputFactor(
-            torch.cat([p._factor.factor * s for p, s in zip(parts, scales, strict=True) if p._factor], dim=1)
-        )
+        factor = OutputFactor.concatenate([part.factor for part in parts if part.factor is not None], scales)
     means = first.reduction == "mean"
     return Rows(
         layers=tuple(stacked),
@@ -231,7 +255,7 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         reduction=first.reduction,
         sample_weights=torch.cat([w * part.sample_weights for w, part in zip(weights, parts, strict=True)]),
         _jacobian=base,
-        _factor=factor,
+        factor=factor,
     )
 
 
@@ -260,12 +284,7 @@ def jacobian(model: nn.Module, inputs: Any, *, output: PickOutput = None, engine
 
     Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
     """
-
-    def seed(z: Tensor) -> Tensor:
-        return identity_seeds(flat_outputs(z)).view(-1, *z.shape)
-
-    swept = _sweep(model, inputs, output, engine, seed)
-    return _jacobian_rows(model, swept)
+    return _jacobian_rows(model, _sweep(model, inputs, output, engine, _every_output))
 
 
 def sqrt_fisher(
@@ -309,10 +328,10 @@ def sqrt_fisher(
         raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
+    base: Rows | None = None
+    factor: OutputFactor | None = None
     if kind in ("exact", "ggn"):
-        swept = _sweep(
-            model, inputs, output, engine, lambda z: identity_seeds(flat_outputs(z)).view(-1, *z.shape)
-        )
+        swept = _sweep(model, inputs, output, engine, _every_output)
         base = _jacobian_rows(model, swept)
         terms = loss_terms(loss, swept.output, targets)
         factor = terms.exact()
@@ -324,7 +343,6 @@ def sqrt_fisher(
             return draw(loss, z, targets).view(-1, *z.shape)
 
         swept = _sweep(model, inputs, output, engine, seed)
-        base = factor = None
         terms = loss_terms(loss, swept.output, targets)
         layers = swept.layers
     return Rows(
@@ -336,8 +354,12 @@ def sqrt_fisher(
         reduction=terms.reduction,
         sample_weights=terms.sample_weights,
         _jacobian=base,
-        _factor=factor,
+        factor=factor,
     )
+
+
+def _every_output(z: Tensor) -> Tensor:
+    return identity_seeds(flat_outputs(z)).view(-1, *z.shape)
 
 
 def _sampler(
@@ -369,39 +391,33 @@ def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
 
 def _sweep(model: nn.Module, inputs: Any, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
     """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
-    swept_model = model
-    if isinstance(model, Linearized):
-        with torch.no_grad():
-            z = call(model, inputs, pick)
-        at_output = seed
-        swept_model = structural_twin(
-            model.base, {name: p.requires_grad for name, p in model.named_parameters()}
-        )
-
-        def seed(_: Tensor) -> Tensor:
-            return at_output(z)
-
-    chosen = _choose(swept_model, engine, model)
-    try:
-        swept = _ENGINES[chosen](swept_model, inputs, pick, seed)
-    except NotImplementedError as error:
-        if engine != "auto":
-            raise UnsupportedModel(
-                f"The BackPACK engine does not apply: {error}. Use engine='autograd'."
-            ) from error
-        logger.info("BackPACK gave up (%s); rows by the autograd engine.", error)
-        chosen = "autograd"
-        swept = autograd.sweep(swept_model, inputs, pick, seed)
-    check_sweep(swept_model, inputs, pick, swept, chosen, once_for=model)
-    return replace(swept, output=z) if isinstance(model, Linearized) else swept
+    arguments = as_arguments(inputs)
+    if not isinstance(model, Linearized):
+        return _checked_sweep(model, arguments, pick, engine, seed, model)
+    with torch.no_grad(), left_as_found(model.base):
+        z = call(model, arguments, pick)
+    base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
+    swept = _checked_sweep(base, arguments, pick, engine, lambda _: seed(z), model)
+    return replace(swept, output=z)
 
 
-def _choose(model: nn.Module, engine: Engine, announced_for: nn.Module) -> str:
+def _checked_sweep(
+    model: nn.Module, arguments: Arguments, pick: PickOutput, engine: Engine, seed: Seed, once_for: nn.Module
+) -> Swept:
+    chosen = _choose(model, pick, engine, once_for)
+    with left_as_found(model):
+        swept = _ENGINES[chosen](model, arguments, pick, seed)
+        check_finite(swept)
+        check_sweep(model, arguments, pick, swept, chosen, once_for)
+    return swept
+
+
+def _choose(model: nn.Module, pick: PickOutput, engine: Engine, announced_for: nn.Module) -> str:
     if engine not in get_args(Engine):
         raise unknown_name("engine", engine, get_args(Engine))
     if engine != "auto":
         return engine
-    reason = backpack.obstacle(model)
+    reason = backpack.obstacle(model, pick)
     if announced_for not in _announced:
         _announced.add(announced_for)
         if reason is None:

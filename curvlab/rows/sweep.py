@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,10 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.modules import Names, layout_of, rule_for, supported_layers
+from curvlab.rows.modules import RULES, Names, layout_of, rule_for, supported_layers
 from curvlab.rows.parameters import Layout
 
 Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
@@ -22,6 +24,9 @@ Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
 
 PickOutput = Callable[[Any], Tensor] | str | int | None
 """How to find the output tensor in what the model returns: a function, a key or attribute, or an index."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def owners_of(model: nn.Module) -> list[Owner]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
-    found, seen = [], set()
+    found: list[Owner] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         _check_mode(module, name)
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) in names}
@@ -92,21 +98,31 @@ def owners_of(model: nn.Module) -> list[Owner]:
 
 
 def _check_mode(module: nn.Module, name: str) -> None:
-    interacting = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
-    if interacting and module.training:
+    normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    if (normalises or drops) and module.training:
         raise UnsupportedModel(
-            f"{type(module).__name__} {name!r} is in training mode, so the model is not a fixed function of each sample. "
-            "Call model.eval() first."
+            f"{type(module).__name__} {name!r} is in training mode, so the model is not a fixed function of each "
+            "sample. Call model.eval() first."
+        )
+    if normalises and module.running_mean is None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} {name!r} has no running statistics, so samples interact and rows per sample do "
+            "not exist. Build it with track_running_stats=True."
         )
     rule = rule_for(module)
-    if rule is not None:
+    if rule is not None and rule.check is not None:
         rule.check(module, name)
 
 
 def _check_supported(module: nn.Module, name: str) -> None:
     from_torch = type(module).__module__.startswith("torch.nn.modules")
-    container = isinstance(module, nn.ParameterList | nn.ParameterDict)
-    if from_torch and not container and rule_for(module) is None:
+    covered = isinstance(module, tuple(RULES)) or type(module) in (
+        nn.Module,
+        nn.ParameterList,
+        nn.ParameterDict,
+    )
+    if from_torch and not covered:
         raise UnsupportedModel(
             f"Layer {name!r} is a {type(module).__name__}, for which curvlab has no rule. Freeze it with "
             f"requires_grad_(False), or use one of: {', '.join(supported_layers())}, bare parameters."
@@ -127,25 +143,42 @@ def structural_twin(model: nn.Module, trained: Mapping[str, bool] | None = None)
     return copy.deepcopy(model, shared)
 
 
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Unpack a tuple into arguments, a mapping into keywords; anything else is one argument."""
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Give every module back the attributes and buffers that it had before the block."""
+    found = [(holder, dict(holder)) for module in model.modules() for holder in (vars(module), module._buffers)]
+    try:
+        yield
+    finally:
+        for holder, content in found:
+            holder.clear()
+            holder.update(content)
+
+
+def as_arguments(inputs: Any) -> Arguments:
+    """Unpack a tuple into arguments, a mapping into keywords; anything else is one argument.
+
+    Tensors are detached, so that no backward pass reaches what the user computed them from.
+    """
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+        unpacked: Arguments = (), dict(inputs)
+    else:
+        unpacked = inputs if isinstance(inputs, tuple) else (inputs,), {}
+    detached: Arguments = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), unpacked)
+    return detached
 
 
 def select_output(result: Any, pick: PickOutput) -> Tensor:
     """Pick the output tensor from what a model returned.
 
     Raises:
-        UnsupportedModel: if that is no tensor with a sample and an output axis.
+        UnsupportedModel: if that is no floating-point tensor with a sample and an output axis.
+        ValueError: if there is nothing to pick.
     """
     if callable(pick):
         result = pick(result)
-    elif isinstance(pick, str):
-        result = result[pick] if isinstance(result, Mapping) else getattr(result, pick)
     elif pick is not None:
-        result = result[pick]
+        result = _entry(result, pick)
     if not isinstance(result, Tensor):
         raise UnsupportedModel(
             f"The model returned a {type(result).__name__}; say with output= which tensor in it to use "
@@ -156,17 +189,30 @@ def select_output(result: Any, pick: PickOutput) -> Tensor:
             f"The model's output has shape {tuple(result.shape)}; curvlab needs [N, C] or [N, C, …]. "
             "Use output=lambda z: z[:, None] for one output a sample."
         )
+    if not result.is_floating_point():
+        raise UnsupportedModel(f"The model's output is {result.dtype}; curvlab needs a floating-point type.")
     return result
 
 
-def call(model: nn.Module, inputs: Any, pick: PickOutput) -> Float[Tensor, "N C ..."]:
+def _entry(result: Any, pick: str | int) -> Any:
+    try:
+        by_attribute = isinstance(pick, str) and not isinstance(result, Mapping)
+        return getattr(result, str(pick)) if by_attribute else result[pick]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        held = f" with {', '.join(map(str, result))}" if isinstance(result, Mapping) else ""
+        raise ValueError(
+            f"output={pick!r} does not pick anything from the {type(result).__name__}{held} that the model returned."
+        ) from error
+
+
+def call(model: nn.Module, arguments: Arguments, pick: PickOutput) -> Float[Tensor, "N C ..."]:
     """Call the model and pick its output.
 
     Raises:
         UnsupportedModel: see `select_output`.
         ValueError: if there are no samples, or the output is not finite; names the first sample.
     """
-    args, kwargs = as_arguments(inputs)
+    args, kwargs = arguments
     z = select_output(model(*args, **kwargs), pick)
     if z.shape[0] == 0:
         raise ValueError("The inputs hold zero samples.")
@@ -184,11 +230,29 @@ def in_parameter_order(model: nn.Module, layers: Iterable[LayerRows]) -> tuple[L
     return tuple(sorted(layers, key=lambda layer: min(order[name] for name in layer.layout.names)))
 
 
+def check_finite(swept: Swept) -> None:
+    """Raise `ValueError` for rows that are not finite; names the first layer and its first sample."""
+    for layer in swept.layers:
+        *shared, rows = (factor for factor in layer.factors if factor.is_floating_point())
+        for factor in (*shared, rows.transpose(0, 1)):
+            if not (factor.sum().isfinite() or factor.isfinite().all()):
+                sample = int((~factor.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise ValueError(
+                    f"The derivative at layer {layer.name!r} is not finite, first at sample {sample}, although the "
+                    "output is: a function there has no derivative or overflows."
+                )
+
+
 _checked: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 def check_sweep(
-    model: nn.Module, inputs: Any, pick: PickOutput, swept: Swept, engine: str, once_for: nn.Module
+    model: nn.Module,
+    arguments: Arguments,
+    pick: PickOutput,
+    swept: Swept,
+    engine: str,
+    once_for: nn.Module,
 ) -> None:
     """Compare random combinations of rows with one reverse pass, once for a model (`once_for`) and shape.
 
@@ -208,23 +272,27 @@ def check_sweep(
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(V, N, generator=generator, dtype=torch.float64).to(swept.output)
     with torch.enable_grad():
-        z = call(model, inputs, pick)
+        z = call(model, arguments, pick)
+        # A zero term ties outputs that depend on no parameter, or not on all, to the graph.
+        zero = sum(p.sum() * 0 for p in parameters.values())
         cotangent = torch.einsum("vn,vn...->n...", w, swept.seeds)
-        reference = torch.autograd.grad(z, list(parameters.values()), cotangent, allow_unused=True)
-    expected = dict(zip(parameters, reference, strict=True))
+        reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent)
+    expected = {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, reference, strict=True)}
+    eps = torch.finfo(z.dtype).eps
+    # Gradients that cancel exactly, such as a shift before a softmax, are round-off at the scale of what cancels.
+    round_off = 100 * eps * max(float(g.norm()) for g in (cotangent, *expected.values()))
     wrong = []
     for layer in swept.layers:
-        got = layer.layout.split(layer.rmatvec(w.reshape(1, -1)))
-        for name, value in got.items():
-            target = expected[name]
-            target = torch.zeros_like(value[0]) if target is None else target
-            scale = max(float(target.norm()), float(value.norm()))
-            if float((value[0] - target).norm()) > scale * torch.finfo(value.dtype).eps ** 0.5:
+        for name, value in layer.layout.split(layer.rmatvec(w.reshape(1, -1))[0]).items():
+            error = float((value - expected[name]).norm())
+            if not error <= round_off + eps**0.5 * float(expected[name].norm()):
                 wrong.append(name)
     if wrong:
         raise UnsupportedModel(
-            f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the first "
-            "axis of the layer's input is not the sample (sequence-first inputs, reshaped batches), or a weight is used "
-            "outside its layer's forward pass. Make the first axis the sample and call each layer on a whole batch."
+            f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
+            "first axis of the layer's input is not the sample (sequence-first inputs, reshaped batches, positions "
+            "shared by all samples), or a weight is used outside its layer's forward pass, or the model is random. "
+            "Make the first axis the sample and call each layer on a whole batch."
         )
-    _checked[once_for].add(key)
+    if cotangent.any():
+        _checked[once_for].add(key)

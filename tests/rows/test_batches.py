@@ -1,0 +1,152 @@
+"""One batch, many batches and a loader that drops the last one agree."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import LOSSES, LossCase, architecture, assert_close, loss_case, outputs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import curvlab.rows
+from curvlab.rows import Rows, merge, sqrt_fisher
+
+CASES = [pytest.param(case, id=case.name) for case in LOSSES]
+SPLITS = {"4+3": (4, 3), "1+5+1": (1, 5, 1)}
+
+
+def fisher(rows: Rows) -> Tensor:
+    S = rows.dense()
+    return S.T @ S
+
+
+def in_batches(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, sizes: tuple[int, ...], kind: Any) -> Rows:
+    parts = zip(x.split(sizes), y.split(sizes), strict=True)
+    total, *rest = (sqrt_fisher(model, loss, a, b, kind) for a, b in parts)
+    for rows in rest:
+        total = total + rows
+    return total
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", CASES)
+def test_batches_add_to_the_whole(case: LossCase, reduction: str, kind: Any, split: str) -> None:
+    model, x = architecture("conv1d-grid").make(N=7)
+    loss, y = case.make(outputs(model, x), reduction)
+    whole = sqrt_fisher(model, loss, x, y, kind)
+    merged = in_batches(model, loss, x, y, SPLITS[split], kind)
+    assert_close(merged.dense(), whole.dense())
+    assert merged.count == pytest.approx(whole.count, rel=1e-12)
+    assert merged.terms == pytest.approx(whole.terms, rel=1e-12)
+    assert merged.shape == whole.shape
+    assert_close(merged.sample_weights, whole.sample_weights)
+    if kind == "exact":
+        assert_close(merged.jacobian().dense(), curvlab.rows.jacobian(model, x).dense())
+
+
+def test_merging_is_associative_and_leaves_its_parts_alone() -> None:
+    model, x = architecture("mlp").make(N=6)
+    loss, y = loss_case("ce-all").make(outputs(model, x), "mean")
+    a, b, c = (sqrt_fisher(model, loss, x[k : k + 2], y[k : k + 2]) for k in (0, 2, 4))
+    before = [part.dense() for part in (a, b, c)]
+    assert_close(((a + b) + c).dense(), (a + (b + c)).dense())
+    assert_close(((a + b) + c).dense(), merge([a, b, c]).dense())
+    assert all(torch.equal(part.dense(), old) for part, old in zip((a, b, c), before, strict=True))
+    assert merge([a]) is a
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loader_that_drops_the_last_batch(reduction: str) -> None:
+    model, x = architecture("mlp").make(N=8)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, drop_last=True)
+    merged = merge([sqrt_fisher(model, loss, a, b) for a, b in loader])
+    assert_close(merged.dense(), sqrt_fisher(model, loss, x[:6], y[:6]).dense())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_monte_carlo_batches(reduction: str) -> None:
+    model, x = architecture("mlp").make(N=5)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
+    draws = torch.Generator().manual_seed(0)
+    parts = [
+        sqrt_fisher(model, loss, a, b, "mc", samples=2, generator=draws) for a, b in ((x[:3], y[:3]), (x[3:], y[3:]))
+    ]
+    weights = [part.terms for part in parts] if reduction == "mean" else [1.0, 1.0]
+    total = sum(weights) if reduction == "mean" else 1.0
+    expected = sum(w * fisher(part) for w, part in zip(weights, parts, strict=True)) / total
+    assert isinstance(expected, Tensor)
+    assert_close(fisher(parts[0] + parts[1]), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_decayed_merging(reduction: str) -> None:
+    model, x = architecture("mlp").make(N=5)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
+    old, new = sqrt_fisher(model, loss, x[:3], y[:3]), sqrt_fisher(model, loss, x[3:], y[3:])
+    merged = merge([old, new], decay=[0.25, 1.0])
+    if reduction == "mean":
+        total = 0.25 * old.terms + new.terms
+        expected = (0.25 * old.terms * fisher(old) + new.terms * fisher(new)) / total
+        assert merged.terms == pytest.approx(total)
+    else:
+        expected = 0.25 * fisher(old) + fisher(new)
+    assert_close(fisher(merged), expected)
+    assert_close(merged.sample_weights, torch.cat([0.25 * old.sample_weights, new.sample_weights]))
+    assert_close(merged.jacobian().dense(), curvlab.rows.jacobian(model, x).dense())
+    assert_close(fisher(merge([old], decay=[0.25])), fisher(old) * (1.0 if reduction == "mean" else 0.25))
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "embedding", "conv2d-groups", "bare", "batchnorm2d"])
+def test_jacobians_stack(name: str) -> None:
+    model, x = architecture(name).make(N=5)
+    J = curvlab.rows.jacobian(model, x)
+    stacked = curvlab.rows.jacobian(model, x[:2]) + curvlab.rows.jacobian(model, x[2:])
+    assert_close(stacked.dense(), J.dense())
+    assert_close(stacked.gram(), J.gram())
+    assert (stacked.kind, stacked.count, stacked.terms) == ("jacobian", 1.0, 5.0)
+
+
+def test_coefficients_of_merged_rows() -> None:
+    model, x = architecture("mlp").make(N=5)
+    loss, y = loss_case("half").make(outputs(model, x), "mean")
+    merged = in_batches(model, loss, x, y, (2, 3), "exact")
+    back = merged.coefficients(curvlab.rows.jacobian(model, x))
+    assert back is not None
+    assert_close(back.apply(merged.dense().view(*merged.shape, -1)).flatten(0, 1), merged.jacobian().dense())
+
+
+def test_parts_that_do_not_fit() -> None:
+    model, x = architecture("mlp").make(N=4)
+    y = torch.tensor([0, 1, 2, 0])
+    J = curvlab.rows.jacobian(model, x)
+    exact = sqrt_fisher(model, nn.CrossEntropyLoss(), x, y)
+    with pytest.raises(ValueError, match="differ in kind: 'exact' and 'jacobian'"):
+        exact + J
+    with pytest.raises(ValueError, match="differ in reduction: 'mean' and 'sum'"):
+        exact + sqrt_fisher(model, nn.CrossEntropyLoss(reduction="sum"), x, y)
+    other, x_ = architecture("linear").make(N=4)
+    with pytest.raises(ValueError, match="Rows of different parameters"):
+        J + curvlab.rows.jacobian(other, x_)
+    draws = torch.Generator().manual_seed(0)
+    one, two = (sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, "mc", samples=s, generator=draws) for s in (1, 2))
+    with pytest.raises(ValueError, match="Rows a sample differ: 1 and 2"):
+        one + two
+    with pytest.raises(ValueError, match="nothing to stack"):
+        merge([])
+
+
+def test_batches_of_different_lengths() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).mean(1)
+
+    model = Mean()
+    with pytest.raises(ValueError, match=r"Layer 'layer' was applied at 4, 5 positions .* Pad the inputs"):
+        curvlab.rows.jacobian(model, torch.randn(2, 4, 3)) + curvlab.rows.jacobian(model, torch.randn(2, 5, 3))

@@ -1,0 +1,231 @@
+"""Layers × engines: rows of J against `torch.func.jacrev` on the model as a whole."""
+
+import logging
+
+import pytest
+import torch
+from oracle import (
+    ARCHITECTURES,
+    CLASSES,
+    Architecture,
+    Cube,
+    architecture,
+    assert_close,
+    chain,
+    dense_jacobian,
+    head,
+    mlp,
+    trainable,
+    vectors,
+)
+from torch import Tensor, nn
+
+import curvlab.rows
+from curvlab.rows.backpack import _PARAMETERLESS, _PARAMETRISED
+from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows
+from curvlab.rows.modules import RULES, supported_layers
+
+CASES = [pytest.param(a, engine, id=f"{a.name}-{engine}") for a in ARCHITECTURES for engine in a.engines]
+CHAINS = [pytest.param(a, id=a.name) for a in ARCHITECTURES if a.chain]
+ALL = [pytest.param(a, id=a.name) for a in ARCHITECTURES]
+
+
+@pytest.mark.parametrize(("case", "engine"), CASES)
+def test_jacobian_equals_torch_func(case: Architecture, engine: str) -> None:
+    model, inputs = case.make()
+    rows = curvlab.rows.jacobian(model, inputs, output=case.output, engine=engine)
+    reference = dense_jacobian(model, inputs, case.pick)
+    assert reference.shape == (rows.R, rows.P)
+    assert list(rows.space.shapes) == list(trainable(model))
+    assert_close(rows.dense(), reference)
+    assert_close(rows.gram(), reference @ reference.T)
+    assert sorted(name for layer in rows.layers for name in layer.layout.names) == sorted(trainable(model))
+    assert not any(factor.requires_grad for layer in rows.layers for factor in layer.factors)
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_engines_agree_factor_by_factor(case: Architecture) -> None:
+    model, inputs = case.make(N=3, seed=1)
+    one, two = (curvlab.rows.jacobian(model, inputs, engine=engine) for engine in case.engines)
+    for ours, theirs in zip(one.layers, two.layers, strict=True):
+        assert (ours.name, ours.layout, type(ours)) == (theirs.name, theirs.layout, type(theirs))
+        for a, b in zip(ours.factors, theirs.factors, strict=True):
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_auto_takes_backpack_where_it_applies_and_says_so_once(
+    case: Architecture, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = case.make(N=2)
+    with caplog.at_level(logging.INFO, logger="curvlab"):
+        rows = curvlab.rows.jacobian(model, inputs, output=case.output)
+        curvlab.rows.jacobian(model, inputs, output=case.output)
+    (record,) = caplog.records
+    assert ("BackPACK engine" if case.chain else "autograd engine") in record.message
+    assert_close(rows.dense(), dense_jacobian(model, inputs, case.pick))
+
+
+def test_every_rule_and_every_chain_rule_is_covered() -> None:
+    built = {type(module) for case in ARCHITECTURES for module in case.make(N=1)[0].modules()}
+    assert set(RULES) <= built
+    chains = {type(module) for case in ARCHITECTURES if case.chain for module in case.make(N=1)[0].modules()}
+    assert {*_PARAMETRISED, *_PARAMETERLESS} <= chains | {nn.MaxPool1d}
+    assert supported_layers() == [kind.__name__ for kind in RULES]
+
+
+def test_max_pool_1d() -> None:
+    model = chain(nn.Conv1d(2, 3, 2), nn.MaxPool1d(2, stride=1), *head(9)).double()
+    x = vectors(2, 5)(3)
+    assert_close(curvlab.rows.jacobian(model, x, engine="backpack").dense(), dense_jacobian(model, x))
+
+
+KINDS_OF_ROWS = {
+    "leading-axes": (KroneckerRows, KroneckerRows, KroneckerRows),
+    "conv2d-groups": (KroneckerRows, KroneckerRows, KroneckerRows),
+    "batchnorm1d": (KroneckerRows, DenseRows, KroneckerRows),
+    "layernorm": (KroneckerRows, DenseRows, KroneckerRows),
+    "embedding": (EmbeddingRows, KroneckerRows),
+    "reused": (KroneckerRows, DenseRows, KroneckerRows),
+    "bare": (DenseRows, DenseRows, KroneckerRows),
+    "oddities": (KroneckerRows, KroneckerRows, KroneckerRows, DenseRows),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_ROWS)
+def test_layers_stay_factored_where_they_can(name: str) -> None:
+    model, inputs = architecture(name).make(N=2)
+    assert tuple(type(layer) for layer in curvlab.rows.jacobian(model, inputs).layers) == KINDS_OF_ROWS[name]
+
+
+def test_layout_of_units() -> None:
+    def layouts(name: str) -> list[tuple[int, int, tuple[str, ...]]]:
+        model, inputs = architecture(name).make(N=2)
+        found = [layer.layout for layer in curvlab.rows.jacobian(model, inputs).layers]
+        return [(layout.units, layout.width, layout.names) for layout in found]
+
+    assert layouts("mlp") == [(5, 5, ("0.weight", "0.bias")), (3, 6, ("2.weight", "2.bias"))]
+    assert layouts("frozen-weight")[0] == (5, 1, ("0.bias",))
+    assert layouts("conv2d-groups")[0] == (4, 10, ("0.weight", "0.bias"))
+    assert layouts("layernorm")[1] == (5, 2, ("1.weight", "1.bias"))
+    assert layouts("batchnorm2d")[0] == (2, 2, ("0.weight", "0.bias"))
+    assert layouts("embedding")[0] == (7, 3, ("0.weight",))
+    assert layouts("bare")[0] == (1, 6, ("temperature", "shift"))
+    assert layouts("reused")[1] == (5, 6, ("again.weight", "again.bias"))
+    assert layouts("tied")[0] == (3, 4, ("embedding.weight",))
+    assert layouts("tied")[2] == (4, 1, ("two.bias",))
+
+
+@pytest.mark.parametrize("engine", ["backpack", "autograd"])
+def test_one_sample_float32_and_no_grad(engine: str) -> None:
+    model, x = architecture("batchnorm2d").make(N=1)
+    with torch.no_grad():
+        rows = curvlab.rows.jacobian(model, x, engine=engine)
+    assert rows.shape == (CLASSES, 1)
+    assert_close(rows.dense(), dense_jacobian(model, x))
+    single = curvlab.rows.jacobian(model.float(), x.float(), engine=engine)
+    assert single.dtype == torch.float32
+    assert_close(single.dense().double(), rows.dense(), 1e-5)
+
+
+def test_dense_rows_under_no_grad() -> None:
+    model, x = architecture("bare").make()
+    with torch.no_grad():
+        rows = curvlab.rows.jacobian(model, x)
+    assert_close(rows.dense(), dense_jacobian(model, x))
+
+
+def test_user_hooks_are_part_of_the_model() -> None:
+    model = mlp().double()
+    model[0].register_forward_hook(lambda *call: 2 * call[-1])
+    model[2].register_forward_pre_hook(lambda *call: (call[1][0] + 1,))
+    x = vectors(4)(3)
+    assert_close(curvlab.rows.jacobian(model, x).dense(), dense_jacobian(model, x))
+    with pytest.raises(curvlab.errors.UnsupportedModel, match="Linear '0' has hooks"):
+        curvlab.rows.jacobian(model, x, engine="backpack")
+
+
+def test_forward_replaced_on_the_instance() -> None:
+    model = mlp().double()
+    model[0].forward = lambda x: torch.nn.functional.linear(3 * x, model[0].weight, model[0].bias)
+    x = vectors(4)(3)
+    rows = curvlab.rows.jacobian(model, x)
+    assert isinstance(rows.layers[0], DenseRows)
+    assert_close(rows.dense(), dense_jacobian(model, x))
+
+
+def test_subclass_with_its_own_forward_gets_dense_rows() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * super().forward(x)
+
+    class Plain(nn.Linear):
+        pass
+
+    model = chain(Scaled(4, 5), nn.Tanh(), Plain(5, CLASSES)).double()
+    x = vectors(4)(3)
+    rows = curvlab.rows.jacobian(model, x)
+    assert [type(layer) for layer in rows.layers] == [DenseRows, KroneckerRows]
+    assert_close(rows.dense(), dense_jacobian(model, x))
+
+
+def test_custom_autograd_function() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Cube.apply(self.first(x)))
+
+    model, x = Model().double(), vectors(4)(3)
+    rows = curvlab.rows.jacobian(model, x)
+    reference = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).T.flatten()]
+    assert_close(rows.dense(), torch.stack([torch.cat([g.flatten() for g in row]) for row in reference]))
+
+
+def test_deprecated_weight_norm() -> None:
+    layer = nn.Linear(4, 5).double()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer)
+    model = chain(layer, nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    x = vectors(4)(2)
+    attribute = layer.weight
+    with pytest.warns(UserWarning, match="performance drop"):
+        rows = curvlab.rows.jacobian(model, x)
+    assert layer.weight is attribute
+    reference = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).T.flatten()]
+    assert_close(rows.dense(), torch.stack([torch.cat([g.flatten() for g in row]) for row in reference]))
+
+
+def test_model_without_a_path_to_its_parameters() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).detach()
+
+    rows = curvlab.rows.jacobian(Detached(), torch.randn(2, 4))
+    assert rows.R == 2 * CLASSES
+    assert not rows.dense().any()
+
+
+def test_sparse_embedding() -> None:
+    model = chain(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, CLASSES)).double()
+    index = torch.tensor([[0, 3], [3, 3], [1, 4]])
+    dense = chain(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, CLASSES)).double()
+    dense.load_state_dict(model.state_dict())
+    for engine in ("autograd", "backpack"):
+        rows = curvlab.rows.jacobian(model, index, engine=engine)
+        assert_close(rows.dense(), dense_jacobian(dense, index))
+
+
+def test_rows_do_not_alias_the_inputs() -> None:
+    for name in ("mlp-nested", "embedding"):
+        model, x = architecture(name).make()
+        rows = curvlab.rows.jacobian(model, x)
+        before = rows.dense()
+        x.zero_()
+        assert torch.equal(rows.dense(), before)

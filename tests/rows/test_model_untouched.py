@@ -1,0 +1,214 @@
+"""The user's model and inputs are left as they were found, whatever happens inside."""
+
+from collections.abc import Callable
+from typing import Any
+
+import backpack
+import pytest
+import torch
+from backpack.context import CTX
+from oracle import ARCHITECTURES, CLASSES, Architecture, architecture, assert_close, dense_jacobian, mlp, vectors
+from torch import Tensor, nn
+
+from curvlab.errors import UnsupportedModel
+from curvlab.nn import linearize
+from curvlab.rows import jacobian, sqrt_fisher
+
+CASES = [pytest.param(a, engine, id=f"{a.name}-{engine}") for a in ARCHITECTURES for engine in a.engines]
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def photograph(model: nn.Module) -> Callable[[], None]:
+    """Return a function that asserts that nothing about the model has changed."""
+    attributes = {name: {k: id(v) for k, v in vars(m).items()} for name, m in model.named_modules()}
+    registered = {
+        name: {k: {i: id(e) for i, e in v.items()} for k, v in vars(m).items() if isinstance(v, dict)}
+        for name, m in model.named_modules()
+    }
+    parameters = dict(model.named_parameters())
+    flags = {n: (id(p), p.requires_grad, p._version, p.data_ptr(), sorted(vars(p))) for n, p in parameters.items()}
+    grads = {n: None if p.grad is None else (id(p.grad), p.grad.clone()) for n, p in parameters.items()}
+    values = {name: value.clone() for name, value in tensors(model).items()}
+    modes = {name: m.training for name, m in model.named_modules()}
+
+    def unchanged() -> None:
+        assert {n: {k: id(v) for k, v in vars(m).items()} for n, m in model.named_modules()} == attributes
+        assert registered == {
+            name: {k: {i: id(e) for i, e in v.items()} for k, v in vars(m).items() if isinstance(v, dict)}
+            for name, m in model.named_modules()
+        }
+        now = dict(model.named_parameters())
+        assert flags == {n: (id(p), p.requires_grad, p._version, p.data_ptr(), sorted(vars(p))) for n, p in now.items()}
+        for n, p in now.items():
+            kept = grads[n]
+            assert (p.grad is None) == (kept is None)
+            assert kept is None or (id(p.grad) == kept[0] and torch.equal(p.grad, kept[1]))
+        assert all(torch.equal(value, values[name]) for name, value in tensors(model).items())
+        assert modes == {name: m.training for name, m in model.named_modules()}
+
+    return unchanged
+
+
+@pytest.mark.parametrize(("case", "engine"), CASES)
+def test_untouched(case: Architecture, engine: Any) -> None:
+    model, inputs = case.make(N=2)
+    for k, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, float(k)) if k % 2 else None
+    handles = len(CTX.hook_handles)
+    unchanged = photograph(model)
+    jacobian(model, inputs, output=case.output, engine=engine)
+    unchanged()
+    assert_close(jacobian(model, inputs, output=case.output).dense(), dense_jacobian(model, inputs, case.pick))
+    unchanged()
+    assert len(CTX.hook_handles) == handles
+    assert CTX.active_exts == ()
+
+
+@pytest.mark.parametrize("engine", ["backpack", "autograd"])
+def test_untouched_after_an_error(engine: Any) -> None:
+    model, x = architecture("batchnorm2d").make(N=2)
+    unchanged = photograph(model)
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        jacobian(model, x, engine=engine)
+    unchanged()
+    with pytest.raises(RuntimeError, match="running_mean should contain 5"):
+        jacobian(model, torch.zeros(2, 5, 6, 6, dtype=x.dtype), engine=engine)
+    unchanged()
+    for kind in ("exact", "empirical"):
+        with pytest.raises(ValueError, match="targets of the output's shape"):
+            sqrt_fisher(model, nn.MSELoss(), x.nan_to_num(), torch.zeros(2), kind, engine=engine)  # type: ignore[arg-type]
+        unchanged()
+    assert CTX.active_exts == ()
+    assert_close(jacobian(model, x.nan_to_num()).dense(), dense_jacobian(model, x.nan_to_num()))
+
+
+def test_untouched_after_a_refusal() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.layer = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache = self.layer(self.scale * x)
+            return self.cache.flip(0)
+
+    model = Mixing()
+    unchanged = photograph(model)
+    with pytest.raises(UnsupportedModel, match="samples interact"):
+        jacobian(model, torch.randn(3, 4))
+    unchanged()
+
+
+def test_attributes_and_buffers_that_the_forward_pass_sets() -> None:
+    class Remembering(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, CLASSES)
+            self.scale = nn.Parameter(torch.ones(4))
+            self.register_buffer("calls", torch.zeros(()))
+            self.last: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.scale * x
+            self.calls = self.calls + 1
+            self.extra = True
+            return self.layer(self.last)
+
+    model = Remembering()
+    unchanged = photograph(model)
+    jacobian(model, torch.randn(3, 4))
+    unchanged()
+    assert model.last is None
+    assert not hasattr(model, "extra")
+
+
+@pytest.mark.parametrize("engine", ["backpack", "autograd"])
+def test_inputs_keep_their_gradients_and_flags(engine: Any) -> None:
+    model, x = architecture("mlp").make(N=3)
+    root = x.clone().requires_grad_()
+    derived = root * 1
+    for inputs in (root, derived):
+        rows = jacobian(model, inputs, engine=engine)
+        assert_close(rows.dense(), dense_jacobian(model, x))
+        assert root.grad is None
+        assert inputs.requires_grad
+    assert root._version == 0
+
+
+def test_models_that_differentiate_with_respect_to_their_input() -> None:
+    """A force field: the output is itself a derivative, so the input must be able to require gradients."""
+
+    class Force(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            energy = torch.tanh(self.layer(x)).sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    model, x = Force().double(), vectors(4)(3).requires_grad_()
+    with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight"):
+        jacobian(model, x)
+    assert x.grad is None
+
+
+def test_works_under_torch_func_afterwards() -> None:
+    model, x = architecture("conv2d").make(N=2)
+    jacobian(model, x, engine="backpack")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    J = torch.func.vmap(
+        torch.func.jacrev(lambda p, one: torch.func.functional_call(model, p, (one[None],))[0]), (None, 0)
+    )
+    assert J(parameters, x)["0.weight"].shape == (2, CLASSES, 4, 2, 3, 3)
+
+
+def test_a_model_that_the_user_extended_with_backpack() -> None:
+    model, x = architecture("mlp").make(N=3)
+    reference = dense_jacobian(model, x)
+    extended = backpack.extend(model)
+    unchanged = photograph(extended)
+    rows = jacobian(extended, x)
+    unchanged()
+    assert_close(rows.dense(), reference)
+    loss = backpack.extend(nn.CrossEntropyLoss())
+    with backpack.backpack(backpack.extensions.BatchGrad()):
+        loss(extended(x), torch.tensor([0, 1, 2])).backward()
+    assert extended[0].weight.grad_batch.shape == (3, 5, 4)
+
+
+def test_inside_the_users_own_backpack_context() -> None:
+    model, x = architecture("mlp").make(N=3)
+    with backpack.backpack(backpack.extensions.BatchGrad()):
+        rows = jacobian(model, x, engine="backpack")
+    assert_close(rows.dense(), dense_jacobian(model, x))
+    assert not hasattr(model[0].weight, "grad_batch")
+
+
+def test_linearised_models_are_untouched() -> None:
+    model, x = architecture("residual").make(N=2)
+    linear = linearize(model)
+    unchanged, base_unchanged = photograph(linear), photograph(linear.base)
+    jacobian(linear, x)
+    unchanged()
+    base_unchanged()
+
+
+def test_models_are_not_kept_alive() -> None:
+    import gc
+    import weakref
+
+    for engine in ("backpack", "autograd"):
+        model = mlp().double()
+        gone = weakref.ref(model)
+        rows = jacobian(model, vectors(4)(2), engine=engine)  # type: ignore[arg-type]
+        del model
+        gc.collect()
+        assert gone() is None
+        assert rows.P == 43

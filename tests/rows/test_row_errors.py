@@ -1,0 +1,363 @@
+"""Whatever rows cannot be formed exactly is refused, naming what, where and the remedy."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from oracle import CLASSES, architecture, chain, freeze, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.errors import StateError, UnsupportedModel
+from curvlab.nn import HalfSquaredError
+from curvlab.rows import jacobian, sqrt_fisher
+
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def model_and_inputs() -> tuple[nn.Module, Tensor]:
+    return architecture("mlp").make(N=4)
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Switch off the type checks of the test run, which come before curvlab's own."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+class Wrapped(nn.Module):
+    """A model with one layer, applied by a function."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.apply_layer = layer, forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.apply_layer(self.layer, x)
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("layer", "x"),
+        [
+            (nn.GroupNorm(2, 4), torch.randn(3, 4)),
+            (nn.PReLU(), torch.randn(3, 4)),
+            (nn.Bilinear(2, 2, 2), torch.randn(3, 4)),
+            (nn.GRU(4, 2), torch.randn(3, 4)),
+            (nn.ConvTranspose1d(2, 2, 2), torch.randn(3, 2, 4)),
+            (nn.Conv3d(2, 2, 1), torch.randn(3, 2, 4, 4, 4)),
+            (nn.MultiheadAttention(4, 2), torch.randn(3, 4)),
+            (nn.EmbeddingBag(4, 2), torch.randint(4, (3, 2))),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_layers_without_a_rule(self, layer: nn.Module, x: Tensor) -> None:
+        model = nn.ModuleDict({"inner": layer})
+        message = rf"Layer 'inner' is a {type(layer).__name__}, for which curvlab has no rule.*use one of: Linear, "
+        with pytest.raises(UnsupportedModel, match=message):
+            jacobian(model, x)
+
+    def test_a_frozen_layer_without_a_rule_is_no_obstacle(self) -> None:
+        model = chain(nn.GroupNorm(2, 4), nn.Linear(4, 2))
+        assert jacobian(freeze(model, "0.weight", "0.bias"), torch.randn(3, 4)).P == 10
+
+    def test_nothing_to_analyse(self) -> None:
+        model, x = model_and_inputs()
+        with pytest.raises(UnsupportedModel, match="no trainable parameter: set requires_grad"):
+            jacobian(model.requires_grad_(False), x)
+
+    @pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5)])
+    def test_training_mode(self, layer: nn.Module) -> None:
+        model = chain(nn.Linear(4, 4), layer, nn.Linear(4, 2))
+        with pytest.raises(UnsupportedModel, match=rf"{type(layer).__name__} '1' is in training mode.*model.eval\(\)"):
+            jacobian(model, torch.randn(3, 4))
+        assert jacobian(model.eval(), torch.randn(3, 4)).R == 6
+
+    def test_dropout_of_nothing_may_train(self) -> None:
+        assert jacobian(chain(nn.Linear(4, 4), nn.Dropout(0.0)), torch.randn(3, 4)).P == 20
+
+    def test_batch_norm_without_statistics(self) -> None:
+        model = chain(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+        with pytest.raises(UnsupportedModel, match=r"BatchNorm1d '1' has no running statistics.*track_running_stats"):
+            jacobian(model, torch.randn(3, 4))
+
+    @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+    def test_embedding_options(self, option: dict[str, Any]) -> None:
+        model = chain(nn.Embedding(4, 2, **option), nn.Flatten())
+        with pytest.raises(UnsupportedModel, match=f"Embedding '0' uses {next(iter(option))}"):
+            jacobian(model, torch.randint(4, (3, 2)))
+
+    def test_backpack_where_it_does_not_apply(self) -> None:
+        for name, reason in {
+            "residual": "Residual '' is not in BackPACK's chain rules",
+            "in-place-chain": "ReLU '1' works in place",
+            "conv2d-same": "Conv2d '0' pads by 'zeros', 'same'",
+            "conv2d-circular": "Conv2d '0' pads by 'circular'",
+            "batchnorm-plain": "BatchNorm1d '1' has no scale and shift",
+            "function-output": "output= picks",
+        }.items():
+            case = architecture(name)
+            model, x = case.make(N=2)
+            with pytest.raises(UnsupportedModel, match=f"{reason}.*Use engine='autograd'"):
+                jacobian(model, x, engine="backpack", output=case.output)
+        layer = nn.Linear(3, 3)
+        with pytest.raises(UnsupportedModel, match="Linear '1' is used more than once"):
+            jacobian(chain(layer, layer), torch.randn(2, 3), engine="backpack")
+        one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+        two.weight = one.weight
+        with pytest.raises(UnsupportedModel, match="parameters are tied"):
+            jacobian(chain(one, two), torch.randn(2, 3), engine="backpack")
+
+
+class TestSamples:
+    """Models whose rows per sample would be wrong are caught by the check of the first sweep."""
+
+    def test_sequence_first_inputs(self) -> None:
+        class Sequence(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x.transpose(0, 1)).mean(0)
+
+        with pytest.raises(
+            UnsupportedModel, match=r"'layer' has 5 entries along its first axis.*2 samples.*first axis"
+        ):
+            jacobian(Sequence(), torch.randn(2, 5, 4))
+        with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight.*sequence-first"):
+            jacobian(Sequence(), torch.randn(5, 5, 4))
+
+    def test_reshaped_batches(self) -> None:
+        def reshaped(layer: nn.Module, x: Tensor) -> Tensor:
+            return layer(x.reshape(-1, 4)).reshape(len(x), -1)
+
+        model = Wrapped(nn.Linear(4, 3), reshaped)
+        with pytest.raises(UnsupportedModel, match=r"'layer' has 10 entries along its first axis, .* has 2 samples"):
+            jacobian(model, torch.randn(2, 5, 4))
+
+    @pytest.mark.parametrize("mix", [lambda h: h - h.mean(0), lambda h: h.flip(0), lambda h: h.softmax(0)])
+    def test_interacting_samples(self, mix: Callable[[Tensor], Tensor]) -> None:
+        model = Wrapped(nn.Linear(4, 3), lambda layer, x: mix(torch.tanh(layer(x))))
+        with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight, layer\.bias.*samples interact"):
+            jacobian(model, torch.randn(5, 4))
+
+    def test_interacting_samples_with_bare_parameters(self) -> None:
+        class Centred(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.randn(4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.tanh(x * self.scale) - torch.tanh(x * self.scale).mean(0)
+
+        with pytest.raises(UnsupportedModel, match=r"gradient of scale\. Either samples interact"):
+            jacobian(Centred(), torch.randn(5, 4))
+
+    def test_a_weight_used_outside_its_layer(self) -> None:
+        model = Wrapped(nn.Linear(4, 4, bias=False), lambda layer, x: layer(torch.tanh(F.linear(x, layer.weight))))
+        with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight.*outside its layer's forward pass"):
+            jacobian(model, torch.randn(5, 4))
+
+    def test_positions_shared_by_all_samples(self) -> None:
+        model = Wrapped(nn.Embedding(6, 3), lambda layer, x: (layer(torch.arange(5)) * x[..., None]).sum(1))
+        with pytest.raises(UnsupportedModel, match="'layer' has 5 entries along its first axis"):
+            jacobian(model, torch.randn(4, 5))
+        with pytest.raises(UnsupportedModel, match=r"layer\.weight.*positions shared by all samples"):
+            jacobian(model, torch.randn(5, 5))
+
+    def test_a_random_model(self) -> None:
+        model = Wrapped(nn.Linear(4, 3), lambda layer, x: layer(x) * torch.rand(()))
+        with pytest.raises(UnsupportedModel, match="the model is random"):
+            jacobian(model, torch.randn(5, 4))
+
+    def test_a_batch_without_any_gradient_proves_nothing(self) -> None:
+        model = Wrapped(nn.Linear(4, 3), lambda layer, x: layer(x).flip(0))
+        x = torch.randn(2, 4)
+        loss = nn.MSELoss()
+        assert not sqrt_fisher(model, loss, x, model(x).detach(), "empirical").dense().any()
+        with pytest.raises(UnsupportedModel, match="samples interact"):
+            sqrt_fisher(model, loss, x, torch.zeros(2, 3), "empirical")
+
+    def test_gradients_that_cancel_are_no_error(self) -> None:
+        """A shift of all logits has no gradient: what is left on both sides is round-off."""
+        for dtype in (torch.float32, torch.float64):
+            model = chain(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+            x = torch.randn(2, 3, 3, dtype=dtype)
+            rows = sqrt_fisher(model, nn.CrossEntropyLoss(), x, torch.tensor([[0, 1], [2, 0]]), "empirical")
+            assert rows.P == 26
+            freeze(model, "0.weight", "0.bias", "2.weight")
+            assert sqrt_fisher(model, nn.CrossEntropyLoss(), x, torch.zeros(2, 2).long(), "empirical").P == 2
+
+    def test_a_refused_model_is_refused_again(self) -> None:
+        model = Wrapped(nn.Linear(4, 3), lambda layer, x: layer(x).flip(0))
+        for _ in range(2):
+            with pytest.raises(UnsupportedModel, match="samples interact"):
+                jacobian(model, torch.randn(5, 4))
+
+    def test_the_check_covers_every_shape(self) -> None:
+        model = Wrapped(nn.Linear(4, 3), lambda layer, x: layer(x).flip(0))
+        assert jacobian(model, torch.randn(1, 4)).R == 3
+        with pytest.raises(UnsupportedModel, match="samples interact"):
+            jacobian(model, torch.randn(2, 4))
+
+    def test_torch_func_cannot_form_rows(self) -> None:
+        class Branching(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x * self.scale if x.sum() > 0 else x * self.scale**2
+
+        with pytest.raises(UnsupportedModel, match=r"The parameters scale have no factored rows, and torch\.func"):
+            jacobian(Branching(), torch.randn(5, 4))
+
+
+class TestOutputs:
+    def test_no_samples(self) -> None:
+        for engine in ("backpack", "autograd"):
+            with pytest.raises(ValueError, match="zero samples"):
+                jacobian(mlp(), torch.zeros(0, 4), engine=engine)
+
+    def test_non_finite_outputs(self) -> None:
+        model, x = model_and_inputs()
+        x[2, 1], x[3, 0] = torch.nan, torch.inf
+        for engine in ("backpack", "autograd"):
+            with pytest.raises(ValueError, match="output is not finite, first at sample 2"):
+                jacobian(model, x, engine=engine)
+
+    def test_non_finite_derivatives(self) -> None:
+        model = Wrapped(nn.Linear(1, 1, bias=False), lambda layer, x: layer(x).abs().sqrt())
+        with pytest.raises(ValueError, match="derivative at layer 'layer' is not finite, first at sample 1"):
+            jacobian(model, torch.tensor([[1.0], [0.0], [2.0]]))
+
+    def test_non_finite_inputs_that_do_not_reach_the_output(self) -> None:
+        model = Wrapped(nn.Linear(2, 2), lambda layer, x: layer(x).sigmoid())
+        with pytest.raises(ValueError, match="derivative at layer 'layer' is not finite, first at sample 0"):
+            jacobian(model, torch.tensor([[torch.inf, 0.0], [1.0, 1.0]]))
+
+    def test_one_dimensional_output(self) -> None:
+        model = Wrapped(nn.Linear(4, 1), lambda layer, x: layer(x)[:, 0])
+        with pytest.raises(UnsupportedModel, match=r"output has shape \(5,\).*output=lambda z: z\[:, None\]"):
+            jacobian(model, torch.randn(5, 4))
+        assert jacobian(model, torch.randn(5, 4), output=lambda z: z[:, None]).R == 5
+
+    def test_integer_output(self) -> None:
+        model = Wrapped(nn.Linear(4, 3), lambda layer, x: layer(x).long())
+        with pytest.raises(UnsupportedModel, match=r"output is torch\.int64; .* floating-point"):
+            jacobian(model, torch.randn(5, 4))
+
+    @pytest.mark.parametrize(("form", "kind"), [("dict", "dict"), ("named", "Answer"), ("tuple", "tuple")])
+    def test_structured_output(self, form: str, kind: str) -> None:
+        model, x = architecture(f"{form}-output").make()
+        with pytest.raises(UnsupportedModel, match=f"returned a {kind}; say with output= which tensor"):
+            jacobian(model, x)
+
+    @pytest.mark.parametrize(
+        ("form", "pick", "held"),
+        [("dict", "logit", " with hidden, logits"), ("dict", 0, ""), ("named", "logit", ""), ("tuple", 2, "")],
+    )
+    def test_picks_that_find_nothing(self, form: str, pick: Any, held: str) -> None:
+        model, x = architecture(f"{form}-output").make()
+        with pytest.raises(ValueError, match=rf"output={pick!r} does not pick anything from the \w+{held}"):
+            jacobian(model, x, output=pick)
+
+
+class TestOptions:
+    @pytest.mark.usefixtures("unchecked_types")
+    def test_unknown_names_suggest_the_nearest(self) -> None:
+        model, x = model_and_inputs()
+        with pytest.raises(ValueError, match=r"Unknown engine 'backpac'\. Did you mean 'backpack'\? Known: auto"):
+            jacobian(model, x, engine="backpac")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"Unknown kind 'emprical'\. Did you mean 'empirical'\?"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind="emprical")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"Unknown kind 'full'\. Known: exact, ggn, mc, empirical"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind="full")  # type: ignore[arg-type]
+
+    def test_monte_carlo_needs_a_generator(self) -> None:
+        model, x = model_and_inputs()
+        with pytest.raises(ValueError, match=r"kind='mc' draws at random: pass generator="):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind="mc")
+
+    def test_options_of_monte_carlo_elsewhere(self) -> None:
+        model, x = model_and_inputs()
+        with pytest.raises(ValueError, match="samples=3 has a meaning for kind='mc' only, not for 'exact'"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, samples=3)
+        with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, "mc", samples=0, generator=torch.Generator())
+
+    @pytest.mark.parametrize("kind", ["mc", "empirical"])
+    def test_the_jacobian_of_a_partial_sweep(self, kind: Any) -> None:
+        model, x = model_and_inputs()
+        options: dict[str, Any] = {"generator": torch.Generator()} if kind == "mc" else {}
+        rows = sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind, **options)
+        with pytest.raises(StateError, match=rf"kind '{kind}' do not determine the Jacobian; call curvlab\.jacobian"):
+            rows.jacobian()
+
+
+class TestLosses:
+    def refuse(self, error: type[Exception], message: str, loss: nn.Module, targets: Tensor) -> None:
+        model, x = model_and_inputs()
+        for kind in ("exact", "empirical"):
+            with pytest.raises(error, match=message):
+                sqrt_fisher(model, loss, x, targets, kind)  # type: ignore[arg-type]
+
+    def test_unknown_losses(self) -> None:
+        class Mine(nn.MSELoss):
+            pass
+
+        known = "Use one of: MSELoss, HalfSquaredError, CrossEntropyLoss, BCEWithLogitsLoss"
+        self.refuse(UnsupportedModel, f"L1Loss is not a loss.*{known}", nn.L1Loss(), torch.zeros(4, CLASSES))
+        self.refuse(UnsupportedModel, "Mine is not a loss", Mine(), torch.zeros(4, CLASSES))
+
+    def test_no_reduction(self) -> None:
+        message = "CrossEntropyLoss has reduction='none'; a Fisher matrix needs 'mean' or 'sum'"
+        self.refuse(UnsupportedModel, message, nn.CrossEntropyLoss(reduction="none"), LABELS)
+
+    @pytest.mark.parametrize("loss", [nn.MSELoss(), HalfSquaredError(), nn.BCEWithLogitsLoss()])
+    def test_target_shapes(self, loss: nn.Module) -> None:
+        message = rf"{type(loss).__name__} needs targets of the output's shape \(4, 3\), got \(4,\)"
+        self.refuse(ValueError, message, loss, torch.zeros(4))
+
+    def test_label_shapes(self) -> None:
+        message = r"class indices of shape \(4,\), got \(4, 1\)"
+        self.refuse(ValueError, message, nn.CrossEntropyLoss(), LABELS[:, None])
+
+    def test_class_probabilities(self) -> None:
+        targets = torch.full((4, CLASSES), 1 / CLASSES)
+        self.refuse(UnsupportedModel, "class probabilities .* pass class indices", nn.CrossEntropyLoss(), targets)
+
+    @pytest.mark.parametrize("label", [3, -1])
+    def test_labels_out_of_range(self, label: int) -> None:
+        message = f"Target {label} of sample 2 is neither one of the 3 classes nor ignore_index"
+        self.refuse(ValueError, message, nn.CrossEntropyLoss(), torch.tensor([0, 1, label, 0]))
+
+    def test_all_targets_ignored(self) -> None:
+        self.refuse(ValueError, "No target carries weight", nn.CrossEntropyLoss(), torch.full((4,), -100))
+        zero = nn.CrossEntropyLoss(torch.tensor([0.0, 1, 1]))
+        self.refuse(ValueError, "No target carries weight", zero, torch.zeros(4, dtype=torch.int64))
+
+    def test_a_sum_over_ignored_targets_is_zero(self) -> None:
+        model, x = model_and_inputs()
+        rows = sqrt_fisher(model, nn.CrossEntropyLoss(reduction="sum"), x, torch.full((4,), -100))
+        assert not rows.dense().any()
+
+    def test_negative_weights(self) -> None:
+        message = "has negative weights"
+        self.refuse(ValueError, message, nn.CrossEntropyLoss(torch.tensor([1.0, -1.0, 1.0])), LABELS)
+        self.refuse(ValueError, message, nn.BCEWithLogitsLoss(torch.tensor([1.0, -1.0, 1.0])), torch.ones(4, 3))
+
+    def test_binary_targets_out_of_range(self) -> None:
+        self.refuse(ValueError, "targets between 0 and 1", nn.BCEWithLogitsLoss(), torch.full((4, CLASSES), 2.0))
+
+    @pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
+    def test_non_finite_targets(self, loss: nn.Module) -> None:
+        targets = torch.zeros(4, CLASSES)
+        targets[1, 2] = torch.nan
+        self.refuse(ValueError, "targets are not finite, first at sample 1", loss, targets)
