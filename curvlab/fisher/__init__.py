@@ -1,11 +1,25 @@
 """Structures: approximations of the Fisher matrix with one set of verbs."""
 
-from curvlab.fisher.diagonal import Diagonal
-from curvlab.fisher.ekfac import EKFAC
-from curvlab.fisher.full import BlockDiagonal, Full
-from curvlab.fisher.kfac import KFAC
-from curvlab.fisher.layer_wise import BlockTridiagonal, LayerWise
-from curvlab.fisher.structure import STRUCTURES, SolveInfo, Structure
-from curvlab.fisher.unit_wise import UnitWise
+# Importing registers, in the order in which options, tables and figures list the structures.
+from curvlab.fisher.full import BlockDiagonal, Full  # isort: skip
+from curvlab.fisher.layer_wise import BlockTridiagonal, LayerWise  # isort: skip
+from curvlab.fisher.unit_wise import UnitWise  # isort: skip
+from curvlab.fisher.diagonal import Diagonal  # isort: skip
+from curvlab.fisher.kfac import KFAC  # isort: skip
+from curvlab.fisher.ekfac import EKFAC  # isort: skip
+from curvlab.fisher.structure import STRUCTURES, SolveInfo, Structure, make  # isort: skip
 
-__all__ = ["EKFAC", "KFAC", "STRUCTURES", "BlockDiagonal", "BlockTridiagonal", "Diagonal", "Full", "LayerWise", "SolveInfo", "Structure", "UnitWise"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "STRUCTURES",
+    "BlockDiagonal",
+    "BlockTridiagonal",
+    "Diagonal",
+    "Full",
+    "LayerWise",
+    "SolveInfo",
+    "Structure",
+    "UnitWise",
+    "make",
+]

@@ -1,27 +1,30 @@
 """Blocks: the parts of a structure that do not couple.
 
-A block covers some of the columns of some layers (its *parts*). Its vectors are `[K, P_b]`, the block vectors of its parts
-side by side. A structure is a list of blocks; the verbs of `Structure` are sums and concatenations over them.
+A block covers some of the columns of some layers (its *parts*). Its vectors are `[K, P_b]`, the block vectors of its
+parts side by side. A structure is a list of blocks; the verbs of `Structure` are sums and concatenations over them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import StateError
-from curvlab.fisher.system import System, inverse_values
+from curvlab.errors import StateError, unknown_name
+from curvlab.fisher.system import Eigen, System
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout, Parameters
 from curvlab.rows.products import chunks
 from curvlab.rows.rows import Rows, gram
+
+State = dict[str, Tensor | float | None]
+"""What a block keeps, besides rows; plain tensors and numbers."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Batch:
 
     Attributes:
         layers: rows of the block's parts.
-        terms: the batch's weight.
+        terms: the batch's weight if the loss is a mean.
         decay: weight of the state so far.
         additive: whether the loss is a sum, so that matrices of batches add.
         sample_weights: ω_n.
@@ -42,11 +45,21 @@ class Batch:
     additive: bool
     sample_weights: Float[Tensor, " N"]
 
+    @property
+    def weight(self) -> float:
+        """The batch's weight in a running average."""
+        return 1.0 if self.additive else self.terms
+
+    @property
+    def fading(self) -> bool:
+        """Whether the state so far is neither dropped nor kept as it is."""
+        return self.decay not in (0.0, 1.0)
+
 
 class RunningAverage:
     """Σ_b w_b x_b / Σ_b w_b over batches, each update multiplying both sums by a decay first.
 
-    For sum losses a decay of 1 adds, any other averages over batches.
+    For sums of losses (`additive`) a decay of 1 adds; any other averages over what has been added up so far.
     """
 
     def __init__(self) -> None:
@@ -55,7 +68,6 @@ class RunningAverage:
 
     def update(self, value: Tensor, weight: float, decay: float, *, additive: bool = False) -> None:
         """Decay the state and add a batch."""
-        weight = 1.0 if additive else weight
         if self.total is None or decay == 0:
             self.total, self.weight = weight * value, weight
             return
@@ -65,9 +77,20 @@ class RunningAverage:
 
     @property
     def value(self) -> Tensor:
-        """The average."""
+        """The average, 0 while no batch had any weight."""
         assert self.total is not None
-        return self.total / self.weight
+        return self.total / (self.weight or 1.0)
+
+    def state(self) -> State:
+        """Return what `restore` needs."""
+        return {"total": self.total, "weight": self.weight}
+
+    def restore(self, state: State) -> None:
+        """Bring a saved state back."""
+        total, weight = state["total"], state["weight"]
+        assert not isinstance(total, float)
+        assert isinstance(weight, float)
+        self.total, self.weight = total, weight
 
 
 class Block(ABC):
@@ -81,6 +104,9 @@ class Block(ABC):
     def __init__(self, name: str, parts: Sequence[Layout]) -> None:
         self.name = name
         self.parts = tuple(parts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.size} parameters)"
 
     @property
     def size(self) -> int:
@@ -111,14 +137,24 @@ class Block(ABC):
             picked.append(layer if layer.layout.names == part.names else layer.restrict(part.names))
         return tuple(picked)
 
-    keeps_rows: bool = False
-    """Whether the state of the block is the rows themselves, handed over by `set_rows`."""
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the state of the block is the rows themselves, handed over by `set_rows`."""
+        return False
 
-    outgrown: bool = False
-    """Whether the rows of the state have become larger than the matrix they stand for."""
-
-    def set_rows(self, layers: tuple[LayerRows, ...], terms: float, *, additive: bool) -> None:  # noqa: B027
+    def set_rows(self, layers: tuple[LayerRows, ...]) -> None:  # noqa: B027
         """Take the merged rows of all batches in the state; called before a verb if `keeps_rows`."""
+
+    def will_keep_rows(self, batch: Batch) -> bool:  # noqa: ARG002
+        """Return whether the block will keep rows after an update with this batch.
+
+        Raises:
+            StateError: if rows cannot take the batch's decay.
+        """
+        return False
+
+    def leave_rows(self, weight: float) -> None:  # noqa: B027
+        """Form the matrix of the rows that were set, whose weight in the running average is given."""
 
     def systems(self) -> list[System]:
         """Return the matrices that a solve factorises, so that those of equal size go in one batched call."""
@@ -134,7 +170,7 @@ class Block(ABC):
 
     @abstractmethod
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
-        """Return `(F + ρI)⁻¹x`, or `F⁺x` for ρ = 0, and the squared norm of x outside range(F)."""
+        """Return `(F + ρI)⁻¹x`, or `F⁺x` for ρ = 0, and the squared norm of x outside range(F) if ρ = 0, else 0."""
 
     @abstractmethod
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
@@ -148,7 +184,7 @@ class Block(ABC):
         damping: float,
         coefficients: OutputFactor | None,
     ) -> Float[Tensor, "Q R"]:
-        """Return `left (F + ρI)⁻¹ rightᵀ`; `coefficients` says that `right = C·S`, S the rows of the state."""
+        """Return `left (F + ρI)⁻¹ rightᵀ`; `coefficients` says that `right = C·S` for the rows S that `lift` takes."""
 
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:
@@ -156,18 +192,28 @@ class Block(ABC):
 
     @abstractmethod
     def eigenvalues(self) -> Float[Tensor, " k"]:
-        """Return the eigenvalues that need not be zero; the other `P_b − k` are."""
+        """Return the eigenvalues that need not be zero, null ones exactly 0; the other `P_b − k` are zero, too."""
+
+    def largest_eigenvalue(self) -> float:
+        """Return λ_max."""
+        return float(self.eigenvalues().max())
+
+    def condition_number(self) -> float:
+        """Return the largest over the smallest modulus of the eigenvalues that do not count as null; 1 if all do."""
+        kept = self.eigenvalues().abs()
+        kept = kept[kept > 0]
+        return float(kept.max() / kept.min()) if len(kept) else 1.0
 
     @abstractmethod
     def trace(self) -> float:
         """Return the trace."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor | float | None]:
+    def state(self) -> State:
         """Return what `restore` needs, besides rows."""
 
     @abstractmethod
-    def restore(self, state: dict[str, Tensor | float | None]) -> None:
+    def restore(self, state: State) -> None:
         """Bring a saved state back."""
 
 
@@ -190,14 +236,19 @@ class RowSide:
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.side not in ("auto", "rows", "parameters"):
-            raise ValueError(f"side is 'auto', 'rows' or 'parameters', got {self.side!r}.")
+        if self.side not in get_args(Side):
+            raise unknown_name("side", self.side, get_args(Side))
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is a number of batches ≥ 1, got {self.window}.")
         if self.window is not None and self.side == "parameters":
             raise ValueError("window keeps rows; it cannot be combined with side='parameters'.")
-        if self.rtol is not None and not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol is a number in [0, 1), got {self.rtol}.")
+        check_rtol(self.rtol)
+
+
+def check_rtol(rtol: float | None) -> None:
+    """Raise `ValueError` for a rank tolerance outside [0, 1)."""
+    if rtol is not None and not 0 <= rtol < 1:
+        raise ValueError(f"rtol is a number in [0, 1), got {rtol}.")
 
 
 class RowBlock(Block):
@@ -214,57 +265,52 @@ class RowBlock(Block):
         self._system: System | None = None
         self._rows_held = 0
 
-    def update(self, batch: Batch) -> None:  # noqa: D102
-        self._reset()
-        rows = self._row_size(batch.layers)
-        held = 0 if batch.decay == 0 else self._rows_held
-        if self.average.total is not None and batch.decay != 0:
-            self._average(batch)
-            return
-        fading = batch.decay not in (0.0, 1.0) and self.config.window is None
-        self.average = RunningAverage()
-        if self.config.side == "parameters" or (self.config.side == "auto" and fading and self._side_size() <= rows):
-            self._average(batch)
-        elif fading:
-            raise StateError(
-                f"Block {self.name!r} keeps {rows} rows, which take decay 0 or 1, not {batch.decay}. Set window=k to keep "
-                f"the last k batches, or side='parameters' for a matrix of {self._side_size()} × {self._side_size()} "
-                f"({self._side_size() * self.size * batch.layers[0].factors[-1].element_size() / 2**30:.3g} GiB)."
-            )
-        else:
-            self._rows_held = held + rows
-
-    def _row_size(self, layers: Sequence[LayerRows]) -> int:
-        """Size of the matrix on the row side."""
-        return layers[0].count
-
-    def _average(self, batch: Batch) -> None:
-        self._rows_held = 0
-        self.average.update(self._form(batch.layers), batch.terms, batch.decay, additive=batch.additive)
-
     @property
-    def keeps_rows(self) -> bool:  # type: ignore[override]
+    def keeps_rows(self) -> bool:
         """Whether the block is stored on its row side."""
         return self.average.total is None
 
-    @property
-    def outgrown(self) -> bool:  # type: ignore[override]
-        """Whether the parameter side has become the smaller one and may be taken."""
-        free = self.config.side == "auto" and self.config.window is None
-        return free and self.keeps_rows and self._side_size() <= self._rows_held
+    def will_keep_rows(self, batch: Batch) -> bool:  # noqa: D102
+        if batch.decay != 0 and not self.keeps_rows:
+            return False
+        rows = self._row_size(batch.layers) + (0 if batch.decay == 0 else self._rows_held)
+        side, window, size = self.config.side, self.config.window, self._side_size()
+        if side == "parameters" or (side == "auto" and window is None and size <= rows):
+            return False
+        if batch.fading and window is None:
+            memory = size * self.size * batch.layers[0].factors[-1].element_size() / 2**30
+            raise StateError(
+                f"Block {self.name!r} keeps {rows} rows, which take decay 0 or 1, not {batch.decay}. Set window=k to "
+                f"keep the last k batches, or side='parameters' for a matrix of {size} × {size} "
+                f"({'' if size == self.size else f'{self.size // size} of them, '}{memory:.3g} GiB)."
+            )
+        return True
 
-    def set_rows(self, layers: tuple[LayerRows, ...], terms: float, *, additive: bool) -> None:
-        """Take the merged rows; move to the parameter side once that is smaller."""
+    def update(self, batch: Batch) -> None:  # noqa: D102
         self._reset()
-        if self.outgrown:
-            self.average.update(self._form(layers), terms, 0.0, additive=additive)
-            self._rows_held = 0
+        keeps = self.will_keep_rows(batch)
+        if batch.decay == 0:
+            self.average, self._rows_held = RunningAverage(), 0
+        if keeps:
+            self._rows_held += self._row_size(batch.layers)
         else:
-            self.layers = layers
+            self.average.update(self._form(batch.layers), batch.weight, batch.decay, additive=batch.additive)
+
+    def set_rows(self, layers: tuple[LayerRows, ...]) -> None:  # noqa: D102
+        self._reset()
+        self.layers = layers
+
+    def leave_rows(self, weight: float) -> None:  # noqa: D102
+        self.average.update(self._form(self.layers), weight, 0.0)
+        self.layers, self._rows_held = (), 0
 
     def _reset(self) -> None:
         """Forget what was computed from the state."""
         self._system = None
+
+    def _row_size(self, layers: Sequence[LayerRows]) -> int:
+        """Size of the matrix on the row side."""
+        return layers[0].count
 
     def _side_size(self) -> int:
         """Size of the matrix on the parameter side."""
@@ -278,18 +324,15 @@ class RowBlock(Block):
     def system(self) -> System:
         """The matrix that is solved: `K` on the row side, `F_b` on the parameter side."""
         if self._system is None:
-            layers = self.layers
-            self._system = (
-                System(
-                    gram(layers, layers),
-                    self.name,
-                    self.config.rtol,
-                    lambda: gram64(layers),
-                )
-                if self.keeps_rows
-                else System(self.average.value, self.name, self.config.rtol)
-            )
+            self._system = self._row_system() if self.keeps_rows else self._make_system(self.average.value)
         return self._system
+
+    def _make_system(self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None) -> System:
+        return System(matrix, self.name, self.config.rtol, in_float64)
+
+    def _row_system(self) -> System:
+        layers = self.layers
+        return self._make_system(gram(layers, layers), lambda: gram64(layers))
 
     def systems(self) -> list[System]:  # noqa: D102
         return [self.system]
@@ -298,7 +341,7 @@ class RowBlock(Block):
         return times(self.layers, x)
 
     def _combine(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K P_b"]:
-        return torch.cat([layer.rmatvec(c) for layer in self.layers], dim=-1)
+        return combine(self.layers, c)
 
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
         return self._combine(self._times(x)) if self.keeps_rows else x @ self.average.value
@@ -307,22 +350,21 @@ class RowBlock(Block):
         """Solve; on the row side with damping as `(x − Sᵀ(K + ρI)⁻¹Sx)/ρ`, which cancels in float32: see `lift`."""
         if not self.keeps_rows:
             solution = self.system.solve(x.T, damping).T
-            return solution, _outside(self.system, x) if damping == 0 else x.new_zeros(len(x))
+            return solution, x.new_zeros(len(x)) if damping else _null_energy(self.system.eigen, x)
         seen = self._times(x)
         if damping > 0:
             return (x - self._combine(self.system.solve(seen.T, damping).T)) / damping, x.new_zeros(len(x))
         eigen = self.system.eigen
-        inverse = inverse_values(eigen.values, 0.0, eigen.null)
-        coordinates = seen @ eigen.vectors
-        inside = (coordinates.square() * inverse).sum(-1)
-        solution = self._combine((coordinates * inverse.square()) @ eigen.vectors.T)
-        return solution, (x.square().sum(-1) - inside).clamp_min(0)
+        once = eigen.coordinates(seen) * eigen.inverse(0.0)
+        both = torch.cat([once, once * eigen.inverse(0.0)]) @ eigen.vectors.T
+        projection, solution = self._combine(both.to(x)).split(len(x))
+        return solution, (x - projection).square().sum(-1)
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc`; on the row side `Sᵀ(K + ρI)⁻¹c`, accurate at any damping."""
         if self.keeps_rows:
             return self._combine(self.system.solve(c.T, damping).T)
-        return self.solve(torch.cat([layer.rmatvec(c) for layer in layers], dim=-1), damping)[0]
+        return self.solve(combine(layers, c), damping)[0]
 
     def sandwich(  # noqa: D102
         self,
@@ -332,40 +374,37 @@ class RowBlock(Block):
         coefficients: OutputFactor | None,
     ) -> Float[Tensor, "Q R"]:
         if not self.keeps_rows:
-            solved = self.solve(torch.cat([layer.dense() for layer in right], dim=-1), damping)[0]
-            return times(left, solved).T
+            return times(left, self.solve(dense(right), damping)[0]).T
         seen = gram(left, self.layers)
         if coefficients is not None:
             V, N = self.layers[0].shape
             return coefficients.apply(self.system.solve(seen.T, damping).view(V, N, -1)).flatten(0, 1).T
-        eigen = self.system.eigen
-        inverse = inverse_values(eigen.values, 0.0, eigen.null)
-        a, b = seen @ eigen.vectors, gram(right, self.layers) @ eigen.vectors
-        if damping == 0:
-            return (a * inverse.square()) @ b.T
-        within = (a * inverse * inverse_values(eigen.values, damping, None)) @ b.T
-        return within + (gram(left, right) - (a * inverse) @ b.T) / damping
+        return self.system.eigen.sandwich(seen, gram(right, self.layers), damping, lambda: gram(left, right))
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
         return self._form(self.layers) if self.keeps_rows else self.average.value
 
     def eigenvalues(self) -> Float[Tensor, " k"]:
         """Return the `min(R, P_b)` eigenvalues that need not be zero."""
-        return self.system.eigen.values[-min(self.size, len(self.system.eigen.values)) :]
+        eigen = self.system.eigen
+        return torch.where(eigen.null, 0, eigen.values)[-min(self.size, len(eigen.values)) :]
+
+    def largest_eigenvalue(self) -> float:  # noqa: D102
+        return self.system.largest()
 
     def trace(self) -> float:  # noqa: D102
         if self.keeps_rows:
             return float(sum(layer.diagonal().sum() for layer in self.layers))
         return float(self.average.value.trace())
 
-    def state(self) -> dict[str, Tensor | float | None]:  # noqa: D102
-        return {"total": self.average.total, "weight": self.average.weight, "rows_held": float(self._rows_held)}
+    def state(self) -> State:  # noqa: D102
+        return {**self.average.state(), "rows_held": float(self._rows_held)}
 
-    def restore(self, state: dict[str, Tensor | float | None]) -> None:  # noqa: D102
-        total, weight, held = state["total"], state["weight"], state["rows_held"]
-        assert isinstance(weight, float) and isinstance(held, float)
-        assert total is None or isinstance(total, Tensor)
-        self.average.total, self.average.weight, self._rows_held = total, weight, int(held)
+    def restore(self, state: State) -> None:  # noqa: D102
+        held = state["rows_held"]
+        assert isinstance(held, float)
+        self.average.restore(state)
+        self._rows_held = int(held)
         self._reset()
 
 
@@ -376,21 +415,32 @@ def times(layers: Sequence[LayerRows], x: Float[Tensor, "K P_b"]) -> Float[Tenso
     return torch.stack(products).sum(0)
 
 
+def combine(layers: Sequence[LayerRows], c: Float[Tensor, "K R"]) -> Float[Tensor, "K P_b"]:
+    """Combine rows with coefficients."""
+    return torch.cat([layer.rmatvec(c) for layer in layers], dim=-1)
+
+
+def dense(layers: Sequence[LayerRows]) -> Float[Tensor, "R P_b"]:
+    """Form the rows. Memory `R·P_b`."""
+    return torch.cat([layer.dense() for layer in layers], dim=-1)
+
+
 def moment(layers: Sequence[LayerRows]) -> Float[Tensor, "P_b P_b"]:
+    """Form `SᵀS`, in chunks of samples. Cost `R·P_b²`."""
     size = sum(layer.size for layer in layers)
     V, N = layers[0].shape
     total = layers[0].factors[-1].new_zeros(size, size)
     for part in chunks(N, V * size):
-        rows = torch.cat([layer.select(part).dense() for layer in layers], dim=-1)
+        rows = dense([layer.select(part) for layer in layers])
         total.addmm_(rows.T, rows)
     return total
 
 
 def gram64(layers: Sequence[LayerRows]) -> Float[Tensor, "R R"]:
+    """Return `SSᵀ` in float64."""
     precise = [layer.to(torch.float64) for layer in layers]
     return gram(precise, precise)
 
 
-def _outside(system: System, x: Float[Tensor, "K n"]) -> Float[Tensor, " K"]:
-    eigen = system.eigen
-    return ((x @ eigen.vectors).square() * eigen.null).sum(-1)
+def _null_energy(eigen: Eigen, x: Float[Tensor, "K n"]) -> Float[Tensor, " K"]:
+    return (eigen.coordinates(x).square() * eigen.null).sum(-1).to(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isfinite
 
-Damping = float | str
+Damping = float | int | str
 """ρ of `F + ρI`; `"rel:1e-6"` is 1e-6 times the largest eigenvalue of F."""
 
 

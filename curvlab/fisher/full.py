@@ -23,6 +23,7 @@ class _RowStructure(Structure):
         """The configuration."""
         return {"side": self._config.side, "window": self._config.window, "rtol": self._config.rtol}
 
+    @property
     def _window(self) -> int | None:
         return self._config.window
 
@@ -70,14 +71,10 @@ class BlockDiagonal(_RowStructure, key="block-diagonal", summary="diagonal block
         return {"partition": self._partition, **super().options}
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
-        return [
-            RowBlock(name, parts, self._config) for name, parts in partition_parts(rows, self._partition)
-        ]
+        return [RowBlock(name, parts, self._config) for name, parts in partition_parts(rows, self._partition)]
 
 
-def partition_parts(
-    rows: Rows, partition: Sequence[Sequence[str]] | None
-) -> list[tuple[str, list[Layout]]]:
+def partition_parts(rows: Rows, partition: Sequence[Sequence[str]] | None) -> list[tuple[str, list[Layout]]]:
     """Cut the layers by a partition of the parameters' names.
 
     Raises:

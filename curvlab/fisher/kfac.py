@@ -12,13 +12,14 @@ Source: Martens & Grosse 2015; Grosse & Martens 2016 (convolutions); Eschenhagen
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from curvlab.fisher.block import Block, RowBlock, RowSide
 from curvlab.fisher.diagonal import DiagonalBlock
-from curvlab.fisher.kronecker import EmbeddingBlock, KFACBlock, KroneckerBlock, LinearBlock, Sharing
+from curvlab.fisher.kronecker import EmbeddingBlock, KFACBlock, KroneckerOptions, LinearBlock, Sharing
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
-from curvlab.rows.layer import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows
 
 
 class _LinearKFAC(LinearBlock, KFACBlock):
@@ -34,8 +35,8 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
 
     Args:
         sharing: "expand" or "reduce", for weights that are shared over positions.
-        factored_damping: put `√ρ·π` on A and `√ρ/π` on B, `π² = (tr A/dim A)/(tr B/dim B)` (Martens & Grosse 2015, section
-            6.3), instead of ρ on the product.
+        factored_damping: put `√ρ·π` on A and `√ρ/π` on B, `π² = (tr A/dim A)/(tr B/dim B)` (Martens & Grosse 2015,
+            section 6.3), instead of ρ on the product.
         max_block: layers without Kronecker factors keep an exact block up to this size, a diagonal one above it.
         rtol: rank tolerance of the factors in undamped solves, relative to their λ_max.
     """
@@ -52,38 +53,24 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         rtol: float | None = None,
     ) -> None:
         super().__init__()
-        if sharing not in ("expand", "reduce"):
-            raise ValueError(f"sharing is 'expand' or 'reduce', got {sharing!r}.")
-        if max_block < 0:
-            raise ValueError(f"max_block is a number of parameters, got {max_block}.")
-        self._sharing: Sharing = sharing
-        self._factored_damping = factored_damping
-        self._max_block = max_block
-        self._exact = RowSide("parameters", rtol=rtol)
+        self._config = KroneckerOptions(sharing, factored_damping, max_block, rtol)
 
     @property
     def options(self) -> Mapping[str, object]:
         """The configuration."""
-        return {
-            "sharing": self._sharing,
-            "factored_damping": self._factored_damping,
-            "max_block": self._max_block,
-            "rtol": self._exact.rtol,
-        }
+        return asdict(self._config)
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
-        blocks: list[Block] = []
-        rtol = self._exact.rtol
-        for layer in rows.layers:
-            if isinstance(layer, KroneckerRows):
-                blocks.append(self.linear(layer.name, layer.layout, self._factored_damping, self._sharing, rtol))
-            elif isinstance(layer, EmbeddingRows):
-                blocks.append(self.embedding(layer.name, layer.layout, self._factored_damping, rtol))
-            elif layer.size <= self._max_block:
-                blocks.append(RowBlock(layer.name, [layer.layout], self._exact))
-            else:
-                blocks.append(DiagonalBlock(layer.name, [layer.layout], rtol))
-        return blocks
+        return [self._make_block(layer) for layer in rows.layers]
+
+    def _make_block(self, layer: LayerRows) -> Block:
+        if isinstance(layer, KroneckerRows):
+            return self.linear(layer.name, layer.layout, self._config)
+        if isinstance(layer, EmbeddingRows):
+            return self.embedding(layer.name, layer.layout, self._config)
+        if layer.size <= self._config.max_block:
+            return RowBlock(layer.name, [layer.layout], RowSide("parameters", rtol=self._config.rtol))
+        return DiagonalBlock(layer, self._config.rtol)
 
     def _notes(self) -> list[str]:
         def named(what: str, kind: type[Block]) -> list[str]:
@@ -91,6 +78,3 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             return [f"{what}: {', '.join(names)}"] if names else []
 
         return named("exact blocks", RowBlock) + named("diagonal", DiagonalBlock)
-
-    def _kronecker_blocks(self) -> list[KroneckerBlock]:
-        return [block for block in self._blocks if isinstance(block, KroneckerBlock)]

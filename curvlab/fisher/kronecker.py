@@ -1,23 +1,26 @@
 """Blocks that are diagonal in a Kronecker basis.
 
-A layer's matrix `X [units, width]` (one a group q) is rotated to `Y = Uᵀ X V`, U the eigenvectors of the factor over units,
-V those of the factor over the width. There the block is diagonal with *entries* `[Q, r, s]`: `β_i α_j` for K-FAC, the
-Fisher's own diagonal for EKFAC. Outside the span of the basis the block is zero.
+A layer's matrix `X [units, width]` (one a group q) is rotated to `Y = Uᵀ X V`, U the eigenvectors of the factor over
+units, V those of the factor over the width. There the block is diagonal with *entries* `[Q, r, s]`: `β_i α_j` for
+K-FAC, the Fisher's own diagonal for EKFAC. Outside the span of the basis the block is zero. The rows of the state lie
+in that span, except with *reduce*, whose factors know sums over positions only.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, Block, times
-from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, State
+from curvlab.errors import unknown_name
+from curvlab.fisher.block import Batch, Block, State, check_rtol, times
+from curvlab.fisher.moment import DiagonalMoment, Factor, Moment
 from curvlab.fisher.system import inverse_values
+from curvlab.fisher.unit_rows import is_plain, weighted_product
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
@@ -26,25 +29,47 @@ from curvlab.rows.rows import gram
 Sharing = Literal["expand", "reduce"]
 
 
-class KroneckerBlock(Block):
-    """A layer's block in the basis of two factors.
+@dataclass(frozen=True)
+class KroneckerOptions:
+    """How layers are factored, and what becomes of those that are not.
 
-    Args:
-        name: the layer's name.
-        layout: its parameters.
+    Attributes:
+        sharing: "expand" or "reduce", for weights that are shared over positions.
         factored_damping: whether damping is split over the factors.
+        max_block: largest exact block of a layer without Kronecker factors.
+        rtol: rank tolerance of undamped solves; round-off if None.
     """
+
+    sharing: Sharing = "expand"
+    factored_damping: bool = False
+    max_block: int = 1024
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sharing not in get_args(Sharing):
+            raise unknown_name("sharing", self.sharing, get_args(Sharing))
+        if self.max_block < 0:
+            raise ValueError(f"max_block is a number of parameters, got {self.max_block}.")
+        check_rtol(self.rtol)
+
+
+class KroneckerBlock(Block):
+    """A layer's block in the basis of two factors."""
 
     units: Factor
     width: Factor
 
-    def __init__(self, name: str, layout: Layout, factored_damping: bool) -> None:
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
         super().__init__(name, [layout])
-        self.factored_damping = factored_damping
+        self.options = options
 
     @abstractmethod
     def update_factors(self, batch: Batch) -> None:
         """Average the two factors."""
+
+    def spans(self, rows: LayerRows) -> bool:  # noqa: ARG002
+        """Whether the basis spans these rows, if they went into its factors."""
+        return True
 
     @abstractmethod
     def rotate(self, rows: LayerRows) -> LayerRows:
@@ -61,7 +86,7 @@ class KroneckerBlock(Block):
         """Return the diagonal in the basis."""
         return self.units.basis.values[..., None] * self.width.basis.values[:, None, :]
 
-    def null(self) -> Float[Tensor, "Q r s"]:
+    def null(self) -> Bool[Tensor, "Q r s"]:
         """Return which entries count as null: those of null directions of a factor."""
         return self.units.basis.null[..., None] | self.width.basis.null[:, None, :]
 
@@ -81,17 +106,25 @@ class KroneckerBlock(Block):
     def solve(  # noqa: D102
         self, x: Float[Tensor, "K P_b"], damping: float
     ) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
-        if self.factored_damping and damping > 0:
-            return self._solve_factors(x, damping), x.new_zeros(len(x))
+        nothing = x.new_zeros(len(x))
+        if self._splits(damping):
+            return self._solve_factors(x, damping), nothing
         y = self.into(x)
-        inverse = inverse_values(self.entries(), damping, self.null())
-        if damping > 0:
-            return self.back((inverse - 1 / damping) * y) + x / damping, x.new_zeros(len(x))
-        inside = (y.square() * ~self.null()).sum((1, 2, 3))
-        return self.back(inverse * y), (x.square().sum(-1) - inside).clamp_min(0)
+        solution = self.back(inverse_values(self.entries(), damping, self.null()) * y)
+        if damping == 0:
+            return solution, (x - self.back(~self.null() * y)).square().sum(-1)
+        return solution if self._complete else solution + (x - self.back(y)) / damping, nothing
+
+    def _splits(self, damping: float) -> bool:
+        return self.options.factored_damping and damping > 0
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing lies outside the span of the basis."""
+        return self.units.basis.complete and self.width.basis.complete
 
     def _split(self, damping: float) -> tuple[Float[Tensor, " Q"], Float[Tensor, " Q"]]:
-        """Split ρ into `√ρ/π` for the units' factor and `√ρ·π` for the width's, π² the ratio of their mean eigenvalues."""
+        """Split ρ into `√ρ/π` for the units' factor, `√ρ·π` for the width's, π² the ratio of their mean eigenvalues."""
         units, width = self.units.mean_eigenvalue(), self.width.mean_eigenvalue()
         usable = (units > 0) & (width > 0)
         pi = torch.where(usable, (width / torch.where(usable, units, 1)).sqrt(), 1)
@@ -105,7 +138,7 @@ class KroneckerBlock(Block):
 
     def _inverse_within(self, damping: float) -> Float[Tensor, "Q r s"]:
         """Return the inverse entries for vectors in the span of the basis."""
-        if not (self.factored_damping and damping > 0):
+        if not self._splits(damping):
             return inverse_values(self.entries(), damping, self.null())
         rho_units, rho_width = self._split(damping)
         units = self.units.basis.values + rho_units[:, None]
@@ -114,9 +147,11 @@ class KroneckerBlock(Block):
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float
     ) -> Float[Tensor, "K P_b"]:
+        rows = layers[0]
+        if damping > 0 and not (self._complete or self.spans(rows)):
+            return self.solve(rows.rmatvec(c), damping)[0]
         inverse = self._inverse_within(damping)
-        y = self.rotate(layers[0]).rmatvec(c).view(len(c), *inverse.shape)
-        return self.back(y * inverse)
+        return self.back(self.rotate(rows).rmatvec(c).view(len(c), *inverse.shape) * inverse)
 
     def sandwich(  # noqa: D102
         self,
@@ -125,23 +160,22 @@ class KroneckerBlock(Block):
         damping: float,
         coefficients: OutputFactor | None,
     ) -> Float[Tensor, "Q R"]:
-        if coefficients is None and self.factored_damping and damping > 0:
-            return times(left, self._solve_factors(right[0].dense(), damping)).T
         x, y = self.rotate(left[0]), self.rotate(right[0])
+        spanned = damping == 0 or self._complete or (coefficients is not None and self.spans(right[0]))
+        if not spanned and self._splits(damping):
+            return times(left, self._solve_factors(right[0].dense(), damping)).T
         within = self._contract(x, y, damping)
-        if coefficients is None and damping > 0:
-            return within + (gram(left, right) - gram([x], [y])) / damping
-        return within
+        return within if spanned else within + (gram(left, right) - gram([x], [y])) / damping
 
     def _contract(self, x: LayerRows, y: LayerRows, damping: float) -> Float[Tensor, "Q R"]:
-        return x.dense() @ (y.dense() * self._inverse_within(damping).flatten()).T
+        return weighted_product(x, self._inverse_within(damping).flatten(), y)
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
         entries = self.entries()
         return self.matvec(torch.eye(self.size, dtype=entries.dtype, device=entries.device))
 
     def eigenvalues(self) -> Float[Tensor, " k"]:  # noqa: D102
-        return self.entries().flatten()
+        return torch.where(self.null(), 0, self.entries()).flatten()
 
     def trace(self) -> float:  # noqa: D102
         return float(self.entries().sum())
@@ -177,37 +211,33 @@ class KFACBlock(KroneckerBlock):
 
 
 class LinearBlock(KroneckerBlock):
-    """Factors of a layer whose rows are `Σ_t g ⊗ a`: B over units, A over the width, one pair a group.
+    """Factors of a layer whose rows are `Σ_t g ⊗ a`: B over units, A over the width, one pair a group."""
 
-    Args:
-        name: the layer's name.
-        layout: its parameters.
-        factored_damping: whether damping is split over the factors.
-        sharing: "expand" or "reduce", for weights shared over positions.
-        rtol: rank tolerance of the factors.
-    """
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
+        super().__init__(name, layout, options)
+        self.units: Moment = Moment(options.rtol)
+        self.width: Moment = Moment(options.rtol)
 
-    def __init__(
-        self, name: str, layout: Layout, factored_damping: bool, sharing: Sharing, rtol: float | None
-    ) -> None:
-        super().__init__(name, layout, factored_damping)
-        self.sharing = sharing
-        self.units: Moment = Moment(rtol)
-        self.width: Moment = Moment(rtol)
+    @property
+    def _reduce(self) -> bool:
+        return self.options.sharing == "reduce"
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows = batch.layers[0]
         assert isinstance(rows, KroneckerRows)
-        reduce = self.sharing == "reduce"
-        weight = float(batch.sample_weights.sum())
-        root = rows.input_root(batch.sample_weights, reduce=reduce) / max(weight, 1e-300) ** 0.5
-        self.width.update(root, weight, batch.decay)
-        self.units.update(rows.output_root(reduce=reduce), batch.terms, batch.decay, additive=batch.additive)
+        inputs = rows.input_root(batch.sample_weights, reduce=self._reduce)
+        outputs = rows.output_root(reduce=self._reduce) * batch.weight**0.5
+        self.width.update(inputs, float(batch.sample_weights.sum()), batch.decay)
+        self.units.update(outputs, batch.weight, batch.decay, additive=batch.additive)
+
+    def spans(self, rows: LayerRows) -> bool:  # noqa: D102
+        return not self._reduce or is_plain(rows)
 
     def rotate(self, rows: LayerRows) -> KroneckerRows:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
         u, v = self.units.basis.vectors, self.width.basis.vectors
-        assert u is not None and v is not None
+        assert u is not None
+        assert v is not None
         Q, _, r = u.shape
         layout = Layout.of(Q * r, {rows.name: torch.Size((Q, r, v.shape[2]))})
         inputs = torch.einsum("ntqi,qij->ntqj", rows.a, v)
@@ -224,17 +254,17 @@ class LinearBlock(KroneckerBlock):
 class EmbeddingBlock(KroneckerBlock):
     """Factors of an embedding: A, diagonal over the table's rows, and B over their entries."""
 
-    def __init__(self, name: str, layout: Layout, factored_damping: bool, rtol: float | None) -> None:
-        super().__init__(name, layout, factored_damping)
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
+        super().__init__(name, layout, options)
         self.units: DiagonalMoment = DiagonalMoment()
-        self.width: Moment = Moment(rtol)
+        self.width: Moment = Moment(options.rtol)
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows = batch.layers[0]
         assert isinstance(rows, EmbeddingRows)
-        weight = float(batch.sample_weights.sum())
-        self.units.update(rows.frequency(batch.sample_weights) / max(weight, 1e-300), weight, batch.decay)
-        self.width.update(rows.output_root()[None], batch.terms, batch.decay, additive=batch.additive)
+        outputs = rows.output_root()[None] * batch.weight**0.5
+        self.units.update(rows.frequency(batch.sample_weights), float(batch.sample_weights.sum()), batch.decay)
+        self.width.update(outputs, batch.weight, batch.decay, additive=batch.additive)
 
     def rotate(self, rows: LayerRows) -> EmbeddingRows:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)

@@ -4,8 +4,10 @@
 *F⁻¹* of Martens & Grosse 2015). F_Σ has the blocks `Σ_lm S_lᵀS_m` and is indefinite where Σ is.
 
 On the row side every group of layers gets an orthonormal basis of its row space, `Q_l = λ^{-1/2} Uᵀ S_l` from
-`S_l S_lᵀ = U λ Uᵀ`; in these coordinates F_Σ is the symmetric matrix H with blocks `Σ_lm λ_l^{1/2} U_lᵀ U_m λ_m^{1/2}`, of
-size at most L·R, and zero elsewhere.
+`S_l S_lᵀ = U λ Uᵀ`; in these coordinates F_Σ is the symmetric matrix H with blocks
+`Σ_lm λ_l^{1/2} U_lᵀ U_m λ_m^{1/2}`, of size at most L·R, and zero elsewhere. Gram matrices, bases and H are in float64,
+whatever the rows are in: nothing but round-off may decide which directions of a layer are null, since undamped steps
+are largest along the smallest ones.
 
 Source: Karakida & Osawa 2020, section 3 (the family and its isotropy).
 """
@@ -14,15 +16,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import IllConditioned
-from curvlab.fisher.block import Block, RowBlock, RowSide, Side, moment, times
+from curvlab.fisher.block import Block, RowBlock, RowSide, Side, combine, gram64, moment, times
 from curvlab.fisher.full import _RowStructure, partition_parts
-from curvlab.fisher.system import Eigen, System, decompose, inverse_values, rank_tolerance
+from curvlab.fisher.system import Eigen, System, condition_limit, decompose, rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
@@ -66,11 +69,7 @@ class LayerWiseBlock(RowBlock):
         return dense * self.sigma.to(dense)[of[:, None], of[None, :]]
 
     def _grouped(self, layers: Sequence[LayerRows]) -> list[Sequence[LayerRows]]:
-        groups, start = [], 0
-        for size in self._group_sizes:
-            groups.append(layers[start : start + size])
-            start += size
-        return groups
+        return [layers[start:stop] for start, stop in pairwise(accumulate(self._group_sizes, initial=0))]
 
     def systems(self) -> list[System]:
         """Return nothing: an indefinite matrix has no Cholesky factor."""
@@ -78,9 +77,9 @@ class LayerWiseBlock(RowBlock):
 
     @property
     def bases(self) -> list[tuple[Float[Tensor, " r"], Float[Tensor, "R r"]]]:
-        """`(λ, U)` of every group's Gram matrix, null directions left out."""
+        """`(λ, U)` of every group's Gram matrix, in float64, directions that are round-off left out."""
         if not self._bases:
-            systems = [System(gram(group, group), self.name, self.config.rtol) for group in self._grouped(self.layers)]
+            systems = [System(gram64(group), self.name) for group in self._grouped(self.layers)]
             decompose(systems)
             for system in systems:
                 kept = ~system.eigen.null
@@ -91,49 +90,61 @@ class LayerWiseBlock(RowBlock):
     def eigen(self) -> Eigen:
         """Eigendecomposition of H, or of F_Σ itself on the parameter side; eigenvalues may be negative."""
         if self._eigen is None:
-            if self.keeps_rows:
-                roots = [vectors * values.sqrt() for values, vectors in self.bases]
-                sigma = self.sigma.to(roots[0])
-                matrix = torch.cat(
-                    [torch.cat([sigma[i, j] * (a.T @ b) for j, b in enumerate(roots)], dim=1) for i, a in enumerate(roots)]
-                )
-            else:
-                matrix = self.average.value
-            values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-            null = values.abs() <= rank_tolerance(values, self.config.rtol, len(values))
+            matrix = self._in_coordinates() if self.keeps_rows else self.average.value
+            values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
+            null = values.abs() <= rank_tolerance(values, self.config.rtol, len(values), self._dtype)
             self._eigen = Eigen(values, vectors, null)
         return self._eigen
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Floating-point type of the state."""
+        return self.layers[0].dtype if self.keeps_rows else self.average.value.dtype
+
+    def _in_coordinates(self) -> Float[Tensor, "r r"]:
+        """Form H."""
+        roots = [vectors * values.sqrt() for values, vectors in self.bases]
+        sigma = self.sigma.tolist()
+        return torch.cat(
+            [torch.cat([sigma[i][j] * (a.T @ b) for j, b in enumerate(roots)], dim=1) for i, a in enumerate(roots)]
+        )
 
     def _inverse(self, y: Float[Tensor, "K r"], damping: float) -> Float[Tensor, "K r"]:
         """Apply `(H + ρI)⁻¹`."""
         eigen = self.eigen
-        shifted = (eigen.values + damping).abs().min()
-        if damping > 0 and float(shifted) <= len(eigen.values) * torch.finfo(y.dtype).eps * float(eigen.values.abs().max()):
-            warnings.warn(
-                f"The layer-wise structure has an eigenvalue within round-off of −ρ = {-damping:.3g}, so F + ρI is singular. "
-                "Use another damping.",
-                IllConditioned,
-                stacklevel=2,
-            )
-        scaled = inverse_values(eigen.values, damping, eigen.null)
-        return ((y @ eigen.vectors) * scaled) @ eigen.vectors.T
+        if damping > 0:
+            # What the eigenvalues carry: float64 on the row side, the state's precision on the parameter side.
+            precision = torch.float64 if self.keeps_rows else self._dtype
+            moduli = (eigen.values + damping).abs()
+            condition = float(moduli.max() / moduli.min())
+            if condition > condition_limit(precision):
+                warnings.warn(
+                    f"{self.name}: condition number about {condition:.1e} at damping {damping:.1e}, an eigenvalue of F "
+                    "being close to 0 or to −ρ; solved by an eigendecomposition. Use another damping.",
+                    IllConditioned,
+                    stacklevel=2,
+                )
+        return (eigen.coordinates(y) * eigen.inverse(damping)) @ eigen.vectors.T
 
     def _coordinates(self, products: Sequence[Float[Tensor, "K R"]]) -> Float[Tensor, "K r"]:
         """Coordinates of vectors x in the row spaces, from `S_l x` of every group."""
         return torch.cat(
-            [(seen @ vectors) * values.rsqrt() for seen, (values, vectors) in zip(products, self.bases, strict=True)], dim=-1
+            [
+                (p.to(vectors) @ vectors) * values.rsqrt()
+                for p, (values, vectors) in zip(products, self.bases, strict=True)
+            ],
+            dim=-1,
         )
 
     def _combination(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K r"]:
         """Coordinates of `Sᵀc`."""
-        return torch.cat([(c @ vectors) * values.sqrt() for values, vectors in self.bases], dim=-1)
+        return torch.cat([(c.to(vectors) @ vectors) * values.sqrt() for values, vectors in self.bases], dim=-1)
 
     def _from_coordinates(self, y: Float[Tensor, "K r"]) -> Float[Tensor, "K P_b"]:
         pieces = y.split([len(values) for values, _ in self.bases], dim=-1)
-        result = []
+        result: list[Tensor] = []
         for piece, (values, vectors), group in zip(pieces, self.bases, self._grouped(self.layers), strict=True):
-            c = (piece * values.rsqrt()) @ vectors.T
-            result.extend(layer.rmatvec(c) for layer in group)
+            result.append(combine(group, ((piece * values.rsqrt()) @ vectors.T).to(self._dtype)))
         return torch.cat(result, dim=-1)
 
     def _seen(self, x: Float[Tensor, "K P_b"]) -> list[Float[Tensor, "K R"]]:
@@ -147,22 +158,20 @@ class LayerWiseBlock(RowBlock):
         seen = torch.stack(self._seen(x))
         mixed = torch.einsum("lm,mkr->lkr", self.sigma.to(x), seen)
         groups = self._grouped(self.layers)
-        return torch.cat(
-            [layer.rmatvec(c) for c, group in zip(mixed, groups, strict=True) for layer in group], dim=-1
-        )
+        return torch.cat([combine(group, c) for c, group in zip(mixed, groups, strict=True)], dim=-1)
 
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Solve by the eigendecomposition of H, never by Cholesky."""
-        if not self.keeps_rows:
-            inside = ((x @ self.eigen.vectors).square() * ~self.eigen.null).sum(-1)
-            outside = x.square().sum(-1) - inside if damping == 0 else x.new_zeros(len(x))
-            return self._inverse(x, damping), outside.clamp_min(0)
-        y = self._coordinates(self._seen(x))
+        y = self._coordinates(self._seen(x)) if self.keeps_rows else x.double()
         solved = self._inverse(y, damping)
+        if not self.keeps_rows:
+            outside = (self.eigen.coordinates(x).square() * self.eigen.null).sum(-1)
+            return solved.to(x), outside.to(x) * (damping == 0)
         if damping > 0:
             return self._from_coordinates(solved - y / damping) + x / damping, x.new_zeros(len(x))
-        inside = ((y @ self.eigen.vectors).square() * ~self.eigen.null).sum(-1)
-        return self._from_coordinates(solved), (x.square().sum(-1) - inside).clamp_min(0)
+        projection = (self.eigen.coordinates(y) * ~self.eigen.null) @ self.eigen.vectors.T
+        inside, solution = self._from_coordinates(torch.cat([projection, solved])).split(len(x))
+        return solution, (x - inside).square().sum(-1)
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F_Σ + ρI)⁻¹Sᵀc`, with `Sᵀ = S̃ᵀ(1 ⊗ I)`; no part of it leaves the row spaces."""
@@ -182,27 +191,31 @@ class LayerWiseBlock(RowBlock):
         a = self._coordinates(self._crosses(left))
         if coefficients is not None:
             V, N = self.layers[0].shape
-            identity = torch.eye(V * N, dtype=a.dtype, device=a.device)
+            identity = torch.eye(V * N, dtype=self._dtype, device=a.device)
             b = self._combination(coefficients.apply(identity.view(V, N, -1)).flatten(0, 1))
-            return a @ self._inverse(b, damping).T
+            return (a @ self._inverse(b, damping).T).to(self._dtype)
         b = self._coordinates(self._crosses(right))
         within = a @ self._inverse(b, damping).T
-        return within if damping == 0 else within + (gram(left, right) - a @ b.T) / damping
+        outside = 0 if damping == 0 else (gram(left, right) - a @ b.T) / damping
+        return (within + outside).to(self._dtype)
 
     def _crosses(self, layers: Sequence[LayerRows]) -> list[Float[Tensor, "Q R"]]:
         pairs = zip(self._grouped(layers), self._grouped(self.layers), strict=True)
         return [gram(theirs, ours) for theirs, ours in pairs]
 
     def eigenvalues(self) -> Float[Tensor, " k"]:
-        """Return the eigenvalues of H; the other `P − rank` are zero."""
-        return self.eigen.values
+        """Return the eigenvalues of H; the others are zero."""
+        return torch.where(self.eigen.null, 0, self.eigen.values)
+
+    def largest_eigenvalue(self) -> float:  # noqa: D102
+        return float(self.eigen.values.max())
 
     def trace(self) -> float:  # noqa: D102
         if not self.keeps_rows:
             return float(self.average.value.trace())
         groups = self._grouped(self.layers)
         traces = [float(sum(layer.diagonal().sum() for layer in group)) for group in groups]
-        return sum(weight * trace for weight, trace in zip(self.sigma.diagonal().tolist(), traces, strict=True))
+        return float(sum(w * trace for w, trace in zip(self.sigma.diagonal().tolist(), traces, strict=True)))
 
 
 class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ ⊗ I)S̃ for any symmetric Σ"):

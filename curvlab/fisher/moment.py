@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-State = dict[str, Tensor | float | None]
+from curvlab.fisher.block import RunningAverage, State
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class Basis:
 
     values: Float[Tensor, "Q r"]
     vectors: Float[Tensor, "Q d r"] | None
-    null: Float[Tensor, "Q r"]
+    null: Bool[Tensor, "Q r"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the vectors span the whole space."""
+        return self.vectors is None or self.vectors.shape[1] == self.vectors.shape[2]
 
     def into(self, x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q r m"]:
         """Return the coordinates `Vᵀx`."""
@@ -43,8 +48,6 @@ class Basis:
 
 class Factor(ABC):
     """A running average of moments, one a group."""
-
-    weight: float = 0.0
 
     @property
     @abstractmethod
@@ -76,20 +79,19 @@ class Moment(Factor):
 
     def __init__(self, rtol: float | None) -> None:
         self.rtol = rtol
+        self.weight = 0.0
         self.root: Tensor | None = None
         self.matrix: Tensor | None = None
         self._basis: Basis | None = None
 
     def update(self, root: Float[Tensor, "Q n d"], weight: float, decay: float, *, additive: bool = False) -> None:
-        """Add the moment `rootᵀroot` with a weight; decays and sums as in `RunningAverage`."""
+        """Add a moment M of some weight w, `rootᵀroot = w·M`; decays and sums as in `RunningAverage`."""
         self._basis = None
-        weight = 1.0 if additive else weight
         fresh = decay == 0 or self.weight == 0
-        scaled = root * weight**0.5
         if self.matrix is not None and not fresh:
-            self.matrix = decay * self.matrix + scaled.mT @ scaled
+            self.matrix = decay * self.matrix + root.mT @ root
         else:
-            kept = scaled if fresh or self.root is None else torch.cat([self.root * decay**0.5, scaled], dim=1)
+            kept = root if fresh or self.root is None else torch.cat([self.root * decay**0.5, root], dim=1)
             small = kept.shape[1] < kept.shape[2]
             self.root, self.matrix = (kept, None) if small else (None, kept.mT @ kept)
         if fresh:
@@ -108,7 +110,12 @@ class Moment(Factor):
         eps = torch.finfo(root.dtype).eps
         tolerance = root.shape[2] * eps if self.rtol is None else self.rtol**0.5
         null = singular <= tolerance * singular.amax(-1, keepdim=True)
-        return Basis(singular.square() / self.weight, vectors.mT, null)
+        return Basis(singular.square() / self._divisor, vectors.mT, null)
+
+    @property
+    def _divisor(self) -> float:
+        """The weight; 1 while no sample had any, so that the moment is zero."""
+        return self.weight or 1.0
 
     def _from_matrix(self) -> Basis:
         values, vectors = torch.linalg.eigh(self.dense())
@@ -119,13 +126,13 @@ class Moment(Factor):
     def dense(self) -> Float[Tensor, "Q d d"]:
         """Form the moment."""
         if self.root is not None:
-            return self.root.mT @ self.root / self.weight
+            return self.root.mT @ self.root / self._divisor
         assert self.matrix is not None
-        return self.matrix / self.weight
+        return self.matrix / self._divisor
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
         if self.root is not None:
-            return self.root.square().sum((1, 2)) / (self.weight * self.root.shape[2])
+            return self.root.square().sum((1, 2)) / (self._divisor * self.root.shape[2])
         return self.dense().diagonal(dim1=1, dim2=2).mean(-1)
 
     def state(self) -> State:  # noqa: D102
@@ -143,27 +150,22 @@ class DiagonalMoment(Factor):
     """A running average of the diagonal moments of one-hot vectors."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.average = RunningAverage()
 
     def update(self, diagonal: Float[Tensor, " d"], weight: float, decay: float) -> None:
-        """Add a diagonal with a weight."""
-        fresh = decay == 0 or self.total is None
-        self.total = weight * diagonal + (0 if fresh else decay * self.total)
-        self.weight = weight + (0 if fresh else decay * self.weight)
+        """Add a diagonal D of some weight w, given as `w·D`."""
+        self.average.update(diagonal / (weight or 1.0), weight, decay)
 
     @property
     def basis(self) -> Basis:  # noqa: D102
-        assert self.total is not None
-        values = self.total[None] / self.weight
+        values = self.average.value[None]
         return Basis(values, None, values == 0)
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
-        return self.basis.values.mean(-1)
+        return self.average.value.mean()[None]
 
     def state(self) -> State:  # noqa: D102
-        return {"total": self.total, "weight": self.weight}
+        return self.average.state()
 
     def restore(self, state: State) -> None:  # noqa: D102
-        total, weight = state["total"], state["weight"]
-        assert isinstance(total, Tensor) and isinstance(weight, float)
-        self.total, self.weight = total, weight
+        self.average.restore(state)

@@ -34,7 +34,7 @@ def pack_rows(rows: Rows) -> dict[str, Any]:
         "reduction": rows.reduction,
         "sample_weights": rows.sample_weights,
         "jacobian": None if rows._jacobian is None else pack_rows(rows._jacobian),
-        "factor": None if rows._factor is None else rows._factor.factor,
+        "factor": None if rows.factor is None else (rows.factor.scale, rows.factor.root),
     }
 
 
@@ -43,9 +43,7 @@ def unpack_rows(packed: dict[str, Any]) -> Rows:
     layers = []
     for layer in packed["layers"]:
         shapes = {name: torch.Size(shape) for name, shape in layer["parameters"].items()}
-        layers.append(
-            _FORMS[layer["form"]](layer["name"], Layout.of(layer["units"], shapes), *layer["factors"])
-        )
+        layers.append(_FORMS[layer["form"]](layer["name"], Layout.of(layer["units"], shapes), *layer["factors"]))
     return Rows(
         layers=tuple(layers),
         space=ParameterSpace({name: torch.Size(shape) for name, shape in packed["shapes"].items()}),
@@ -55,5 +53,5 @@ def unpack_rows(packed: dict[str, Any]) -> Rows:
         reduction=packed["reduction"],
         sample_weights=packed["sample_weights"],
         _jacobian=None if packed["jacobian"] is None else unpack_rows(packed["jacobian"]),
-        _factor=None if packed["factor"] is None else OutputFactor(packed["factor"]),
+        factor=None if packed["factor"] is None else OutputFactor(*packed["factor"]),
     )

@@ -12,19 +12,27 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, overload
+from inspect import signature
+from itertools import accumulate
+from math import inf, log
+from operator import mul
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.errors import NotPositiveDefinite, OutsideRange, StateError
-from curvlab.fisher.block import Batch, Block
+from curvlab.errors import NotPositiveDefinite, OutsideRange, StateError, unknown_name
+from curvlab.fisher.block import Batch, Block, RunningAverage
 from curvlab.fisher.damping import Damping, absolute
+from curvlab.fisher.serialise import pack_rows, unpack_rows
 from curvlab.fisher.system import prepare
 from curvlab.rows import Rows, merge, sqrt_fisher
-from curvlab.rows.loss import Kind
+from curvlab.rows.loss import Kind, OutputFactor
 from curvlab.rows.parameters import ParameterSpace, Vector
+from curvlab.rows.sweep import PickOutput
+
+Own = TypeVar("Own", bound="Structure")
 
 STRUCTURES: dict[str, type[Structure]] = {}
 """Every structure by its key; the options, the tests and the documentation read this."""
@@ -62,11 +70,10 @@ class Structure(ABC):
             STRUCTURES[key] = cls
 
     def __init__(self) -> None:
-        self._space: ParameterSpace | None = None
         self._blocks: list[Block] = []
-        self._history: list[tuple[float, Rows]] = []
+        self._history: list[tuple[float, Rows]] = []  # batches, each with the decay of those before it
+        self._counts = RunningAverage()
         self._merged: Rows | None = None
-        self._count = 0.0
         self._largest: float | None = None
 
     @property
@@ -80,9 +87,8 @@ class Structure(ABC):
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        state = f", P={self.space.size}, blocks={len(self._blocks)}" if self._space else ", not updated yet"
-        notes = "".join(f", {note}" for note in self._notes())
-        return f"{type(self).__name__}({options}{state}{notes})"
+        state = f"P={self.space.size}, blocks={len(self._blocks)}" if self._history else "not updated yet"
+        return f"{type(self).__name__}({'; '.join([options, state, *self._notes()])})"
 
     def _notes(self) -> list[str]:
         """Return what a reader of the repr should know about the state."""
@@ -90,7 +96,7 @@ class Structure(ABC):
 
     @classmethod
     def fit(
-        cls,
+        cls: type[Own],
         model: nn.Module,
         loss: nn.Module,
         data: tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]],
@@ -98,16 +104,17 @@ class Structure(ABC):
         kind: Kind = "exact",
         samples: int = 1,
         generator: torch.Generator | None = None,
-        output: Any = None,
+        output: PickOutput = None,
         engine: Literal["auto", "backpack", "autograd"] = "auto",
         **options: Any,
-    ) -> Self:
+    ) -> Own:
         """Return the structure of a whole data set; one batch and many batches give the same.
 
         Args:
             model: any module whose samples do not interact.
             loss: see `curvlab.sqrt_fisher`.
-            data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader.
+            data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader; an iterator that can be
+                passed once only will not do for a structure that goes over the data twice.
             kind: see `curvlab.sqrt_fisher`.
             samples: see `curvlab.sqrt_fisher`.
             generator: see `curvlab.sqrt_fisher`.
@@ -146,16 +153,14 @@ class Structure(ABC):
         structure._fit(sweep)
         return structure
 
-    def _fit(self, sweeps: Callable[[], Iterable[Rows]]) -> None:
-        """Accumulate a data set; `sweeps` starts a pass over its batches."""
-        decay = 0.0
-        for rows in sweeps():
-            self.update(rows, decay)
-            decay = 1.0
-        if decay == 0:
+    def _fit(self, sweep: Callable[[], Iterable[Rows]]) -> None:
+        """Accumulate a data set; `sweep` starts a pass over its batches."""
+        for rows in sweep():
+            self.update(rows, 1.0)
+        if not self._history:
             raise ValueError("The data hold no batch.")
 
-    def update(self, rows: Rows, decay: float = 0.0) -> Self:
+    def update(self: Own, rows: Rows, decay: float = 0.0) -> Own:
         """Decay the state and add the rows of a batch.
 
         Args:
@@ -171,30 +176,60 @@ class Structure(ABC):
             raise ValueError(f"decay is a number in [0, 1], got {decay}.")
         if rows.kind == "jacobian":
             raise ValueError("A structure is built from rows of S (curvlab.sqrt_fisher), not of the Jacobian.")
-        if self._space is None:
-            self._space = rows.space
-            self._blocks = self._make_blocks(rows)
-        elif dict(rows.space.shapes) != dict(self._space.shapes):
-            raise ValueError("The rows belong to other parameters than the structure's state.")
-        decay = decay if self._history else 0.0
-        for block in self._blocks:
-            block.update(
-                Batch(block.of(rows), rows.terms, decay, rows.reduction == "sum", rows.sample_weights)
-            )
-        kept = [(decay * weight, old) for weight, old in self._history] if self._keeps_rows() and decay else []
-        window = self._window()
-        self._history = [*kept, (1.0, rows)][-window if window else 0 :]
-        means = rows.reduction == "mean"
-        self._count = (decay * self._count + rows.count) if means else 1.0
+        if self._history:
+            self._check_fits(rows, decay)
+        else:
+            decay = 0.0
+        blocks = self._blocks or self._make_blocks(rows)
+        batches = batches_of(blocks, rows, decay)
+        staying = [block.will_keep_rows(batch) for block, batch in zip(blocks, batches, strict=True)]
+        leaving = [
+            block for block, stays in zip(blocks, staying, strict=True) if decay and block.keeps_rows and not stays
+        ]
+        if leaving:
+            earlier = self.rows
+            for block in leaving:
+                block.leave_rows(1.0 if earlier.reduction == "sum" else earlier.terms)
+        self._blocks = blocks
+        self._update_blocks(batches)
+        kept = self._history if decay and any(staying) else []
+        self._history = [*kept, (decay, rows)][-(self._window or 0) :]
+        if kept:
+            self._counts = RunningAverage()
+        for step, batch in self._history if kept else [(decay, rows)]:
+            self._counts.update(torch.tensor(batch.count, dtype=torch.float64), 1.0, step, additive=True)
         self._merged = self._largest = None
-        if any(block.outgrown for block in self._blocks):
-            self._ready()
         return self
 
+    def _check_fits(self, rows: Rows, decay: float) -> None:
+        last = self._history[-1][1]
+        if dict(rows.space.shapes) != dict(last.space.shapes):
+            raise ValueError("The rows belong to other parameters than the structure's state.")
+        if decay == 0:
+            return
+        for what in ("kind", "reduction"):
+            if getattr(rows, what) != getattr(last, what):
+                raise ValueError(
+                    f"Rows of {what} {getattr(rows, what)!r} cannot be added to a state of {what} "
+                    f"{getattr(last, what)!r}. Use decay=0 to start afresh."
+                )
+        if self._keeps_rows and _lengths(rows) != _lengths(last):
+            raise ValueError(
+                "Blocks that keep rows need as many rows a sample, and layers applied at as many positions, in every "
+                "batch. Pad the inputs to one length, or use side='parameters'."
+            )
+
+    def _update_blocks(self, batches: list[Batch]) -> None:
+        for block, batch in zip(self._blocks, batches, strict=True):
+            block.update(batch)
+
+    @property
     def _keeps_rows(self) -> bool:
         return any(block.keeps_rows for block in self._blocks)
 
+    @property
     def _window(self) -> int | None:
+        """Number of batches that rows are kept of, all if None."""
         return None
 
     @property
@@ -204,34 +239,37 @@ class Structure(ABC):
         Raises:
             StateError: before the first update.
         """
-        if self._space is None or not self._history:
+        if not self._history:
             raise StateError(f"{type(self).__name__} has no state yet: call update(rows) or use fit(…).")
-        return self._space
+        return self._history[-1][1].space
+
+    @property
+    def count(self) -> float:
+        """Divisor that the loss applied to the data of the state.
+
+        Counts of batches add where batches do (decay 1) and are averaged in a running average; 1 for sums.
+        """
+        _ = self.space
+        return 1.0 if self._history[-1][1].reduction == "sum" else float(self._counts.value)
 
     @property
     def rows(self) -> Rows:
-        """The rows that `lift` speaks of: all rows of the state where blocks keep rows, else those of the last batch."""
-        self._ready()
-        assert self._merged is not None
+        """The rows that `lift` speaks of: all rows of the state where blocks keep rows, else the last batch's."""
+        _ = self.space
+        if self._merged is None:
+            weights = list(accumulate((decay for decay, _ in reversed(self._history[1:])), mul, initial=1.0))[::-1]
+            # Sums of losses add up at decay 1 and are averaged otherwise, as their counts are.
+            scale = 1 / self._counts.weight if self._keeps_rows else 1.0
+            self._merged = merge([rows for _, rows in self._history], [scale * weight for weight in weights])
+            if self._window is None:
+                self._history = [(0.0, self._merged)]
+            for block in self._blocks:
+                if block.keeps_rows:
+                    block.set_rows(block.of(self._merged))
         return self._merged
 
-    def _ready(self) -> None:
-        """Hand merged rows to the blocks that keep rows."""
-        _ = self.space
-        if self._merged is not None:
-            return
-        rows = [rows for _, rows in self._history]
-        self._merged = merge(rows, [weight for weight, _ in self._history])
-        for block in self._blocks:
-            if block.keeps_rows:
-                additive = self._merged.reduction == "sum"
-                block.set_rows(block.of(self._merged), self._merged.terms, additive=additive)
-        if len(self._history) > 1 and not self._keeps_rows():
-            self._history = self._history[-1:]
-            self._merged = self._history[0][1]
-
     def _damping(self, damping: Damping) -> float:
-        self._ready()
+        _ = self.rows
         rho = absolute(damping, self.largest_eigenvalue)
         prepare([system for block in self._blocks for system in block.systems()], rho)
         return rho
@@ -239,13 +277,13 @@ class Structure(ABC):
     def largest_eigenvalue(self) -> float:
         """Return λ_max(F), to which relative damping refers."""
         if self._largest is None:
-            self._ready()
-            self._largest = max(float(block.eigenvalues().max()) for block in self._blocks)
+            _ = self.rows
+            self._largest = max(0.0, *(block.largest_eigenvalue() for block in self._blocks))
         return self._largest
 
     def matvec(self, vector: Vector) -> Vector:
         """Return `F v`."""
-        self._ready()
+        _ = self.rows
         named, restore = self.space.unpack(vector)
         result: dict[str, Tensor] = {}
         for block in self._blocks:
@@ -258,9 +296,7 @@ class Structure(ABC):
     @overload
     def solve(self, vector: Vector, damping: Damping, *, info: Literal[True]) -> tuple[Vector, SolveInfo]: ...
 
-    def solve(
-        self, vector: Vector, damping: Damping, *, info: bool = False
-    ) -> Vector | tuple[Vector, SolveInfo]:
+    def solve(self, vector: Vector, damping: Damping, *, info: bool = False) -> Vector | tuple[Vector, SolveInfo]:
         """Return `(F + ρI)⁻¹ v`, for ρ = 0 the pseudo-inverse `F⁺ v`.
 
         Args:
@@ -275,13 +311,15 @@ class Structure(ABC):
         rho = self._damping(damping)
         named, restore = self.space.unpack(vector)
         result: dict[str, Tensor] = {}
-        outside, total = torch.zeros(()), torch.zeros(())
+        outside, total = [], []
         for block in self._blocks:
             x = block.join(named)
             solution, missed = block.solve(x, rho)
             result.update(block.split(solution))
-            outside, total = outside + missed.cpu(), total + x.square().sum(-1).cpu()
-        share = (outside / torch.where(total > 0, total, 1)).sqrt()
+            outside.append(missed)
+            total.append(x.square().sum(-1))
+        norm = torch.stack(total).sum(0).sqrt()
+        share = torch.stack(outside).sum(0).sqrt() / torch.where(norm > 0, norm, 1)
         if rho == 0 and bool((share > OUTSIDE_TOLERANCE).any()):
             warnings.warn(
                 f"{float(share.max()):.2g} of the right-hand side's norm lies outside the range of the undamped "
@@ -310,51 +348,61 @@ class Structure(ABC):
         for block in self._blocks:
             named.update(block.split(block.lift(c, block.of(rows), rho)))
         lead = coefficients.shape[:-1]
-        return {name: named[name].reshape(*lead, *shape) for name, shape in self.space.shapes.items()}
+        return {name: named[name].reshape((*lead, *shape)) for name, shape in self.space.shapes.items()}
 
     def response(self, jacobian: Rows, damping: Damping, test: Rows | None = None) -> Float[Tensor, "Q R"]:
         """Return `M = J' (F + ρI)⁻¹ Jᵀ / count`: a step moves the outputs by `−η M ∂ℓ`.
 
-        Here ∂ℓ holds the gradients of the loss terms with respect to the outputs, before the division by count.
+        Here ∂ℓ holds the gradients of the loss terms with respect to the outputs, before the division by `count`.
 
         Args:
-            jacobian: J, rows of the data whose gradients drive the step.
+            jacobian: J, rows of the data whose gradients drive the step; any rows will do.
             damping: ρ, absolute or relative.
             test: J' of the outputs whose change is asked for; J itself if None.
+
+        Raises:
+            ValueError: if the rows belong to other parameters.
         """
         rho = self._damping(damping)
-        coefficients = self.rows.coefficients(jacobian) if self._history_is_whole() else None
         left = jacobian if test is None else test
-        total = sum(
-            block.sandwich(block.of(left), block.of(jacobian), rho, coefficients) for block in self._blocks
-        )
-        assert isinstance(total, Tensor)
-        return total / self._count
+        for rows in (left, jacobian):
+            if dict(rows.space.shapes) != dict(self.space.shapes):
+                raise ValueError("The rows belong to other parameters than the structure's state.")
+        coefficients = self._coefficients(jacobian)
+        products = [block.sandwich(block.of(left), block.of(jacobian), rho, coefficients) for block in self._blocks]
+        return torch.stack(products).sum(0) / self.count
 
-    def _history_is_whole(self) -> bool:
-        return self._keeps_rows() or len(self._history) == 1
+    def _coefficients(self, right: Rows) -> OutputFactor | None:
+        """Return C with `right = C·S` for the rows S that `lift` speaks of, None if it is not of the simple form."""
+        if right is self.rows:
+            return OutputFactor(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device))
+        return self.rows.coefficients(right)
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Form F, in `named_parameters()` order. Memory `P²`."""
-        self._ready()
-        P = self.space.size
-        index = self.space.unflatten(torch.arange(P, device=self.rows.device)[None])
-        dense = torch.zeros(P, P, dtype=self.rows.dtype, device=self.rows.device)
+        P, device = self.space.size, self.rows.device
+        index = self.space.unflatten(torch.arange(P, dtype=torch.float64, device=device)[None])
+        dense = torch.zeros(P, P, dtype=self.rows.dtype, device=device)
         for block in self._blocks:
-            at = block.join(index)[0]
+            at = block.join(index)[0].long()
             dense[at[:, None], at[None, :]] = block.to_dense()
         return dense
 
     def trace(self) -> float:
         """Return tr F."""
-        self._ready()
+        _ = self.rows
         return sum(block.trace() for block in self._blocks)
 
     def eigvalsh(self) -> Float[Tensor, " P"]:
-        """Return all P eigenvalues, ascending."""
-        self._ready()
-        values = torch.cat([block.eigenvalues() for block in self._blocks])
+        """Return all P eigenvalues, ascending, in float64; those that count as null are exactly 0."""
+        _ = self.rows
+        values = torch.cat([block.eigenvalues().double() for block in self._blocks])
         return torch.cat([values.new_zeros(self.space.size - len(values)), values]).sort().values
+
+    def condition_number(self) -> float:
+        """Return the largest condition number of a block on its range, of which undamped solves lose the digits."""
+        _ = self.rows
+        return max(block.condition_number() for block in self._blocks)
 
     def logdet(self, damping: Damping) -> float:
         """Return log det(F + ρI); −∞ where that is singular.
@@ -373,37 +421,66 @@ class Structure(ABC):
                     f"ρ = {rho:.3g}. Use a damping above {-lowest + rho:.3g}, or a positive structure."
                 )
             zeros = block.size - len(values)
-            total += float((values + rho).log().sum())
-            if zeros:
-                total += zeros * float(torch.tensor(rho, dtype=torch.float64).log())
+            total += float((values + rho).log().sum()) + (zeros * log(rho) if zeros and rho else 0.0)
+            if zeros and rho == 0:
+                return -inf
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; configuration is not part of it."""
-        from curvlab.fisher.serialise import pack_rows
+        """Return the state, in containers that `torch.load(…, weights_only=True)` accepts; without configuration.
 
+        Raises:
+            StateError: before the first update.
+        """
         _ = self.space
         return {
             "key": self.key,
-            "history": [(weight, pack_rows(rows)) for weight, rows in self._history],
-            "count": self._count,
-            "blocks": [block.state() for block in self._blocks],
+            "history": [(decay, pack_rows(rows)) for decay, rows in self._history],
+            "counts": self._counts.state(),
+            "blocks": [(repr(block), block.state()) for block in self._blocks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state into a structure of the same class and configuration.
 
         Raises:
-            ValueError: if the state is that of another structure.
+            ValueError: if the state is that of another structure, or its blocks are not those of this configuration.
         """
-        from curvlab.fisher.serialise import unpack_rows
-
         if state["key"] != self.key:
             raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
-        self._history = [(weight, unpack_rows(packed)) for weight, packed in state["history"]]
-        last = self._history[-1][1]
-        self._space, self._count = last.space, state["count"]
-        self._blocks = self._make_blocks(last)
-        for block, saved in zip(self._blocks, state["blocks"], strict=True):
-            block.restore(saved)
+        history = [(decay, unpack_rows(packed)) for decay, packed in state["history"]]
+        blocks = self._make_blocks(history[-1][1])
+        made, saved = [repr(block) for block in blocks], [name for name, _ in state["blocks"]]
+        if made != saved:
+            raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
+        for block, (_, content) in zip(blocks, state["blocks"], strict=True):
+            block.restore(content)
+        self._history, self._blocks = history, blocks
+        self._counts.restore(state["counts"])
         self._merged = self._largest = None
+
+
+def make(key: str, **options: Any) -> Structure:
+    """Return a structure by its key in `STRUCTURES`, with the options of its class.
+
+    Raises:
+        ValueError: for an unknown key or option, with the nearest known one suggested.
+    """
+    if key not in STRUCTURES:
+        raise unknown_name("structure", key, STRUCTURES)
+    known = signature(STRUCTURES[key]).parameters
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"option of {key!r}", name, known)
+    return STRUCTURES[key](**options)
+
+
+def batches_of(blocks: Iterable[Block], rows: Rows, decay: float) -> list[Batch]:
+    """Cut rows into the shares of blocks."""
+    additive = rows.reduction == "sum"
+    return [Batch(block.of(rows), rows.terms, decay, additive, rows.sample_weights) for block in blocks]
+
+
+def _lengths(rows: Rows) -> list[tuple[int, ...]]:
+    """Return rows a sample, and what follows them in the shape of every layer's rows."""
+    return [(rows.shape[0], *layer.factors[-1].shape[2:]) for layer in rows.layers]

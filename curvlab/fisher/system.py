@@ -1,9 +1,10 @@
 """Damped solves with symmetric positive semi-definite matrices, and what is done when they are ill-conditioned.
 
-In this order: symmetrise and Cholesky; the same in float64 (from the factors, where they are at hand: a Gram matrix formed
-in float32 has already lost what is below 1e-7 of its largest eigenvalue); eigendecomposition with negative eigenvalues set
-to zero. Anything after the first step is an `IllConditioned` warning with the condition number. Without damping the
-solve is the pseudo-inverse: eigenvalues up to `rtol` times the largest count as zero.
+In this order: symmetrise and Cholesky; the same in float64 (from the factors, where they are at hand: a Gram matrix
+formed in float32 has already lost what is below 1e-7 of its largest eigenvalue); eigendecomposition with negative
+eigenvalues set to zero. Anything after the first step is an `IllConditioned` warning with the condition number. Without
+damping the solve is the pseudo-inverse: eigenvalues up to `rtol` times the largest count as zero. Eigendecompositions
+are made in float64, whatever the matrix is in.
 """
 
 from __future__ import annotations
@@ -14,38 +15,74 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import IllConditioned
 
 
-def rank_tolerance(values: Float[Tensor, "*B n"], rtol: float | None, size: int) -> Float[Tensor, "*B 1"]:
-    """Return the eigenvalue up to which a direction counts as null: `rtol·λ_max`, with `rtol = size·ε` if None."""
-    relative = size * torch.finfo(values.dtype).eps if rtol is None else rtol
+def rank_tolerance(
+    values: Float[Tensor, "*B n"], rtol: float | None, size: int, dtype: torch.dtype
+) -> Float[Tensor, "*B 1"]:
+    """Return the eigenvalue up to which a direction counts as null: `rtol·λ_max`; if None, `rtol = size·ε(dtype)`."""
+    relative = size * torch.finfo(dtype).eps if rtol is None else rtol
     return relative * values.abs().amax(-1, keepdim=True)
 
 
-def inverse_values(
-    values: Float[Tensor, "*B n"], damping: float, null: Float[Tensor, "*B n"] | None
-) -> Float[Tensor, "*B n"]:
-    """Return `1/(λ + ρ)`, and 0 on null directions if there is no damping."""
-    if damping > 0 or null is None:
+def inverse_values(values: Float[Tensor, "*B n"], damping: float, null: Bool[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
+    """Return `1/(λ + ρ)`; for ρ = 0 the pseudo-inverse, with 0 on null directions."""
+    if damping > 0:
         return 1 / (values + damping)
-    return torch.where(null, 0.0, 1 / torch.where(null, 1.0, values))
+    return torch.where(null, 0, 1 / torch.where(null, 1, values))
+
+
+def condition_limit(dtype: torch.dtype) -> float:
+    """Return the condition number from which on a solve in a floating-point type is not trusted."""
+    return 0.1 / torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
 class Eigen:
-    """Eigendecomposition of a symmetric matrix or a stack; `null` marks the directions that count as null."""
+    """Eigendecomposition in float64 of a symmetric matrix or a stack; `null` marks directions that count as null."""
 
     values: Float[Tensor, "*B n"]
     vectors: Float[Tensor, "*B n n"]
-    null: Float[Tensor, "*B n"]
+    null: Bool[Tensor, "*B n"]
+
+    def inverse(self, damping: float) -> Float[Tensor, "*B n"]:
+        """Return `1/(λ + ρ)`, for ρ = 0 the pseudo-inverse's."""
+        return inverse_values(self.values, damping, self.null)
+
+    def coordinates(self, x: Float[Tensor, "*B K n"]) -> Float[Tensor, "*B K n"]:
+        """Return row vectors in the eigenbasis."""
+        return x.to(self.vectors) @ self.vectors
+
+    def sandwich(
+        self,
+        left: Float[Tensor, "*B Q n"],
+        right: Float[Tensor, "*B R n"],
+        damping: float,
+        direct: Callable[[], Float[Tensor, "*B Q R"]],
+    ) -> Float[Tensor, "*B Q R"]:
+        """Return `x (SᵀS + ρI)⁻¹ yᵀ` for `SSᵀ` this matrix, split into the parts within and outside the span of S.
+
+        Args:
+            left: `x Sᵀ`.
+            right: `y Sᵀ`.
+            damping: ρ; 0 for the pseudo-inverse.
+            direct: computes `x yᵀ`, called if there is damping.
+        """
+        a, b = self.coordinates(left), self.coordinates(right)
+        if damping == 0:
+            return ((a * self.inverse(0.0).square()[..., None, :]) @ b.mT).to(left)
+        reached = self.values > rank_tolerance(self.values, None, self.values.shape[-1], torch.float64)
+        projector = inverse_values(self.values, 0.0, ~reached)[..., None, :]
+        within = (a * projector * self.inverse(damping)[..., None, :]) @ b.mT
+        return (within + (direct() - (a * projector) @ b.mT) / damping).to(left)
 
 
 class System:
-    """A positive semi-definite matrix, or a stack of equal size, to be solved with different dampings.
+    """A positive semi-definite matrix, or a stack of equal size, to be solved with one damping after another.
 
     Args:
         matrix: `[n, n]` or `[B, n, n]`.
@@ -64,71 +101,80 @@ class System:
         self.matrix = (matrix + matrix.mT) / 2
         self.name = name
         self.rtol = rtol
+        self.damping: float | None = None
         self._in_float64 = in_float64
         self._eigen: Eigen | None = None
-        self._solvers: dict[float, Callable[[Tensor], Tensor]] = {}
+        self._solver: Callable[[Tensor], Tensor] | None = None
+
+    def precise(self) -> Float[Tensor, "*B n n"]:
+        """Return the matrix in float64."""
+        if self.matrix.dtype == torch.float64 or self._in_float64 is None:
+            return self.matrix.double()
+        exact = self._in_float64()
+        return (exact + exact.mT) / 2
 
     @property
     def eigen(self) -> Eigen:
         """The eigendecomposition, negative round-off set to zero."""
         if self._eigen is None:
-            self._set_eigen(*torch.linalg.eigh(self.matrix))
+            decompose([self])
         assert self._eigen is not None
         return self._eigen
 
-    def _set_eigen(self, values: Tensor, vectors: Tensor) -> None:
-        null = values <= rank_tolerance(values, self.rtol, values.shape[-1])
-        self._eigen = Eigen(values.clamp_min(0), vectors, null)
+    def largest(self) -> float:
+        """Return λ_max, of the whole stack; decomposes only matrices whose norm admits it: ‖K‖²/tr K ≤ λ_max ≤ ‖K‖."""
+        if self._eigen is not None:
+            return float(self._eigen.values.max())
+        stack = self.matrix.reshape(-1, *self.matrix.shape[-2:])
+        norm, trace = stack.norm(dim=(1, 2)), stack.diagonal(dim1=1, dim2=2).sum(1)
+        bound = torch.where(trace > 0, norm.square() / torch.where(trace > 0, trace, 1), 0).max()
+        return max(0.0, float(torch.linalg.eigvalsh(stack[norm >= 0.999 * bound]).max()))
 
     def solve(self, rhs: Float[Tensor, "*B n K"], damping: float) -> Float[Tensor, "*B n K"]:
         """Return `(K + ρI)⁻¹ rhs`, `K⁺ rhs` for ρ = 0."""
-        if damping not in self._solvers:
-            prepare([self], damping)
-        return self._solvers[damping](rhs)
+        prepare([self], damping)
+        assert self._solver is not None
+        return self._solver(rhs)
 
     def _use_cholesky(self, damping: float, factor: Tensor, failed: Tensor) -> bool:
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
-        limit = 0.1 / torch.finfo(factor.dtype).eps
-        if bool(failed.any()) or not bool((condition < limit).all()):
+        if bool(failed.any()) or not bool((condition < condition_limit(factor.dtype)).all()):
             return False
-        dtype = self.matrix.dtype
-        self._solvers[damping] = lambda rhs: torch.cholesky_solve(rhs.to(factor.dtype), factor).to(dtype)
+        self.damping = damping
+        self._solver = lambda rhs: torch.cholesky_solve(rhs.to(factor), factor).to(rhs)
         return True
 
     def _use_eigen(self, damping: float) -> None:
-        eigen = self.eigen
-        scaled = inverse_values(eigen.values, damping, eigen.null)
-        self._solvers[damping] = lambda rhs: eigen.vectors @ (scaled[..., None] * (eigen.vectors.mT @ rhs))
+        eigen, scale = self.eigen, self.eigen.inverse(damping)[..., None]
+        self.damping = damping
+        self._solver = lambda rhs: (eigen.vectors @ (scale * (eigen.vectors.mT @ rhs.to(scale)))).to(rhs)
 
     def _rescue(self, damping: float) -> None:
         """Solve a system that plain Cholesky could not, and say so."""
-        done = "an eigendecomposition"
-        if self.matrix.dtype != torch.float64:
-            exact = self.matrix.double() if self._in_float64 is None else self._in_float64()
-            if self._use_cholesky(damping, *_cholesky(exact, damping)):
-                done = "float64"
-        if damping not in self._solvers:
+        done = "in float64"
+        in_float64 = self.matrix.dtype == torch.float64
+        if in_float64 or not self._use_cholesky(damping, *_cholesky(self.precise(), damping)):
+            done = "by an eigendecomposition"
             self._use_eigen(damping)
-        largest = float(torch.linalg.matrix_norm(self.matrix, 2).max())
         warnings.warn(
-            f"{self.name}: condition number about {largest / damping + 1:.1e} at damping {damping:.1e} is too large for "
-            f"Cholesky in {str(self.matrix.dtype).removeprefix('torch.')}; solved by {done}.",
+            f"{self.name}: condition number about {self.largest() / damping + 1:.1e} at damping {damping:.1e} is too "
+            f"large for Cholesky in {str(self.matrix.dtype).removeprefix('torch.')}; solved {done}.",
             IllConditioned,
             stacklevel=2,
         )
 
 
 def _cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-    factor, info = torch.linalg.cholesky_ex(damped)
+    """Factorise `matrix + ρI`, which is overwritten."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(damping)
+    factor, info = torch.linalg.cholesky_ex(matrix)
     return factor, info != 0
 
 
 def prepare(systems: Iterable[System], damping: float) -> None:
     """Factorise systems for one damping; those of equal size in one batched call."""
-    waiting = [system for system in systems if damping not in system._solvers]
+    waiting = [system for system in systems if system.damping != damping]
     if damping == 0:
         decompose(waiting)
         for system in waiting:
@@ -144,9 +190,10 @@ def prepare(systems: Iterable[System], damping: float) -> None:
 def decompose(systems: Iterable[System]) -> None:
     """Compute eigendecompositions; those of equal size in one batched call."""
     for group in _by_shape([system for system in systems if system._eigen is None]):
-        values, vectors = torch.linalg.eigh(torch.stack([system.matrix for system in group]))
+        values, vectors = torch.linalg.eigh(torch.stack([system.precise() for system in group]))
         for system, value, vector in zip(group, values, vectors, strict=True):
-            system._set_eigen(value, vector)
+            null = value <= rank_tolerance(value, system.rtol, value.shape[-1], system.matrix.dtype)
+            system._eigen = Eigen(value.clamp_min(0), vector, null)
 
 
 def _by_shape(systems: Iterable[System]) -> list[list[System]]:

@@ -29,9 +29,7 @@ def plain_factors(rows: KroneckerRows) -> tuple[Float[Tensor, "Q N I"], Float[Te
     return rows.a[:, 0].transpose(0, 1), rows.g[:, :, 0].flatten(2)
 
 
-def contract_units(
-    left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: KroneckerRows
-) -> Float[Tensor, "R S"]:
+def contract_units(left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: KroneckerRows) -> Float[Tensor, "R S"]:
     """Return `Σ_u g[v,n,u] Z_u[n,m] g'[w,m,u]` for plain layers. Cost `U·R·S`."""
     g, h = left.g[:, :, 0].flatten(2), right.g[:, :, 0].flatten(2)
     (V, N), (W, M) = left.shape, right.shape
@@ -40,6 +38,29 @@ def contract_units(
         weighted = torch.einsum("vnu,unm->vunm", g[..., part], kernels[part])
         out += torch.einsum("vunm,wmu->vnwm", weighted, h[..., part])
     return out.view(V * N, W * M)
+
+
+def weighted_product(left: LayerRows, weights: Float[Tensor, " P_l"], right: LayerRows) -> Float[Tensor, "R S"]:
+    """Return `left diag(weights) rightᵀ`. Cost `N·M·P_l + U·R·S` for plain layers, else `R·S·P_l`, in chunks."""
+    if not (is_plain(left) and is_plain(right)):
+        V, N = left.shape
+        largest = max(left.size, right.factors[-1][0].numel())
+        pieces = [
+            right.matvec(left.select(part).dense() * weights).view(V, -1, right.count)
+            for part in chunks(N, V * largest)
+        ]
+        return torch.cat(pieces, dim=1).flatten(0, 1)
+    (V, N), (_, M) = left.shape, right.shape
+    b, _ = plain_factors(right)
+    grouped = weights.view(len(b), -1, b.shape[2])
+    pieces = []
+    for part in chunks(N, M * len(b) * max(grouped.shape[1:])):
+        some = left.select(part)
+        a, _ = plain_factors(some)
+        pairs = (a[:, :, None] * b[:, None]).flatten(1, 2)
+        kernels = (grouped @ pairs.mT).unflatten(2, (-1, M)).flatten(0, 1)
+        pieces.append(contract_units(some, kernels, right).view(V, -1, right.count))
+    return torch.cat(pieces, dim=1).flatten(0, 1)
 
 
 class UnitRoots(ABC):
@@ -77,11 +98,12 @@ class PlainRoots(UnitRoots):
     @property
     def scale(self) -> Float[Tensor, "Q O N"]:
         """`s` by group, unit and sample."""
-        return self.s.T.unflatten(0, (self.a.shape[0], -1))
+        return self.s.T.reshape(self.a.shape[0], -1, self.s.shape[0])
 
     def gram(self) -> Float[Tensor, "U n n"]:  # noqa: D102
         s, aa = self.scale, self.a @ self.a.mT
-        return (s[..., :, None] * aa[:, None] * s[..., None, :]).flatten(0, 1)
+        gram: Tensor = s[..., :, None] * aa[:, None] * s[..., None, :]
+        return gram.flatten(0, 1)
 
     def moment(self) -> Float[Tensor, "U width width"]:  # noqa: D102
         pieces = []
@@ -100,7 +122,7 @@ class PlainRoots(UnitRoots):
         return torch.einsum("qni,qonk->kqoi", self.a, scaled).flatten(1, 2)
 
     def coefficients(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "U n K"]:  # noqa: D102
-        summed = torch.einsum("vnu,kvn->unk", self.g, c.view(-1, *self.g.shape[:2]))
+        summed = torch.einsum("vnu,kvn->unk", self.g, c.reshape(-1, *self.g.shape[:2]))
         s = self.s.T[..., None]
         return torch.where(s > 0, summed / torch.where(s > 0, s, 1), 0)
 

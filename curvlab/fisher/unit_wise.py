@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,12 +10,19 @@ from torch import Tensor
 
 from curvlab.fisher.block import Block, RowBlock
 from curvlab.fisher.full import _RowStructure
-from curvlab.fisher.system import System, inverse_values
-from curvlab.fisher.unit_rows import PlainRoots, UnitRoots, contract_units, is_plain, plain_factors, unit_roots
+from curvlab.fisher.system import System
+from curvlab.fisher.unit_rows import (
+    PlainRoots,
+    StackedRoots,
+    UnitRoots,
+    contract_units,
+    is_plain,
+    plain_factors,
+    unit_roots,
+)
 from curvlab.rows import Rows
 from curvlab.rows.layer import KroneckerRows, LayerRows
 from curvlab.rows.loss import OutputFactor
-from curvlab.rows.rows import gram
 
 
 class UnitBlock(RowBlock):
@@ -49,22 +56,15 @@ class UnitBlock(RowBlock):
     def _form(self, layers: Sequence[LayerRows]) -> Tensor:
         return unit_roots(layers[0]).moment()
 
-    @property
-    def system(self) -> System:
-        """The stack that is solved: `[U, n, n]` on the row side, `[U, width, width]` on the parameter side."""
-        if self._system is None:
-            name = f"units of layer {self.name!r}"
-            if self.keeps_rows:
-                layer = self.layers[0]
-                self._system = System(
-                    self.roots.gram(), name, self.config.rtol, lambda: unit_roots(layer.to(torch.float64)).gram()
-                )
-            else:
-                self._system = System(self.average.value, name, self.config.rtol)
-        return self._system
+    def _make_system(self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None) -> System:
+        return System(matrix, f"units of layer {self.name!r}", self.config.rtol, in_float64)
+
+    def _row_system(self) -> System:
+        layer = self.layers[0]
+        return self._make_system(self.roots.gram(), lambda: unit_roots(layer.to(torch.float64)).gram())
 
     def _by_unit(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K U width"]:
-        return x.unflatten(1, (self._units, self._width))
+        return x.reshape(len(x), self._units, self._width)
 
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
         units = self._by_unit(x)
@@ -75,22 +75,24 @@ class UnitBlock(RowBlock):
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Solve every unit on its smaller side; see `RowBlock.solve`."""
         units = self._by_unit(x)
-        eigen = self.system.eigen if damping == 0 else None
         nothing = x.new_zeros(len(x))
         if not self.keeps_rows:
             rhs = units.permute(1, 2, 0)
             solution = self.system.solve(rhs, damping).permute(2, 0, 1).flatten(1)
-            if eigen is None:
-                return solution, nothing
-            return solution, ((eigen.vectors.mT @ rhs).square() * eigen.null[..., None]).sum((0, 1))
+            return solution, nothing if damping else self._null_energy(units)
         seen = self.roots.times(units)
-        if eigen is None:
+        if damping > 0:
             return (x - self.roots.combine(self.system.solve(seen, damping)).flatten(1)) / damping, nothing
-        inverse = inverse_values(eigen.values, 0.0, eigen.null)[..., None]
-        coordinates = eigen.vectors.mT @ seen
-        inside = (coordinates.square() * inverse).sum((0, 1))
-        solution = self.roots.combine(eigen.vectors @ (coordinates * inverse.square())).flatten(1)
-        return solution, (x.square().sum(-1) - inside).clamp_min(0)
+        eigen = self.system.eigen
+        once = eigen.coordinates(seen.mT) * eigen.inverse(0.0)[:, None]
+        both = torch.cat([once, once * eigen.inverse(0.0)[:, None]], dim=1) @ eigen.vectors.mT
+        projection, solution = self.roots.combine(both.mT.to(x)).flatten(1).split(len(x))
+        return solution, (x - projection).square().sum(-1)
+
+    def _null_energy(self, units: Float[Tensor, "K U width"]) -> Float[Tensor, " K"]:
+        eigen = self.system.eigen
+        energy = eigen.coordinates(units.transpose(0, 1)).square() * eigen.null[:, None]
+        return energy.sum((0, 2)).to(units)
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc`, unit by unit on the row side."""
@@ -106,23 +108,23 @@ class UnitBlock(RowBlock):
         coefficients: OutputFactor | None,
     ) -> Float[Tensor, "Q R"]:
         a, b = left[0], right[0]
-        if is_plain(a) and is_plain(b) and (not self.keeps_rows or isinstance(self.roots, PlainRoots)):
+        stacked = self.keeps_rows and isinstance(self.roots, StackedRoots)
+        if is_plain(a) and is_plain(b) and not stacked:
             return contract_units(a, self._kernels(a, b, damping), b)
         if not self.keeps_rows:
             solved = self.system.solve(b.unit_stack().mT, damping)
             return (a.unit_stack() @ solved).sum(0)
-        x = self.roots.times(a.unit_stack().transpose(0, 1))
-        if coefficients is not None:
+        left_stack, right_stack = a.unit_stack(), b.unit_stack()
+        x = self.roots.times(left_stack.transpose(0, 1))
+        if stacked and coefficients is not None:
             V, N = self.layers[0].shape
             solved = self.system.solve(x, damping).sum(0)
             return coefficients.apply(solved.view(V, N, -1)).flatten(0, 1).T
-        y = self.roots.times(b.unit_stack().transpose(0, 1))
-        return self._sandwich_values(x.mT, y.mT, damping).sum(0) + (
-            (gram(left, right) - self._projected(x.mT, y.mT).sum(0)) / damping if damping else 0
-        )
+        y = self.roots.times(right_stack.transpose(0, 1))
+        return self.system.eigen.sandwich(x.mT, y.mT, damping, lambda: left_stack @ right_stack.mT).sum(0)
 
     def _kernels(self, left: KroneckerRows, right: KroneckerRows, damping: float) -> Float[Tensor, "U N M"]:
-        """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit."""
+        """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit, of inputs a' and a."""
         a, _ = plain_factors(left)
         b, g = plain_factors(right)
         O = self._units // len(a)  # noqa: E741
@@ -131,40 +133,27 @@ class UnitBlock(RowBlock):
             return a.repeat_interleave(O, dim=0) @ solved
         roots = self.roots
         assert isinstance(roots, PlainRoots)
-        s = roots.s.T[:, None, :]
+        s = roots.s.T[:, None]
         x = (a @ roots.a.mT).repeat_interleave(O, dim=0) * s
-        reached = bool(((s[:, 0].T > 0) | (g == 0).all(0)).all())
-        if reached and torch.equal(b, roots.a):
-            scale = torch.where(s > 0, 1 / torch.where(s > 0, s, 1), 0)
-            return self.system.solve(x.mT, damping).mT * scale
+        if torch.equal(b, roots.a) and bool(((roots.s > 0) | (g == 0).all(0)).all()):
+            return self.system.solve(x.mT, damping).mT * torch.where(s > 0, 1 / torch.where(s > 0, s, 1), 0)
         y = (b @ roots.a.mT).repeat_interleave(O, dim=0) * s
-        kernels = self._sandwich_values(x, y, damping)
-        if damping:
-            kernels += ((a @ b.mT).repeat_interleave(O, dim=0) - self._projected(x, y)) / damping
-        return kernels
-
-    def _sandwich_values(
-        self, x: Float[Tensor, "U A n"], y: Float[Tensor, "U B n"], damping: float
-    ) -> Float[Tensor, "U A B"]:
-        """Return the part of `left (F + ρI)⁻¹ rightᵀ` within range(F), from `left Xᵀ` and `right Xᵀ`."""
-        eigen = self.system.eigen
-        inverse = inverse_values(eigen.values, 0.0, eigen.null)
-        scaled = inverse * (inverse if damping == 0 else inverse_values(eigen.values, damping, None))
-        return (x @ eigen.vectors * scaled[:, None]) @ (y @ eigen.vectors).mT
-
-    def _projected(self, x: Float[Tensor, "U A n"], y: Float[Tensor, "U B n"]) -> Float[Tensor, "U A B"]:
-        """Return `left P rightᵀ`, P the projector on range(F)."""
-        eigen = self.system.eigen
-        inverse = inverse_values(eigen.values, 0.0, eigen.null)
-        return (x @ eigen.vectors * inverse[:, None]) @ (y @ eigen.vectors).mT
+        return self.system.eigen.sandwich(x, y, damping, lambda: (a @ b.mT).repeat_interleave(O, dim=0))
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
-        stack = self._form(self.layers) if self.keeps_rows else self.average.value
-        return torch.block_diag(*stack)
+        dense: Tensor = torch.block_diag(*(self._form(self.layers) if self.keeps_rows else self.average.value))
+        return dense
 
     def eigenvalues(self) -> Float[Tensor, " k"]:  # noqa: D102
-        values = self.system.eigen.values
+        eigen = self.system.eigen
+        values = torch.where(eigen.null, 0, eigen.values)
         return values[:, -min(self._width, values.shape[1]) :].flatten()
+
+    def condition_number(self) -> float:
+        """Return the largest condition number of a unit."""
+        eigen = self.system.eigen
+        smallest = torch.where(eigen.null, torch.inf, eigen.values).amin(-1)
+        return max(1.0, float((eigen.values.amax(-1) / smallest).max()))
 
     def trace(self) -> float:  # noqa: D102
         if self.keeps_rows:

@@ -1,0 +1,403 @@
+"""Structures as dense float64 matrices, written from their definitions.
+
+Everything follows from four arrays that `torch.func` gives: the Jacobian J `[N, V, P]`, the second moment Λ `[N, V, V]`
+of the output rows (the loss' own Hessian, or ΣssT of the seeds), and for a layer its inputs a `[N, T, Q, I]` and the
+derivatives G `[N, V, T, Q, O]` of the outputs with respect to the layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from oracle import (
+    CLASSES,
+    DOUBLE,
+    Architecture,
+    LossCase,
+    count_of,
+    dense_jacobian,
+    indices,
+    loss_case,
+    outputs,
+    term_weights,
+    trainable,
+    unreduced,
+    vectors,
+)
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+
+import curvlab.fisher as cf
+from curvlab.nn import HalfSquaredError, NTKLinear
+from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows.loss import loss_terms
+
+KINDS = ("exact", "ggn", "mc", "empirical")
+DENSE_LAYERS = (nn.Linear, NTKLinear, nn.Conv1d, nn.Conv2d)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+class Vision(nn.Module):
+    """Grouped and strided convolutions, a normalisation, a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4, 1, 1))
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, groups=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.gain * self.norm(self.conv(x))).flatten(1))
+
+
+class Language(nn.Module):
+    """A table, Linear layers on sequences, a LayerNorm; logits `[N, C, T]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(6, 3), nn.LayerNorm(4)
+        self.mix, self.last = nn.Linear(3, 4), nn.Linear(4, CLASSES, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.mix(self.table(tokens))))
+        return self.last(h + h.mean(1, keepdim=True)).mT
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+
+
+NETWORKS = {
+    "mlp": Architecture("mlp", perceptron, vectors(4)),
+    "cnn": Architecture("cnn", Vision, vectors(2, 6, 6), chain=False),
+    "sequence": Architecture("sequence", Language, indices(6, 4), chain=False),
+}
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: int, samples: int) -> Tensor:
+    """Return Λ `[N, V, V]`, the loss' divisor included; "mc" repeats the draws of the rows."""
+    N, V = z.shape[0], z[0].numel()
+    if kind in ("exact", "ggn"):
+        H = hessian(lambda flat: loss(flat.view(z.shape), targets))(z.flatten()).view(N, V, N, V)
+        return torch.stack([H[n, :, n] for n in range(N)])
+    if kind == "mc":
+        drawn = loss_terms(loss, z, targets).sampled(samples, torch.Generator().manual_seed(seed))
+        seeds = drawn.transpose(0, 1).reshape(N, -1, V)
+        return seeds.mT @ seeds
+    factor, terms, X = 0.5 if isinstance(loss, HalfSquaredError) else 1.0, unreduced(loss), z[0, 0].numel()
+    values = jacrev(lambda flat: factor * terms(flat.view_as(z), targets).reshape(N, -1, X))(z.flatten())
+    weights = term_weights(loss, z, targets).reshape(N, -1, X, 1)
+    scaled = torch.where(weights > 0, values / weights.clamp_min(1e-300).sqrt(), 0).sum(1) / count_of(loss, z, targets) ** 0.5
+    seeds = torch.stack([scaled[n].reshape(X, N, V)[:, n] for n in range(N)])
+    return seeds.mT @ seeds
+
+
+@dataclass(frozen=True)
+class LayerReference:
+    """A layer's flat parameter positions `[units, width]`, and its Kronecker factors' ingredients if it has them."""
+
+    at: Tensor
+    a: Tensor | None = None
+    G: Tensor | None = None
+    table: bool = False
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What all structures are made of, for one batch."""
+
+    J: Tensor
+    moment: Tensor
+    omega: Tensor
+    layers: tuple[LayerReference, ...]
+    names: tuple[tuple[str, ...], ...]
+    count: float
+
+    @property
+    def F(self) -> Tensor:
+        return torch.einsum("nvp,nvw,nwq->pq", self.J, self.moment, self.J)
+
+    @property
+    def P(self) -> int:
+        return self.J.shape[2]
+
+    def rows_of_J(self) -> Tensor:
+        """Return J `[R, P]` in row order (v, n)."""
+        return self.J.transpose(0, 1).flatten(0, 1)
+
+    def labels(self, of: str) -> Tensor:
+        """Return the number of the layer or unit to which every parameter belongs."""
+        label, k = torch.zeros(self.P, dtype=torch.long), 0
+        for layer in self.layers:
+            for unit in layer.at if of == "unit" else layer.at.flatten()[None]:
+                label[unit], k = k, k + 1
+        return label
+
+    def masked(self, weights: Tensor, label: Tensor) -> Tensor:
+        return self.F * weights[label[:, None], label[None, :]]
+
+    def layer_wise(self, sigma: Tensor) -> Tensor:
+        return self.masked(sigma, self.labels("layer"))
+
+    def unit_wise(self) -> Tensor:
+        label = self.labels("unit")
+        return self.masked(torch.eye(int(label.max()) + 1, dtype=DOUBLE), label)
+
+    def partitioned(self, partition: Sequence[Sequence[str]], positions: dict[str, Tensor]) -> Tensor:
+        mask = torch.zeros(self.P, self.P, dtype=DOUBLE)
+        for group in partition:
+            at = torch.cat([positions[name] for name in group])
+            mask[at[:, None], at[None, :]] = 1
+        return self.F * mask
+
+    def factors(self, layer: LayerReference, sharing: str = "expand") -> tuple[Tensor, Tensor]:
+        """Return `B [Q, O, O]` and `Σω·A [Q, I, I]`."""
+        assert layer.a is not None
+        assert layer.G is not None
+        a, G, T = layer.a, layer.G, layer.a.shape[1]
+        if sharing == "reduce" and not layer.table:
+            a, G, T = a.mean(1, keepdim=True), G.sum(2, keepdim=True), 1
+        B = torch.einsum("nvtqo,nvw,nwtqp->qop", G, self.moment, G)
+        A = torch.einsum("n,ntqi,ntqj->qij", self.omega, a, a) / T
+        return B, A
+
+    def kronecker(self, sharing: str = "expand", corrected: bool = False, undamped_inverse: bool = False) -> Tensor:
+        """Return K-FAC, EKFAC (`corrected`), or the pseudo-inverse of K-FAC."""
+        result = torch.zeros_like(self.F)
+        for layer in self.layers:
+            at = layer.at.flatten()
+            block = self.F[at[:, None], at[None, :]]
+            if layer.a is not None:
+                B, A = self.factors(layer, sharing)
+                block = kronecker_block(layer, B, A / self.omega.sum(), block if corrected else None, undamped_inverse)
+            elif undamped_inverse:
+                block = pinv(block)
+            result[at[:, None], at[None, :]] = block
+        return result
+
+
+def kronecker_block(
+    layer: LayerReference, B: Tensor, A: Tensor, exact: Tensor | None = None, inverse: bool = False
+) -> Tensor:
+    """Return the block of B and A; with the exact block, its diagonal in their eigenbasis instead."""
+    pairs = [(A[0], B[0])] if layer.table else list(zip(B, A, strict=True))
+    if inverse:
+        pairs = [(pinv(left), pinv(right)) for left, right in pairs]
+    blocks = []
+    for q, (left, right) in enumerate(pairs):
+        block = torch.kron(left.contiguous(), right.contiguous())
+        if exact is not None:
+            U = torch.eye(len(left), dtype=DOUBLE) if layer.table else torch.linalg.eigh(left).eigenvectors.contiguous()
+            K = torch.kron(U, torch.linalg.eigh(right).eigenvectors.contiguous())
+            part = slice(q * len(K), (q + 1) * len(K))
+            block = K @ (K.T @ exact[part, part] @ K).diagonal().diag() @ K.T
+        blocks.append(block)
+    return torch.block_diag(*blocks)
+
+
+def pinv(matrix: Tensor) -> Tensor:
+    return torch.linalg.pinv(matrix, rtol=1e-12, hermitian=True)
+
+
+def positions(model: nn.Module) -> dict[str, Tensor]:
+    """Return the places of every parameter in a flat vector."""
+    places, start = {}, 0
+    for name, parameter in trainable(model).items():
+        places[name] = torch.arange(start, start + parameter.numel())
+        start += parameter.numel()
+    return places
+
+
+def reference(
+    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, kind: str = "exact", seed: int = 0, samples: int = 1
+) -> Reference:
+    """Compute everything for one batch."""
+    z = outputs(model, inputs)
+    N, V = z.shape[0], z[0].numel()
+    J = dense_jacobian(model, inputs).view(V, N, -1).transpose(0, 1)
+    omega = term_weights(loss, z, targets).reshape(N, -1, z[0, 0].numel()).mean(1).sum(1)
+    place, layers, names = positions(model), [], []
+    for prefix, module in model.named_modules():
+        own = [name for name in place if name.rpartition(".")[0] == prefix]
+        if own:
+            layers.append(layer_reference(model, module, inputs, V, [place[name] for name in own]))
+            names.append(tuple(own))
+    order = sorted(range(len(layers)), key=lambda k: int(layers[k].at.min()))
+    moment = output_moment(loss, z, targets, kind, seed, samples)
+    return Reference(
+        J, moment, omega, tuple(layers[k] for k in order), tuple(names[k] for k in order), count_of(loss, z, targets)
+    )
+
+
+def layer_reference(model: nn.Module, module: nn.Module, inputs: Any, V: int, places: list[Tensor]) -> LayerReference:
+    weight = getattr(module, "weight", None)
+    units = 1 if weight is None else weight.shape[0]
+    at = torch.cat([place.view(units, -1) for place in places], dim=1)
+    if isinstance(module, DENSE_LAYERS):
+        return LayerReference(at, *dense_factors(model, module, inputs, V))
+    if isinstance(module, nn.Embedding):
+        x, _, G = probe(model, module, inputs, V)
+        one_hot = nn.functional.one_hot(x.flatten(1), units).to(DOUBLE)
+        return LayerReference(at, one_hot[:, :, None], G.flatten(2, -2)[..., None, :], table=True)
+    return LayerReference(at)
+
+
+def probe(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a layer's input, its output and `∂z[n]/∂output[n]`, `[N, V, *output]`."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.extend((args[0].detach(), out.detach())))
+    outputs(model, inputs)
+    handle.remove()
+    x, y = seen
+
+    def perturbed(delta: Tensor) -> Tensor:
+        handle = module.register_forward_hook(lambda m, args, out: out + delta)
+        try:
+            return model(inputs).flatten(1)
+        finally:
+            handle.remove()
+
+    derivative = jacrev(perturbed)(torch.zeros_like(y))
+    return x, y, torch.stack([derivative[n, :, n] for n in range(len(y))]).detach()
+
+
+def dense_factors(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> tuple[Tensor, Tensor]:
+    x, y, G = probe(model, module, inputs, V)
+    N, axis = len(y), 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else y.ndim - 1
+    units = y.shape[axis]
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    jacobian = jacrev(lambda p: functional_call(module, p, (x,)))(own)
+    columns = []
+    for name, parameter in own.items():
+        full = jacobian[name].movedim(axis, y.ndim - 1).reshape(N, -1, units, units, parameter[0].numel())
+        columns.append(full.diagonal(dim1=2, dim2=3).movedim(-1, 2))
+    groups = getattr(module, "groups", 1)
+    a = torch.cat(columns, dim=-1)[:, :, :: units // groups]
+    G = G.movedim(axis + 1, -1).reshape(N, V, -1, groups, units // groups)
+    return a, G
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a loss and data, with rows and reference."""
+
+    model: nn.Module
+    loss: nn.Module
+    inputs: Any
+    targets: Tensor
+    kind: str
+    rows: Rows
+    reference: Reference
+    others: Any
+
+
+@cache
+def case(network: str, loss: str = "ce", reduction: str = "mean", kind: str = "exact", N: int = 4, seed: int = 0) -> Case:
+    """Make a case; `others` are inputs of three other samples."""
+    model, inputs = NETWORKS[network].make(N + 3, seed)
+    inputs, others = inputs[:N], inputs[N:]
+    module, targets = loss_case(loss).make(outputs(model, inputs), reduction, seed)
+    rows = rows_of(model, module, inputs, targets, kind, seed)
+    return Case(model, module, inputs, targets, kind, rows, reference(model, module, inputs, targets, kind, seed), others)
+
+
+def rows_of(model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, kind: str = "exact", seed: int = 0) -> Rows:
+    generator = torch.Generator().manual_seed(seed) if kind == "mc" else None
+    return sqrt_fisher(model, loss, inputs, targets, kind, generator=generator)
+
+
+def sigma_of(L: int) -> Tensor:
+    """Return a symmetric positive definite Σ without structure."""
+    root = torch.sin(torch.arange(1.0, L * L + 1, dtype=DOUBLE)).view(L, L)
+    return root @ root.T + 0.3 * torch.eye(L, dtype=DOUBLE)
+
+
+def halves(names: Sequence[str]) -> list[list[str]]:
+    """Cut the names so that layers are cut, too."""
+    return [list(names[::2]), list(names[1::2])]
+
+
+SPECS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "full-rows": ("full", {"side": "rows"}),
+    "full-parameters": ("full", {"side": "parameters"}),
+    "block-diagonal": ("block-diagonal", {}),
+    "block-diagonal-rows": ("block-diagonal", {"side": "rows"}),
+    "block-diagonal-parameters": ("block-diagonal", {"side": "parameters"}),
+    "block-diagonal-partition": ("block-diagonal", {"partition": halves}),
+    "block-diagonal-partition-rows": ("block-diagonal", {"partition": halves, "side": "rows"}),
+    "block-tridiagonal": ("block-tridiagonal", {}),
+    "block-tridiagonal-rows": ("block-tridiagonal", {"side": "rows"}),
+    "block-tridiagonal-parameters": ("block-tridiagonal", {"side": "parameters"}),
+    "layer-wise": ("layer-wise", {"sigma": sigma_of}),
+    "layer-wise-rows": ("layer-wise", {"sigma": sigma_of, "side": "rows"}),
+    "layer-wise-partition": ("layer-wise", {"sigma": sigma_of, "partition": halves, "side": "rows"}),
+    "unit-wise": ("unit-wise", {}),
+    "unit-wise-rows": ("unit-wise", {"side": "rows"}),
+    "unit-wise-parameters": ("unit-wise", {"side": "parameters"}),
+    "diagonal": ("diagonal", {}),
+    "kfac": ("kfac", {}),
+    "kfac-reduce": ("kfac", {"sharing": "reduce"}),
+    "kfac-no-exact": ("kfac", {"max_block": 0}),
+    "ekfac": ("ekfac", {}),
+}
+"""Every structure, with the options that change what or how it computes."""
+
+PLAIN_SPECS = ("full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "diagonal", "kfac", "ekfac")
+
+
+def build(spec: str, names: Sequence[str], **more: Any) -> cf.Structure:
+    """Make the structure of a spec for parameters of given names."""
+    key, options = SPECS[spec]
+    if "partition" in options:
+        options = {**options, "partition": options["partition"](names)}
+    return cf.make(key, **options, **more)
+
+
+def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tensor:
+    """Return the matrix that a spec stands for."""
+    key, options = SPECS[spec]
+    L = len(ref.layers)
+    if "partition" in options:
+        groups = options["partition"](list(place))
+        weights = sigma_of(len(groups)) if "sigma" in options else torch.eye(len(groups), dtype=DOUBLE)
+        label = torch.zeros(ref.P, dtype=torch.long)
+        for k, group in enumerate(groups):
+            label[torch.cat([place[name] for name in group])] = k
+        return ref.masked(weights, label)
+    if key == "kfac":
+        dense = ref.kronecker(options.get("sharing", "expand"))
+        exact = torch.cat([layer.at.flatten() for layer in ref.layers if layer.a is None] or [torch.empty(0).long()])
+        if "max_block" in options:
+            dense[exact[:, None], exact[None, :]] = dense[exact, exact].diag()
+        return dense
+    index = torch.arange(L)
+    return {
+        "full": lambda: ref.F,
+        "block-diagonal": lambda: ref.layer_wise(torch.eye(L, dtype=DOUBLE)),
+        "block-tridiagonal": lambda: ref.layer_wise(((index[:, None] - index).abs() <= 1).to(DOUBLE)),
+        "layer-wise": lambda: ref.layer_wise(sigma_of(L)),
+        "unit-wise": ref.unit_wise,
+        "diagonal": lambda: ref.F.diagonal().diag(),
+        "ekfac": lambda: ref.kronecker(corrected=True),
+    }[key]()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+__all__ = ["LossCase"]
