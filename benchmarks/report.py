@@ -1,0 +1,90 @@
+"""The comparison as a table, as markdown and as JSON."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers import METHODS
+from benchmarks.runner import Entry
+from benchmarks.tasks import TASKS
+from curvlab.study.storage import write, write_json
+from curvlab.study.units import size
+
+FORMATS = (".md", ".json")
+"""Suffixes of files that a comparison can be written to."""
+
+LEGEND = (
+    "Ratio: the time over that of the first line. Memory: the peak beyond what was held before. Share: the time that "
+    "the factored form's multiply-adds take at the rate of matrix products of these sizes, over the time taken."
+)
+
+
+def heading(entries: Sequence[Entry]) -> str:
+    """Say what one task computed, and on what."""
+    request = entries[0].request
+    threads = "1 thread" if request.threads == 1 else f"{request.threads} threads"
+    title = TASKS[request.task].title
+    return f"Gram matrix of a {title}, N = {request.samples}, float32, {request.device}, {threads}"
+
+
+def table(entries: Sequence[Entry], style: box.Box = box.SIMPLE_HEAD) -> Table:
+    """Lay out one task; the first entry is what the others are compared with."""
+    made = Table(box=style, pad_edge=style is not box.SIMPLE_HEAD)
+    made.add_column("method")
+    for header in ("seconds", "ratio", "memory", "error", "share"):
+        made.add_column(header, justify="right")
+    for entry in entries:
+        made.add_row(METHODS[entry.request.method].title, *_cells(entry, entries[0]))
+    return made
+
+
+def _cells(entry: Entry, reference: Entry) -> list[str]:
+    measured = entry.measurement
+    if measured.outcome != "done":
+        return [measured.outcome]
+    ratio = measured.median / reference.measurement.median if reference.measurement.seconds else None
+    return [
+        f"{measured.median:.4g}",
+        "–" if ratio is None else f"{ratio:.3g}×",
+        size(measured.peak_bytes),
+        "–" if entry.error is None else f"{entry.error:.1e}",
+        "" if measured.share is None else f"{measured.share:.0%}",
+    ]
+
+
+def notes(entries: Sequence[Entry]) -> list[str]:
+    """Say what stopped a method, and at which rate the machine multiplies matrices."""
+    lines = [
+        f"{METHODS[entry.request.method].title}: {entry.measurement.outcome} ({entry.measurement.note})."
+        for entry in entries
+        if entry.measurement.outcome != "done"
+    ]
+    rates = [entry.measurement.matmul_rate for entry in entries if entry.measurement.matmul_rate is not None]
+    if rates:
+        lines.append(f"Matrix products ran at {2e-9 * min(rates):.1f} to {2e-9 * max(rates):.1f} GFLOP/s.")
+    return lines
+
+
+def save(path: Path, comparisons: Sequence[Sequence[Entry]], environment: dict[str, object]) -> None:
+    """Write markdown or JSON, by the suffix of the path."""
+    if path.suffix == ".json":
+        write_json(path, {"environment": environment, "measurements": [[asdict(e) for e in c] for c in comparisons]})
+    else:
+        sections = [
+            "\n\n".join((f"## {heading(c)}", _markdown(table(c, box.MARKDOWN)), " ".join(notes(c))))
+            for c in comparisons
+        ]
+        write(path, "\n\n".join([*sections, LEGEND, ""]).encode())
+
+
+def _markdown(table: Table) -> str:
+    text = io.StringIO()
+    Console(file=text, width=200).print(table)
+    return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
