@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import curvlab.rows
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows.loss import identity_seeds, loss_terms
 
 NETWORKS = {"[N, C]": "mlp", "[N, C, X]": "conv1d-grid", "[N, C, H, W]": "conv2d-grid"}
 REDUCTIONS = ("mean", "sum")
@@ -291,6 +292,28 @@ def test_coefficients_bring_rows_back_to_the_jacobian(name: str) -> None:
     assert rows.coefficients(other) is None
     assert rows.coefficients(curvlab.rows.jacobian(model, x[:2])) is None
     assert J.coefficients(J) is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
+    """At every position the factor is a C × C matrix A with S = A·J: duals are pinv(Aᵀ)u, projectors A·pinv(A)."""
+    model, x = architecture("conv1d-grid").make(N=3)
+    z = outputs(model, x)
+    N, C, X = z.shape
+    loss, y = case.make(z, "mean")
+    factor = loss_terms(loss, z, y).exact()
+    applied = factor.apply(identity_seeds(z)).view(C, X, N, C, X)
+    A = torch.diagonal(applied, dim1=1, dim2=4).permute(3, 1, 0, 2)
+    inverse = torch.linalg.pinv(A, rtol=1e-12)
+    u = torch.randn(2, C, X, N, dtype=z.dtype)
+    reached = torch.einsum("xnck,xnkd,bdxn->bcxn", A.mT, inverse.mT, u)
+    if isinstance(loss, nn.CrossEntropyLoss):
+        u = u - z.softmax(1).permute(1, 2, 0) * u.sum(1, keepdim=True)
+        reached = u * (A.abs().sum((2, 3)) > 0)
+    dual = factor.dual(u)
+    assert_close(torch.einsum("xnkc,bkxn->bcxn", A, dual), reached)
+    assert_close(dual, torch.einsum("xnck,bcxn->bkxn", inverse, reached))
+    assert_close(factor.projector(), torch.einsum("xnkc,xncd->kxnd", A, inverse))
 
 
 def test_coefficients_need_every_output_to_carry_weight() -> None:
