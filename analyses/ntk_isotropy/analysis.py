@@ -52,7 +52,7 @@ def _resources(cell: Cell, config: Config) -> tuple[float, float]:  # noqa: ARG0
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="ntk_isotropy",
-    version=1,
+    version=2,
     question=(
         "Does one step of natural gradient with an approximate Fisher move the outputs of a wide network by the same "
         "factor in every direction, so that approximate and exact natural gradient train alike?"

@@ -114,6 +114,15 @@ class Setting:
         rank = int(torch.linalg.matrix_rank(layers[0].a[:, 0, 0]))
         return (rank, *(layer.g.shape[-1] for layer in layers))
 
+    def full_rank(self, index: int) -> bool:
+        """Whether both K-FAC factors of a layer tell all samples (and outputs) apart; units that never fire do not help."""
+        layer = self.jacobian.layers[index]
+        assert isinstance(layer, KroneckerRows)
+        inputs, rows = layer.a[:, 0, 0], layer.g[:, :, 0, 0].flatten(0, 1)
+        last = index == self.depth - 1
+        told_apart = last or int(torch.linalg.matrix_rank(rows)) == len(rows)
+        return told_apart and int(torch.linalg.matrix_rank(inputs)) == len(inputs)
+
     @property
     def active(self) -> float:
         """γ."""

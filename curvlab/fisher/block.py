@@ -131,11 +131,9 @@ class Block(ABC):
 
     def of(self, rows: Rows) -> tuple[LayerRows, ...]:
         """Pick the block's share of the rows of a model."""
-        picked = []
-        for part in self.parts:
-            layer = next(layer for layer in rows.layers if part.names[0] in layer.layout.names)
-            picked.append(layer if layer.layout.names == part.names else layer.restrict(part.names))
-        return tuple(picked)
+        owner = {slot.name: layer for layer in rows.layers for slot in layer.layout.slots}
+        picked = [(owner[part.slots[0].name], part) for part in self.parts]
+        return tuple(layer if layer.layout == part else layer.restrict(part.names) for layer, part in picked)
 
     @property
     def keeps_rows(self) -> bool:

@@ -112,7 +112,7 @@ class LayerWiseBlock(RowBlock):
     def _inverse(self, y: Float[Tensor, "K r"], damping: float) -> Float[Tensor, "K r"]:
         """Apply `(H + ρI)⁻¹`."""
         eigen = self.eigen
-        if damping > 0:
+        if damping > 0 and len(eigen.values):
             # What the eigenvalues carry: float64 on the row side, the state's precision on the parameter side.
             precision = torch.float64 if self.keeps_rows else self._dtype
             moduli = (eigen.values + damping).abs()
@@ -208,7 +208,7 @@ class LayerWiseBlock(RowBlock):
         return torch.where(self.eigen.null, 0, self.eigen.values)
 
     def largest_eigenvalue(self) -> float:  # noqa: D102
-        return float(self.eigen.values.max())
+        return max(self.eigen.values.tolist(), default=0.0)
 
     def trace(self) -> float:  # noqa: D102
         if not self.keeps_rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
@@ -99,7 +99,7 @@ class Structure(ABC):
         cls: type[Own],
         model: nn.Module,
         loss: nn.Module,
-        data: tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]],
+        data: Sequence[Any] | Iterable[Sequence[Any]],
         *,
         kind: Kind = "exact",
         samples: int = 1,
@@ -127,7 +127,7 @@ class Structure(ABC):
         """
         structure = cls(**options)
 
-        def rows_of(batch: tuple[Any, Tensor]) -> Rows:
+        def rows_of(batch: Sequence[Any]) -> Rows:
             inputs, targets = batch
             return sqrt_fisher(
                 model,

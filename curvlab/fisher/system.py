@@ -3,8 +3,9 @@
 In this order: symmetrise and Cholesky; the same in float64 (from the factors, where they are at hand: a Gram matrix
 formed in float32 has already lost what is below 1e-7 of its largest eigenvalue); eigendecomposition with negative
 eigenvalues set to zero. Anything after the first step is an `IllConditioned` warning with the condition number. Without
-damping the solve is the pseudo-inverse: eigenvalues up to `rtol` times the largest count as zero. Eigendecompositions
-are made in float64, whatever the matrix is in.
+damping the solve is the pseudo-inverse: eigenvalues up to `rtol` times the largest count as zero, except in stacks whose
+rows differ in norm by design, which are scaled to a unit diagonal first (`scaled`). Eigendecompositions are made in
+float64, whatever the matrix is in.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def rank_tolerance(
 ) -> Float[Tensor, "*B 1"]:
     """Return the eigenvalue up to which a direction counts as null: `rtol·λ_max`; if None, `rtol = size·ε(dtype)`."""
     relative = size * torch.finfo(dtype).eps if rtol is None else rtol
-    return relative * values.abs().amax(-1, keepdim=True)
+    return relative * values.abs().amax(-1, keepdim=True) if values.shape[-1] else values
 
 
 def inverse_values(values: Float[Tensor, "*B n"], damping: float, null: Bool[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
@@ -89,6 +90,8 @@ class System:
         name: what it belongs to, for messages.
         rtol: rank tolerance, `n·ε` if None.
         in_float64: recomputes the matrix in float64, if its factors are at hand.
+        scaled: whether rows of very different norm are meant: undamped solves then scale the matrix to a unit diagonal
+            first, and only rows of norm zero count as null, unless what is left is itself singular.
     """
 
     def __init__(
@@ -97,12 +100,15 @@ class System:
         name: str,
         rtol: float | None = None,
         in_float64: Callable[[], Float[Tensor, "*B n n"]] | None = None,
+        *,
+        scaled: bool = False,
     ) -> None:
         self.matrix = (matrix + matrix.mT) / 2
         self.name = name
         self.rtol = rtol
         self.damping: float | None = None
         self._in_float64 = in_float64
+        self._scaled = scaled and rtol is None
         self._eigen: Eigen | None = None
         self._solver: Callable[[Tensor], Tensor] | None = None
 
@@ -145,6 +151,25 @@ class System:
         self._solver = lambda rhs: torch.cholesky_solve(rhs.to(factor), factor).to(rhs)
         return True
 
+    def _use_scaled(self) -> bool:
+        """Solve without damping by `D (D K D)⁻¹ D`, D scaling to a unit diagonal, if the rows that are not zero admit it."""
+        if not self._scaled:
+            return False
+        matrix = self.precise()
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt(), 0)
+        unit = scale[..., :, None] * matrix * scale[..., None, :]
+        unit.diagonal(dim1=-2, dim2=-1).fill_(1)
+        factor, failed = _cholesky(unit, 0.0)
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        limit = 1 / (matrix.shape[-1] * torch.finfo(self.matrix.dtype).eps)
+        if bool(failed.any()) or not bool(((pivots.amax(-1) / pivots.amin(-1)).square() < limit).all()):
+            return False
+        self.damping = 0.0
+        column = scale[..., None]
+        self._solver = lambda rhs: (column * torch.cholesky_solve(column * rhs.to(factor), factor)).to(rhs)
+        return True
+
     def _use_eigen(self, damping: float) -> None:
         eigen, scale = self.eigen, self.eigen.inverse(damping)[..., None]
         self.damping = damping
@@ -176,8 +201,9 @@ def prepare(systems: Iterable[System], damping: float) -> None:
     """Factorise systems for one damping; those of equal size in one batched call."""
     waiting = [system for system in systems if system.damping != damping]
     if damping == 0:
-        decompose(waiting)
-        for system in waiting:
+        left = [system for system in waiting if not system._use_scaled()]
+        decompose(left)
+        for system in left:
             system._use_eigen(0.0)
         return
     for group in _by_shape(waiting):

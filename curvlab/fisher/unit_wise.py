@@ -57,11 +57,19 @@ class UnitBlock(RowBlock):
         return unit_roots(layers[0]).moment()
 
     def _make_system(self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None) -> System:
-        return System(matrix, f"units of layer {self.name!r}", self.config.rtol, in_float64)
+        return System(matrix, self._title, self.config.rtol, in_float64)
+
+    @property
+    def _title(self) -> str:
+        return f"units of layer {self.name!r}"
 
     def _row_system(self) -> System:
+        """Return the stack of row sides; samples that hardly excite a unit have short rows there, but not null ones."""
         layer = self.layers[0]
-        return self._make_system(self.roots.gram(), lambda: unit_roots(layer.to(torch.float64)).gram())
+        again = lambda: unit_roots(layer.to(torch.float64)).gram()  # noqa: E731
+        return System(
+            self.roots.gram(), self._title, self.config.rtol, again, scaled=isinstance(self.roots, PlainRoots)
+        )
 
     def _by_unit(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K U width"]:
         return x.reshape(len(x), self._units, self._width)
@@ -150,7 +158,12 @@ class UnitBlock(RowBlock):
         return values[:, -min(self._width, values.shape[1]) :].flatten()
 
     def condition_number(self) -> float:
-        """Return the largest condition number of a unit."""
+        """Return the largest condition number of a unit; of its inputs alone where rows are scaled to one norm."""
+        if self.keeps_rows and isinstance(self.roots, PlainRoots) and self.config.rtol is None:
+            inputs = torch.nn.functional.normalize(self.roots.a.double(), dim=-1)
+            values = torch.linalg.svdvals(inputs)[..., : inputs.shape[1]].square()
+            if inputs.shape[2] >= inputs.shape[1] and bool((values[..., -1] > 0).all()):
+                return float((values[..., 0] / values[..., -1]).max())
         eigen = self.system.eigen
         smallest = torch.where(eigen.null, torch.inf, eigen.values).amin(-1)
         return max(1.0, float((eigen.values.amax(-1) / smallest).max()))

@@ -259,8 +259,9 @@ def _claims(config: Config) -> list[Claim]:
                 measured="‖f_1 − y‖/‖f_0 − y‖ after the first real step at the middle width.",
                 rule=Inequality(1.0, side),
                 estimate=_first(by_seed),
-                expected="open" if structure in ("kfac", "unit-wise") else "supported",
-                reason=f"The predicted factor is {abs(1 - scale):g}.",
+                expected="open" if scale > 2 or structure in ("kfac", "unit-wise") else "supported",
+                reason=f"The predicted factor is {abs(1 - scale):g}; an earlier run at width 512 saw long first steps bent back "
+                "by the curvature of f.",
                 needs=where(NAME, structure=structure, scale=scale),
                 quantities=("residual",),
             )
