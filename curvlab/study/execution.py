@@ -1,9 +1,11 @@
 """Which cells a run has to measure, and measuring them so that nothing finished is ever lost."""
 
+import contextlib
+import itertools
 import logging
-import time
+import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -14,13 +16,19 @@ from curvlab.study.cache import CellCache
 from curvlab.study.cells import Cell
 from curvlab.study.claims import Claim, Failure
 from curvlab.study.environment import available_memory, check_device
-from curvlab.study.faults import DataUnavailable, MemoryShortage, StudyError, UsageError
-from curvlab.study.measurements import Row, faults, locate, normalise, records, tabulate
+from curvlab.study.faults import MemoryShortage, StudyError, UsageError
+from curvlab.study.logbook import replay
+from curvlab.study.measurements import Row
 from curvlab.study.options import C, nearest, recorded, share
 from curvlab.study.progress import Advance
+from curvlab.study.task import Outcome, Task
 from curvlab.study.units import duration, size
+from curvlab.study.workers import chunked, cores, in_processes
 
 log = logging.getLogger(__name__)
+
+WORTH_WORKERS = 10.0
+"""Seconds of work from which starting processes pays."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +85,69 @@ class Plan(Generic[C]):
         loaded = ((cell, self.cache.load(cell)) for cell in self.cells)
         return {cell: rows for cell, rows in loaded if rows is not None}
 
-    def estimate(self, cells: Sequence[Cell]) -> tuple[float, float, Cell | None]:
-        """Seconds for ``cells``, bytes for the largest of them, and which that is."""
-        needs = [(*self.analysis.resources(cell, self.config), cell) for cell in cells]
-        if not needs:
-            return 0.0, 0.0, None
-        largest = max(needs, key=lambda need: need[1])
-        return sum(seconds for seconds, _, _ in needs), largest[1], largest[2]
+    def task(self) -> Task[C]:
+        """What measures one of its cells."""
+        return Task(self.analysis.measure, self.config, self.cache)
+
+    def estimate(self, cells: Sequence[Cell]) -> "Estimate":
+        """What it takes to measure ``cells``."""
+        needs = {cell: self.analysis.resources(cell, self.config) for cell in cells}
+        costs = {cell: seconds for cell, (seconds, _) in needs.items()}
+        largest = sorted(needs, key=lambda cell: needs[cell][1], reverse=True)
+        totals = list(itertools.accumulate(needs[cell][1] for cell in largest))
+        available = available_memory(self.config.device)
+        workers = self._workers(costs)
+        if available is not None and totals:
+            fitting = sum(total <= available for total in totals[:workers])
+            if 0 < fitting < workers:
+                log.info("%d workers instead of %d, for %s of memory", fitting, workers, size(available))
+            workers = max(1, fitting)
+        return Estimate(
+            costs=costs,
+            workers=workers,
+            memory=totals[workers - 1] if totals else 0.0,
+            largest=largest[0] if largest else None,
+            available=available,
+        )
+
+    def _workers(self, costs: Mapping[Cell, float]) -> int:
+        """How many processes are worth their start and can be given work, whatever their memory."""
+        wanted = self.config.workers or (cores() if torch.device(self.config.device).type == "cpu" else 1)
+        if wanted == 1 or sum(costs.values()) < WORTH_WORKERS:
+            return 1
+        try:
+            pickle.dumps(self.task())
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            log.info(
+                "one worker instead of %d, because %s cannot be sent to others: %s", wanted, self.analysis.name, error
+            )
+            return 1
+        return min(wanted, len(chunked(costs, wanted)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What it takes to measure some cells.
+
+    Attributes:
+        costs: Seconds of each cell.
+        workers: Processes that measure side by side.
+        memory: Bytes that they need together at worst.
+        largest: The cell that needs most of it; None if there are no cells.
+        available: Bytes that can be had; None where the system does not tell.
+    """
+
+    costs: Mapping[Cell, float]
+    workers: int
+    memory: float
+    largest: Cell | None
+    available: float | None
+
+    @property
+    def time(self) -> str:
+        """How long that takes, in words."""
+        total = duration(sum(self.costs.values()) / self.workers)
+        return f"about {total} in {self.workers} processes" if self.workers > 1 else f"about {total}"
 
 
 @dataclass
@@ -103,8 +167,8 @@ class Measured:
     interrupted: bool = False
 
 
-def measure(plan: Plan[C], cached: dict[Cell, list[Row]], advance: Advance) -> Measured:
-    """Measure the cells that are not cached, each stored as soon as it is finished.
+def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Estimate, advance: Advance) -> Measured:
+    """Measure the cells of ``estimate``, which are those not cached, each stored as soon as it is finished.
 
     A cell that raises is recorded and the others go on; KeyboardInterrupt stops the run.
 
@@ -112,54 +176,42 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], advance: Advance) -> M
         MemoryShortage: a cell needs more memory than is available; raised before anything is measured.
         StorageFull: a finished cell cannot be stored; the cells before it are.
     """
-    pending = [cell for cell in plan.cells if cell not in cached]
-    _check_memory(plan, pending)
+    if estimate.available is not None and estimate.memory > estimate.available:
+        where, needed = f"cell {estimate.largest}", f"about {size(estimate.memory)}"
+        raise MemoryShortage(where, needed, estimate.available, plan.analysis.memory_option)
     measured = Measured(dict(cached))
     try:
-        for cell in pending:
-            advance(cell, *_measure_cell(plan, cell, measured))
+        with contextlib.closing(_outcomes(plan.task(), estimate)) as outcomes:
+            for outcome in outcomes:
+                replay(outcome.logged)
+                if outcome.rows is not None:
+                    measured.rows[outcome.cell] = outcome.rows
+                else:
+                    measured.failures.append(Failure(outcome.cell, outcome.reason))
+                    measured.shortage = measured.shortage or _shortage(plan, outcome)
+                advance(outcome.cell, outcome.note, outcome.trouble)
     except KeyboardInterrupt:
+        measured.rows |= plan.cached()
         log.warning("interrupted; %d of %d cells are finished", len(measured.rows), len(plan.cells))
         measured.interrupted = True
+    failures = {failure.cell: failure for failure in measured.failures}
     measured.rows = {cell: measured.rows[cell] for cell in plan.cells if cell in measured.rows}
+    measured.failures = [failures[cell] for cell in plan.cells if cell in failures]
     return measured
 
 
-def _measure_cell(plan: Plan[C], cell: Cell, measured: Measured) -> tuple[str, bool]:
-    """Measure one cell into ``measured``; what became of it, in words, and whether that is trouble."""
-    start = time.perf_counter()
-    try:
-        rows = normalise(cell, plan.analysis.measure(cell, plan.config))
-    except Exception as error:
-        log.exception("cell %s failed", cell)
-        reason = f"{type(error).__name__}: {error}"
-        measured.failures.append(Failure(cell, reason))
-        measured.shortage = measured.shortage or _shortage(plan, cell, error)
-        return f"failed: {reason}", True
-    plan.cache.store(cell, rows)
-    measured.rows[cell] = rows
-    took = duration(time.perf_counter() - start)
-    log.info("cell %s: %d observations in %s", cell, len(rows), took)
-    table = tabulate({cell: rows})
-    nonfinite = [locate(row) for row in records(table[faults(table)])]
-    for where in nonfinite:
-        log.warning("non-finite value: %s", where)
-    return (f"{took}, non-finite: {nonfinite[0]}", True) if nonfinite else (took, False)
+def _outcomes(task: Task[C], estimate: Estimate) -> Generator[Outcome]:
+    if estimate.workers > 1:
+        log.info("measuring in %d processes", estimate.workers)
+        yield from in_processes(task, chunked(estimate.costs, estimate.workers), estimate.workers)
+    else:
+        yield from map(task, estimate.costs)
 
 
-def _check_memory(plan: Plan[C], pending: Sequence[Cell]) -> None:
-    available = available_memory(plan.config.device)
-    _, needed, cell = plan.estimate(pending)
-    if available is not None and needed > available:
-        raise MemoryShortage(f"cell {cell}", f"about {size(needed)}", available, plan.analysis.memory_option)
-
-
-def _shortage(plan: Plan[C], cell: Cell, error: Exception) -> StudyError | None:
-    """The error as a shortage of memory or data, if it is one; torch's CPU allocator raises RuntimeError."""
-    if isinstance(error, MemoryShortage | DataUnavailable):
-        return error
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-        return None
-    _, estimated, _ = plan.estimate([cell])
-    needed = f"more than the {size(estimated)} that were estimated ({str(error) or type(error).__name__})"
-    return MemoryShortage(f"cell {cell}", needed, available_memory(plan.config.device), plan.analysis.memory_option)
+def _shortage(plan: Plan[C], outcome: Outcome) -> StudyError | None:
+    """The failure as a shortage of memory or data, if it is one."""
+    if not outcome.out_of_memory:
+        return outcome.shortage
+    _, estimated = plan.analysis.resources(outcome.cell, plan.config)
+    where, needed = f"cell {outcome.cell}", f"more than the {size(estimated)} that were estimated ({outcome.reason})"
+    return MemoryShortage(where, needed, available_memory(plan.config.device), plan.analysis.memory_option)

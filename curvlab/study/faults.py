@@ -1,5 +1,7 @@
 """What stops a run, each with its exit code: the message says what was wrong, where, and the remedy."""
 
+import copyreg
+from collections.abc import Callable
 from pathlib import Path
 
 from curvlab.study.units import size
@@ -9,6 +11,10 @@ class StudyError(Exception):
     """Base of the errors that end a run with a message instead of a traceback."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        """Pickle the message, whatever ``__init__`` makes it from."""
+        return copyreg.__newobj__, (type(self), *self.args)  # type: ignore[attr-defined]
 
 
 class UsageError(StudyError):

@@ -2,14 +2,19 @@
 
 import contextlib
 import logging
+import logging.handlers
+import queue
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from curvlab.study.faults import StudyError
 from curvlab.study.storage import make_folder, writing
 
 log = logging.getLogger(__name__)
+
+RECORDED = ("curvlab", "analyses")
+"""Loggers whose progress is recorded besides everyone's warnings."""
 
 
 class _LogFile(logging.FileHandler):
@@ -27,7 +32,7 @@ def recording(path: Path) -> Iterator[None]:
     with writing(path):
         handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("curvlab", "analyses")}
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in RECORDED}
     for logger in loggers:
         logger.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)
@@ -43,3 +48,17 @@ def recording(path: Path) -> Iterator[None]:
         for logger, level in loggers.items():
             logger.setLevel(level)
         handler.close()
+
+
+def forward(records: queue.SimpleQueue[logging.LogRecord]) -> None:
+    """Put what `recording` would write into a queue, for another process to `replay`; for good."""
+    for name in RECORDED:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(records))
+    logging.captureWarnings(True)
+
+
+def replay(records: Iterable[logging.LogRecord]) -> None:
+    """Log what another process has logged."""
+    for record in records:
+        logging.getLogger(record.name).handle(record)

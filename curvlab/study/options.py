@@ -31,6 +31,8 @@ class CommonOptions:
     """Torch device that measures, such as cpu, cuda or cuda:1."""
     dtype: Literal["float64", "float32"] = "float64"
     """Floating-point precision of the measurements."""
+    workers: int = 0
+    """Processes that measure side by side; 0 means one per core on the CPU and one elsewhere (unit: processes)."""
     results: Path = Path("results")
     """Folder for results and for the cache of finished cells."""
     config: Path | None = None
@@ -55,11 +57,15 @@ class CommonOptions:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.workers < 0:
+            raise ValueError(f"--workers must be at least 1, or 0 for one per core; got {self.workers}")
         if self.shard is not None:
             share(self.shard)
 
 
-HOW = frozenset({"results", "config", "list_claims", "dry_run", "shard", "fresh", "strict", "quiet", "redraw"})
+HOW = frozenset(
+    {"workers", "results", "config", "list_claims", "dry_run", "shard", "fresh", "strict", "quiet", "redraw"}
+)
 """Options that say how to run, not what to measure; they are not recorded in ``config.json``."""
 
 C = TypeVar("C", bound=CommonOptions)

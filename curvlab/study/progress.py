@@ -47,21 +47,30 @@ def progress(console: Console, costs: Mapping[Cell, float], quiet: bool) -> Iter
 
 
 def _lines(console: Console, costs: Mapping[Cell, float]) -> Advance:
-    """A line for the first and the last cell, for one in trouble, and otherwise one every few seconds."""
+    """A line for the first and the last cell, for one in trouble, and otherwise one every few seconds.
+
+    The time left follows from the pace since the first cell, before which everything has to get going.
+    """
     start = time.monotonic()
     total = sum(costs.values())
     done, spent = 0, 0.0
+    first_elapsed, first_spent = 0.0, 0.0
     printed = -SECONDS_BETWEEN_LINES
 
     def advance(cell: Cell, outcome: str, trouble: bool) -> None:
-        nonlocal done, spent, printed
+        nonlocal done, spent, printed, first_elapsed, first_spent
         done += 1
         spent += costs[cell]
         elapsed = time.monotonic() - start
+        if done == 1:
+            first_elapsed, first_spent = elapsed, spent
         if done < len(costs) and elapsed - printed < SECONDS_BETWEEN_LINES and not trouble:
             return
         printed = elapsed
-        left = f"; {duration(elapsed * (total - spent) / spent)} left" if done < len(costs) and spent > 0 else ""
+        left = ""
+        if done < len(costs) and spent > first_spent:
+            pace = (elapsed - first_elapsed) / (spent - first_spent)
+            left = f"; {duration(pace * (total - spent))} left"
         say(console, f"[{done}/{len(costs)}] {cell}: {outcome}{left}")
 
     return advance

@@ -16,7 +16,7 @@ from rich.console import Console
 from curvlab.study import report
 from curvlab.study.analysis import Analysis
 from curvlab.study.claims import contradicts
-from curvlab.study.environment import available_memory, environment
+from curvlab.study.environment import environment
 from curvlab.study.execution import Measured, Plan, measure
 from curvlab.study.faults import StudyError
 from curvlab.study.logbook import recording
@@ -25,7 +25,7 @@ from curvlab.study.progress import progress, say
 from curvlab.study.publish import draw, open_folder, publish
 from curvlab.study.results import load, promote
 from curvlab.study.storage import make_folder
-from curvlab.study.units import duration, size
+from curvlab.study.units import size
 
 log = logging.getLogger(__name__)
 
@@ -124,12 +124,11 @@ def _run_shard(plan: Plan[C], arguments: Sequence[str], console: Console) -> int
 def _measure(plan: Plan[C], console: Console) -> Measured:
     make_folder(plan.cache.folder)
     cached = plan.cached()
-    costs = {cell: plan.analysis.resources(cell, plan.config)[0] for cell in plan.cells if cell not in cached}
+    estimate = plan.estimate([cell for cell in plan.cells if cell not in cached])
     if not plan.config.quiet:
-        time = duration(sum(costs.values()))
-        say(console, f"{len(plan.cells)} cells, {len(cached)} cached, {len(costs)} to run (about {time})")
-    with progress(console, costs, plan.config.quiet) as advance:
-        return measure(plan, cached, advance)
+        say(console, f"{len(plan.cells)} cells, {len(cached)} cached, {len(estimate.costs)} to run ({estimate.time})")
+    with progress(console, estimate.costs, plan.config.quiet) as advance:
+        return measure(plan, cached, estimate, advance)
 
 
 def _exit_code(measured: Measured, contradicted: bool) -> int:
@@ -160,14 +159,13 @@ def _list_claims(analysis: Analysis[C], config: C, console: Console) -> int:
 
 def _dry_run(plan: Plan[C], console: Console) -> int:
     cached = plan.cached()
-    pending = [cell for cell in plan.cells if cell not in cached]
-    seconds, needed, cell = plan.estimate(pending)
-    available = available_memory(plan.config.device)
-    say(console, f"cells:  {len(plan.cells)}, {len(cached)} cached, {len(pending)} to run")
-    say(console, f"time:   about {duration(seconds)}")
-    where = f" for cell {cell}" if cell else ""
-    free = f", {size(available)} available" if available is not None else ""
-    say(console, f"memory: about {size(needed)}{where}{free}")
+    estimate = plan.estimate([cell for cell in plan.cells if cell not in cached])
+    say(console, f"cells:  {len(plan.cells)}, {len(cached)} cached, {len(estimate.costs)} to run")
+    say(console, f"time:   {estimate.time}")
+    where = f" for cell {estimate.largest}" if estimate.largest else ""
+    others = f" and {estimate.workers - 1} more at the same time" if estimate.workers > 1 else ""
+    free = f", {size(estimate.available)} available" if estimate.available is not None else ""
+    say(console, f"memory: about {size(estimate.memory)}{where}{others}{free}")
     return DONE
 
 

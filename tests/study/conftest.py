@@ -1,9 +1,16 @@
-"""A disk that is full."""
+"""The dummy analysis run in-process, and a disk that is full."""
 
 import errno
+import multiprocessing
 import os
+from dataclasses import replace
 
+import dummy_analysis
 import pytest
+
+from curvlab.study import load, main
+
+multiprocessing.set_forkserver_preload(["curvlab.study"])
 
 
 class FullDisk:
@@ -33,3 +40,24 @@ class FullDisk:
 @pytest.fixture
 def full_disk(monkeypatch):
     return FullDisk(monkeypatch)
+
+
+UNDRAWN = replace(dummy_analysis.ANALYSIS, figures={})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the dummy in-process; `run.measured` are the cells that were measured since the last run."""
+    log = tmp_path / "measured.txt"
+    monkeypatch.setenv("DUMMY_LOG", str(log))
+
+    def call(*arguments, analysis=UNDRAWN):
+        log.write_text("")
+        code = main(analysis, [*arguments, "--results", str(tmp_path / "results")])
+        call.measured = log.read_text().splitlines()
+        return code
+
+    call.results = tmp_path / "results"
+    call.stored = lambda: load(call.results / "dummy" / "latest")
+    call.outcomes = lambda: dict(zip(call.stored().verdicts["claim"], call.stored().verdicts["outcome"], strict=True))
+    return call

@@ -1,12 +1,14 @@
 """A tiny analysis that exercises the runner: does a noisy number lie where its structure says?
 
-``DUMMY_SLEEP`` (seconds per cell) makes it slow enough to be interrupted, ``DUMMY_LOG`` names a file in which every
-measured cell leaves a line.
+``DUMMY_SLEEP`` (seconds per cell) makes it slow enough to be interrupted, ``DUMMY_CLAIM`` is how many seconds it claims
+that a cell takes, ``DUMMY_LOG`` names a file in which every measured cell leaves a line.
 """
 
 import os
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +37,7 @@ class Options(CommonOptions):
     """Options of the dummy."""
 
     problem: str = "noise"
-    """What goes wrong: noise (nothing), failing, nan, diverging, memory, tensor, huge or absent."""
+    """What goes wrong: noise (nothing), failing, nan, diverging, memory, tensor, huge, absent or killed."""
     offsets: tuple[float, ...] = (0.0, 1.0)
     """Offsets that are added to the truth (unit: that of the truth)."""
     scale: float = 0.1
@@ -92,12 +94,14 @@ def measure(cell: Cell, config: Options) -> list[dict[str, object]]:
             file.write(f"{cell}\n")
     structure, offset, seed = cell["structure"], float(cell["offset"]), int(cell["seed"])
     struck = structure == "full" and offset == 0.0 and seed == 1
-    if struck and config.problem == "failing":
+    if struck and config.problem in ("failing", "killed"):
         raise RuntimeError("this cell always fails")
     if struck and config.problem == "memory":
         raise MemoryError("tried to allocate 80 GiB")
     if struck and config.problem == "tensor":
         return [{"quantity": "alpha", "value": np.zeros(3)}]
+    if config.problem == "killed" and structure == "full" and offset == 0.0 and seed in (2, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
     noise = np.random.default_rng([seed, int(offset), list(TRUTH).index(str(structure))]).normal() * config.scale
     alpha = {"quantity": "alpha", "value": TRUTH[str(structure)] + offset + noise, "layer": 2, "sample": 7}
     if struck and config.problem == "nan":
@@ -108,8 +112,15 @@ def measure(cell: Cell, config: Options) -> list[dict[str, object]]:
     return [alpha, {"quantity": "residual", "value": np.float64(1e-14), "layer": "all"}]
 
 
+def measure_in(environment: Mapping[str, str], cell: Cell, config: Options) -> list[dict[str, object]]:
+    """`measure` with these variables, for processes that do not inherit them."""
+    os.environ.update(environment)
+    return measure(cell, config)
+
+
 def resources(cell: Cell, config: Options) -> tuple[float, float]:
-    return 0.5, 1e18 if config.problem == "huge" and cell["seed"] == 0 else 3 * 2.0**20
+    seconds = float(os.environ.get("DUMMY_CLAIM", "0.1"))
+    return seconds, 1e18 if config.problem == "huge" and cell["seed"] == 0 else 3 * 2.0**20
 
 
 def alphas(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
@@ -127,7 +138,8 @@ def alphas(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
 def spoilt(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
     if (measurements["quantity"] == "residual").any() and not np.isfinite(measurements["value"]).all():
         raise ValueError("nothing finite to draw")
-    return alphas(measurements, verdicts)
+    figure, _ = style.canvas()
+    return figure
 
 
 ANALYSIS = Analysis(
@@ -148,6 +160,19 @@ ANALYSIS = Analysis(
     memory_option="--offsets",
     module="dummy_analysis",
 )
+
+
+def process(environment: Mapping[str, str], output: Path, errors: Path, arguments: Sequence[str]) -> None:
+    """Run it as the leader of a process group that Ctrl-C can reach, with standard output and errors in files."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.environ.update(environment)
+    for descriptor, path in ((1, output), (2, errors)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
+    raise SystemExit(main(ANALYSIS, arguments))
+
 
 if __name__ == "__main__":
     raise SystemExit(main(ANALYSIS))

@@ -1,12 +1,14 @@
 """The runner end to end, on the dummy analysis."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,24 +28,6 @@ FOLDER_FILES = {
     "log.txt",
     "figures",
 }
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run the dummy in-process; `run.measured` are the cells that were measured since the last run."""
-    log = tmp_path / "measured.txt"
-    monkeypatch.setenv("DUMMY_LOG", str(log))
-
-    def call(*arguments, analysis=ANALYSIS):
-        log.write_text("")
-        code = main(analysis, [*arguments, "--results", str(tmp_path / "results")])
-        call.measured = log.read_text().splitlines()
-        return code
-
-    call.results = tmp_path / "results"
-    call.stored = lambda: load(call.results / "dummy" / "latest")
-    call.outcomes = lambda: dict(zip(call.stored().verdicts["claim"], call.stored().verdicts["outcome"], strict=True))
-    return call
 
 
 def command(*arguments):
@@ -94,17 +78,22 @@ def test_a_run_from_the_command_line_and_the_command_that_redraws_its_figure(tmp
     assert (folder / "figures" / "alphas.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_an_interrupted_process_keeps_what_it_finished_and_the_same_command_goes_on(run, tmp_path):
-    arguments = ["--seeds", "4", "--results", str(run.results)]
-    slow = command(*arguments)
-    slow["env"]["DUMMY_SLEEP"] = "0.2"
-    with subprocess.Popen(**slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
-        while process.stdout.readline()[:1] != "[":  # the line of the first finished cell
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
-    assert "Interrupted: every finished cell is kept" in out
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupted_process_keeps_what_it_finished_and_the_same_command_goes_on(run, tmp_path, workers):
+    environment = {"DUMMY_SLEEP": "0.2", "DUMMY_CLAIM": "1.0"}
+    arguments = ["--seeds", "4", "--workers", workers, "--results", str(run.results)]
+    output, errors = tmp_path / "output.txt", tmp_path / "errors.txt"
+    output.touch()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=dummy_analysis.process, args=(environment, output, errors, arguments))
+    process.start()
+    while not re.search(r"^\[", output.read_text(), re.MULTILINE):  # the line of the first finished cell
+        assert process.is_alive(), errors.read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers, too
+    process.join(60)
+    assert (process.exitcode, errors.read_text()) == (130, "")
+    assert "Interrupted: every finished cell is kept" in output.read_text()
     [partial] = (run.results / "dummy").glob("*-partial")
     assert latest(run.results, "dummy") is None
     kept = load(partial)
@@ -113,6 +102,7 @@ def test_an_interrupted_process_keeps_what_it_finished_and_the_same_command_goes
     assert 1 <= finished < 16
     assert len(kept.failures) == 16 - finished
     assert set(kept.verdicts["outcome"]) == {"inconclusive"}
+    assert ("measuring in 2 processes" in (partial / "log.txt").read_text()) == (workers == "2")
     assert "partial" in (partial / "report.md").read_text()
 
     assert run("--seeds", "4") == 0
@@ -171,6 +161,7 @@ def test_ten_seeds_after_five_run_five_more(run, capsys):
         (["--seeds", "2", "--dtype", "float32"], 8),
         (["--seeds", "2", "--problem", "diverging"], 8),
         (["--seeds", "2", "--fresh"], 8),
+        (["--seeds", "2", "--workers", "1"], 0),
         (["--seeds", "2", "--claims", "D-1", "--quiet"], 0),
     ],
 )
@@ -381,7 +372,8 @@ def test_latest_is_a_text_file_where_links_are_impossible(run, monkeypatch):
     assert (run.stored().folder / "figures" / "alphas.png").exists()
 
 
-def test_dry_run_measures_nothing(run, capsys):
+def test_dry_run_measures_nothing(run, monkeypatch, capsys):
+    monkeypatch.setenv("DUMMY_CLAIM", "0.5")
     assert run("--seeds", "2") == 0
     capsys.readouterr()
     assert run("--seeds", "5", "--dry-run") == 0
@@ -391,6 +383,11 @@ def test_dry_run_measures_nothing(run, capsys):
     assert "time:   about 6.0 s" in out
     assert re.search(r"memory: about 3\.0 MiB for cell structure=\S+, offset=\S+, seed=2, .* available", out)
     assert len(list((run.results / "dummy").glob("2*"))) == 1
+    monkeypatch.setenv("DUMMY_CLAIM", "5.0")
+    assert run("--seeds", "5", "--dry-run", "--workers", "3") == 0
+    out = capsys.readouterr().out
+    assert "time:   about 20 s in 3 processes" in out
+    assert re.search(r"memory: about 9\.0 MiB for cell .*, seed=2 and 2 more at the same time, .* available", out)
 
 
 def test_list_claims(run, capsys):
@@ -416,7 +413,18 @@ def test_help_says_what_a_reader_needs(capsys):
         "(unit: seeds)",
     ):
         assert text in out
-    for option in ("problem", "config", "list-claims", "dry-run", "shard", "fresh", "strict", "quiet", "offsets"):
+    for option in (
+        "problem",
+        "config",
+        "list-claims",
+        "dry-run",
+        "shard",
+        "workers",
+        "fresh",
+        "strict",
+        "quiet",
+        "offsets",
+    ):
         assert f"--{option}" in out
 
 
@@ -430,6 +438,7 @@ def test_help_says_what_a_reader_needs(capsys):
         (["--config", "nowhere.json"], "--config nowhere.json cannot be read"),
         (["--redraw", "nowhere"], "is not a readable results folder"),
         (["--shard", "5/4"], "--shard is i/n"),
+        (["--workers", "-1"], "--workers must be at least 1, or 0 for one per core; got -1"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what_was_meant(run, capsys, arguments, message):

@@ -1,0 +1,88 @@
+"""Measuring one cell, in whichever process: store what it gives, and tell what became of it."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+
+from curvlab.study.cache import CellCache
+from curvlab.study.cells import Cell
+from curvlab.study.faults import DataUnavailable, MemoryShortage, StudyError
+from curvlab.study.measurements import Row, faults, locate, normalise, records, tabulate
+from curvlab.study.options import C
+from curvlab.study.units import duration
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell.
+
+    Attributes:
+        cell: The cell.
+        note: In words, for the progress.
+        trouble: Whether that is trouble, which is always shown.
+        rows: Its observations; None if it failed.
+        reason: Why it failed.
+        shortage: The error, if it says that memory or data are missing.
+        out_of_memory: Whether it failed because an allocation did.
+        logged: What was logged meanwhile, if that was in another process.
+    """
+
+    cell: Cell
+    note: str
+    trouble: bool
+    rows: list[Row] | None = None
+    reason: str = ""
+    shortage: StudyError | None = None
+    out_of_memory: bool = False
+    logged: tuple[logging.LogRecord, ...] = ()
+
+    @classmethod
+    def failed(
+        cls, cell: Cell, reason: str, *, shortage: StudyError | None = None, out_of_memory: bool = False
+    ) -> "Outcome":
+        """A failure."""
+        return cls(cell, f"failed: {reason}", True, reason=reason, shortage=shortage, out_of_memory=out_of_memory)
+
+
+@dataclass(frozen=True)
+class Task(Generic[C]):
+    """Measures cells of one configuration and stores each as soon as it is finished."""
+
+    measure: Callable[[Cell, C], Sequence[Mapping[str, object]]]
+    config: C
+    cache: CellCache
+
+    def __call__(self, cell: Cell) -> Outcome:
+        """Measure one cell; an exception becomes an outcome.
+
+        Raises:
+            StorageFull: the finished cell cannot be stored.
+        """
+        start = time.perf_counter()
+        try:
+            rows = normalise(cell, self.measure(cell, self.config))
+        except Exception as error:
+            log.exception("cell %s failed", cell)
+            shortage = error if isinstance(error, MemoryShortage | DataUnavailable) else None
+            reason = f"{type(error).__name__}: {error}"
+            return Outcome.failed(cell, reason, shortage=shortage, out_of_memory=_out_of_memory(error))
+        self.cache.store(cell, rows)
+        took = duration(time.perf_counter() - start)
+        log.info("cell %s: %d observations in %s", cell, len(rows), took)
+        table = tabulate({cell: rows})
+        nonfinite = [locate(row) for row in records(table[faults(table)])]
+        for where in nonfinite:
+            log.warning("non-finite value: %s", where)
+        note = f"{took}, non-finite: {nonfinite[0]}" if nonfinite else took
+        return Outcome(cell, note, bool(nonfinite), rows)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch's allocator for the CPU raises a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

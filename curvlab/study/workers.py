@@ -1,0 +1,209 @@
+"""Processes that measure cells side by side: none outlives the run, and one that dies takes only its cell along."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+import torch
+
+from curvlab.study.cells import Cell
+from curvlab.study.logbook import forward
+from curvlab.study.task import Outcome
+
+log = logging.getLogger(__name__)
+
+START = "spawn"
+"""How processes are started: torch and its threads do not survive a fork."""
+
+CHUNKS_PER_WORKER = 8
+CHUNK_SECONDS = 10.0
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that tell the numerical libraries, when they start, how many threads to use."""
+
+Job = Callable[[Cell], Outcome]
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chunked(costs: Mapping[Cell, float], workers: int) -> list[list[Cell]]:
+    """The cells in order, in chunks of at most ten seconds and at most an eighth of a worker's share of ``costs``.
+
+    Neighbours share what their analysis keeps from one cell to the next, so a chunk goes to one worker whole. A cell
+    above the limit is a chunk of its own.
+    """
+    limit = min(sum(costs.values()) / (CHUNKS_PER_WORKER * workers), CHUNK_SECONDS)
+    chunks: list[list[Cell]] = []
+    filled = 0.0
+    for cell, seconds in costs.items():
+        if not chunks or filled + seconds > limit:
+            chunks.append([])
+            filled = 0.0
+        chunks[-1].append(cell)
+        filled += seconds
+    return chunks
+
+
+def in_processes(job: Job, chunks: Sequence[Sequence[Cell]], workers: int) -> Iterator[Outcome]:
+    """Do ``job`` on every cell in ``workers`` processes; the outcomes, as they come.
+
+    Closing the iterator stops the processes at once. If they cannot be started, the cells are done in this one.
+
+    Raises:
+        Exception: what ``job`` raised.
+    """
+    left = dict.fromkeys(cell for chunk in chunks for cell in chunk)
+    try:
+        with contextlib.closing(_staffed(job, deque(chunks), workers)) as outcomes:
+            for outcome in outcomes:
+                del left[outcome.cell]
+                yield outcome
+    except _CannotStart:
+        log.warning("worker processes cannot be started; the remaining cells are measured one after the other")
+        yield from map(job, left)
+
+
+def _staffed(job: Job, waiting: deque[Sequence[Cell]], workers: int) -> Generator[Outcome]:
+    """`in_processes`; a worker that dies is replaced only if it was the last, as most often memory ran out."""
+    strangers = multiprocessing.active_children()
+    staff: list[_Worker] = []
+    try:
+        for _ in range(workers):
+            staff.append(_Worker(job))  # noqa: PERF401  # the first are to be stopped if a later one cannot be started
+        while waiting or any(worker.assigned for worker in staff):
+            for worker in staff:
+                if waiting and not worker.assigned:
+                    worker.assign(waiting.popleft())
+            wait([worker.assigned[0][1] for worker in staff if worker.assigned], return_when=FIRST_COMPLETED)
+            for worker in tuple(staff):
+                yield from worker.outcomes()
+                if worker.died:
+                    yield worker.epitaph()
+                    if unfinished := [cell for cell, _ in worker.assigned]:
+                        waiting.appendleft(unfinished)
+                    staff.remove(worker)
+            if not staff:
+                staff.append(_Worker(job))
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in strangers:
+                process.terminate()
+        raise
+    finally:
+        for worker in staff:
+            worker.executor.shutdown(cancel_futures=True)
+
+
+class _CannotStart(Exception):
+    """A worker process died before it had begun."""
+
+
+class _Worker:
+    """One process with the cells that are assigned to it, in order: it is on the first.
+
+    Each is an executor of its own, so that the death of one does not touch the others.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.assigned: deque[tuple[Cell, Future[Outcome]]] = deque()
+        self.died = False
+        self.executor = ProcessPoolExecutor(1, multiprocessing.get_context(START), _prepare)
+        others = multiprocessing.active_children()
+        with _starting():
+            self.ready = self.executor.submit(_begin, job)
+        self.processes = [process for process in multiprocessing.active_children() if process not in others]
+
+    def assign(self, chunk: Sequence[Cell]) -> None:
+        for cell in chunk:
+            try:
+                future = self.executor.submit(_measure, self.job, cell)
+            except BrokenProcessPool as error:
+                future = Future()
+                future.set_exception(error)
+            self.assigned.append((cell, future))
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """What is finished, until the worker is found dead."""
+        while self.assigned and self.assigned[0][1].done():
+            try:
+                outcome = self.assigned[0][1].result()
+            except BrokenProcessPool:
+                self.died = True
+                return
+            self.assigned.popleft()
+            yield outcome
+
+    def epitaph(self) -> Outcome:
+        """The failure of the cell that the dead worker was on.
+
+        Raises:
+            _CannotStart: it was on none.
+        """
+        self.executor.shutdown()
+        if self.ready.exception():
+            raise _CannotStart
+        cell, _ = self.assigned.popleft()
+        [code] = [process.exitcode for process in self.processes]
+        killed = code == -signal.SIGKILL
+        how = "killed, most likely because memory ran out; fewer --workers need less" if killed else f"exit code {code}"
+        reason = f"its process died ({how})"
+        log.error("cell %s failed: %s", cell, reason)
+        return Outcome.failed(cell, reason, out_of_memory=killed)
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """A process that is started in here computes on one thread and leaves Ctrl-C to this one."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_logged: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+"""What a worker has logged and not yet reported."""
+
+
+def _prepare() -> None:
+    """Set up a worker process."""
+    torch.set_num_threads(1)
+    forward(_logged)
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    """End with the run, however that ends."""
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
+
+
+def _begin(job: Job) -> None:
+    """Show that the job arrives in a worker."""
+
+
+def _measure(job: Job, cell: Cell) -> Outcome:
+    outcome = job(cell)
+    return replace(outcome, logged=tuple(_logged.get() for _ in range(_logged.qsize())))
