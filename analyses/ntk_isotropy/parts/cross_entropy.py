@@ -39,7 +39,7 @@ def _cells(config: Config) -> list[Cell]:
         return []
     points: list[Mapping[str, object]] = []
     for outputs in (2, *config.other_outputs):
-        at = {"outputs": outputs, "loss": "cross-entropy"}
+        at = {"outputs": outputs, "loss": "cross-entropy", "width": config.swept_widths[0]}
         points += [{**at, "fisher": "exact", "eta": eta} for eta in RATES]
         points += [{**at, "fisher": fisher, "eta": 1.0} for fisher in ("unweighted", "damped")]
     return cells_of(NAME, config, points)

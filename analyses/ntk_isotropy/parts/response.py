@@ -52,7 +52,7 @@ FINITE_STEP: tuple[tuple[str, float, Expectation, str], ...] = (
     ("kinked", 1e-3, "refuted", "An earlier run saw the kinks that such a step crosses change M r by up to 0.8 %."),
 )
 """Kinds of activation, and how near a finite step must come to the response."""
-PROBES = 4
+PROBES = 2
 """Random directions of the outputs that are sent through the parameters."""
 
 
