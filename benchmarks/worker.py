@@ -8,6 +8,7 @@ wall's clock on a CPU, by events on the stream, for which the host waits afterwa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -94,6 +95,8 @@ class Measurement:
 def measure(request: Request) -> tuple[Measurement, Tensor]:
     """Measure in this process; returns the matrix, too, as the method scales it."""
     torch.set_num_threads(request.threads)
+    if torch.device(request.device).type == "cuda":
+        torch.cuda.set_device(torch.device(request.device).index or 0)
     task, method = TASKS[request.task], METHODS[request.method]
     method.prepare(*task.build(2, request.device))()
     network, inputs = task.build(request.samples, request.device)
@@ -148,11 +151,12 @@ def _timed(compute: Callable[[], object], device: str) -> float:
 
 
 def _forget_peak(device: str) -> None:
-    """Let the peak memory start from what the process holds now; only Linux can, on a CPU."""
+    """Let the peak memory start from what the process holds now; on a CPU only Linux can."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _PROC.exists():
-        (_PROC / "clear_refs").write_text("5")
+    else:
+        with contextlib.suppress(OSError):
+            (_PROC / "clear_refs").write_text("5")
 
 
 def _peak(device: str) -> int:
@@ -190,7 +194,8 @@ def main(request: str, folder: str) -> None:
     wanted = Request(**json.loads(request))
     if wanted.memory is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted.memory, hard))
+        bound = wanted.memory if hard == resource.RLIM_INFINITY else min(wanted.memory, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
     measurement = _attempt(wanted, Path(folder))
     (Path(folder) / "measurement.json").write_text(json.dumps(asdict(measurement)))
 
