@@ -11,7 +11,9 @@ from curvlab.nn import HalfSquaredError
 
 def _model(width: int = 40) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3)).double()
+    return nn.Sequential(
+        nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3)
+    ).double()
 
 
 X = torch.randn(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -27,7 +29,9 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_full_matrix_is_the_reference(name: str) -> None:
     loss, y = LOSSES[name]
-    table = curvlab.compare(_model(), loss, (X, y), structures=["full", "block-diagonal"], damping=[0.0]).set_index("structure")
+    table = curvlab.compare(_model(), loss, (X, y), structures=["full", "block-diagonal"], damping=[0.0]).set_index(
+        "structure"
+    )
     full, blocks = table.loc["full"], table.loc["block-diagonal"]
     assert full["alpha"] == pytest.approx(1, abs=1e-9)
     assert full["anisotropy"] < 1e-9
@@ -84,7 +88,9 @@ def test_structures_of_the_user_and_other_kinds() -> None:
         _model(), loss, (X, y), structures={"two blocks": halves, "exact": Full()}, kind="mc", generator=generator
     )
     assert table["structure"].unique().tolist() == ["two blocks", "exact"]
-    assert (table.loc[table["structure"] == "exact", "anisotropy"] > 1e-3).all(), "rows of one draw are not the exact ones"
+    assert (table.loc[table["structure"] == "exact", "anisotropy"] > 1e-3).all(), (
+        "rows of one draw are not the exact ones"
+    )
 
 
 def test_an_unknown_structure_is_named_with_the_nearest() -> None:

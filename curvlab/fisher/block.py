@@ -326,7 +326,7 @@ class RowBlock(Block):
         return self._system
 
     def _make_system(self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None) -> System:
-        return System(matrix, self.name, self.config.rtol, in_float64)
+        return System(matrix, f"block {self.name!r}", self.config.rtol, in_float64)
 
     def _row_system(self) -> System:
         layers = self.layers

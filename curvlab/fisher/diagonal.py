@@ -34,7 +34,8 @@ class DiagonalBlock(Block):
         return values <= rank_tolerance(values, self.rtol, 1, values.dtype)
 
     def _inverse(self, damping: float) -> Float[Tensor, " P_b"]:
-        return inverse_values(self.average.value, damping, self._null)
+        values = self.average.value
+        return 1 / (values + damping) if damping else inverse_values(values, 0.0, self._null)
 
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
         return x * self.average.value
@@ -64,6 +65,9 @@ class DiagonalBlock(Block):
 
     def eigenvalues(self) -> Float[Tensor, " k"]:  # noqa: D102
         return torch.where(self._null, 0, self.average.value)
+
+    def largest_eigenvalue(self) -> float:  # noqa: D102
+        return float(self.average.value.max())
 
     def trace(self) -> float:  # noqa: D102
         return float(self.average.value.sum())

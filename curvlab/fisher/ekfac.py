@@ -56,7 +56,8 @@ class _Corrected(KroneckerBlock):
         values, rtol = self.entries(), self.options.rtol
         if rtol is None:
             rtol = (max(values.shape[1:]) * torch.finfo(values.dtype).eps) ** 2
-        return (values <= rank_tolerance(values.flatten(), rtol, 1, values.dtype)) | super().null()
+        small = values <= rank_tolerance(values.flatten(), rtol, 1, values.dtype)
+        return small if self.options.sharing == "reduce" else small | super().null()
 
     def state(self) -> State:
         return {**super().state(), **{f"corrections.{key}": value for key, value in self.corrections.state().items()}}
@@ -68,6 +69,10 @@ class _Corrected(KroneckerBlock):
 
 class _LinearEKFAC(_Corrected, LinearBlock):
     """EKFAC of Linear and convolutions."""
+
+    @property
+    def _leaves_span(self) -> bool:
+        return self._reduce
 
 
 class _EmbeddingEKFAC(_Corrected, EmbeddingBlock):

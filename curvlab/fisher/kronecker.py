@@ -3,7 +3,7 @@
 A layer's matrix `X [units, width]` (one a group q) is rotated to `Y = Uᵀ X V`, U the eigenvectors of the factor over
 units, V those of the factor over the width. There the block is diagonal with *entries* `[Q, r, s]`: `β_i α_j` for
 K-FAC, the Fisher's own diagonal for EKFAC. Outside the span of the basis the block is zero. The rows of the state lie
-in that span, except with *reduce*, whose factors know sums over positions only.
+in that span, except with *reduce*, whose factors know sums over positions only; EKFAC takes a complete basis then.
 """
 
 from __future__ import annotations
@@ -215,8 +215,13 @@ class LinearBlock(KroneckerBlock):
 
     def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
         super().__init__(name, layout, options)
-        self.units: Moment = Moment(options.rtol)
-        self.width: Moment = Moment(options.rtol)
+        self.units: Moment = Moment(options.rtol, complete=self._leaves_span)
+        self.width: Moment = Moment(options.rtol, complete=self._leaves_span)
+
+    @property
+    def _leaves_span(self) -> bool:
+        """Whether the block is not zero outside the range of the factors."""
+        return False
 
     @property
     def _reduce(self) -> bool:

@@ -119,7 +119,7 @@ class LayerWiseBlock(RowBlock):
             condition = float(moduli.max() / moduli.min())
             if condition > condition_limit(precision):
                 warnings.warn(
-                    f"{self.name}: condition number about {condition:.1e} at damping {damping:.1e}, an eigenvalue of F "
+                    f"block {self.name!r}: condition number about {condition:.1e} at damping {damping:.1e}, an eigenvalue of F "
                     "being close to 0 or to −ρ; solved by an eigendecomposition. Use another damping.",
                     IllConditioned,
                     stacklevel=2,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.fisher.block import RunningAverage, State
 
@@ -75,10 +75,12 @@ class Moment(Factor):
 
     Args:
         rtol: eigenvalues up to `rtol·λ_max` count as null; if None, `d·ε`, for roots its square.
+        complete: whether the basis spans the whole space, not only the range.
     """
 
-    def __init__(self, rtol: float | None) -> None:
+    def __init__(self, rtol: float | None, *, complete: bool = False) -> None:
         self.rtol = rtol
+        self.complete = complete
         self.weight = 0.0
         self.root: Tensor | None = None
         self.matrix: Tensor | None = None
@@ -106,7 +108,8 @@ class Moment(Factor):
         return self._basis
 
     def _from_root(self, root: Tensor) -> Basis:
-        _, singular, vectors = torch.linalg.svd(root, full_matrices=False)
+        _, singular, vectors = torch.linalg.svd(root, full_matrices=self.complete)
+        singular = nn.functional.pad(singular, (0, vectors.shape[1] - singular.shape[1]))
         eps = torch.finfo(root.dtype).eps
         tolerance = root.shape[2] * eps if self.rtol is None else self.rtol**0.5
         null = singular <= tolerance * singular.amax(-1, keepdim=True)

@@ -30,6 +30,7 @@ from curvlab.fisher.system import prepare
 from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.loss import Kind, OutputFactor
 from curvlab.rows.parameters import ParameterSpace, Vector
+from curvlab.rows.rows import Engine
 from curvlab.rows.sweep import PickOutput
 
 Own = TypeVar("Own", bound="Structure")
@@ -105,7 +106,7 @@ class Structure(ABC):
         samples: int = 1,
         generator: torch.Generator | None = None,
         output: PickOutput = None,
-        engine: Literal["auto", "backpack", "autograd"] = "auto",
+        engine: Engine = "auto",
         **options: Any,
     ) -> Own:
         """Return the structure of a whole data set; one batch and many batches give the same.
@@ -117,13 +118,13 @@ class Structure(ABC):
                 passed once only will not do for a structure that goes over the data twice.
             kind: see `curvlab.sqrt_fisher`.
             samples: see `curvlab.sqrt_fisher`.
-            generator: see `curvlab.sqrt_fisher`.
+            generator: see `curvlab.sqrt_fisher`; every pass over the data starts from its present state.
             output: see `curvlab.sqrt_fisher`.
             engine: see `curvlab.sqrt_fisher`.
             options: the structure's own.
 
         Raises:
-            ValueError: if the data are empty.
+            ValueError: if the data are empty, or cannot be passed as often as needed.
         """
         structure = cls(**options)
 
@@ -414,7 +415,7 @@ class Structure(ABC):
         total = 0.0
         for block in self._blocks:
             values = block.eigenvalues().double()
-            lowest = float(values.min()) + rho
+            lowest = min(values.tolist(), default=0.0) + rho
             if lowest < 0:
                 raise NotPositiveDefinite(
                     f"F + ρI of the {self.key} structure, layers {block.name}, has the eigenvalue {lowest:.3g} at "

@@ -27,7 +27,7 @@ def rank_tolerance(
 ) -> Float[Tensor, "*B 1"]:
     """Return the eigenvalue up to which a direction counts as null: `rtol·λ_max`; if None, `rtol = size·ε(dtype)`."""
     relative = size * torch.finfo(dtype).eps if rtol is None else rtol
-    return relative * values.abs().amax(-1, keepdim=True) if values.shape[-1] else values
+    return relative * torch.nn.functional.pad(values.abs(), (0, 1)).amax(-1, keepdim=True)
 
 
 def inverse_values(values: Float[Tensor, "*B n"], damping: float, null: Bool[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from oracle import (
     CLASSES,
     DOUBLE,
     Architecture,
-    LossCase,
     count_of,
     dense_jacobian,
     indices,
@@ -33,7 +32,7 @@ from torch.func import functional_call, hessian, jacrev
 
 import curvlab.fisher as cf
 from curvlab.nn import HalfSquaredError, NTKLinear
-from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows import Rows, jacobian, sqrt_fisher
 from curvlab.rows.loss import loss_terms
 
 KINDS = ("exact", "ggn", "mc", "empirical")
@@ -97,7 +96,10 @@ def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: 
     factor, terms, X = 0.5 if isinstance(loss, HalfSquaredError) else 1.0, unreduced(loss), z[0, 0].numel()
     values = jacrev(lambda flat: factor * terms(flat.view_as(z), targets).reshape(N, -1, X))(z.flatten())
     weights = term_weights(loss, z, targets).reshape(N, -1, X, 1)
-    scaled = torch.where(weights > 0, values / weights.clamp_min(1e-300).sqrt(), 0).sum(1) / count_of(loss, z, targets) ** 0.5
+    scaled = (
+        torch.where(weights > 0, values / weights.clamp_min(1e-300).sqrt(), 0).sum(1)
+        / count_of(loss, z, targets) ** 0.5
+    )
     seeds = torch.stack([scaled[n].reshape(X, N, V)[:, n] for n in range(N)])
     return seeds.mT @ seeds
 
@@ -219,7 +221,13 @@ def positions(model: nn.Module) -> dict[str, Tensor]:
 
 
 def reference(
-    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, kind: str = "exact", seed: int = 0, samples: int = 1
+    model: nn.Module,
+    loss: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    kind: str = "exact",
+    seed: int = 0,
+    samples: int = 1,
 ) -> Reference:
     """Compute everything for one batch."""
     z = outputs(model, inputs)
@@ -255,13 +263,13 @@ def layer_reference(model: nn.Module, module: nn.Module, inputs: Any, V: int, pl
 def probe(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a layer's input, its output and `∂z[n]/∂output[n]`, `[N, V, *output]`."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda m, args, out: seen.extend((args[0].detach(), out.detach())))
+    handle = module.register_forward_hook(lambda _, args, out: seen.extend((args[0].detach(), out.detach())))
     outputs(model, inputs)
     handle.remove()
     x, y = seen
 
     def perturbed(delta: Tensor) -> Tensor:
-        handle = module.register_forward_hook(lambda m, args, out: out + delta)
+        handle = module.register_forward_hook(lambda *call: call[2] + delta)
         try:
             return model(inputs).flatten(1)
         finally:
@@ -275,7 +283,7 @@ def dense_factors(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> t
     x, y, G = probe(model, module, inputs, V)
     N, axis = len(y), 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else y.ndim - 1
     units = y.shape[axis]
-    own = {name: p.detach() for name, p in module.named_parameters()}
+    own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     jacobian = jacrev(lambda p: functional_call(module, p, (x,)))(own)
     columns = []
     for name, parameter in own.items():
@@ -290,7 +298,7 @@ def dense_factors(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> t
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A network, a loss and data, with rows and reference."""
 
@@ -303,18 +311,34 @@ class Case:
     reference: Reference
     others: Any
 
+    @cached_property
+    def separate(self) -> Rows:
+        """The Jacobian, swept on its own."""
+        return jacobian(self.model, self.inputs)
+
+    @cached_property
+    def elsewhere(self) -> tuple[Rows, Tensor]:
+        """The Jacobian of other samples, as rows and dense."""
+        return jacobian(self.model, self.others), dense_jacobian(self.model, self.others)
+
 
 @cache
-def case(network: str, loss: str = "ce", reduction: str = "mean", kind: str = "exact", N: int = 4, seed: int = 0) -> Case:
+def case(
+    network: str, loss: str = "ce", reduction: str = "mean", kind: str = "exact", N: int = 4, seed: int = 0
+) -> Case:
     """Make a case; `others` are inputs of three other samples."""
     model, inputs = NETWORKS[network].make(N + 3, seed)
     inputs, others = inputs[:N], inputs[N:]
     module, targets = loss_case(loss).make(outputs(model, inputs), reduction, seed)
     rows = rows_of(model, module, inputs, targets, kind, seed)
-    return Case(model, module, inputs, targets, kind, rows, reference(model, module, inputs, targets, kind, seed), others)
+    return Case(
+        model, module, inputs, targets, kind, rows, reference(model, module, inputs, targets, kind, seed), others
+    )
 
 
-def rows_of(model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, kind: str = "exact", seed: int = 0) -> Rows:
+def rows_of(
+    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, kind: str = "exact", seed: int = 0
+) -> Rows:
     generator = torch.Generator().manual_seed(seed) if kind == "mc" else None
     return sqrt_fisher(model, loss, inputs, targets, kind, generator=generator)
 
@@ -398,6 +422,3 @@ def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tens
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
-
-
-__all__ = ["LossCase"]

@@ -1,0 +1,92 @@
+"""Figures of papers, drawn from stored results of the analyses: `python -m paper_figures`.
+
+Every module of this package is a paper and holds its `PAPER`: a new paper is one new file.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from curvlab.study import Analysis, Results, UsageError, load, nearest
+
+__all__ = ["Paper", "find", "names"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper and the figures and tables that are arranged from one analysis at the paper's settings.
+
+    Attributes:
+        title: Authors, year and title.
+        analysis: The analysis that measures what is drawn.
+        settings: Options of the analysis that make the paper's settings; lists are the least that a run must hold.
+        figures: Name to draw(measurements, verdicts).
+        tables: Name to table(measurements), LaTeX in its cells.
+    """
+
+    title: str
+    analysis: Analysis[Any]
+    settings: Mapping[str, str | tuple[str, ...]]
+    figures: Mapping[str, Callable[[pd.DataFrame, pd.DataFrame], Figure]]
+    tables: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]]
+
+    def arguments(self, results: Path) -> list[str]:
+        """Command line of the analysis at the paper's settings."""
+        arguments = []
+        for name, value in self.settings.items():
+            arguments += [f"--{name.replace('_', '-')}", *((value,) if isinstance(value, str) else value)]
+        return [*arguments, "--results", str(results)]
+
+    def command(self, results: Path) -> str:
+        """The command that measures what the figures need."""
+        return f"{self.analysis.command} {shlex.join(self.arguments(results))}"
+
+    def stored(self, results: Path) -> Results | None:
+        """The newest complete results at the paper's settings; None without.
+
+        Raises:
+            UsageError: they cannot be read.
+        """
+        folders = [path.parent for path in (results / self.analysis.name).glob("*/verdicts.json")]
+        runs = {folder.resolve() for folder in folders if not folder.name.endswith("-partial")}
+        for folder in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True):
+            if self._fits(folder / "config.json"):
+                return load(folder)
+        return None
+
+    def _fits(self, config: Path) -> bool:
+        try:
+            options = json.loads(config.read_text())
+        except (OSError, ValueError):
+            return False
+        return not options.get("claims") and all(
+            options.get(name) == value if isinstance(value, str) else set(value) <= set(options.get(name, ()))
+            for name, value in self.settings.items()
+        )
+
+
+def names() -> list[str]:
+    """The papers, by the names of their modules."""
+    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def find(name: str) -> Paper:
+    """The paper of a name.
+
+    Raises:
+        UsageError: there is none; the message suggests the nearest.
+    """
+    if name not in names():
+        raise UsageError(nearest(name, names(), "paper"))
+    paper: Paper = import_module(f"{__name__}.{name}").PAPER
+    return paper

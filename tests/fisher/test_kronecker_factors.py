@@ -1,0 +1,158 @@
+"""K-FAC and EKFAC: damping on the factors, what is not factored, and which layers are."""
+
+import pytest
+import torch
+from fisher_oracle import build, case, dense_structure, draw, positions, reference, rows_of
+from oracle import DOUBLE, architecture, assert_close, loss_case, outputs
+from torch import Tensor, nn
+
+import curvlab.fisher as cf
+from curvlab.nn import HalfSquaredError
+from curvlab.rows import jacobian, sqrt_fisher
+
+
+def factored_inverse(network: str, sharing: str, rho: float) -> Tensor:
+    """Return `(B + √ρ/π)⁻¹ ⊗ (A + √ρ·π)⁻¹`, and exact blocks damped as they are."""
+    ref = case(network, "mse").reference
+    inverse = torch.zeros(ref.P, ref.P, dtype=DOUBLE)
+    for layer in ref.layers:
+        at = layer.at.flatten()
+        if layer.a is None:
+            block = torch.linalg.inv(ref.F[at[:, None], at[None, :]] + rho * torch.eye(len(at), dtype=DOUBLE))
+        else:
+            B, A = ref.factors(layer, sharing)
+            A = A / ref.omega.sum()
+            units, width = (A, B) if layer.table else (B, A)
+            parts = []
+            for left, right in zip(units, width, strict=True):
+                pi = ((right.trace() / len(right)) / (left.trace() / len(left))).sqrt()
+                damped = [
+                    m + rho**0.5 * split * torch.eye(len(m), dtype=DOUBLE) for m, split in ((left, 1 / pi), (right, pi))
+                ]
+                parts.append(torch.kron(*(torch.linalg.inv(m).contiguous() for m in damped)))
+            block = torch.block_diag(*parts)
+        inverse[at[:, None], at[None, :]] = block
+    return inverse
+
+
+@pytest.mark.filterwarnings("ignore::curvlab.errors.OutsideRange")
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "sequence"])
+def test_factored_damping(network: str, sharing: str) -> None:
+    data, rho = case(network, "mse"), 0.05
+    structure = cf.KFAC(factored_damping=True, sharing=sharing).update(data.rows)
+    inverse = factored_inverse(network, sharing, rho)
+    v, c = draw(2, len(inverse)), draw(data.rows.R)
+    assert_close(structure.solve(v, rho), v @ inverse)
+    assert_close(structure.space.flatten(structure.lift(c, rho)), inverse @ data.rows.dense().T @ c)
+    J, (elsewhere, other), count = data.reference.rows_of_J(), data.elsewhere, data.reference.count
+    assert_close(structure.response(data.rows.jacobian(), rho), J @ inverse @ J.T / count)
+    assert_close(structure.response(data.separate, rho, test=elsewhere), other @ inverse @ J.T / count)
+    assert_close(structure.response(elsewhere, rho), other @ inverse @ other.T / count)
+    plain = cf.KFAC(sharing=sharing).update(data.rows)
+    assert_close(structure.to_dense(), plain.to_dense())
+    assert_close(structure.solve(v, 0.0), plain.solve(v, 0.0), 1e-13 * plain.condition_number())
+
+
+def test_factored_damping_of_a_zero_factor_is_plain() -> None:
+    """Where a factor is zero, π is 1 and the damped block is ρI."""
+    data = case("mlp", "ce")
+    loss = nn.CrossEntropyLoss(ignore_index=-1, reduction="sum")
+    rows = sqrt_fisher(data.model, loss, data.inputs, torch.full((4,), -1))
+    v = draw(data.reference.P)
+    assert_close(cf.KFAC(factored_damping=True).update(rows).solve(v, 0.25), v / 0.25)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "frozen-weight",
+        "frozen-bias",
+        "frozen-first",
+        "ntk",
+        "conv1d-stride",
+        "conv2d-uneven",
+        "conv2d-groups",
+        "conv2d-circular",
+        "leading-axes",
+        "attention",
+        "residual",
+        "one-output",
+    ],
+)
+def test_every_kind_of_layer(name: str) -> None:
+    model, inputs = architecture(name).make(3)
+    if name == "attention":
+        model.embedding.padding_idx = None
+    loss, targets = loss_case("mse").make(outputs(model, inputs), "mean")
+    rows, ref = rows_of(model, loss, inputs, targets), reference(model, loss, inputs, targets)
+    for spec in ("block-diagonal", "unit-wise", "kfac", "kfac-reduce", "ekfac"):
+        assert_close(build(spec, []).update(rows).to_dense(), dense_structure(spec, ref, {}), 1e-9)
+
+
+def test_layers_without_factors_keep_exact_blocks_up_to_a_size_and_the_repr_names_them() -> None:
+    data = case("cnn", "mse")
+    exact, cut = cf.KFAC(max_block=4).update(data.rows), cf.KFAC(max_block=3).update(data.rows)
+    names = list(positions(data.model))
+    assert_close(cut.to_dense(), dense_structure("kfac-no-exact", data.reference, positions(data.model)))
+    assert "exact blocks: gain; diagonal: norm.weight, norm.bias)" in repr(exact)
+    assert "diagonal: gain, norm.weight, norm.bias)" in repr(cut)
+    assert repr(cf.EKFAC().update(data.rows)).endswith("exact blocks: gain, norm.weight, norm.bias)")
+    at = positions(data.model)["gain"]
+    assert_close(exact.to_dense()[at[:, None], at], data.reference.F[at[:, None], at])
+    assert repr(cf.KFAC()) == (
+        "KFAC(sharing='expand', factored_damping=False, max_block=1024, rtol=None; not updated yet)"
+    )
+    assert "P=" + str(data.rows.P) in repr(exact)
+    assert len(names) == 7
+
+
+def test_factors_are_kept_on_their_smaller_side() -> None:
+    """Few samples keep roots `[n, d]`, many the moment `[d, d]`, and both are the same matrix."""
+    model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 2)).double()
+    pieces = [sqrt_fisher(model, HalfSquaredError(), draw(4, 20, seed=s), draw(4, 2)) for s in range(6)]
+    structure = cf.KFAC()
+    for count, rows in enumerate(pieces, start=1):
+        structure.update(rows, 1.0)
+        first = structure._blocks[0]
+        assert (first.width.root is not None) == (4 * count < 21)
+        assert (first.units.root is not None) == (8 * count < 12)
+    x = torch.cat([draw(4, 20, seed=s) for s in range(6)])
+    whole = cf.KFAC().update(sqrt_fisher(model, HalfSquaredError(), x, draw(24, 2)))
+    assert_close(structure.to_dense(), whole.to_dense())
+
+
+@pytest.mark.parametrize("key", ["kfac", "ekfac"])
+@pytest.mark.parametrize("rho", [0.1, 0.0])
+def test_wide_layers_never_leave_the_span_of_their_rows(key: str, rho: float) -> None:
+    """More units than rows: the factored inverse against the dense one."""
+    model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 2)).double()
+    x, y = draw(3, 9), draw(3, 2)
+    rows, ref = sqrt_fisher(model, HalfSquaredError(), x, y), reference(model, HalfSquaredError(), x, y)
+    structure = cf.make(key).update(rows)
+    if rho:
+        inverse = torch.linalg.inv(dense_structure(key, ref, {}) + rho * torch.eye(ref.P, dtype=DOUBLE))
+    elif key == "kfac":
+        inverse = ref.kronecker(undamped_inverse=True)
+    else:
+        inverse = torch.linalg.pinv(dense_structure(key, ref, {}), rtol=1e-13, hermitian=True)
+    tolerance = 1e-10 if rho else 1e-12 * structure.condition_number()
+    J, c = ref.rows_of_J(), draw(rows.R)
+    assert_close(structure.response(rows.jacobian(), rho), J @ inverse @ J.T / 3, tolerance)
+    assert_close(structure.space.flatten(structure.lift(c, rho)), inverse @ rows.dense().T @ c, tolerance)
+    other = jacobian(model, draw(4, 9, seed=5))
+    K = other.dense()
+    assert_close(structure.response(other, rho), K @ inverse @ K.T / 3, tolerance)
+
+
+def test_rank_tolerance_cuts_factors() -> None:
+    model = nn.Linear(2, 1, bias=False).double()
+    x = torch.diag(torch.tensor([1.0, 1e-3], dtype=DOUBLE))
+    rows = sqrt_fisher(model, HalfSquaredError(), x, draw(2, 1))
+    v = torch.tensor([1.0, 1.0], dtype=DOUBLE)
+    for make in (cf.KFAC, cf.EKFAC, cf.Full, cf.UnitWise, cf.Diagonal):
+        assert_close(make(rtol=1e-9).update(rows).solve(v, 0.0), torch.tensor([2.0, 2e6], dtype=DOUBLE))
+        with pytest.warns(UserWarning, match="outside the range"):
+            solution = make(rtol=1e-5).update(rows).solve(v, 0.0)
+        assert_close(solution, torch.tensor([2.0, 0.0], dtype=DOUBLE))
+        assert make(rtol=1e-5).update(rows).eigvalsh().count_nonzero() == 1
