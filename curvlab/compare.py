@@ -68,8 +68,10 @@ def compare(
     """
     inputs, targets = data
     exact = sqrt_fisher(model, loss, inputs, targets, "exact", output=output)
-    own = exact if kind == "exact" else sqrt_fisher(
-        model, loss, inputs, targets, kind, samples=samples, generator=generator, output=output
+    own = (
+        exact
+        if kind == "exact"
+        else sqrt_fisher(model, loss, inputs, targets, kind, samples=samples, generator=generator, output=output)
     )
     u = _output_gradient(model, loss, inputs, targets, output)
     gradient = exact.jacobian().rmatvec(u)

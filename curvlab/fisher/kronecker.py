@@ -202,6 +202,12 @@ def _solve_factor(
 class KFACBlock(KroneckerBlock):
     """`B ⊗ A`: entries are products, so an undamped inverse stays factored."""
 
+    def condition_number(self) -> float:
+        """Return the larger condition number of the two factors, which are inverted one at a time."""
+        bases = (self.units.basis, self.width.basis)
+        kept = [basis.values[~basis.null] for basis in bases]
+        return max([1.0, *(float(values.max() / values.min()) for values in kept if len(values))])
+
     def _contract(self, x: LayerRows, y: LayerRows, damping: float) -> Float[Tensor, "Q R"]:
         if damping > 0:
             return super()._contract(x, y, damping)

@@ -3,11 +3,13 @@
 Σ = 1 1ᵀ is the full matrix, Σ = I the block-diagonal one, a band of ones the block-tridiagonal *F* (not the tridiagonal
 *F⁻¹* of Martens & Grosse 2015). F_Σ has the blocks `Σ_lm S_lᵀS_m` and is indefinite where Σ is.
 
-On the row side every group of layers gets an orthonormal basis of its row space, `Q_l = λ^{-1/2} Uᵀ S_l` from
-`S_l S_lᵀ = U λ Uᵀ`; in these coordinates F_Σ is the symmetric matrix H with blocks
-`Σ_lm λ_l^{1/2} U_lᵀ U_m λ_m^{1/2}`, of size at most L·R, and zero elsewhere. Gram matrices, bases and H are in float64,
-whatever the rows are in: nothing but round-off may decide which directions of a layer are null, since undamped steps
-are largest along the smallest ones.
+On the row side the push-through identity gives, for `D = blockdiag(S_l S_lᵀ)` and any d,
+
+    (F_Σ + ρI)⁻¹ S̃ᵀd = S̃ᵀ[(Σ ⊗ I)D + ρI]⁻¹d = S̃ᵀ U λ^{-1/2} (H + ρI)⁻¹ λ^{1/2} Uᵀd,   S_l S_lᵀ = U_l λ_l U_lᵀ,
+
+with the symmetric H of blocks `Σ_lm λ_l^{1/2} U_lᵀ U_m λ_m^{1/2}`, of size L·R: F_Σ in the coordinates `λ^{-1/2} Uᵀ S̃x`.
+Gram matrices, bases and H are in float64, whatever the rows are in, and λ is not let below their round-off: a layer may
+be ill-conditioned by itself, and undamped steps are largest along its smallest directions.
 
 Source: Karakida & Osawa 2020, section 3 (the family and its isotropy).
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 from curvlab.errors import IllConditioned
 from curvlab.fisher.block import Block, RowBlock, RowSide, Side, combine, gram64, moment, times
 from curvlab.fisher.full import _RowStructure, partition_parts
-from curvlab.fisher.system import Eigen, System, condition_limit, decompose, rank_tolerance
+from curvlab.fisher.system import Eigen, System, condition_limit, rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
@@ -57,7 +59,7 @@ class LayerWiseBlock(RowBlock):
     def _reset(self) -> None:
         super()._reset()
         self._eigen: Eigen | None = None
-        self._bases: list[tuple[Tensor, Tensor]] = []
+        self._bases: tuple[Tensor, Tensor] | None = None
 
     def _row_size(self, layers: Sequence[LayerRows]) -> int:
         return layers[0].count * len(self._group_sizes)
@@ -76,14 +78,13 @@ class LayerWiseBlock(RowBlock):
         return []
 
     @property
-    def bases(self) -> list[tuple[Float[Tensor, " r"], Float[Tensor, "R r"]]]:
-        """`(λ, U)` of every group's Gram matrix, in float64, directions that are round-off left out."""
-        if not self._bases:
-            systems = [System(gram64(group), self.name) for group in self._grouped(self.layers)]
-            decompose(systems)
-            for system in systems:
-                kept = ~system.eigen.null
-                self._bases.append((system.eigen.values[kept], system.eigen.vectors[:, kept]))
+    def bases(self) -> tuple[Float[Tensor, "L R"], Float[Tensor, "L R R"]]:
+        """λ and U of every group's Gram matrix, in float64."""
+        if self._bases is None:
+            grams = torch.stack([gram64(group) for group in self._grouped(self.layers)])
+            values, vectors = torch.linalg.eigh((grams + grams.mT) / 2)
+            floor = rank_tolerance(values, None, values.shape[1], torch.float64)
+            self._bases = torch.maximum(values, floor.clamp_min(torch.finfo(torch.float64).tiny)), vectors
         return self._bases
 
     @property
@@ -103,16 +104,14 @@ class LayerWiseBlock(RowBlock):
 
     def _in_coordinates(self) -> Float[Tensor, "r r"]:
         """Form H."""
-        roots = [vectors * values.sqrt() for values, vectors in self.bases]
-        sigma = self.sigma.tolist()
-        return torch.cat(
-            [torch.cat([sigma[i][j] * (a.T @ b) for j, b in enumerate(roots)], dim=1) for i, a in enumerate(roots)]
-        )
+        values, vectors = self.bases
+        roots = vectors * values.sqrt()[:, None]
+        return torch.einsum("lm,lri,mrj->limj", self.sigma.to(roots), roots, roots).flatten(2).flatten(0, 1)
 
     def _inverse(self, y: Float[Tensor, "K r"], damping: float) -> Float[Tensor, "K r"]:
         """Apply `(H + ρI)⁻¹`."""
         eigen = self.eigen
-        if damping > 0 and len(eigen.values):
+        if damping > 0:
             # What the eigenvalues carry: float64 on the row side, the state's precision on the parameter side.
             precision = torch.float64 if self.keeps_rows else self._dtype
             moduli = (eigen.values + damping).abs()
@@ -126,39 +125,36 @@ class LayerWiseBlock(RowBlock):
                 )
         return (eigen.coordinates(y) * eigen.inverse(damping)) @ eigen.vectors.T
 
-    def _coordinates(self, products: Sequence[Float[Tensor, "K R"]]) -> Float[Tensor, "K r"]:
-        """Coordinates of vectors x in the row spaces, from `S_l x` of every group."""
-        return torch.cat(
-            [
-                (p.to(vectors) @ vectors) * values.rsqrt()
-                for p, (values, vectors) in zip(products, self.bases, strict=True)
-            ],
-            dim=-1,
-        )
+    def _coordinates(self, products: Float[Tensor, "L K R"]) -> Float[Tensor, "K r"]:
+        """Coordinates of vectors x, from `S̃x`."""
+        values, vectors = self.bases
+        return ((products.to(vectors) @ vectors) * values.rsqrt()[:, None]).transpose(0, 1).flatten(1)
 
     def _combination(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K r"]:
-        """Coordinates of `Sᵀc`."""
-        return torch.cat([(c.to(vectors) @ vectors) * values.sqrt() for values, vectors in self.bases], dim=-1)
+        """Coordinates of `Sᵀc = S̃ᵀ(1 ⊗ c)`."""
+        values, vectors = self.bases
+        return ((c.to(vectors) @ vectors) * values.sqrt()[:, None]).transpose(0, 1).flatten(1)
 
     def _from_coordinates(self, y: Float[Tensor, "K r"]) -> Float[Tensor, "K P_b"]:
-        pieces = y.split([len(values) for values, _ in self.bases], dim=-1)
-        result: list[Tensor] = []
-        for piece, (values, vectors), group in zip(pieces, self.bases, self._grouped(self.layers), strict=True):
-            result.append(combine(group, ((piece * values.rsqrt()) @ vectors.T).to(self._dtype)))
-        return torch.cat(result, dim=-1)
+        values, vectors = self.bases
+        scaled = y.view(len(y), *values.shape).transpose(0, 1) * values.rsqrt()[:, None]
+        return self._spread((scaled @ vectors.mT).to(self._dtype))
 
-    def _seen(self, x: Float[Tensor, "K P_b"]) -> list[Float[Tensor, "K R"]]:
+    def _spread(self, d: Float[Tensor, "L K R"]) -> Float[Tensor, "K P_b"]:
+        """Multiply with `S̃ᵀ`."""
+        return torch.cat([combine(group, c) for c, group in zip(d, self._grouped(self.layers), strict=True)], dim=-1)
+
+    def _seen(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "L K R"]:
+        """Multiply with S̃."""
         groups = self._grouped(self.layers)
         sizes = [sum(layer.size for layer in group) for group in groups]
-        return [times(group, piece) for group, piece in zip(groups, x.split(sizes, dim=-1), strict=True)]
+        return torch.stack([times(group, piece) for group, piece in zip(groups, x.split(sizes, dim=-1), strict=True)])
 
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
         if not self.keeps_rows:
             return x @ self.average.value
-        seen = torch.stack(self._seen(x))
-        mixed = torch.einsum("lm,mkr->lkr", self.sigma.to(x), seen)
-        groups = self._grouped(self.layers)
-        return torch.cat([combine(group, c) for c, group in zip(mixed, groups, strict=True)], dim=-1)
+        seen = self._seen(x)
+        return self._spread(torch.einsum("lm,mkr->lkr", self.sigma.to(seen), seen))
 
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Solve by the eigendecomposition of H, never by Cholesky."""
@@ -174,7 +170,7 @@ class LayerWiseBlock(RowBlock):
         return solution, (x - inside).square().sum(-1)
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
-        """Return `(F_Σ + ρI)⁻¹Sᵀc`, with `Sᵀ = S̃ᵀ(1 ⊗ I)`; no part of it leaves the row spaces."""
+        """Return `(F_Σ + ρI)⁻¹Sᵀc`, with `Sᵀ = S̃ᵀ(1 ⊗ I)`."""
         if not self.keeps_rows:
             return super().lift(c, layers, damping)
         return self._from_coordinates(self._inverse(self._combination(c), damping))
@@ -199,16 +195,17 @@ class LayerWiseBlock(RowBlock):
         outside = 0 if damping == 0 else (gram(left, right) - a @ b.T) / damping
         return (within + outside).to(self._dtype)
 
-    def _crosses(self, layers: Sequence[LayerRows]) -> list[Float[Tensor, "Q R"]]:
+    def _crosses(self, layers: Sequence[LayerRows]) -> Float[Tensor, "L Q R"]:
+        """Return `S̃ · layersᵀ`, transposed."""
         pairs = zip(self._grouped(layers), self._grouped(self.layers), strict=True)
-        return [gram(theirs, ours) for theirs, ours in pairs]
+        return torch.stack([gram(theirs, ours) for theirs, ours in pairs])
 
     def eigenvalues(self) -> Float[Tensor, " k"]:
-        """Return the eigenvalues of H; the others are zero."""
-        return torch.where(self.eigen.null, 0, self.eigen.values)
+        """Return the eigenvalues of H that do not count as null; the others are zero."""
+        return self.eigen.values[~self.eigen.null]
 
     def largest_eigenvalue(self) -> float:  # noqa: D102
-        return max(self.eigen.values.tolist(), default=0.0)
+        return float(self.eigen.values.max())
 
     def trace(self) -> float:  # noqa: D102
         if not self.keeps_rows:

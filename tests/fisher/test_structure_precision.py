@@ -188,6 +188,19 @@ def test_duplicated_samples_and_dead_units_are_no_obstacle(spec: str) -> None:
         assert int(structure.eigvalsh().count_nonzero()) == rank
 
 
+def test_samples_that_hardly_excite_a_unit_still_count() -> None:
+    """With independent inputs a unit's undamped response is 1 for every sample that it sees, however faintly."""
+    model = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False)).double()
+    x = draw(4, 8) * torch.tensor([[0.1], [3.0], [9.0], [14.0]], dtype=DOUBLE)
+    rows = sqrt_fisher(model, HalfSquaredError(reduction="sum"), x, draw(4, 1))
+    strength = rows.layers[0].factors[1].abs()
+    assert float(strength.min()) < 1e-9 * float(strength.max())
+    structure = cf.UnitWise(side="rows").update(rows)
+    lifted = structure.lift(torch.eye(4, dtype=DOUBLE), 0.0)
+    response = rows.matvec({"0.weight": lifted["0.weight"], "2.weight": torch.zeros_like(lifted["2.weight"])})
+    assert_close(response, 5 * torch.eye(4, dtype=DOUBLE), 1e-9)
+
+
 def test_the_window_for_rounding_does_not_hide_small_diagonal_entries() -> None:
     """The diagonal is never decomposed, so entries of 1e-13 of the largest are not null, whatever the size."""
     model = nn.Linear(500, 1, bias=False).double()

@@ -4,6 +4,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from fisher_oracle import (
     KINDS,
@@ -58,8 +59,7 @@ def merged(spec: str, place: dict[str, Tensor], references: list[Reference], mea
     return total
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
+COMBINATIONS = given(
     spec=st.sampled_from([spec for spec in SPECS if spec != "ekfac"]),
     network=st.sampled_from(list(NETWORKS)),
     loss=st.sampled_from([loss.name for loss in LOSSES]),
@@ -69,7 +69,22 @@ def merged(spec: str, place: dict[str, Tensor], references: list[Reference], mea
     damping=st.floats(-3, 2),
     seed=st.integers(0, 2),
 )
-def test_any_combination(
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@COMBINATIONS
+def test_any_combination(**drawn: Any) -> None:
+    check_combination(**drawn)
+
+
+@pytest.mark.study
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@COMBINATIONS
+def test_any_combination_at_length(**drawn: Any) -> None:
+    check_combination(**drawn)
+
+
+def check_combination(
     spec: str, network: str, loss: str, reduction: str, kind: str, cuts: tuple[int, ...], damping: float, seed: int
 ) -> None:
     data = case(network, loss, reduction, "exact" if kind == "ggn" else kind, SAMPLES, seed)

@@ -141,7 +141,11 @@ def _measure(cell: Cell, config: Config) -> Observations:
     tolerance = (
         TOLERANCE_FACTOR * len(f) * torch.finfo(setting.initial.dtype).eps * at_start.condition_number() * growth
     )
-    rows: list[dict[str, object]] = []
+    initial_loss = _half_mean_square(f_test, y_test)
+    rows: list[dict[str, object]] = [
+        {"quantity": quantity, "value": initial_loss, "run": "network", "step": 0}
+        for quantity in ("test_loss", "test_loss_predicted")
+    ]
     for run, (model, direction) in runs.items():
         trained, tested = train(model, setting, eta, STEPS, direction)
         for t in range(STEPS):
