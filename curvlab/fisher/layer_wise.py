@@ -38,6 +38,10 @@ Sigma = Sequence[Sequence[float]] | Callable[[int], Tensor]
 """Σ itself, or a function that returns Σ for a number of layers."""
 
 
+SMALLEST = 1e-200
+"""What stands for zero in λ, so that λ^{-1/2} exists."""
+
+
 class LayerWiseBlock(RowBlock):
     """All layers, coupled by Σ.
 
@@ -84,7 +88,7 @@ class LayerWiseBlock(RowBlock):
             grams = torch.stack([gram64(group) for group in self._grouped(self.layers)])
             values, vectors = torch.linalg.eigh((grams + grams.mT) / 2)
             floor = rank_tolerance(values, None, values.shape[1], torch.float64)
-            self._bases = torch.maximum(values, floor.clamp_min(torch.finfo(torch.float64).tiny)), vectors
+            self._bases = torch.maximum(values, floor.clamp_min(SMALLEST)), vectors
         return self._bases
 
     @property
@@ -93,7 +97,8 @@ class LayerWiseBlock(RowBlock):
         if self._eigen is None:
             matrix = self._in_coordinates() if self.keeps_rows else self.average.value
             values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
-            null = values.abs() <= rank_tolerance(values, self.config.rtol, len(values), self._dtype)
+            tolerance = rank_tolerance(values, self.config.rtol, len(values), self._dtype)
+            null = values.abs() <= tolerance.clamp_min(len(values) * SMALLEST)
             self._eigen = Eigen(values, vectors, null)
         return self._eigen
 
@@ -205,7 +210,7 @@ class LayerWiseBlock(RowBlock):
         return self.eigen.values[~self.eigen.null]
 
     def largest_eigenvalue(self) -> float:  # noqa: D102
-        return float(self.eigen.values.max())
+        return max(self.eigenvalues().tolist(), default=0.0)
 
     def trace(self) -> float:  # noqa: D102
         if not self.keeps_rows:
