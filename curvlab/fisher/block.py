@@ -348,7 +348,7 @@ class RowBlock(Block):
         """Solve; on the row side with damping as `(x − Sᵀ(K + ρI)⁻¹Sx)/ρ`, which cancels in float32: see `lift`."""
         if not self.keeps_rows:
             solution = self.system.solve(x.T, damping).T
-            return solution, x.new_zeros(len(x)) if damping else _null_energy(self.system.eigen, x)
+            return solution, x.new_zeros(len(x)) if damping else null_energy(self.system.eigen, x)
         seen = self._times(x)
         if damping > 0:
             return (x - self._combine(self.system.solve(seen.T, damping).T)) / damping, x.new_zeros(len(x))
@@ -440,5 +440,6 @@ def gram64(layers: Sequence[LayerRows]) -> Float[Tensor, "R R"]:
     return gram(precise, precise)
 
 
-def _null_energy(eigen: Eigen, x: Float[Tensor, "K n"]) -> Float[Tensor, " K"]:
+def null_energy(eigen: Eigen, x: Float[Tensor, "K n"]) -> Float[Tensor, " K"]:
+    """Return the squared norm of x in null directions."""
     return (eigen.coordinates(x).square() * eigen.null).sum(-1).to(x)

@@ -8,8 +8,9 @@ On the row side the push-through identity gives, for `D = blockdiag(S_l S_lᵀ)`
     (F_Σ + ρI)⁻¹ S̃ᵀd = S̃ᵀ[(Σ ⊗ I)D + ρI]⁻¹d = S̃ᵀ U λ^{-1/2} (H + ρI)⁻¹ λ^{1/2} Uᵀd,   S_l S_lᵀ = U_l λ_l U_lᵀ,
 
 with the symmetric H of blocks `Σ_lm λ_l^{1/2} U_lᵀ U_m λ_m^{1/2}`, of size L·R: F_Σ in the coordinates `λ^{-1/2} Uᵀ S̃x`.
-Gram matrices, bases and H are in float64, whatever the rows are in, and λ is not let below their round-off: a layer may
-be ill-conditioned by itself, and undamped steps are largest along its smallest directions.
+Gram matrices, bases and H are in float64, whatever the rows are in, since undamped steps are largest along the smallest
+directions of every layer. With damping, a λ below round-off is raised to it: the error is round-off of λ/ρ, that of
+leaving such directions out would be its root. Without damping they are null and left out.
 
 Source: Karakida & Osawa 2020, section 3 (the family and its isotropy).
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import IllConditioned
-from curvlab.fisher.block import Block, RowBlock, RowSide, Side, combine, gram64, moment, times
+from curvlab.fisher.block import Block, RowBlock, RowSide, Side, combine, gram64, moment, null_energy, times
 from curvlab.fisher.full import _RowStructure, partition_parts
 from curvlab.fisher.system import Eigen, System, condition_limit, rank_tolerance
 from curvlab.rows import Rows
@@ -38,8 +40,46 @@ Sigma = Sequence[Sequence[float]] | Callable[[int], Tensor]
 """Σ itself, or a function that returns Σ for a number of layers."""
 
 
-SMALLEST = 1e-200
-"""What stands for zero in λ, so that λ^{-1/2} exists."""
+@dataclass(frozen=True)
+class RowCoordinates:
+    """Coordinates `λ^{-1/2} Uᵀ S̃x` of vectors x, in float64.
+
+    Attributes:
+        vectors: U.
+        root: λ^{1/2}.
+        inverse_root: λ^{-1/2}, both 0 for directions that are left out.
+    """
+
+    vectors: Float[Tensor, "L R R"]
+    root: Float[Tensor, "L 1 R"]
+    inverse_root: Float[Tensor, "L 1 R"]
+
+    @classmethod
+    def of_grams(cls, grams: Float[Tensor, "L R R"], damped: bool) -> RowCoordinates:
+        """Decompose the Gram matrices of the groups; λ that is round-off is raised to it if damped, else left out."""
+        values, vectors = torch.linalg.eigh((grams + grams.mT) / 2)
+        noise = rank_tolerance(values, None, values.shape[1], torch.float64)
+        seen = ((values > noise) | (damped & (noise > 0)))[:, None]
+        root = torch.maximum(values, noise).sqrt()[:, None]
+        return cls(vectors, torch.where(seen, root, 0), torch.where(seen, 1 / root, 0))
+
+    def of(self, products: Float[Tensor, "L K R"]) -> Float[Tensor, "K r"]:
+        """Return the coordinates of vectors x, from `S̃x`."""
+        return (products.to(self.vectors) @ self.vectors * self.inverse_root).transpose(0, 1).flatten(1)
+
+    def of_combination(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K r"]:
+        """Return the coordinates of `Sᵀc = S̃ᵀ(1 ⊗ c)`."""
+        return (c.to(self.vectors) @ self.vectors * self.root).transpose(0, 1).flatten(1)
+
+    def combination(self, y: Float[Tensor, "K r"]) -> Float[Tensor, "L K R"]:
+        """Return d such that `S̃ᵀd` are the vectors of given coordinates."""
+        by_group = y.view(len(y), len(self.vectors), -1).transpose(0, 1)
+        return by_group * self.inverse_root @ self.vectors.mT
+
+    def matrix(self, sigma: Float[Tensor, "L L"]) -> Float[Tensor, "r r"]:
+        """Return H."""
+        roots = self.vectors * self.root
+        return torch.einsum("lm,lri,mrj->limj", sigma.to(roots), roots, roots).flatten(2).flatten(0, 1)
 
 
 class LayerWiseBlock(RowBlock):
@@ -62,8 +102,8 @@ class LayerWiseBlock(RowBlock):
 
     def _reset(self) -> None:
         super()._reset()
-        self._eigen: Eigen | None = None
-        self._bases: tuple[Tensor, Tensor] | None = None
+        self._coordinates: dict[bool, RowCoordinates] = {}
+        self._eigen: dict[bool, Eigen] = {}
 
     def _row_size(self, layers: Sequence[LayerRows]) -> int:
         return layers[0].count * len(self._group_sizes)
@@ -81,41 +121,31 @@ class LayerWiseBlock(RowBlock):
         """Return nothing: an indefinite matrix has no Cholesky factor."""
         return []
 
-    @property
-    def bases(self) -> tuple[Float[Tensor, "L R"], Float[Tensor, "L R R"]]:
-        """λ and U of every group's Gram matrix, in float64."""
-        if self._bases is None:
+    def coordinates(self, damped: bool) -> RowCoordinates:
+        """Coordinates of the rows."""
+        if damped not in self._coordinates:
             grams = torch.stack([gram64(group) for group in self._grouped(self.layers)])
-            values, vectors = torch.linalg.eigh((grams + grams.mT) / 2)
-            floor = rank_tolerance(values, None, values.shape[1], torch.float64)
-            self._bases = torch.maximum(values, floor.clamp_min(SMALLEST)), vectors
-        return self._bases
+            self._coordinates[damped] = RowCoordinates.of_grams(grams, damped)
+        return self._coordinates[damped]
 
-    @property
-    def eigen(self) -> Eigen:
+    def eigen(self, damped: bool) -> Eigen:
         """Eigendecomposition of H, or of F_Σ itself on the parameter side; eigenvalues may be negative."""
-        if self._eigen is None:
-            matrix = self._in_coordinates() if self.keeps_rows else self.average.value
-            values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
-            tolerance = rank_tolerance(values, self.config.rtol, len(values), self._dtype)
-            null = values.abs() <= tolerance.clamp_min(len(values) * SMALLEST)
-            self._eigen = Eigen(values, vectors, null)
-        return self._eigen
+        damped = damped and self.keeps_rows
+        if damped not in self._eigen:
+            matrix = self.coordinates(damped).matrix(self.sigma) if self.keeps_rows else self.average.value.double()
+            values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+            null = values.abs() <= rank_tolerance(values, self.config.rtol, len(values), self._dtype)
+            self._eigen[damped] = Eigen(values, vectors, null)
+        return self._eigen[damped]
 
     @property
     def _dtype(self) -> torch.dtype:
         """Floating-point type of the state."""
         return self.layers[0].dtype if self.keeps_rows else self.average.value.dtype
 
-    def _in_coordinates(self) -> Float[Tensor, "r r"]:
-        """Form H."""
-        values, vectors = self.bases
-        roots = vectors * values.sqrt()[:, None]
-        return torch.einsum("lm,lri,mrj->limj", self.sigma.to(roots), roots, roots).flatten(2).flatten(0, 1)
-
     def _inverse(self, y: Float[Tensor, "K r"], damping: float) -> Float[Tensor, "K r"]:
         """Apply `(H + ρI)⁻¹`."""
-        eigen = self.eigen
+        eigen = self.eigen(damping > 0)
         if damping > 0:
             # What the eigenvalues carry: float64 on the row side, the state's precision on the parameter side.
             precision = torch.float64 if self.keeps_rows else self._dtype
@@ -123,31 +153,17 @@ class LayerWiseBlock(RowBlock):
             condition = float(moduli.max() / moduli.min())
             if condition > condition_limit(precision):
                 warnings.warn(
-                    f"block {self.name!r}: condition number about {condition:.1e} at damping {damping:.1e}, an eigenvalue of F "
-                    "being close to 0 or to −ρ; solved by an eigendecomposition. Use another damping.",
+                    f"block {self.name!r}: condition number about {condition:.1e} at damping {damping:.1e}, an "
+                    "eigenvalue of F being close to 0 or to −ρ; solved by an eigendecomposition. Use another damping.",
                     IllConditioned,
                     stacklevel=2,
                 )
         return (eigen.coordinates(y) * eigen.inverse(damping)) @ eigen.vectors.T
 
-    def _coordinates(self, products: Float[Tensor, "L K R"]) -> Float[Tensor, "K r"]:
-        """Coordinates of vectors x, from `S̃x`."""
-        values, vectors = self.bases
-        return ((products.to(vectors) @ vectors) * values.rsqrt()[:, None]).transpose(0, 1).flatten(1)
-
-    def _combination(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K r"]:
-        """Coordinates of `Sᵀc = S̃ᵀ(1 ⊗ c)`."""
-        values, vectors = self.bases
-        return ((c.to(vectors) @ vectors) * values.sqrt()[:, None]).transpose(0, 1).flatten(1)
-
-    def _from_coordinates(self, y: Float[Tensor, "K r"]) -> Float[Tensor, "K P_b"]:
-        values, vectors = self.bases
-        scaled = y.view(len(y), *values.shape).transpose(0, 1) * values.rsqrt()[:, None]
-        return self._spread((scaled @ vectors.mT).to(self._dtype))
-
     def _spread(self, d: Float[Tensor, "L K R"]) -> Float[Tensor, "K P_b"]:
         """Multiply with `S̃ᵀ`."""
-        return torch.cat([combine(group, c) for c, group in zip(d, self._grouped(self.layers), strict=True)], dim=-1)
+        pairs = zip(d.to(self._dtype), self._grouped(self.layers), strict=True)
+        return torch.cat([combine(group, c) for c, group in pairs], dim=-1)
 
     def _seen(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "L K R"]:
         """Multiply with S̃."""
@@ -163,22 +179,26 @@ class LayerWiseBlock(RowBlock):
 
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Solve by the eigendecomposition of H, never by Cholesky."""
-        y = self._coordinates(self._seen(x)) if self.keeps_rows else x.double()
-        solved = self._inverse(y, damping)
         if not self.keeps_rows:
-            outside = (self.eigen.coordinates(x).square() * self.eigen.null).sum(-1)
-            return solved.to(x), outside.to(x) * (damping == 0)
+            outside = x.new_zeros(len(x)) if damping else null_energy(self.eigen(damped=False), x)
+            return self._inverse(x.double(), damping).to(x), outside
+        coordinates = self.coordinates(damping > 0)
+        y = coordinates.of(self._seen(x))
+        solved = self._inverse(y, damping)
         if damping > 0:
-            return self._from_coordinates(solved - y / damping) + x / damping, x.new_zeros(len(x))
-        projection = (self.eigen.coordinates(y) * ~self.eigen.null) @ self.eigen.vectors.T
-        inside, solution = self._from_coordinates(torch.cat([projection, solved])).split(len(x))
+            part = self._spread(coordinates.combination(solved - y / damping))
+            return part + x / damping, x.new_zeros(len(x))
+        eigen = self.eigen(damped=False)
+        projection = (eigen.coordinates(y) * ~eigen.null) @ eigen.vectors.T
+        inside, solution = self._spread(coordinates.combination(torch.cat([projection, solved]))).split(len(x))
         return solution, (x - inside).square().sum(-1)
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F_Σ + ρI)⁻¹Sᵀc`, with `Sᵀ = S̃ᵀ(1 ⊗ I)`."""
         if not self.keeps_rows:
             return super().lift(c, layers, damping)
-        return self._from_coordinates(self._inverse(self._combination(c), damping))
+        coordinates = self.coordinates(damping > 0)
+        return self._spread(coordinates.combination(self._inverse(coordinates.of_combination(c), damping)))
 
     def sandwich(  # noqa: D102
         self,
@@ -189,13 +209,14 @@ class LayerWiseBlock(RowBlock):
     ) -> Float[Tensor, "Q R"]:
         if not self.keeps_rows:
             return super().sandwich(left, right, damping, coefficients)
-        a = self._coordinates(self._crosses(left))
+        coordinates = self.coordinates(damping > 0)
+        a = coordinates.of(self._crosses(left))
         if coefficients is not None:
             V, N = self.layers[0].shape
             identity = torch.eye(V * N, dtype=self._dtype, device=a.device)
-            b = self._combination(coefficients.apply(identity.view(V, N, -1)).flatten(0, 1))
+            b = coordinates.of_combination(coefficients.apply(identity.view(V, N, -1)).flatten(0, 1))
             return (a @ self._inverse(b, damping).T).to(self._dtype)
-        b = self._coordinates(self._crosses(right))
+        b = coordinates.of(self._crosses(right))
         within = a @ self._inverse(b, damping).T
         outside = 0 if damping == 0 else (gram(left, right) - a @ b.T) / damping
         return (within + outside).to(self._dtype)
@@ -207,10 +228,11 @@ class LayerWiseBlock(RowBlock):
 
     def eigenvalues(self) -> Float[Tensor, " k"]:
         """Return the eigenvalues of H that do not count as null; the others are zero."""
-        return self.eigen.values[~self.eigen.null]
+        eigen = self.eigen(damped=False)
+        return eigen.values[~eigen.null]
 
     def largest_eigenvalue(self) -> float:  # noqa: D102
-        return max(self.eigenvalues().tolist(), default=0.0)
+        return float(self.eigen(damped=True).values.max())
 
     def trace(self) -> float:  # noqa: D102
         if not self.keeps_rows:

@@ -138,6 +138,41 @@ def test_ill_conditioned_layers_cost_digits_in_proportion(spec: str, rho: float 
     assert_close(got, expected, 1e-14 * digits)
 
 
+@pytest.mark.parametrize("spec", ["full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise"])
+def test_singular_layers_lose_no_digits(spec: str) -> None:
+    """More samples than a layer's width: its Gram matrix has null directions, and Σ couples them to others."""
+    generator = torch.Generator().manual_seed(0)
+    model = ntk_mlp((16, 12, 12, 1), "erf", generator=generator, dtype=DOUBLE)
+    x = draw(30, 16)
+    rows = sqrt_fisher(model, HalfSquaredError(), x, torch.zeros(30, 1, dtype=DOUBLE))
+    structure = build(spec, [], side="rows").update(rows)
+    dense, c, S = structure.to_dense(), draw(30), rows.dense()
+    rho = 1.1 * float(torch.linalg.eigvalsh(dense).abs().max())
+    lifted = structure.space.flatten(structure.lift(c, rho))
+    assert_close(lifted, torch.linalg.solve(dense + rho * torch.eye(rows.P, dtype=DOUBLE), S.T @ c), 1e-12)
+    inverse = torch.linalg.pinv(dense, rtol=1e-13, hermitian=True)
+    assert structure.condition_number() < 1e9
+    lifted = structure.space.flatten(structure.lift(c, 0.0))
+    assert_close(lifted, inverse @ S.T @ c, 1e-14 * structure.condition_number())
+    assert_close(structure.response(rows, 0.0) * 30, S @ inverse @ S.T, 1e-14 * structure.condition_number())
+
+
+@pytest.mark.parametrize("spec", ["full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise"])
+def test_directions_within_round_off_of_a_gram_matrix_count_in_damped_solves(spec: str) -> None:
+    """Two samples at a distance of 1e-8 give an eigenvalue of 1e-16 and a part of Sᵀc of 1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    model = ntk_mlp((16, 20, 20, 1), "erf", generator=generator, dtype=DOUBLE)
+    x = draw(6, 16)
+    x[1] = x[0] + 1e-8 * draw(16, seed=1)
+    rows = sqrt_fisher(model, HalfSquaredError(), x, torch.zeros(6, 1, dtype=DOUBLE))
+    structure = build(spec, [], side="rows").update(rows)
+    dense, S = structure.to_dense(), rows.dense()
+    c = torch.tensor([1.0, -1.0, 0, 0, 0, 0], dtype=DOUBLE)
+    rho = 1.1 * float(torch.linalg.eigvalsh(dense).abs().max())
+    expected = torch.linalg.solve(dense + rho * torch.eye(rows.P, dtype=DOUBLE), S.T @ c)
+    assert_close(structure.space.flatten(structure.lift(c, rho)), expected, 1e-6)
+
+
 def response_by_svd(spec: str, rows: Rows, rho: float) -> Tensor:
     """Return S (F + ρI)⁻¹Sᵀ from dense rows."""
     blocks = [layer.dense() for layer in rows.layers]

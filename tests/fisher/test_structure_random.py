@@ -78,7 +78,7 @@ def test_any_combination(**drawn: Any) -> None:
 
 
 @pytest.mark.study
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @COMBINATIONS
 def test_any_combination_at_length(**drawn: Any) -> None:
     check_combination(**drawn)

@@ -32,9 +32,13 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + lengths + array.tobytes()
 
 
+zipped = partial(gzip.compress, mtime=0)
+"""Compress without the time of day: the names of the cases must be the same in every process."""
+
+
 def write_idx(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(idx_bytes(array)))
+    path.write_bytes(zipped(idx_bytes(array)))
     return path
 
 
@@ -151,13 +155,13 @@ def test_idx_round_trip(tmp_path_factory, data):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(idx_bytes(np.zeros((4, 3), np.uint8)))[:-12], "truncated or not a gzip file"),
+        (zipped(idx_bytes(np.zeros((4, 3), np.uint8)))[:-12], "truncated or not a gzip file"),
         (b"no gzip at all", "truncated or not a gzip file"),
-        (gzip.compress(idx_bytes(np.zeros((4, 3), np.uint8))[:-1]), r"header promises \(4, 3\), 12 bytes, and 11"),
-        (gzip.compress(idx_bytes(np.zeros((4, 3), np.uint8)) + b"x"), "12 bytes, and 13 follow"),
-        (gzip.compress(bytes([0, 0, 8, 3, 0])), "truncated or damaged"),
-        (gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 1, 0, 0, 0, 0])), "not an IDX file of unsigned bytes"),
-        (gzip.compress(b""), "not an IDX file of unsigned bytes"),
+        (zipped(idx_bytes(np.zeros((4, 3), np.uint8))[:-1]), r"header promises \(4, 3\), 12 bytes, and 11"),
+        (zipped(idx_bytes(np.zeros((4, 3), np.uint8)) + b"x"), "12 bytes, and 13 follow"),
+        (zipped(bytes([0, 0, 8, 3, 0])), "truncated or damaged"),
+        (zipped(bytes([0, 0, 13, 1, 0, 0, 0, 1, 0, 0, 0, 0])), "not an IDX file of unsigned bytes"),
+        (zipped(b""), "not an IDX file of unsigned bytes"),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, content, message):
