@@ -71,7 +71,7 @@ COMBINATIONS = given(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @COMBINATIONS
 def test_any_combination(**drawn: Any) -> None:
     check_combination(**drawn)
