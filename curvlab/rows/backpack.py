@@ -1,18 +1,19 @@
 """The BackPACK engine: an extension that keeps the back-propagated factors.
 
 BackPACK propagates the seeds through a chain of modules; where its own extensions would form `[V, N, *parameter]`, the
-rules here hand the factor at the layer's output to the table of layers. The extension runs on a structural twin of the
-model: BackPACK leaves full backward hooks, which break `torch.func`, and attributes on parameters, so the twin has
-Parameters of its own that share the storage of the user's.
+rules here hand the factor at the layer's output to the table of layers. The extension is called on one module after the
+other, from the output on, instead of from the backward hooks of a gradient that nobody needs. It runs on a structural
+twin of the model, as BackPACK leaves attributes on modules and parameters: the twin has Parameters of its own that
+share the storage of the user's.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from backpack import backpack, hook_run_extensions, hook_store_io
+from backpack import hook_store_io
 from backpack.core.derivatives.basederivatives import BaseDerivatives
 from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
 from backpack.core.derivatives.conv1d import Conv1DDerivatives
@@ -65,21 +66,6 @@ class _KeepFactor(MatToJacMat):  # type: ignore[misc]
     bias = weight
 
 
-class _SeedLoss(nn.modules.loss._Loss):
-    """Stands where BackPACK expects a loss; the rows start here."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z.sum()
-
-
-class _StartRows(MatToJacMat):  # type: ignore[misc]
-    def __init__(self) -> None:
-        super().__init__(derivatives=None)
-
-    def backpropagate(self, ext: _RowsExtension, *_: Any) -> Tensor:
-        return ext.seeds
-
-
 _PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
     nn.Linear: _KeepFactor(LinearDerivatives(), ("weight", "bias")),
     NTKLinear: _KeepFactor(_NTKLinearDerivatives(), ("weight", "bias")),
@@ -113,14 +99,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
     """Propagates seeds and keeps, for every layer of the table, its input and the rows at its output."""
 
-    def __init__(self, seeds: Tensor) -> None:
-        modules: dict[type[nn.Module], MatToJacMat] = {_SeedLoss: _StartRows(), **_PARAMETRISED, **_PARAMETERLESS}
-        super().__init__("curvlab_rows", modules)
-        self.seeds = seeds
+    def __init__(self) -> None:
+        super().__init__("curvlab_rows", {**_PARAMETRISED, **_PARAMETERLESS})
         self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def accumulate_backpropagated_quantities(self, existing: Tensor, other: Tensor) -> Tensor:
-        return existing + other
+    def propagate(self, chain: Sequence[Any], seeds: Tensor) -> None:
+        """Bring rows at the output of a chain of called modules to the layers that gradients reach."""
+        *_, last = chain
+        self.saved_quantities.save_quantity(last.output.data_ptr(), seeds, self.accumulate_backpropagated_quantities)
+        for module in reversed(chain):
+            if module.output.requires_grad:
+                self(module, (), ())
 
 
 def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
@@ -153,15 +142,6 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
     return None
 
 
-def _hook(model: nn.Module) -> nn.Module:
-    """Do what `backpack.extend` does, without its global list of all hooks, which would grow with every sweep."""
-    for module in model.modules():
-        if type(module) is not nn.Sequential:
-            module.register_forward_hook(hook_store_io)
-            module.register_full_backward_hook(hook_run_extensions)
-    return model
-
-
 def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed) -> Swept:
     """Propagate the seeds with BackPACK and keep the rows factored.
 
@@ -171,19 +151,18 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed) 
     reason = obstacle(model, pick)
     if reason is not None:
         raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
-    twin = _hook(structural_twin(model))
-    owners = owners_of(twin)
-    smallest = min((getattr(owners[0].module, name) for name in owners[0].names), key=Tensor.numel)
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+    twin = structural_twin(model)
+    chain = [module for module in twin.modules() if type(module) is not nn.Sequential]
+    for module in chain:
+        module.register_forward_hook(hook_store_io)
+    with torch.enable_grad():
         z = call(twin, tree_map_only(Tensor, Tensor.detach, arguments), pick)
-        seeds = seed(z.detach())
-        extension = _RowsExtension(seeds)
-        with backpack(extension):
-            # One parameter of the first layer is enough for a pass through all of them.
-            _hook(_SeedLoss())(z).backward(inputs=[smallest])
+    seeds = seed(z.detach())
+    extension = _RowsExtension()
+    with torch.no_grad():
+        extension.propagate(chain, seeds)
     layers: list[LayerRows] = []
-    for owner in owners:
+    for owner in owners_of(twin):
         x, g = extension.kept[owner.module]
         rule = rule_for(owner.module)
         assert rule is not None

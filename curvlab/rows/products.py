@@ -15,11 +15,8 @@ CHUNK_ELEMENTS = 1 << 25
 CACHE_ELEMENTS = 1 << 20
 """Elements of an intermediate tensor that a processor's cache holds, where a product is limited by memory traffic."""
 
-SMALLEST_STRIP = 128
-"""Rows below which a matrix product runs at less than full speed."""
-
-MOST_STRIPS = 16
-"""Strips of a symmetric product; 16 leave 17/32 of the work of the full product."""
+LEAF_ROWS = 128
+"""Rows of a symmetric product from which halving it costs a matrix product more speed than it saves work."""
 
 Block = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
@@ -32,26 +29,56 @@ def chunks(total: int, elements_each: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def strips(V: int, N: int) -> Iterator[tuple[Block, Block, Block]]:
-    """Cut the rows into strips; with each come the rows from its start on, and those after its end.
+def triangle(block: Block) -> Iterator[tuple[Block, Block]]:
+    """Cut the pairs of a block's rows on and above the diagonal into pairs of blocks, as square as they can be.
 
-    The products of `k` strips with the rows from their start on take (k + 1)/2k of the full product's work.
+    Equal blocks lie on the diagonal. All others lie above it, and their transposes complete the symmetric product.
     """
-    whole, along_v = slice(None), V >= 4
-    length = V if along_v else N
-    count = max(1, min(length, MOST_STRIPS, V * N // SMALLEST_STRIP))
-    for k in range(count):
-        start, stop = length * k // count, length * (k + 1) // count
-        cuts = slice(start, stop), slice(start, None), slice(stop, None)
-        strip, onwards, after = ((cut, whole) if along_v else (whole, cut) for cut in cuts)
-        yield strip, onwards, after
+    if _rows(block) <= LEAF_ROWS:
+        yield block, block
+    else:
+        first, second = _halves(block)
+        yield first, second
+        yield from triangle(first)
+        yield from triangle(second)
+
+
+def within_memory(rows: Block, columns: Block) -> Iterator[tuple[Block, Block]]:
+    """Cut the rows until a block's product stays below `CHUNK_ELEMENTS`."""
+    if _rows(rows) * _rows(columns) <= CHUNK_ELEMENTS or _rows(rows) == 1:
+        yield rows, columns
+    else:
+        for half in _halves(rows):
+            yield from within_memory(half, columns)
+
+
+def everything(V: int, N: int) -> Block:
+    """Return the block of all rows."""
+    return slice(0, V), slice(0, N)
+
+
+def _rows(block: Block) -> int:
+    v, n = block
+    length: int = (v.stop - v.start) * (n.stop - n.start)
+    return length
+
+
+def _halves(block: Block) -> tuple[Block, Block]:
+    """Cut along v, or along n where there is one v, so that both halves are contiguous."""
+    v, n = block
+    if v.stop - v.start > 1:
+        middle = (v.start + v.stop) // 2
+        return (slice(v.start, middle), n), (slice(middle, v.stop), n)
+    middle = (n.start + n.stop) // 2
+    return (v, slice(n.start, middle)), (v, slice(middle, n.stop))
 
 
 def mirror(out: Float[Tensor, "R R"], V: int, N: int) -> None:
-    """Complete a symmetric product of which `add_product` wrote the strips."""
+    """Complete a symmetric product of which `add_product` wrote the pairs on and above the diagonal."""
     view = out.view(V, N, V, N)
-    for strip, _, after in strips(V, N):
-        view[after + strip] = view[strip + after].permute(2, 3, 0, 1)
+    for rows, columns in triangle(everything(V, N)):
+        if rows != columns:
+            view[columns + rows] = view[rows + columns].permute(2, 3, 0, 1)
 
 
 def add_product(
@@ -74,15 +101,21 @@ def add_product(
     V, N, D = left.shape
     W, M, _ = right.shape
     view = out.view(V, N, W, M)
-    whole = slice(None), slice(None)
-    for strip, onwards, _ in strips(V, N) if symmetric else [(whole, whole, whole)]:
-        a, b = left[strip], right[onwards]
-        product = (a.reshape(-1, D) @ b.reshape(-1, D).T).view(*a.shape[:2], *b.shape[:2])
-        target = view[strip + onwards]
-        if weight is None:
-            target += product
-        else:
-            target.addcmul_(product, weight[strip[1], onwards[1]][None, :, None, :])
+    every = everything(V, N)
+    for pair in triangle(every) if symmetric else [(every, everything(W, M))]:
+        for rows, columns in within_memory(*pair):
+            a, b = _distinct(left[rows]), _distinct(right[columns])
+            product = (a.reshape(-1, D) @ b.reshape(-1, D).T).view(*a.shape[:2], *b.shape[:2])
+            target = view[rows + columns]
+            if weight is None:
+                target += product
+            else:
+                target.addcmul_(product, weight[rows[1], columns[1]][None, :, None, :])
+
+
+def _distinct(rows: Float[Tensor, "V N D"]) -> Float[Tensor, "V n D"]:
+    """Keep one sample where all have the same rows, as at the output of a network: an expanded tensor."""
+    return rows[:, :1] if rows.stride(1) == 0 else rows
 
 
 def add_pairs(

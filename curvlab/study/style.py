@@ -206,8 +206,12 @@ def caption(figure: Figure, verdicts: pd.DataFrame, claims: Sequence[str]) -> No
 
 
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:
-    """Write ``path`` with the endings .pdf, for papers, and .png, for looking; both atomically."""
+    """Write ``path`` with the endings .pdf, for papers, and .png, for looking; both atomically and with one layout."""
     pdf, png = (path.with_name(f"{path.name}.{ending}") for ending in ("pdf", "png"))
+    with use():
+        figure.set_dpi(RC["savefig.dpi"])
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for target in (pdf, png):
         buffer = io.BytesIO()
         with use():

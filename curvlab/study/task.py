@@ -1,6 +1,7 @@
 """Measuring one cell, in whichever process: store what it gives, and tell what became of it."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,12 +76,20 @@ class Task(Generic[C]):
         self.cache.store(cell, rows)
         took = duration(time.perf_counter() - start)
         log.info("cell %s: %d observations in %s", cell, len(rows), took)
-        table = tabulate({cell: rows})
-        nonfinite = [locate(row) for row in records(table[faults(table)])]
+        nonfinite = _nonfinite(cell, rows)
         for where in nonfinite:
             log.warning("non-finite value: %s", where)
         note = f"{took}, non-finite: {nonfinite[0]}" if nonfinite else took
         return Outcome(cell, note, bool(nonfinite), rows)
+
+
+def _nonfinite(cell: Cell, rows: Sequence[Row]) -> list[str]:
+    """Where the observations are non-finite and not declared to be."""
+    suspects = [row for row in rows if not math.isfinite(float(row["value"]))]
+    if not suspects:
+        return []
+    table = tabulate({cell: suspects})
+    return [locate(row) for row in records(table[faults(table)])]
 
 
 def _out_of_memory(error: Exception) -> bool:

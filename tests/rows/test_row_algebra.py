@@ -149,17 +149,41 @@ def test_embedding_takes_the_cheaper_route(monkeypatch: pytest.MonkeyPatch) -> N
     assert taken == ["vocabulary 500"]
 
 
+@pytest.mark.parametrize("elements", [products.CHUNK_ELEMENTS, 5000])
 @pytest.mark.parametrize(("V", "N"), [(1, 1), (1, 700), (2, 300), (3, 200), (4, 33), (5, 120), (40, 20), (300, 1)])
-def test_symmetric_products_in_strips(V: int, N: int) -> None:
+def test_symmetric_products_visit_every_pair_once(
+    V: int, N: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "CHUNK_ELEMENTS", elements)
     rows = random_kronecker(V, N, 1, 2, 3, 4)
     dense = rows.dense()
-    G = gram([rows], [rows])
-    assert_close(G, dense @ dense.T)
-    covered = torch.zeros(V * N, V * N, dtype=torch.int64)
-    for strip, onwards, _ in products.strips(V, N):
-        covered.view(V, N, V, N)[strip + onwards] += 1
-    assert int(((covered + covered.T) > 0).sum()) == (V * N) ** 2
+    assert_close(gram([rows], [rows]), dense @ dense.T)
+    covered = torch.zeros(V, N, V, N, dtype=torch.int64)
+    for pair in products.triangle(products.everything(V, N)):
+        for left, right in products.within_memory(*pair):
+            covered[left + right] += 1
+            assert covered[left + right].numel() <= max(elements, V * N)
+    R = V * N
+    covered = covered.view(R, R)
     assert int(covered.max()) == 1
+    assert bool(((covered + covered.T) > 0).all())
+    assert int(covered.sum()) <= R * (R + products.LEAF_ROWS) / 2 + 1e-9 or R <= products.LEAF_ROWS
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rows_that_all_samples_share_are_multiplied_once(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = torch.randn(5, 1, 3, dtype=torch.float64).expand(5, 90, 3)
+    own = torch.randn(5, 90, 3, dtype=torch.float64)
+    weight = torch.randn(90, 90, dtype=torch.float64)
+    weight = weight + weight.T if weighted else torch.ones_like(weight)
+    for left, right in [(shared, shared), (shared, own), (own, shared)]:
+        out = torch.ones(450, 450, dtype=torch.float64)
+        symmetric = left is right
+        products.add_product(out, left, right, weight if weighted else None, symmetric=symmetric)
+        if symmetric:
+            products.mirror(out, 5, 90)
+        flat = left.reshape(450, 3) @ right.reshape(450, 3).T
+        assert_close(out, 1 + flat * weight.repeat(5, 5))
 
 
 def test_a_layer_that_two_row_sets_share_is_complete() -> None:
