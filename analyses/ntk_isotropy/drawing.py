@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,8 +25,6 @@ NEUTRAL = "#555555"
 DASHED = (0, (4, 2))
 SMALL = 6.5
 """Font size of remarks, in printer's points."""
-LINE = 0.11
-"""Height of a line of the caption, in inches."""
 
 
 class NotStored(LookupError):
@@ -85,15 +82,10 @@ def _say_missing(axes: Axes, what: str) -> None:
 
 
 def _caption(figure: Figure, verdicts: pd.DataFrame, claims: tuple[str, ...]) -> None:
-    """The judged claims with ids that begin with one of `claims`, in lines of the figure's width."""
+    """Write the judged claims with ids that begin with one of `claims`."""
     judged = [claim for claim in verdicts.get("claim", ()) if str(claim).startswith(claims)]
-    if not judged:
-        return
-    style.caption(figure, verdicts, judged)
-    unbroken = [entry.replace(" ", "\u00a0") for entry in figure.get_supxlabel().split("   ")]
-    lines = textwrap.wrap("   ".join(unbroken), int(23 * figure.get_figwidth()), break_on_hyphens=False)
-    figure.supxlabel("\n".join(lines), fontsize=6)
-    figure.set_figheight(figure.get_figheight() + LINE * len(lines))
+    if judged:
+        style.caption(figure, verdicts, judged)
 
 
 def take(measurements: pd.DataFrame, part: str, quantity: str, **where: object) -> pd.DataFrame:

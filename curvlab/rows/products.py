@@ -15,8 +15,11 @@ CHUNK_ELEMENTS = 1 << 25
 CACHE_ELEMENTS = 1 << 20
 """Elements of an intermediate tensor that a processor's cache holds, where a product is limited by memory traffic."""
 
-LEAF_ROWS = 128
-"""Rows of a symmetric product from which halving it costs a matrix product more speed than it saves work."""
+SMALLEST_HALVED = 256
+"""Rows below which halving a symmetric product costs a matrix product more speed than it saves work."""
+
+WORTH_HALVING = 1 << 25
+"""Multiply-adds of a product below which halving it saves less time than calling more functions takes."""
 
 Block = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
@@ -29,18 +32,20 @@ def chunks(total: int, elements_each: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def triangle(block: Block) -> Iterator[tuple[Block, Block]]:
+def triangle(block: Block, columns: int = WORTH_HALVING) -> Iterator[tuple[Block, Block]]:
     """Cut the pairs of a block's rows on and above the diagonal into pairs of blocks, as square as they can be.
 
-    Equal blocks lie on the diagonal. All others lie above it, and their transposes complete the symmetric product.
+    Equal blocks lie on the diagonal. All others lie above it, and their transposes complete the symmetric product. The
+    more columns the rows have, the finer are the blocks; finer ones cut coarser ones.
     """
-    if _rows(block) <= LEAF_ROWS:
+    rows = _rows(block)
+    if rows < SMALLEST_HALVED or rows**2 * columns < WORTH_HALVING:
         yield block, block
     else:
         first, second = _halves(block)
         yield first, second
-        yield from triangle(first)
-        yield from triangle(second)
+        yield from triangle(first, columns)
+        yield from triangle(second, columns)
 
 
 def within_memory(rows: Block, columns: Block) -> Iterator[tuple[Block, Block]]:
@@ -102,7 +107,7 @@ def add_product(
     W, M, _ = right.shape
     view = out.view(V, N, W, M)
     every = everything(V, N)
-    for pair in triangle(every) if symmetric else [(every, everything(W, M))]:
+    for pair in triangle(every, D) if symmetric else [(every, everything(W, M))]:
         for rows, columns in within_memory(*pair):
             a, b = _distinct(left[rows]), _distinct(right[columns])
             product = (a.reshape(-1, D) @ b.reshape(-1, D).T).view(*a.shape[:2], *b.shape[:2])

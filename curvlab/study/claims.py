@@ -18,11 +18,14 @@ class Identity:
     """Holds to round-off: |value| ≤ tolerance for every observation, refuted by a single one that exceeds it.
 
     There is no p-value. The tolerance is a column of the estimate, because it follows from the condition
-    number of what was solved.
+    number of what was solved. An observation within a tolerance above ``coarsest``, in the unit of the estimate,
+    speaks neither for the claim nor against it; the claim is inconclusive if all are of this sort.
     """
 
+    coarsest: float = 0.01
+
     def __str__(self) -> str:
-        return "|value| ≤ its tolerance for every observation"
+        return f"|value| ≤ its tolerance for every observation, tolerances up to {self.coarsest:g} counting as support"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from curvlab.study.cells import Cell
 from curvlab.study.claims import Claim, Failure, Identity, Outcome, Verdict, every_cell
@@ -84,7 +85,7 @@ def _examine(
         note = f"its assumptions or its estimate raised {type(error).__name__}: {error}"
         return _Case(claim, Verdict(claim.id, "inconclusive", note=note))
     if isinstance(claim.rule, Identity):
-        return _Case(claim, _judge_identity(claim, estimate))
+        return _Case(claim, _judge_identity(claim, claim.rule, estimate))
     summary = Summary.of(estimate["value"].to_numpy(dtype=float))
     verdict = Verdict(claim.id, "inconclusive", estimate=summary.mean, seeds=summary.seeds)
     if summary.seeds < 2:
@@ -121,7 +122,7 @@ def _check_finite(rows: pd.DataFrame) -> None:
 
 def _check_estimate(claim: Claim, estimate: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Refuse an estimate that would drop or repeat something in silence."""
-    identity = isinstance(claim.rule, Identity)
+    identity = claim.rule if isinstance(claim.rule, Identity) else None
     missing = {"value", "tolerance" if identity else "seed"} - set(estimate.columns)
     if missing:
         raise ValueError(f"the estimate has no column {' and no column '.join(sorted(missing))}")
@@ -137,16 +138,30 @@ def _check_estimate(claim: Claim, estimate: pd.DataFrame, rows: pd.DataFrame) ->
     if not finite.all():
         named = f" at seed {estimate.loc[~finite, 'seed'].iloc[0]}" if "seed" in estimate else ""
         raise _Undecidable(f"its estimate is not finite{named}")
+    if identity and not _telling(identity, estimate).any():
+        raise _Undecidable(
+            f"every tolerance of its estimate is above {identity.coarsest:g}: too ill-conditioned to tell"
+        )
     if "seed" in rows and "seed" in estimate:
         dropped = sorted(set(rows["seed"].dropna()) - set(estimate["seed"]))
         if dropped:
             raise _Undecidable(f"its estimate has no value for seed {', '.join(map(str, dropped))}")
 
 
-def _judge_identity(claim: Claim, estimate: pd.DataFrame) -> Verdict:
+def _telling(rule: Identity, estimate: pd.DataFrame) -> Bool[np.ndarray, " rows"]:
+    """Which observations speak for an identity or against it."""
+    tolerances = estimate["tolerance"].to_numpy(dtype=float)
+    telling: Bool[np.ndarray, " rows"]
+    telling = (tolerances <= rule.coarsest) | (np.abs(estimate["value"].to_numpy(dtype=float)) > tolerances)
+    return telling
+
+
+def _judge_identity(claim: Claim, rule: Identity, estimate: pd.DataFrame) -> Verdict:
     values = np.abs(estimate["value"].to_numpy(dtype=float))
     tolerances = estimate["tolerance"].to_numpy(dtype=float)
     broken = values > tolerances
+    telling = _telling(rule, estimate)
+    values, tolerances, broken = values[telling], tolerances[telling], broken[telling]
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(tolerances > 0, values / tolerances, np.where(broken, math.inf, 0.0))
     worst = int(np.argmax(share))
@@ -154,6 +169,7 @@ def _judge_identity(claim: Claim, estimate: pd.DataFrame) -> Verdict:
         f"{broken.sum()} of {len(values)} observations exceed their tolerance; "
         f"worst |value| {values[worst]:.2g} against {tolerances[worst]:.2g}, "
         f"largest tolerance {tolerances.max():.2g}"
+        + (f"; {np.sum(~telling)} more are too ill-conditioned to count" if not telling.all() else "")
     )
     seeds = int(estimate["seed"].nunique()) if "seed" in estimate else 0
     outcome: Outcome = "refuted" if broken.any() else "supported"

@@ -5,6 +5,7 @@ own colour *and* marker, the same in all figures, so that none has to be told ap
 """
 
 import io
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ COLUMN = 3.25
 """Width of one column, in inches."""
 DOUBLE = 6.75
 """Width of both columns, in inches."""
+
+LINE = 0.11
+"""Height of a line of the caption, in inches."""
+CHARACTERS = 23
+"""Characters of the caption to an inch."""
+UNBROKEN = "\u00a0"
+"""A space at which no line is broken."""
 
 RC: Mapping[Any, Any] = MappingProxyType(
     {
@@ -200,9 +208,12 @@ def legend(figure: Figure, columns: int = 3) -> None:
 
 
 def caption(figure: Figure, verdicts: pd.DataFrame, claims: Sequence[str]) -> None:
-    """Write below a figure which claims it shows and what became of them."""
+    """Write below a figure which claims it shows and what became of them; it grows by the lines that this takes."""
     outcomes = dict(zip(verdicts["claim"], verdicts["outcome"], strict=True))
-    figure.supxlabel("   ".join(f"{claim}: {outcomes.get(claim, 'not judged')}" for claim in claims), fontsize=6.5)
+    entries = [f"{claim}: {outcomes.get(claim, 'not judged')}".replace(" ", UNBROKEN) for claim in claims]
+    lines = textwrap.wrap("   ".join(entries), int(CHARACTERS * figure.get_figwidth()), break_on_hyphens=False)
+    figure.supxlabel("\n".join(lines), fontsize=6)
+    figure.set_figheight(figure.get_figheight() + LINE * len(lines))
 
 
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:

@@ -167,7 +167,7 @@ def test_symmetric_products_visit_every_pair_once(
     covered = covered.view(R, R)
     assert int(covered.max()) == 1
     assert bool(((covered + covered.T) > 0).all())
-    assert int(covered.sum()) <= R * (R + products.LEAF_ROWS) / 2 + 1e-9 or R <= products.LEAF_ROWS
+    assert int(covered.sum()) <= R * (R + products.SMALLEST_HALVED) / 2 or R < products.SMALLEST_HALVED
 
 
 @pytest.mark.parametrize("weighted", [True, False])

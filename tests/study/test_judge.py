@@ -94,7 +94,7 @@ def test_interval_says_the_same_as_the_verdict(noise):
 def test_the_family_counts_every_claim_with_a_p_value_even_an_untestable_one(noise):
     values = noise.normal(-1.0, 1.0, size=SEEDS)
     untestable = claim(LESS, "q1", assumptions=lambda _: "not here")
-    identity = claim(Identity(), "q2", estimate=lambda rows: rows.assign(tolerance=1.0))
+    identity = claim(Identity(), "q2", estimate=lambda rows: rows.assign(tolerance=1e-3))
     alone = one(LESS, values)
     first, second, third = judge([claim(LESS), untestable, identity], measured(values, values, np.zeros(SEEDS)))
     assert first.p_value == alone.p_value
@@ -118,7 +118,18 @@ def test_identity_is_refuted_by_one_observation():
     assert (exact.outcome, exact.estimate) == ("refuted", 1e-300)
 
 
-@pytest.mark.parametrize("tolerance", [np.inf, np.nan, -1.0])
+def test_an_ill_conditioned_observation_can_only_refute():
+    def estimate(rows):
+        return rows.assign(tolerance=[1e-12, 5.0, 5.0, 5.0])
+
+    fine = one(Identity(), [1e-13, 1.0, 4.0, 0.0], estimate=estimate)
+    assert (fine.outcome, fine.estimate) == ("supported", 1e-13)
+    assert fine.note.endswith("3 more are too ill-conditioned to count")
+    assert one(Identity(), [1e-13, 6.0, 0.0, 0.0], estimate=estimate).outcome == "refuted"
+    assert one(Identity(), [2e-12, 1.0, 1.0, 1.0], estimate=estimate).outcome == "refuted"
+
+
+@pytest.mark.parametrize("tolerance", [np.inf, np.nan, -1.0, 0.5])
 def test_identity_needs_a_tolerance_that_can_fail(tolerance):
     verdict = one(Identity(), [0.0, 0.0], estimate=lambda rows: rows.assign(tolerance=tolerance))
     assert verdict.outcome == "inconclusive"
