@@ -6,8 +6,9 @@ import hashlib
 
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.figures import FIGURES
-from analyses.ntk_isotropy.part import Observations, network
+from analyses.ntk_isotropy.part import network
 from analyses.ntk_isotropy.parts import PARTS
+from analyses.part import Observations
 from curvlab.problems import DataUnavailable, ProblemError, resolve
 from curvlab.study import Analysis, Cell, Claim, UsageError
 from curvlab.study import DataUnavailable as StudyDataUnavailable

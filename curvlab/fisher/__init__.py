@@ -8,6 +8,7 @@ from curvlab.fisher.diagonal import Diagonal  # isort: skip
 from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, SolveInfo, Structure, make  # isort: skip
+from curvlab.fisher.step import natural_gradient_step  # isort: skip
 
 __all__ = [
     "EKFAC",
@@ -22,4 +23,5 @@ __all__ = [
     "Structure",
     "UnitWise",
     "make",
+    "natural_gradient_step",
 ]

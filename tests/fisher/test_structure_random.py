@@ -71,14 +71,14 @@ COMBINATIONS = given(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, derandomize=True, suppress_health_check=list(HealthCheck))
 @COMBINATIONS
 def test_any_combination(**drawn: Any) -> None:
     check_combination(**drawn)
 
 
 @pytest.mark.study
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
 @COMBINATIONS
 def test_any_combination_at_length(**drawn: Any) -> None:
     check_combination(**drawn)

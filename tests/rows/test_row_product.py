@@ -98,7 +98,7 @@ def examples(function: Example) -> Example:
     )(function)
 
 
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+relaxed = settings(suppress_health_check=list(HealthCheck))
 
 
 @settings(relaxed, max_examples=300, derandomize=True)

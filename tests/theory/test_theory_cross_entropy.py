@@ -43,7 +43,7 @@ def parameter_step(J, logits, labels, eta, damping):
     eta=st.floats(0.1, 2),
     scale=st.floats(0.1, 1.2),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_newton_step_is_the_pseudo_inverse_and_follows_the_recursion(seed, classes, eta, scale):
     _, logits, labels = case(seed, classes=classes, scale=scale)
     step = theory.newton_logit_step(logits, labels, eta)

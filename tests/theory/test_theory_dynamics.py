@@ -31,7 +31,7 @@ def train(model, step, eta, steps):
 
 
 @given(seed=st.integers(0, 10**6), factor=st.sampled_from([0.3, 1.0, 1.5, 2.3]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_isotropic_training(seed, factor):
     """Block-diagonal natural gradient with two blocks in parameter space: α = 2."""
     model = linear_model(seed, parameters=14)

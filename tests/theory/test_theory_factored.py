@@ -172,7 +172,7 @@ def test_infinite_width_kfac_is_the_limit_of_its_layers():
     share=st.sampled_from([0.3, 0.7, 1.0]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unit_wise_layer_against_pseudo_inverses_of_units(outputs, samples, fan_in, width, share, seed):
     """Random δ with inactive (unit, sample) pairs, for all outputs at once as in a network."""
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ def published_iteration(points, iterations):
 
 
 @given(dimension=st.integers(1, 8), surplus=st.floats(1.3, 6), decay=st.floats(0, 3), seed=st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_transformed_points_are_isotropic_unit_vectors(dimension, surplus, decay, seed):
     rng = np.random.default_rng(seed)
     count = int(np.ceil(dimension * surplus))

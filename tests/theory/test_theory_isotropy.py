@@ -100,7 +100,7 @@ def test_alpha_and_zero_damping_response_of_named_structures(structure, depth):
     damped=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_layer_wise_response_of_semidefinite_sigma(depth, rows, deficiency, damped, seed):
     rng = np.random.default_rng(seed)
     sigma = with_ones_in_range(rng, depth, max(1, depth - deficiency))
@@ -125,7 +125,7 @@ def test_layer_wise_response_of_semidefinite_sigma(depth, rows, deficiency, damp
 
 
 @given(depth=st.integers(2, 5), rank=st.integers(1, 4), rows=st.integers(1, 4), seed=st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pole_where_ones_are_not_in_the_range(depth, rank, rows, seed):
     rng = np.random.default_rng(seed)
     sigma = random_sigma(rng, depth, min(rank, depth - 1))

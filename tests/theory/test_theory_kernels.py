@@ -36,7 +36,7 @@ def gaussian_moments(activation, covariance, points=160):
     weight_std=st.floats(0.5, 2),
     bias_std=st.floats(0, 1),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_two_layers_against_quadrature(activation, norms, correlation, weight_std, bias_std):
     x = np.array([[norms[0], 0.0], [norms[1] * correlation, norms[1] * np.sqrt(1 - correlation**2)]])
     kernels = theory.infinite_width_kernels(x, depth=2, activation=activation, weight_std=weight_std, bias_std=bias_std)

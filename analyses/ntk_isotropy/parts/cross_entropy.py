@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 import curvlab
+from analyses.estimates import by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import PAPER, Expectation, Observations, Part, by_seed, cells_of, where
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.parts.steps import move
 from analyses.ntk_isotropy.setting import flat, setting_of
+from analyses.part import Expectation, Observations, where
 from curvlab import theory
 from curvlab.errors import IllConditioned
 from curvlab.fisher import Full

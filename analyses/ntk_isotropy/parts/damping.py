@@ -7,10 +7,12 @@ import copy
 import numpy as np
 import torch
 
+from analyses.estimates import by_seed, identities
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import PAPER, TOLERANCE_FACTOR, Observations, Part, by_seed, cells_of, identities, where
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.parts.steps import move, outputs
 from analyses.ntk_isotropy.setting import flat, setting_of
+from analyses.part import TOLERANCE_FACTOR, Observations, where
 from curvlab import theory
 from curvlab.fisher import BlockDiagonal, Full
 from curvlab.nn import linearize

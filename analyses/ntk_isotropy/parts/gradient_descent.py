@@ -10,22 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from analyses.estimates import at_largest_width, by_seed, identities, least_by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import (
-    PAPER,
-    TOLERANCE_FACTOR,
-    Observations,
-    Part,
-    at_largest_width,
-    by_seed,
-    cells_of,
-    identities,
-    least_by_seed,
-    where,
-)
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.parts.response import anisotropy
 from analyses.ntk_isotropy.parts.steps import train
 from analyses.ntk_isotropy.setting import Setting, flat, setting_of
+from analyses.part import TOLERANCE_FACTOR, Observations, where
 from curvlab import theory
 from curvlab.nn import linearize
 from curvlab.study import Cell, Claim, Identity, Inequality

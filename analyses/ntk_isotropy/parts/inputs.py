@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 
 import curvlab
+from analyses.estimates import identities, least_by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import (
-    PAPER,
-    TOLERANCE_FACTOR,
-    Observations,
-    Part,
-    cells_of,
-    identities,
-    least_by_seed,
-    where,
-)
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.parts.response import anisotropy
 from analyses.ntk_isotropy.setting import setting_of
+from analyses.part import TOLERANCE_FACTOR, Observations, where
 from curvlab import theory
 from curvlab.fisher import KFAC
 from curvlab.nn import HalfSquaredError, ntk_mlp

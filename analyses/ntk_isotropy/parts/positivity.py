@@ -6,9 +6,11 @@ import numpy as np
 import torch
 
 import curvlab
+from analyses.estimates import least_by_seed, worst_by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import PAPER, Observations, Part, cells_of, least_by_seed, where, worst_by_seed
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.setting import setting_of
+from analyses.part import Observations, where
 from curvlab.nn import ntk_mlp
 from curvlab.rows.rows import gram
 from curvlab.study import Cell, Claim, Inequality

@@ -16,24 +16,19 @@ from torch import Tensor
 from torch.func import functional_call
 
 import curvlab
-from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import (
-    PAPER,
-    TOLERANCE_FACTOR,
-    Expectation,
-    Observations,
-    Part,
+from analyses.estimates import (
     at_largest_width,
     by_seed,
-    cells_of,
     identities,
     least_by_seed,
     needs_several_widths,
     slope_by_seed,
-    where,
     worst_by_seed,
 )
+from analyses.ntk_isotropy.config import Config
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.setting import SMOOTH, Setting, flat, make, setting_of
+from analyses.part import TOLERANCE_FACTOR, Expectation, Observations, where
 from curvlab.fisher import Structure
 from curvlab.study import Cell, Claim, Equivalence, Identity, Inequality
 

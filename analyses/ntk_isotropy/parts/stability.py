@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import curvlab
+from analyses.estimates import by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import Observations, Part, by_seed, cells_of, where
+from analyses.ntk_isotropy.part import Part, cells_of
 from analyses.ntk_isotropy.parts.steps import frozen, natural, outputs, train
 from analyses.ntk_isotropy.setting import Setting, flat, make, setting_of
+from analyses.part import Observations, where
 from curvlab import theory
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.rows import gram

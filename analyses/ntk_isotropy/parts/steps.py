@@ -17,21 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
+from analyses.estimates import at_largest_width, by_seed, identities, needs_several_widths, slope_by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import (
-    PAPER,
-    TOLERANCE_FACTOR,
-    Observations,
-    Part,
-    at_largest_width,
-    by_seed,
-    cells_of,
-    identities,
-    needs_several_widths,
-    slope_by_seed,
-    where,
-)
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.setting import Setting, flat, make, setting_of
+from analyses.part import TOLERANCE_FACTOR, Observations, where
 from curvlab import theory
 from curvlab.fisher import Structure
 from curvlab.nn import linearize

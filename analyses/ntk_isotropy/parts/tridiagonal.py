@@ -5,20 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from analyses.estimates import by_seed, identities, worst_by_seed
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.part import (
-    PAPER,
-    TOLERANCE_FACTOR,
-    Observations,
-    Part,
-    by_seed,
-    cells_of,
-    identities,
-    where,
-    worst_by_seed,
-)
+from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.parts.response import anisotropy
 from analyses.ntk_isotropy.setting import Setting, flat, setting_of
+from analyses.part import TOLERANCE_FACTOR, Observations, where
 from curvlab import theory
 from curvlab.fisher import BlockTridiagonal
 from curvlab.study import Cell, Claim, Equivalence, Identity, Inequality

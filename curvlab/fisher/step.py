@@ -1,0 +1,69 @@
+"""One step of natural gradient on a batch, in the form that keeps its digits at any damping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.fisher.damping import Damping
+from curvlab.fisher.structure import Structure
+from curvlab.rows import sqrt_fisher
+from curvlab.rows.loss import flat_outputs
+from curvlab.rows.sweep import PickOutput, as_arguments, call, left_as_found
+
+
+def natural_gradient_step(
+    structure: Structure,
+    model: nn.Module,
+    loss: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    *,
+    damping: Damping = 0.0,
+    metric: nn.Module | None = None,
+    output: PickOutput = None,
+) -> dict[str, Tensor]:
+    """Return `(F + ρI)⁻¹ ∇L` at the present parameters; a step subtracts η times it.
+
+    Loss and Fisher matrix share their normalisation, so for a squared error and the full structure at ρ = 0 this is
+    `Jᵀ(J Jᵀ)⁻¹(u − y)`, without a factor N, whether the loss is a mean or a sum.
+
+    Args:
+        structure: receives the rows of this batch in place of what it held.
+        model: any module whose samples do not interact. It is left as it was found.
+        loss: called as `loss(outputs, targets)`; any differentiable loss if there is a `metric`.
+        inputs: the batch, as `curvlab.jacobian` takes it.
+        targets: its targets.
+        damping: ρ, absolute or relative; 0 for the pseudo-inverse.
+        metric: loss whose Fisher matrix is F, `loss` itself if None. With `HalfSquaredError`, F = JᵀJ/N, the step moves
+            the outputs by `−η ∇_u` of the summed loss: gradient descent in function space.
+        output: which tensor of a structured output to use, as in `curvlab.jacobian`.
+
+    Returns:
+        One tensor a trainable parameter, by name.
+
+    Raises:
+        UnsupportedModel, ValueError: see `curvlab.sqrt_fisher`.
+
+    Cost: one sweep, one forward pass, one update and one `lift`.
+    Source: Zhang, Martens & Grosse 2019, the step (NGD) and the one for general losses.
+    """
+    rows = sqrt_fisher(model, metric or loss, inputs, targets, "exact", output=output)
+    gradient = _output_gradient(model, loss, inputs, targets, output)
+    structure.update(rows)
+    return structure.lift(structure.rows.dual(gradient), damping)
+
+
+def _output_gradient(
+    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, output: PickOutput
+) -> Float[Tensor, " R"]:
+    """∂L/∂z in row order."""
+    with torch.no_grad(), left_as_found(model):
+        z = call(model, as_arguments(inputs), output)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(z, targets), z)
+    return flat_outputs(gradient).permute(1, 2, 0).flatten()
