@@ -5,6 +5,7 @@ from curvlab.problems.files import DataUnavailable, data_folder, read_cifar10, r
 from curvlab.problems.images import IMAGE_SETS, ImageSet, load_images
 from curvlab.problems.problem import Problem
 from curvlab.problems.registry import ARGUMENTS, PROBLEMS, ProblemError, resolve, swept_arguments
+from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
 
 __all__ = [
     "ARGUMENTS",
@@ -21,4 +22,6 @@ __all__ = [
     "read_idx",
     "resolve",
     "swept_arguments",
+    "synthetic_two_layer_problem",
+    "two_layer_problem",
 ]

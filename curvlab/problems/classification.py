@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from curvlab.nn import HalfSquaredError, ntk_mlp
 from curvlab.problems.images import load_images
 from curvlab.problems.problem import Problem
+
+Samples = tuple[Float[Tensor, "_ M_0"], Shaped[Tensor, "_ ..."]]
+"""Inputs and targets, as many of one as of the other."""
 
 
 def image_problem(
@@ -29,10 +32,7 @@ def image_problem(
 ) -> Problem:
     """Return a classification problem on some classes of an image set, in the setting of Karakida & Osawa.
 
-    The samples are the first ones of the chosen classes in the published order. Images are flattened,
-    centred by the mean over all pixels of all selected images, and every row is scaled to ‖x‖₂ = 1 (which
-    cancels the published division by a standard deviation). Training and test images are centred by the mean
-    of their own subset, as published, so a test image's preprocessing depends on the other test images.
+    The samples are the first ones of the chosen classes, images scaled to ‖x‖₂ = 1, see `image_data`.
 
     The network has s_w² = 2 and no bias. Its initialisation is all that depends on the seed, and is the same
     in every dtype up to rounding.
@@ -60,6 +60,44 @@ def image_problem(
 
     Source: Karakida & Osawa 2020, experiments and published code.
     """
+    if min(width, depth) < 1:
+        raise ValueError(f"width and depth must be at least 1; got {width} and {depth}.")
+    train, test = image_data(
+        images,
+        outputs=outputs,
+        classes=classes,
+        samples=samples,
+        test_samples=test_samples,
+        loss=loss,
+        dtype=dtype,
+    )
+    criterion: nn.Module = nn.CrossEntropyLoss() if loss == "cross-entropy" else HalfSquaredError()
+    model = ntk_mlp(
+        (train[0].shape[1], *[width] * (depth - 1), outputs),
+        activation,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=dtype,
+    )
+    return Problem(name=name or images, model=model, loss=criterion, train=train, test=test)
+
+
+def image_data(
+    images: str,
+    *,
+    outputs: int = 1,
+    classes: Sequence[int] | None = None,
+    samples: int,
+    test_samples: int,
+    loss: str = "half-squared",
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Samples, Samples]:
+    """Return training and test data of `image_problem`, whose arguments and errors these are.
+
+    The samples are the first ones of the chosen classes in the published order. Images are flattened,
+    centred by the mean over all pixels of all selected images, and every row is scaled to ‖x‖₂ = 1 (which
+    cancels the published division by a standard deviation). Training and test images are centred by the mean
+    of their own subset, as published, so a test image's preprocessing depends on the other test images.
+    """
     classes = tuple(range(max(outputs, 2))) if classes is None else tuple(classes)
     if outputs < 1 or len(set(classes)) != len(classes) or len(classes) != max(outputs, 2):
         raise ValueError(
@@ -70,11 +108,8 @@ def image_problem(
         raise ValueError(f"loss must be 'half-squared' or 'cross-entropy', not {loss!r}.")
     if loss == "cross-entropy" and outputs == 1:
         raise ValueError("cross-entropy needs one output per class: set outputs to the number of classes.")
-    if min(width, depth, samples, test_samples) < 1:
-        raise ValueError(
-            f"width, depth, samples and test_samples must be at least 1; got {width}, {depth}, {samples} and "
-            f"{test_samples}."
-        )
+    if min(samples, test_samples) < 1:
+        raise ValueError(f"samples and test_samples must be at least 1; got {samples} and {test_samples}.")
     source = load_images(images)
 
     def prepared(
@@ -96,16 +131,10 @@ def image_problem(
             targets = torch.from_numpy(np.eye(outputs)[positions]).to(dtype)
         return torch.from_numpy(unit_rows(pixels[chosen])).to(dtype), targets
 
-    train = prepared("training", source.train_images, source.train_labels, samples)
-    test = prepared("test", source.test_images, source.test_labels, test_samples)
-    criterion: nn.Module = nn.CrossEntropyLoss() if loss == "cross-entropy" else HalfSquaredError()
-    model = ntk_mlp(
-        (train[0].shape[1], *[width] * (depth - 1), outputs),
-        activation,
-        generator=torch.Generator().manual_seed(seed),
-        dtype=dtype,
+    return (
+        prepared("training", source.train_images, source.train_labels, samples),
+        prepared("test", source.test_images, source.test_labels, test_samples),
     )
-    return Problem(name=name or images, model=model, loss=criterion, train=train, test=test)
 
 
 def unit_rows(images: UInt8[np.ndarray, "N *pixels"]) -> Float64[np.ndarray, "N M_0"]:

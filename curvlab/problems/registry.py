@@ -10,11 +10,15 @@ from curvlab.errors import CurvlabError, unknown_name
 from curvlab.problems.classification import image_problem
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.problems.problem import Problem
+from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
 
 ARGUMENTS = tuple(
-    name
-    for name, parameter in inspect.signature(image_problem).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "name"
+    dict.fromkeys(
+        name
+        for function in (image_problem, two_layer_problem, synthetic_two_layer_problem)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "name"
+    )
 )
 """What an analysis may pass to a problem; each function gets those that its signature names."""
 
@@ -22,9 +26,13 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = {
     **{images: partial(image_problem, images) for images in IMAGE_SETS},
     "digits": partial(image_problem, "digits", samples=40),
     "karakida-osawa": partial(image_problem, "mnist", name="karakida-osawa", width=4096),
+    "two-layer": partial(two_layer_problem, "digits"),
+    "synthetic-two-layer": synthetic_two_layer_problem,
 }
 """Problems by name. `digits` needs no file: classes 0 and 1, N = 40, below the rank that 64 pixels allow.
-`karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3."""
+`karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3.
+`two-layer` has the data of `digits`, `synthetic-two-layer` random inputs; both have the network of Zhang,
+Martens & Grosse."""
 
 
 class ProblemError(CurvlabError, ValueError):
