@@ -1,4 +1,4 @@
-"""What the figures of the isotropy analysis share: a layout of panels, selections of measurements, lines and guides."""
+"""What the figures of the analyses share: a layout of panels, selections of measurements, lines and guides."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from curvlab.study import style
-
-COMMAND = "python -m analyses.ntk_isotropy"
 
 Panel = Callable[[Axes, pd.DataFrame], None]
 """Draws one relation into given axes from the measurements of a run; raises `NotStored` if they are absent."""
@@ -36,6 +34,7 @@ class Layout:
     """A figure: panels in a grid, and the claims that it shows.
 
     Attributes:
+        command: The command that measures what it draws.
         panels: Rows of panels.
         claims: Beginnings of the ids of its claims; those that were judged enter the caption.
         width: Of the figure.
@@ -43,6 +42,7 @@ class Layout:
         columns: Of the legend.
     """
 
+    command: str
     panels: Sequence[Sequence[Panel]]
     claims: tuple[str, ...]
     width: Literal["column", "double"] = "double"
@@ -58,7 +58,7 @@ class Layout:
                     panel(axes, measurements)
                 except NotStored as missing:
                     axes.clear()
-                    _say_missing(axes, str(missing))
+                    _say_missing(axes, str(missing), self.command)
                 _plain_ticks(axes)
         if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
             style.legend(figure, columns=self.columns)
@@ -75,9 +75,9 @@ def _plain_ticks(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _say_missing(axes: Axes, what: str) -> None:
+def _say_missing(axes: Axes, what: str, command: str) -> None:
     axes.set_axis_off()
-    text = f"{what}\nis not among the stored results;\n{COMMAND}\nmeasures it."
+    text = f"{what}\nis not among the stored results;\n{command}\nmeasures it."
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, color=NEUTRAL, transform=axes.transAxes)
 
 

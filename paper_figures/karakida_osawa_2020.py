@@ -6,8 +6,8 @@ from functools import partial
 
 import pandas as pd
 
+from analyses.drawing import Layout, at_base, structures_of, take
 from analyses.ntk_isotropy import ANALYSIS, panels
-from analyses.ntk_isotropy.drawing import Layout, at_base, structures_of, take
 from curvlab.study import style
 from curvlab.study.inference import Summary
 from paper_figures import Paper
@@ -61,6 +61,7 @@ PAPER = Paper(
     },
     figures={
         "losses": Layout(
+            ANALYSIS.command,
             [
                 [partial(panels.loss_against_step, loss=loss, scale=scale) for scale in (0.1, 0.5, 1.0)]
                 for loss in ("training", "test")
@@ -69,7 +70,10 @@ PAPER = Paper(
             columns=6,
         ),
         "contraction": Layout(
-            [[panels.residual_against_rate, panels.modes]], claims=("stability-", "gradient-descent-"), height=2.6
+            ANALYSIS.command,
+            [[panels.residual_against_rate, panels.modes]],
+            claims=("stability-", "gradient-descent-"),
+            height=2.6,
         ),
     },
     tables={"alpha": scales},

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from analyses.drawing import Layout
 from analyses.ntk_isotropy import panels
-from analyses.ntk_isotropy.drawing import Layout
+
+_layout = partial(Layout, "python -m analyses.ntk_isotropy")
 
 FIGURES: Mapping[str, Layout] = {
-    "isotropy": Layout(
+    "isotropy": _layout(
         [[panels.scale_against_depth, panels.anisotropy_against_width]],
         claims=("isotropic-", "kfac-published", "anisotropic-diagonal", "anisotropic-ekfac", "gradient-descent-anis"),
         height=3.1,
     ),
-    "training": Layout(
+    "training": _layout(
         [
             [
                 panels.residual_against_rate,
@@ -26,39 +28,39 @@ FIGURES: Mapping[str, Layout] = {
         height=2.9,
         columns=6,
     ),
-    "convergence": Layout(
+    "convergence": _layout(
         [[panels.training_error, panels.jacobian_change]],
         claims=("training-", "convergence-", "jacobian-"),
         height=3.0,
     ),
-    "test": Layout(
+    "test": _layout(
         [[panels.test_loss, panels.test_error]],
         claims=("test-full", "test-block", "test-kfac", "test-unit"),
         height=2.9,
         columns=6,
     ),
-    "damping": Layout(
+    "damping": _layout(
         [[panels.damped_loss]],
         claims=("damping-",),
         width="column",
         height=2.9,
     ),
-    "tridiagonal": Layout(
+    "tridiagonal": _layout(
         [[panels.damped_tridiagonal_scale, panels.damped_tridiagonal_anisotropy, panels.moved_layers]],
         claims=("tridiagonal-",),
         height=2.6,
     ),
-    "kfac": Layout(
+    "kfac": _layout(
         [[panels.kfac_layers, panels.leverages, panels.kfac_inputs]],
         claims=("kfac-",),
         height=2.6,
     ),
-    "unit_wise": Layout(
+    "unit_wise": _layout(
         [[panels.unit_wise_scale, panels.unit_wise_spread]],
         claims=("unit-wise-",),
         height=2.5,
     ),
-    "cross_entropy": Layout(
+    "cross_entropy": _layout(
         [
             [partial(panels.cross_entropy_loss, rank=rank) for rank in (0, 1)],
             [partial(panels.cross_entropy_ratio, rank=rank) for rank in (0, 1)],
@@ -66,17 +68,17 @@ FIGURES: Mapping[str, Layout] = {
         claims=("cross-entropy-",),
         height=2.3,
     ),
-    "gradient_descent": Layout(
+    "gradient_descent": _layout(
         [[panels.modes, panels.descent_error]],
         claims=("gradient-descent-",),
         height=2.4,
     ),
-    "stability": Layout(
+    "stability": _layout(
         [[panels.edge_of_stability, panels.sharpness]],
         claims=("preconditioned-", "edge-"),
         height=2.6,
     ),
-    "positivity": Layout(
+    "positivity": _layout(
         [[panels.positivity]],
         claims=("positive-", "duplicates-", "narrow-"),
         width="column",

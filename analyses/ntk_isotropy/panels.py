@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analyses.ntk_isotropy.drawing import (
+from analyses.drawing import (
     DASHED,
     NEUTRAL,
     NotStored,

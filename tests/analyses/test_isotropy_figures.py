@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
+from analyses.drawing import Layout, NotStored, at_base, take
 from analyses.ntk_isotropy import panels
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.drawing import Layout, NotStored, at_base, take
 from analyses.ntk_isotropy.figures import FIGURES
 from analyses.ntk_isotropy.parts import PARTS
 from curvlab.study import style
@@ -233,7 +233,7 @@ def test_the_base_point_is_the_most_frequent_one():
 
 
 def test_a_figure_without_legend_entries_has_no_legend(measurements):
-    layout = Layout([[panels.moved_layers]], claims=())
+    layout = Layout("python -m analyses.ntk_isotropy", [[panels.moved_layers]], claims=())
     with style.use():
         figure = layout(measurements, VERDICTS)
     plt.close(figure)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from curvlab.study import main as run
 from paper_figures import Paper, find, names
 from paper_figures.__main__ import main
 from paper_figures.karakida_osawa_2020 import STRUCTURES, scales
+from paper_figures.zhang_martens_grosse_2019 import constants
 
 KARAKIDA = "karakida_osawa_2020"
 
@@ -185,3 +187,16 @@ def test_the_table_of_scales_has_published_derived_and_measured_values():
     assert table[r"$\alpha$ published"].tolist() == ["--", "120", "120", "120", "120"]
     assert set(table[r"$\alpha$ derived"]) == {"4"}
     assert set(table[r"$\alpha$ measured"]) == {r"$4 \pm 2$"}
+
+
+def test_the_table_of_condition_2_has_a_row_an_activation_and_width():
+    rows = [
+        {"part": "training", "data": "own", "eta": 0.5, "activation": activation, "width": width, "seed": seed}
+        | {"quantity": quantity, "value": value + seed}
+        for activation, width, seed in product(("erf", "relu"), (64, 256), range(3))
+        for quantity, value in (("constant_trajectory", 1.0), ("constant_ball_random", 3.0))
+    ]
+    table = constants(pd.DataFrame(rows))
+    assert list(zip(table["activation"], table["width"], strict=True)) == list(product(("relu", "erf"), ("64", "256")))
+    assert set(table["along the run"]) == {r"$2.00 \pm 2.48$"}
+    assert set(table["in the ball"]) == {r"$4.00 \pm 2.48$"}

@@ -1,0 +1,57 @@
+"""Options of the Jacobian-rank analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from curvlab.errors import unknown_name
+from curvlab.fisher import STRUCTURES
+from curvlab.problems import swept_arguments
+from curvlab.study import CommonOptions
+
+DEFAULT_WIDTHS = (256, 1024, 4096, 16384)
+"""Three factors of four, which a slope against width needs."""
+
+ACTIVATIONS = ("relu", "erf")
+"""Activations with a limit kernel in closed form: the paper's, and its smooth twin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonOptions):
+    """Options of the Jacobian-rank analysis."""
+
+    problem: str = "two-layer"
+    """Data set and model: a name, or module:function that returns a Problem with one output and a half squared error."""
+    widths: tuple[int, ...] = ()
+    """Hidden widths (unit: neurons); none means 256 1024 4096 16384, or the problem's own where it has its own."""
+    activation: tuple[str, ...] = ACTIVATIONS
+    """Activations, each at every width: relu as in the paper, erf as its smooth twin."""
+    samples: int = 40
+    """Number of training samples N (unit: samples)."""
+    structures: tuple[str, ...] = tuple(STRUCTURES)
+    """Structures to measure."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for structure in self.structures:
+            if structure not in STRUCTURES:
+                raise unknown_name("structure", structure, STRUCTURES)
+        for activation in self.activation:
+            if activation not in ACTIVATIONS:
+                raise unknown_name("activation", activation, ACTIVATIONS)
+        if any(width < 1 for width in self.widths):
+            raise ValueError(f"--widths must be at least 1, got {self.widths}.")
+        if self.samples < 2:
+            raise ValueError(f"--samples must be at least 2, got {self.samples}.")
+
+    @property
+    def takes(self) -> dict[str, object]:
+        """Arguments that the problem can vary, with their defaults."""
+        return swept_arguments(self.problem)
+
+    @property
+    def swept_widths(self) -> tuple[int, ...]:
+        """The widths to run, ascending; 0 stands for a problem whose width is fixed."""
+        if "width" not in self.takes:
+            return (0,)
+        return tuple(sorted(self.widths)) or DEFAULT_WIDTHS

@@ -1,0 +1,201 @@
+"""The panels of the Jacobian-rank analysis' figures, each one relation between stored measurements and its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analyses.drawing import DASHED, NEUTRAL, hollow, level, note, structures_of, take, width_axis
+from curvlab.study import style
+
+NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
+"""Looks of natural gradient, gradient descent and K-FAC."""
+EXPONENTS = {"relu": (-0.25, r"$m^{-1/4}$"), "erf": (-0.5, r"$m^{-1/2}$")}
+NAMES = {"relu": "ReLU", "erf": "erf (hollow)"}
+PATH_LABELS = {"natural-gradient": "natural gradient", "gradient-descent": "gradient descent"}
+WIDTH = "hidden width $m$ (units)"
+
+
+def _activations(
+    axes: Axes, table: pd.DataFrame, x: str, structure: str = NATURAL
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Draw the measurements of each activation, smooth ones hollow, and yield them."""
+    for index, activation in enumerate(name for name in NAMES if (table["activation"] == name).any()):
+        group = table[table["activation"] == activation]
+        points = style.measured(axes, group, x, structure, label=NAMES[activation], shift=3.0 * index - 1.5)
+        if activation != "relu":
+            hollow(points)
+        yield activation, group
+
+
+def smallest_eigenvalue(axes: Axes, measurements: pd.DataFrame) -> None:
+    """λ_min of the kernel at initialisation against width, and its limit (lines)."""
+    axes.set_yscale("log")
+    table = take(measurements, "rank", "smallest")
+    limits = take(measurements, "rank", "smallest_limit")
+    widths = width_axis(axes, table)
+    for activation, _ in _activations(axes, table, "width"):
+        limit = float(limits.loc[limits["activation"] == activation, "value"].mean())
+        style.theory(axes, [widths[0] * 0.8, widths[-1] * 1.25], [limit] * 2, NATURAL)
+        note(axes, widths[0], limit, f"limit, {NAMES[activation].split()[0]}", xytext=(-8, 3))
+    axes.margins(y=0.25)
+    axes.set(xlabel=WIDTH, ylabel=r"$\lambda_{\min}(J J^\top)$ at initialisation")
+
+
+def unit_rank(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Row rank of single units' blocks over the number of rows, against width."""
+    table = take(measurements, "rank", "unit_rank")
+    width_axis(axes, table)
+    for _ in _activations(axes, table, "width", "unit-wise"):
+        pass
+    axes.set_ylim(0, 1.1)
+    level(axes, 1.0)
+    axes.set(xlabel=WIDTH, ylabel="row rank of a unit's block / rows")
+
+
+def drift_on_path(axes: Axes, measurements: pd.DataFrame) -> None:
+    """C_emp along the run against width, with the derived slopes."""
+    _drift(axes, measurements, "constant_trajectory", "along the run")
+
+
+def drift_in_ball(axes: Axes, measurements: pd.DataFrame) -> None:
+    """C_emp at random points of the ball of condition 2 against width."""
+    _drift(axes, measurements, "constant_ball_random", "in the ball, random")
+
+
+def drift_at_edge(axes: Axes, measurements: pd.DataFrame) -> None:
+    """C_emp where the direction of the run meets the ball's surface, against width."""
+    _drift(axes, measurements, "constant_ball_trained", "in the ball, along the run")
+
+
+def _drift(axes: Axes, measurements: pd.DataFrame, quantity: str, title: str) -> None:
+    axes.set_yscale("log")
+    table = take(measurements, "training", quantity, data="own", eta=0.5)
+    widths = width_axis(axes, table)
+    for activation, group in _activations(axes, table, "width"):
+        exponent, name = EXPONENTS[activation]
+        means = np.exp(np.log(group["value"]).groupby(group["width"]).mean())
+        line = float(means.iloc[-1]) * (np.array(widths) / widths[-1]) ** exponent
+        dashes = "-" if activation == "relu" else DASHED
+        axes.plot(widths, line, color=NEUTRAL, linestyle=dashes, linewidth=0.9, label=name, zorder=1)
+    level(axes, 0.5)
+    note(axes, widths[0], 0.5, "condition 2: below", va="top", xytext=(-6, -2))
+    axes.set_ylim(bottom=0.3)
+    axes.set(xlabel=WIDTH, ylabel=r"$3\|J-J_0\|_2\,/\,\sqrt{\lambda_{\min}(G_0)}$", title=title)
+
+
+def residual_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
+    """‖r‖² against steps at every η: measured, the linear limit (1−η)^2k (lines), the bound (1−η)^k (dashed)."""
+    axes.set_yscale("log")
+    table = take(measurements, "training", "squared", data="own", activation="relu")
+    width = table.loc[table["eta"] == table["eta"].min(), "width"].max()
+    table = table[(table["width"] == width) & (table["eta"] < 1)]
+    steps = np.array(sorted(table["step"].unique()))
+    for index, (eta, group) in enumerate(table.groupby("eta")):
+        style.theory(
+            axes, steps, (1 - float(eta)) ** (2 * steps), NATURAL, label=r"$(1-\eta)^{2k}$" if not index else None
+        )
+        axes.plot(
+            steps,
+            (1 - float(eta)) ** steps,
+            color=NEUTRAL,
+            linestyle=DASHED,
+            linewidth=0.9,
+            label=r"bound $(1-\eta)^k$" if not index else None,
+        )
+        style.measured(axes, group, "step", NATURAL, label="natural gradient" if not index else "")
+        last = group[group["step"] == steps[-1]]["value"].mean()
+        note(axes, steps[-1], last, rf"$\eta={eta:g}$", ha="left", va="center", xytext=(5, 0))
+    axes.set_xlim(right=steps[-1] * 1.22)
+    axes.set(xlabel="step $k$", ylabel=r"$\|r_k\|^2/\|r_0\|^2$", title=f"$m={int(width)}$")
+
+
+def steps_against_condition(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Steps until a tenth of a residual along the least mode is left against κ(G), measured and predicted (lines)."""
+    axes.set(xscale="log", yscale="log")
+    for quantity, structure, label in (
+        ("natural_steps", NATURAL, "natural gradient"),
+        ("descent_steps", DESCENT, None),
+    ):
+        table = take(measurements, "modes", quantity)
+        conditions = np.exp(np.log(table["condition"]).groupby(table["similarity"]).mean())
+        steps = np.exp(np.log(table["predicted"]).groupby(table["similarity"]).mean())
+        style.theory(axes, conditions, steps, structure)
+        placed = table.assign(condition=table["similarity"].map(conditions))
+        style.measured(axes, placed, "condition", structure, label=label)
+    axes.set(xlabel=r"$\kappa(G)=\lambda_{\max}/\lambda_{\min}$", ylabel="steps until 0.1 is left")
+
+
+def decay_against_leverage(axes: Axes, measurements: pd.DataFrame) -> None:
+    """First-step decay of single samples under K-FAC against 1 − ηh, at the widest ReLU networks."""
+    table = take(measurements, "kfac", "decay", activation="relu")
+    table = table[table["width"] == table["width"].max()]
+    ends = [float(table["predicted"].min()), float(table["predicted"].max())]
+    style.theory(axes, ends, ends, KFAC, label="theory")
+    axes.plot(
+        table["predicted"],
+        table["value"],
+        ".",
+        color=style.look(KFAC).color,
+        markersize=2.5,
+        alpha=0.5,
+        label="samples, all seeds",
+    )
+    axes.set(xlabel=r"$1-\eta h_i$", ylabel=r"$r_i(1)/r_i(0)$ under K-FAC")
+
+
+def kfac_error(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Distance of K-FAC's residuals from the leverage law against width."""
+    axes.set_yscale("log")
+    table = take(measurements, "kfac", "error")
+    width_axis(axes, table)
+    for _ in _activations(axes, table, "width", KFAC):
+        pass
+    axes.set(xlabel=WIDTH)
+    axes.set(ylabel="distance from the leverage law\n" r"$\max|r_k-\hat r_k|\,/\,\|r_0\|$")
+
+
+def movement_ratio(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Movement of the parameters over its closed form against η."""
+    table = take(measurements, "training", "movement_ratio", data="own")
+    width = table.loc[table["eta"] == table["eta"].min(), "width"].max()
+    table = table[table["width"] == width]
+    axes.set_xscale("log")
+    style.log_ticks(axes, sorted(table["eta"].unique()))
+    for _ in _activations(axes, table, "eta"):
+        pass
+    level(axes, 1.0)
+    axes.set(xlabel=r"step size $\eta$", ylabel="movement / closed form", title=f"$m={int(width)}$")
+
+
+def remaining_by_structure(axes: Axes, measurements: pd.DataFrame) -> None:
+    """What five steps at η = 1/λ_max leave, by structure, over what gradient descent leaves."""
+    table = take(measurements, "structures", "log_gain")
+    present = list(structures_of(table))
+    for place, (structure, group, _) in enumerate(present):
+        style.measured(axes, group.assign(place=float(place)), "place", structure, label="")
+    level(axes, 0.0)
+    axes.set_xticks(range(len(present)), [style.look(name).label for name, _, _ in present], rotation=35, ha="right")
+    axes.set(ylabel=r"$\log_{10}$ of $\|r_5\|^2$ over" "\nthat of gradient descent")
+
+
+def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str, structure: str) -> None:
+    """Paths of single samples in the plane of two outputs, of the first seed, and their targets."""
+    first = take(measurements, "paths", "output_1", run=run)
+    seed = first["seed"].min()
+    second = take(measurements, "paths", "output_2", run=run, seed=seed)
+    first = first[first["seed"] == seed]
+    look, label = style.look(structure), PATH_LABELS[run]
+    for index, sample in enumerate(sorted(first["sample"].unique())):
+        x, y = (table[table["sample"] == sample].sort_values("step") for table in (first, second))
+        labels = ("straight line", label, "target") if not index else (None, None, None)
+        ends = [[table["value"].iloc[0], table["target"].iloc[0]] for table in (x, y)]
+        axes.plot(*ends, color=NEUTRAL, linewidth=0.7, linestyle=DASHED, label=labels[0], zorder=1)
+        axes.plot(
+            x["value"], y["value"], f"{look.marker}-", color=look.color, ms=2.2, lw=0.6, label=labels[1], zorder=2
+        )
+        axes.plot(ends[0][1], ends[1][1], "x", color="#D55E00", markersize=6, label=labels[2], zorder=3)
+    axes.set(xlabel="output 1", ylabel="output 2", title=label)

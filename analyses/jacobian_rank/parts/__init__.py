@@ -1,0 +1,18 @@
+"""The parts of the analysis, one experiment a file; a new one is added to `PARTS`."""
+
+from analyses.jacobian_rank.part import Part
+from analyses.jacobian_rank.parts import general, kfac, modes, paths, rank, structures, trained, training
+
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        rank.PART,
+        training.PART,
+        kfac.PART,
+        modes.PART,
+        general.PART,
+        paths.PART,
+        structures.PART,
+        trained.PART,
+    )
+}

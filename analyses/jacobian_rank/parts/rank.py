@@ -1,0 +1,194 @@
+"""Full row rank at initialisation, of the whole Jacobian and of its blocks (claim 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import curvlab
+from analyses.estimates import at_largest_width, by_seed
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.networks import NETWORKS
+from analyses.jacobian_rank.part import PAPER, Part, cells_of
+from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.part import Observations, where
+from curvlab import theory
+from curvlab.nn import TwoLayer
+from curvlab.rows import Rows
+from curvlab.rows.rows import gram
+from curvlab.spectrum import rank
+from curvlab.study import Cell, Claim, Equivalence, Identity, Inequality
+
+NAME = "rank"
+DISTINCT, DUPLICATED, PARALLEL = "distinct", "duplicated", "parallel"
+UNITS = 64
+"""Units whose blocks are looked at one by one."""
+
+
+def _cells(config: Config) -> list[Cell]:
+    smallest = config.swept_widths[0]
+    points: list[Mapping[str, object]] = [
+        {"network": "own", "inputs": DISTINCT, "width": width, "activation": activation}
+        for activation in config.activation
+        for width in config.swept_widths
+    ]
+    points += [
+        {"network": "own", "inputs": inputs, "width": smallest, "activation": activation}
+        for activation in config.activation
+        for inputs in (DUPLICATED, PARALLEL)
+    ]
+    points += [
+        {"network": name, "inputs": inputs, "width": smallest, "activation": config.activation[0]}
+        for name in NETWORKS
+        for inputs in (DISTINCT, DUPLICATED)
+    ]
+    return cells_of(NAME, config, points)
+
+
+def _inputs(x: Tensor, kind: str) -> Tensor:
+    """Return the inputs, the second of them replaced by the first one or by twice that."""
+    if kind == DISTINCT:
+        return x
+    changed = x.clone()
+    changed[1] = x[0] * (2.0 if kind == PARALLEL else 1.0)
+    return changed
+
+
+def _network(setting: Setting, cell: Cell) -> nn.Module:
+    name = str(cell["network"])
+    if name == "own":
+        return setting.problem.model
+    return NETWORKS[name](setting.inputs.shape[1], int(cell["seed"])).to(setting.inputs)
+
+
+def _measure(cell: Cell, config: Config) -> Observations:
+    setting = setting_of(cell, config)
+    x = _inputs(setting.inputs, str(cell["inputs"]))
+    model = _network(setting, cell)
+    rows = curvlab.jacobian(model, x)
+    kernel = rows.gram()
+    values = torch.linalg.eigvalsh(kernel).numpy(force=True)
+    found = rank(rows)
+    missing = rows.R - found.rank
+    expected = _expected_missing(cell)
+    measured: list[dict[str, object]] = [
+        {"quantity": "missing", "value": missing},
+        {"quantity": "undecided", "value": found.undecided},
+        {"quantity": "smallest_ratio", "value": float(values[0] / values[-1])},
+        {"quantity": "surprise", "value": float(missing - expected), "tolerance": 0.0},
+    ]
+    for layer in rows.layers:
+        share = rank(gram([layer], [layer])).rank / rows.R
+        measured.append({"quantity": "layer_rank", "value": share, "layer": layer.name})
+    if isinstance(model, TwoLayer) and cell["inputs"] == DISTINCT and "activation" in cell.coordinates:
+        measured += _two_layer(x, rows, values, str(cell["activation"]))
+    return measured
+
+
+def _expected_missing(cell: Cell) -> int:
+    """Rows that depend on others: a copy of an input, and for ReLU without biases a multiple of one."""
+    parallel = cell["inputs"] == PARALLEL and cell.coordinates.get("activation", "relu") == "relu"
+    return int(cell["inputs"] == DUPLICATED or parallel)
+
+
+def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activation: str) -> list[dict[str, object]]:
+    limit = theory.two_layer_limit_gram(x.numpy(force=True), activation)
+    smallest = float(np.linalg.eigvalsh(limit)[0])
+    (layer,) = rows.layers
+    units = layer.factors[-1].shape[-1]
+    chosen = torch.linspace(0, units - 1, min(UNITS, units)).long()
+    a, g = layer.factors
+    blocks = torch.einsum("nu,ni->uni", g[0, :, 0, 0][:, chosen], a[:, 0, 0])
+    ranks = torch.linalg.matrix_rank(blocks).double()
+    return [
+        {"quantity": "smallest", "value": float(values[0])},
+        {"quantity": "smallest_limit", "value": smallest},
+        {"quantity": "limit_ratio", "value": float(values[0]) / smallest},
+        {"quantity": "unit_rank", "value": float(ranks.mean()) / rows.R},
+    ]
+
+
+def _claims(config: Config) -> list[Claim]:
+    def surprises(table: pd.DataFrame) -> pd.DataFrame:
+        return table[["seed", "value", "tolerance"]]
+
+    def full_rank(id_: str, statement: str, reason: str, **at: object) -> Claim:
+        return Claim(
+            id=id_,
+            statement=statement,
+            source=f"{PAPER}, condition 1 (theory file, claim 1)",
+            measured="Number of rows missing in the numerical rank, against the number expected.",
+            rule=Identity(),
+            estimate=surprises,
+            expected="supported",
+            reason=reason,
+            needs=where(NAME, **at),
+            quantities=("surprise",),
+        )
+
+    claims = [
+        full_rank(
+            "rank-initial",
+            "The Jacobian of the two-layer network has full row rank at initialisation.",
+            "λ_min of the limit kernel is positive for inputs that are not parallel.",
+            network="own",
+            inputs=DISTINCT,
+        ),
+        full_rank(
+            "rank-duplicated",
+            "A duplicated input costs exactly one dimension of row rank.",
+            "Its row is the other's.",
+            network="own",
+            inputs=DUPLICATED,
+        ),
+        full_rank(
+            "rank-parallel",
+            "A positively parallel input costs one dimension of row rank with ReLU, and none with a smooth activation.",
+            "A ReLU network without biases is positively homogeneous in its input.",
+            network="own",
+            inputs=PARALLEL,
+        ),
+        full_rank(
+            "rank-networks",
+            "Networks with all layers trained (MLP, convolutional, residual) have full row rank at initialisation, less one "
+            "for a duplicated input.",
+            "P is far above the number of rows.",
+            network=tuple(NETWORKS),
+        ),
+        Claim(
+            id="rank-limit",
+            statement="λ_min of the kernel at initialisation tends to that of the limit kernel.",
+            source=f"{PAPER}, section 4 (theory file, setting)",
+            measured="λ_min(G(0))/λ_min(G∞) at the largest width.",
+            rule=Equivalence(1.0, 0.1),
+            estimate=at_largest_width(by_seed),
+            expected="supported",
+            reason="G is a mean over m units.",
+            needs=where(NAME, network="own", inputs=DISTINCT),
+            quantities=("limit_ratio",),
+        ),
+    ]
+    if "relu" in config.activation:
+        claims.append(
+            Claim(
+                id="rank-units",
+                statement="The Jacobian of a single ReLU unit lacks row rank where that of the whole network does not.",
+                source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
+                measured="Mean over units of the row rank of a unit's block, over the number of rows.",
+                rule=Inequality(0.9, "less"),
+                estimate=by_seed,
+                expected="supported",
+                reason="A unit is active on about half of the samples, and only their rows are not zero.",
+                needs=where(NAME, network="own", inputs=DISTINCT, activation="relu"),
+                quantities=("unit_rank",),
+            )
+        )
+    return claims
+
+
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.02 + 0.1 * width / 4096)
