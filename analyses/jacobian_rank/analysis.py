@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-
+from analyses.assembly import cells_of, claims_of, data_hash
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.figures import FIGURES
 from analyses.jacobian_rank.parts import PARTS
 from analyses.jacobian_rank.setting import ARGUMENTS
 from analyses.part import Observations
-from curvlab.problems import DataUnavailable, ProblemError, resolve
-from curvlab.study import Analysis, Cell, Claim, UsageError
-from curvlab.study import DataUnavailable as StudyDataUnavailable
+from curvlab.study import Analysis, Cell
 
 
-def _claims(config: Config) -> list[Claim]:
-    return [claim for part in PARTS.values() for claim in part.claims(config)]
-
-
-def _cells(config: Config) -> list[Cell]:
-    try:
-        cells = [cell for part in PARTS.values() for cell in part.cells(config)]
-    except ProblemError as error:
-        raise UsageError(f"--problem: {error}") from error
-    return sorted(cells, key=lambda cell: [str(cell.coordinates.get(name, "")) for name in ("problem", *ARGUMENTS)])
+def _network(cell: Cell) -> list[str]:
+    return [str(cell.coordinates.get(name, "")) for name in ("problem", *ARGUMENTS)]
 
 
 def _data_hash(config: Config) -> str:
-    arguments = {name: value for name, value in (("width", 1), ("samples", config.samples)) if name in config.takes}
-    try:
-        problem = resolve(config.problem, **arguments)
-    except ProblemError as error:
-        raise UsageError(f"--problem: {error}") from error
-    except DataUnavailable as error:
-        raise StudyDataUnavailable(str(error)) from error
-    digest = hashlib.sha256()
-    for tensor in (*problem.train, *problem.test):
-        digest.update(tensor.numpy(force=True).tobytes())
-    return digest.hexdigest()
+    arguments = {"width": 1, "samples": config.samples}
+    return data_hash(config.problem, **{name: value for name, value in arguments.items() if name in config.takes})
 
 
 def _measure(cell: Cell, config: Config) -> Observations:
@@ -65,8 +45,8 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="digits 0 and 1, N = 40, widths 256 to 16384, ReLU and erf, 12 seeds: about 4 minutes of processor time, spread over "
     "the cores, and 1 GiB a process.",
     config=Config,
-    claims=_claims,
-    cells=_cells,
+    claims=claims_of(PARTS),
+    cells=cells_of(PARTS, _network),
     data_hash=_data_hash,
     measure=_measure,
     resources=_resources,

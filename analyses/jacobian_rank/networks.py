@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import isqrt
 
 import torch
@@ -35,6 +36,10 @@ def _seeded(build: Callable[[int], nn.Module]) -> Callable[[int, int], nn.Module
     return seeded
 
 
+def _mlp(features: int, depth: int) -> nn.Module:
+    return ntk_mlp((features, *[WIDTH] * (depth - 1), 1))
+
+
 def _convolutional(features: int) -> nn.Module:
     side = isqrt(features)
     if side**2 != features:
@@ -56,8 +61,11 @@ def _residual(features: int) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "mlp": _seeded(lambda features: ntk_mlp((features, WIDTH, WIDTH, 1))),
+    "mlp": _seeded(partial(_mlp, depth=3)),
+    "mlp-2": _seeded(partial(_mlp, depth=2)),
+    "mlp-6": _seeded(partial(_mlp, depth=6)),
+    "mlp-10": _seeded(partial(_mlp, depth=10)),
     "convolutional": _seeded(_convolutional),
     "residual": _seeded(_residual),
 }
-"""By name, functions of the number of input features and the seed, with one output."""
+"""By name, functions of the number of input features and the seed, with one output; MLPs by their number of layers."""

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analyses.drawing import DASHED, NEUTRAL, hollow, level, note, structures_of, take, width_axis
+from analyses.drawing import DASHED, NEUTRAL, at_base, hollow, level, note, structures_of, take, width_axis
 from curvlab.study import style
 
 NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
@@ -34,8 +34,8 @@ def _activations(
 def smallest_eigenvalue(axes: Axes, measurements: pd.DataFrame) -> None:
     """λ_min of the kernel at initialisation against width, and its limit (lines)."""
     axes.set_yscale("log")
-    table = take(measurements, "rank", "smallest")
-    limits = take(measurements, "rank", "smallest_limit")
+    table = at_base(take(measurements, "rank", "smallest"), "samples")
+    limits = at_base(take(measurements, "rank", "smallest_limit"), "samples")
     widths = width_axis(axes, table)
     for activation, _ in _activations(axes, table, "width"):
         limit = float(limits.loc[limits["activation"] == activation, "value"].mean())
@@ -47,7 +47,7 @@ def smallest_eigenvalue(axes: Axes, measurements: pd.DataFrame) -> None:
 
 def unit_rank(axes: Axes, measurements: pd.DataFrame) -> None:
     """Row rank of single units' blocks over the number of rows, against width."""
-    table = take(measurements, "rank", "unit_rank")
+    table = at_base(take(measurements, "rank", "unit_rank"), "samples")
     width_axis(axes, table)
     for _ in _activations(axes, table, "width", "unit-wise"):
         pass

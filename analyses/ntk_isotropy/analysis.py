@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-
+from analyses.assembly import cells_of, claims_of, data_hash
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.figures import FIGURES
 from analyses.ntk_isotropy.part import network
 from analyses.ntk_isotropy.parts import PARTS
 from analyses.part import Observations
-from curvlab.problems import DataUnavailable, ProblemError, resolve
-from curvlab.study import Analysis, Cell, Claim, UsageError
-from curvlab.study import DataUnavailable as StudyDataUnavailable
-
-
-def _claims(config: Config) -> list[Claim]:
-    return [claim for part in PARTS.values() for claim in part.claims(config)]
-
-
-def _cells(config: Config) -> list[Cell]:
-    try:
-        cells = [cell for part in PARTS.values() for cell in part.cells(config)]
-    except ProblemError as error:
-        raise UsageError(f"--problem: {error}") from error
-    return sorted(cells, key=network)
+from curvlab.study import Analysis, Cell
 
 
 def _data_hash(config: Config) -> str:
-    try:
-        problem = resolve(config.problem, width=config.middle_width or 1)
-    except ProblemError as error:
-        raise UsageError(f"--problem: {error}") from error
-    except DataUnavailable as error:
-        raise StudyDataUnavailable(str(error)) from error
-    digest = hashlib.sha256()
-    for tensor in (*problem.train, *problem.test):
-        digest.update(tensor.numpy(force=True).tobytes())
-    return digest.hexdigest()
+    return data_hash(config.problem, width=config.middle_width or 1)
 
 
 def _measure(cell: Cell, config: Config) -> Observations:
@@ -67,8 +43,8 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="digits 0 and 1, N = 40, widths 128, 512 and 2048, 12 seeds: under 3 minutes on 2 cores (5 of processor time), "
     "and 1 GiB a process.",
     config=Config,
-    claims=_claims,
-    cells=_cells,
+    claims=claims_of(PARTS),
+    cells=cells_of(PARTS, network),
     data_hash=_data_hash,
     measure=_measure,
     resources=_resources,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import cos, sin
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,11 @@ from curvlab.spectrum import rank
 from curvlab.study import Cell, Claim, Equivalence, Identity, Inequality
 
 NAME = "rank"
-DISTINCT, DUPLICATED, PARALLEL = "distinct", "duplicated", "parallel"
+DISTINCT, DUPLICATED, PARALLEL, NEAR = "distinct", "duplicated", "parallel", "near"
+ANGLES = (0.2, 0.1, 0.05, 0.02)
+"""Angles between the first two inputs, in radians, where they are nearly parallel."""
+SAMPLES = (10, 20, 80)
+"""Numbers of samples tried besides the configured one."""
 UNITS = 64
 """Units whose blocks are looked at one by one."""
 
@@ -43,6 +48,19 @@ def _cells(config: Config) -> list[Cell]:
         for inputs in (DUPLICATED, PARALLEL)
     ]
     points += [
+        {"network": "own", "inputs": NEAR, "angle": angle, "width": config.swept_widths[-1], "activation": activation}
+        for activation in config.activation
+        for angle in ANGLES
+    ]
+    if "samples" in config.takes:
+        at = {
+            "network": "own",
+            "inputs": DISTINCT,
+            "width": config.swept_widths[-1],
+            "activation": config.activation[0],
+        }
+        points += [{**at, "samples": samples} for samples in SAMPLES]
+    points += [
         {"network": name, "inputs": inputs, "width": smallest, "activation": config.activation[0]}
         for name in NETWORKS
         for inputs in (DISTINCT, DUPLICATED)
@@ -50,12 +68,18 @@ def _cells(config: Config) -> list[Cell]:
     return cells_of(NAME, config, points)
 
 
-def _inputs(x: Tensor, kind: str) -> Tensor:
-    """Return the inputs, the second of them replaced by the first one or by twice that."""
-    if kind == DISTINCT:
-        return x
-    changed = x.clone()
-    changed[1] = x[0] * (2.0 if kind == PARALLEL else 1.0)
+def _inputs(x: Float[Tensor, "N d"], cell: Cell) -> Float[Tensor, "N d"]:
+    """Return the inputs, the second of them made to depend on the first one."""
+    changed, first = x.clone(), x[0]
+    match cell["inputs"]:
+        case "duplicated":
+            changed[1] = first
+        case "parallel":
+            changed[1] = 2 * first
+        case "near":
+            angle = float(cell["angle"])
+            across = x[1] - (x[1] @ first) / (first @ first) * first
+            changed[1] = cos(angle) * first + sin(angle) * first.norm() / across.norm() * across
     return changed
 
 
@@ -68,7 +92,7 @@ def _network(setting: Setting, cell: Cell) -> nn.Module:
 
 def _measure(cell: Cell, config: Config) -> Observations:
     setting = setting_of(cell, config)
-    x = _inputs(setting.inputs, str(cell["inputs"]))
+    x = _inputs(setting.inputs, cell)
     model = _network(setting, cell)
     rows = curvlab.jacobian(model, x)
     kernel = rows.gram()
@@ -85,6 +109,8 @@ def _measure(cell: Cell, config: Config) -> Observations:
     for layer in rows.layers:
         share = rank(gram([layer], [layer])).rank / rows.R
         measured.append({"quantity": "layer_rank", "value": share, "layer": layer.name})
+    if cell["inputs"] == NEAR:
+        measured.append({"quantity": "near_smallest", "value": float(values[0])})
     if isinstance(model, TwoLayer) and cell["inputs"] == DISTINCT and "activation" in cell.coordinates:
         measured += _two_layer(x, rows, values, str(cell["activation"]))
     return measured
@@ -113,6 +139,14 @@ def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activatio
     ]
 
 
+def _against_angle(table: pd.DataFrame) -> pd.DataFrame:
+    """Slope of log λ_min against log angle, of each seed."""
+    slopes = {
+        seed: np.polyfit(np.log(group["angle"]), np.log(group["value"]), 1)[0] for seed, group in table.groupby("seed")
+    }
+    return pd.DataFrame({"seed": list(slopes), "value": list(slopes.values())})
+
+
 def _claims(config: Config) -> list[Claim]:
     def surprises(table: pd.DataFrame) -> pd.DataFrame:
         return table[["seed", "value", "tolerance"]]
@@ -137,7 +171,7 @@ def _claims(config: Config) -> list[Claim]:
             "The Jacobian of the two-layer network has full row rank at initialisation.",
             "λ_min of the limit kernel is positive for inputs that are not parallel.",
             network="own",
-            inputs=DISTINCT,
+            inputs=(DISTINCT, NEAR),
         ),
         full_rank(
             "rank-duplicated",
@@ -169,10 +203,35 @@ def _claims(config: Config) -> list[Claim]:
             estimate=at_largest_width(by_seed),
             expected="supported",
             reason="G is a mean over m units.",
-            needs=where(NAME, network="own", inputs=DISTINCT),
+            needs=where(NAME, network="own", inputs=DISTINCT, samples=config.samples),
             quantities=("limit_ratio",),
         ),
     ]
+    exponents = {
+        "relu": (
+            1.0,
+            "A share proportional to the angle of the units tells the two apart, each by an entry of its full size.",
+        ),
+        "erf": (2.0, "The two rows differ in proportion to the angle."),
+    }
+    for activation in config.activation:
+        exponent, reason = exponents[activation]
+        claims.append(
+            Claim(
+                id=f"rank-near-{activation}",
+                statement=f"Two inputs at a small angle cost no rank with {activation}; λ_min(G) falls as the angle to the power "
+                f"{exponent:g}.",
+                source=f"{PAPER}, condition 1 and λ₀ (theory file, claim 1 and traps; exponent derived)",
+                measured=f"Slope of log λ_min(G) against the logarithm of angles from {ANGLES[-1]:g} to {ANGLES[0]:g}, at the "
+                "largest width.",
+                rule=Equivalence(exponent, 0.2),
+                estimate=_against_angle,
+                expected="supported",
+                reason=reason,
+                needs=where(NAME, inputs=NEAR, activation=activation),
+                quantities=("near_smallest",),
+            )
+        )
     if "relu" in config.activation:
         claims.append(
             Claim(
@@ -184,7 +243,7 @@ def _claims(config: Config) -> list[Claim]:
                 estimate=by_seed,
                 expected="supported",
                 reason="A unit is active on about half of the samples, and only their rows are not zero.",
-                needs=where(NAME, network="own", inputs=DISTINCT, activation="relu"),
+                needs=where(NAME, network="own", inputs=DISTINCT, activation="relu", samples=config.samples),
                 quantities=("unit_rank",),
             )
         )

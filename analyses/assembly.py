@@ -1,0 +1,54 @@
+"""An analysis from its parts: what every analysis does with its claims, cells and data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+from analyses.part import C, Part
+from curvlab.problems import DataUnavailable, Problem, ProblemError, resolve
+from curvlab.study import Cell, Claim, UsageError
+from curvlab.study import DataUnavailable as StudyDataUnavailable
+
+Parts = Mapping[str, Part[C]]
+
+
+def claims_of(parts: Parts[C]) -> Callable[[C], list[Claim]]:
+    """Return the claims of all parts, from a configuration."""
+    return lambda config: [claim for part in parts.values() for claim in part.claims(config)]
+
+
+def cells_of(parts: Parts[C], neighbours: Callable[[Cell], object]) -> Callable[[C], list[Cell]]:
+    """Return the cells of all parts, from a configuration; those with equal `neighbours` stand side by side."""
+
+    def cells(config: C) -> list[Cell]:
+        try:
+            found = [cell for part in parts.values() for cell in part.cells(config)]
+        except ProblemError as error:
+            raise _usage(error) from error
+        return sorted(found, key=neighbours)  # type: ignore[arg-type]
+
+    return cells
+
+
+def data_hash(spec: str, **arguments: object) -> str:
+    """Return a digest of a problem's training and test data.
+
+    Raises:
+        UsageError: the problem does not exist.
+        DataUnavailable: of `curvlab.study`: its data are absent.
+    """
+    try:
+        problem: Problem = resolve(spec, **arguments)
+    except ProblemError as error:
+        raise _usage(error) from error
+    except DataUnavailable as error:
+        raise StudyDataUnavailable(str(error)) from error
+    digest = hashlib.sha256()
+    for tensor in (*problem.train, *problem.test):
+        digest.update(tensor.numpy(force=True).tobytes())
+    return digest.hexdigest()
+
+
+def _usage(error: ProblemError) -> UsageError:
+    return UsageError(f"--problem: {error}")
