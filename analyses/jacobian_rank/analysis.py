@@ -26,7 +26,7 @@ def _measure(cell: Cell, config: Config) -> Observations:
 
 def _resources(cell: Cell, config: Config) -> tuple[float, float]:
     width = int(cell.coordinates.get("width", 0)) or 1024
-    return PARTS[str(cell["part"])].seconds(width), 5e8 + 8.0 * width * (20 * config.samples + 6 * 1000)
+    return PARTS[str(cell["part"])].seconds(width), 4e8 + 8.0 * width * (10 * config.samples + 1500)
 
 
 ANALYSIS: Analysis[Config] = Analysis(

@@ -24,7 +24,7 @@ def _resources(cell: Cell, config: Config) -> tuple[float, float]:  # noqa: ARG0
     width = int(cell["width"]) or 512
     depth = int(cell["depth"]) or 3
     parameters = (depth - 2) * width**2 + 1000 * width
-    return part.seconds(width) * max(1, depth - 2), 4e8 + 8.0 * parameters * 45
+    return part.seconds(width) * max(1, depth - 2), 4e8 + 8.0 * parameters * 16
 
 
 ANALYSIS: Analysis[Config] = Analysis(

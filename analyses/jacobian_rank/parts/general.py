@@ -170,4 +170,4 @@ def _claims(config: Config) -> list[Claim]:  # noqa: ARG001
     ]
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.1 + 0.8 * width / 16384)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.1 + 0.4 * width / 16384)

@@ -135,4 +135,4 @@ def _claims(config: Config) -> list[Claim]:
     return claims
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.1 + 0.5 * width / 16384)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.05 + 0.25 * width / 16384)

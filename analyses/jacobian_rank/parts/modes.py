@@ -175,4 +175,4 @@ def _claims(config: Config) -> list[Claim]:
     ]
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.5 + width / 4096)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.1 + 0.4 * width / 4096)

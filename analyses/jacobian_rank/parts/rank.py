@@ -250,4 +250,4 @@ def _claims(config: Config) -> list[Claim]:
     return claims
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.02 + 0.1 * width / 4096)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.01 + 0.1 * width / 16384)

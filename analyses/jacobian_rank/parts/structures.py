@@ -98,4 +98,4 @@ def _claims(config: Config) -> list[Claim]:
     return claims
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda _: 0.3)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda _: 0.1)

@@ -117,4 +117,4 @@ def _claims(config: Config) -> list[Claim]:  # noqa: ARG001
     ]
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda _: 0.5)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda _: 0.3)

@@ -345,4 +345,4 @@ def _claims(config: Config) -> list[Claim]:
     return claims
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.2 + 1.5 * width / 16384)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda width: 0.2 + 0.5 * width / 16384)
