@@ -14,10 +14,15 @@ from torch import Tensor, nn
 import curvlab
 from analyses.jacobian_rank.setting import Setting, outputs
 from curvlab.fisher import Structure, natural_gradient_step
+from curvlab.rows import Rows
 from curvlab.spectrum import rank
 
 Direction = Callable[[nn.Module], Mapping[str, Tensor]]
 """Step directions at the present parameters; a step subtracts η times one."""
+
+
+UNITS = 64
+"""Units whose blocks are looked at one by one."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,14 @@ def inspect(model: nn.Module, setting: Setting) -> Point:
         change=float(squares[-1].sqrt()),
         change_frobenius=float(squares.sum().sqrt()),
     )
+
+
+def unit_rank(rows: Rows) -> float:
+    """Row rank of single units of the first layer, the mean over some of them, over the number of rows."""
+    a, g = rows.layers[0].factors
+    units = torch.linspace(0, g.shape[-1] - 1, min(UNITS, g.shape[-1])).long()
+    blocks = torch.einsum("nu,ni->uni", g[0, :, 0, 0][:, units], a[:, 0, 0])
+    return float(torch.linalg.matrix_rank(blocks).double().mean()) / rows.R
 
 
 def movement(model: nn.Module, setting: Setting) -> float:

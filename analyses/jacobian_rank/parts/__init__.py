@@ -1,7 +1,17 @@
 """The parts of the analysis, one experiment a file; a new one is added to `PARTS`."""
 
 from analyses.jacobian_rank.part import Part
-from analyses.jacobian_rank.parts import general, kfac, modes, paths, rank, structures, trained, training
+from analyses.jacobian_rank.parts import (
+    general,
+    generalisation,
+    kfac,
+    modes,
+    paths,
+    rank,
+    structures,
+    trained,
+    training,
+)
 
 PARTS: dict[str, Part] = {
     part.name: part
@@ -12,6 +22,7 @@ PARTS: dict[str, Part] = {
         modes.PART,
         general.PART,
         paths.PART,
+        generalisation.PART,
         structures.PART,
         trained.PART,
     )

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+import curvlab
 from analyses.estimates import (
     at_largest_width,
     by_seed,
@@ -20,13 +21,13 @@ from analyses.estimates import (
     worst_by_seed,
 )
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import Point, descend, displaced, inspect, movement, natural
+from analyses.jacobian_rank.descent import Point, descend, displaced, inspect, movement, natural, unit_rank
 from analyses.jacobian_rank.part import PAPER, SYNTHETIC, Part, cells_of
 from analyses.jacobian_rank.setting import Setting, setting_of
 from analyses.part import TOLERANCE_FACTOR, Expectation, Observations, where
 from curvlab import theory
 from curvlab.fisher import Full
-from curvlab.nn import linearize
+from curvlab.nn import TwoLayer, linearize
 from curvlab.study import Cell, Claim, Equivalence, Identity, Inequality
 
 NAME = "training"
@@ -108,6 +109,8 @@ def _measure(cell: Cell, config: Config) -> Observations:
         {"quantity": "missing", "value": max(point.deficiency for point in points), "tolerance": 0.0},
         *(_movement(setting, model, eta) if setting.full_rank else []),
     ]
+    if isinstance(model, TwoLayer):
+        rows.append({"quantity": "unit_rank", "value": unit_rank(curvlab.jacobian(model, setting.inputs))})
     if eta < 1:
         counted = squared[:-1] > FLOOR**2 * squared[0]
         mean = float(np.exp(np.log((squared[1:] / squared[:-1])[counted]).mean()))
@@ -225,6 +228,23 @@ DRIFTS = {
 }
 
 
+def _unit_claims() -> list[Claim]:
+    return [
+        Claim(
+            id="rank-units-trained",
+            statement="Single ReLU units lack row rank after training, too, where the whole network does not.",
+            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
+            measured="Mean over units of the row rank of a unit's block, over the number of rows, after the run.",
+            rule=Inequality(0.9, "less"),
+            estimate=by_seed,
+            expected="supported",
+            reason="Training flips few activation patterns.",
+            needs=where(NAME, data="own", activation="relu"),
+            quantities=("unit_rank",),
+        )
+    ]
+
+
 def _drift_claims(activation: str, drift: Drift) -> list[Claim]:
     def slope(id_: str, norm: str, quantity: str, expected: Expectation, reason: str) -> Claim:
         return Claim(
@@ -279,6 +299,7 @@ def _claims(config: Config) -> list[Claim]:
             quantities=("missing",),
         ),
         *(_bound_claim(*which) for which in COVERAGE),
+        *(_unit_claims() if "relu" in config.activation else []),
         Claim(
             id="rate-beyond",
             statement="The bound of theorem 1 holds at η from 0.1 to 0.5 also where its conditions do not.",
