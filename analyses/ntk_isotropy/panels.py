@@ -295,6 +295,8 @@ def kfac_layers(axes: Axes, measurements: pd.DataFrame) -> None:
     one = at_base(table, "outputs")
     one = one[one["depth"] == one["depth"].max()]
     layers = sorted(one["layer"].unique())
+    if len(layers) < 2:
+        raise NotStored("A layer besides the last")
     samples = round(float(one.loc[one["layer"] < layers[-1], "value"].median()))
     style.theory(axes, layers, [*(samples for _ in layers[1:]), 1.0], "kfac", label="derived").set_drawstyle(
         "steps-mid"

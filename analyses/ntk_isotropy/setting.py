@@ -104,8 +104,14 @@ class Setting:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether every layer is dense on vectors, as the theory of K-FAC and unit-wise blocks assumes."""
-        return all(isinstance(layer, KroneckerRows) and layer.positions == 1 for layer in self.jacobian.layers)
+        """Whether all layers are dense on vectors and the last one gives the outputs, as the theory of K-FAC and units assumes."""
+        *_, last = layers = self.jacobian.layers
+        if not all(isinstance(layer, KroneckerRows) and layer.positions == 1 for layer in layers):
+            return False
+        rows = last.factors[-1][:, :, 0, 0]
+        return rows.shape[0] == rows.shape[2] and torch.equal(
+            rows, torch.eye(len(rows)).to(rows)[:, None].expand_as(rows)
+        )
 
     @cached_property
     def widths(self) -> tuple[int, ...]:

@@ -25,8 +25,8 @@ from curvlab.study.measurements import normalise, tabulate
 
 SMALL = ("--widths", "64", "256", "--seeds", "3", "--samples", "12", "--structures", "full", "kfac")
 IDENTITIES = (
-    "rank-initial", "rank-duplicated", "rank-parallel", "rank-networks", "rank-layers", "rank-training", "rate-linear", "modes-damped",
-    "kfac-leverages", "general-newton", "response-rank-full", "trained-redundant", "trained-jacobian",
+    "rank-initial", "rank-duplicated", "rank-parallel", "rank-networks", "rank-layers", "rank-training", "rate-linear",
+    "modes-damped", "kfac-leverages", "general-newton", "response-rank-full", "trained-redundant", "trained-jacobian",
 )  # fmt: skip
 
 

@@ -143,3 +143,14 @@ def test_the_papers_own_width_is_kept() -> None:
     assert Config(problem="karakida-osawa").swept_widths == (4096,)
     assert Config().swept_widths == (128, 512, 2048)
     assert Config(problem="karakida-osawa", widths=(64,)).swept_widths == (64,)
+
+
+def test_a_network_whose_last_trained_layer_is_hidden_is_not_taken_for_a_plain_one() -> None:
+    """K-FAC's and the units' scales hold for layers up to the outputs."""
+    config = Config(problem="two-layer", seeds=1)
+    setting = setting_of(Cell({"width": 16, "activation": "relu", "seed": 0}), config)
+    assert not setting.plain
+    assert setting.alpha("kfac") is None
+    assert setting.alpha("full") == pytest.approx(1.0)
+    plain = setting_of(Cell({"width": 16, "depth": 3, "activation": "relu", "outputs": 3, "seed": 0}), Config())
+    assert plain.plain

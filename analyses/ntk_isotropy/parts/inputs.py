@@ -42,7 +42,7 @@ def _measure(cell: Cell, config: Config) -> Observations:
             points = transform.apply(points)
         x = torch.nn.functional.normalize(torch.as_tensor(points, dtype=x.dtype, device=x.device), dim=1)
     generator = torch.Generator().manual_seed(int(cell["seed"]))
-    sizes = (x.shape[1], *(width,) * (setting.depth - 1), C)
+    sizes = (x.shape[1], *(width,) * max(setting.depth - 1, 1), C)
     model = ntk_mlp(sizes, str(cell["activation"]) or "relu", generator=generator, dtype=x.dtype, device=x.device)
     rows = curvlab.sqrt_fisher(model, HalfSquaredError(), x, setting.targets)
     structure = KFAC().update(rows)

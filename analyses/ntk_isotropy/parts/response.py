@@ -193,7 +193,7 @@ def _measure(cell: Cell, config: Config) -> Observations:
     if (formula := setting.predicted_test_response(name)) is not None:
         expected = directions @ torch.as_tensor(formula.T, dtype=tested.dtype, device=tested.device)
         rows.append({"quantity": "test_response_error", "value": distance(tested, expected), "tolerance": tolerance})
-    if name == "kfac":
+    if name == "kfac" and setting.plain:
         scales = [float(setting.samples)] * (setting.depth - 1) + [1.0]
         rows += [
             {
