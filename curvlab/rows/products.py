@@ -79,11 +79,17 @@ def _halves(block: Block) -> tuple[Block, Block]:
 
 
 def mirror(out: Float[Tensor, "R R"], V: int, N: int) -> None:
-    """Complete a symmetric product of which `add_product` wrote the pairs on and above the diagonal."""
+    """Complete a symmetric product of which `add_product` wrote the pairs on and above the diagonal.
+
+    The result is symmetric to the last bit, which a matrix product with its own transpose is not.
+    """
     view = out.view(V, N, V, N)
     for rows, columns in triangle(everything(V, N)):
-        if rows != columns:
-            view[columns + rows] = view[rows + columns].permute(2, 3, 0, 1)
+        block = view[rows + columns]
+        if rows == columns:
+            block.copy_((block + block.permute(2, 3, 0, 1)) / 2)
+        else:
+            view[columns + rows] = block.permute(2, 3, 0, 1)
 
 
 def add_product(
