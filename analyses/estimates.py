@@ -33,10 +33,10 @@ def at_largest_width(estimate: Callable[[pd.DataFrame], pd.DataFrame]) -> Callab
     return lambda table: estimate(table[table["width"] == table["width"].max()])
 
 
-def slope_by_seed(table: pd.DataFrame) -> pd.DataFrame:
-    """Estimate by the slope of log value against log width, of each seed."""
+def slope_by_seed(table: pd.DataFrame, against: str = "width") -> pd.DataFrame:
+    """Estimate by the slope of log value against the logarithm of a column, of each seed."""
     slopes = {
-        seed: np.polyfit(np.log(group["width"].astype(float)), np.log(group["value"]), 1)[0]
+        seed: np.polyfit(np.log(group[against].astype(float)), np.log(group["value"]), 1)[0]
         for seed, group in table.groupby("seed")
     }
     return pd.DataFrame({"seed": list(slopes), "value": list(slopes.values())})

@@ -31,13 +31,11 @@ class Point:
 
     Attributes:
         deficiency: Row rank that is missing, as a share of the rows.
-        smallest: λ_min(G).
         change: ‖J − J(0)‖₂.
         change_frobenius: ‖J − J(0)‖_F.
     """
 
     deficiency: float
-    smallest: float
     change: float
     change_frobenius: float
 
@@ -102,7 +100,6 @@ def inspect(model: nn.Module, setting: Setting) -> Point:
     squares = torch.linalg.eigvalsh((difference + difference.T) / 2).clamp_min(0)
     return Point(
         deficiency=(rows.R - found.rank) / rows.R,
-        smallest=float(torch.linalg.eigvalsh(gram)[0]),
         change=float(squares[-1].sqrt()),
         change_frobenius=float(squares.sum().sqrt()),
     )

@@ -9,7 +9,9 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
+from analyses.jacobian_rank.setting import Setting
 from curvlab.nn import ntk_mlp
+from curvlab.study import Cell
 
 WIDTH = 64
 CHANNELS = 8
@@ -69,3 +71,8 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "residual": _seeded(_residual),
 }
 """By name, functions of the number of input features and the seed, with one output; MLPs by their number of layers."""
+
+
+def network_of(setting: Setting, cell: Cell) -> nn.Module:
+    """Return the network that a cell names, for the data of a setting."""
+    return NETWORKS[str(cell["network"])](setting.inputs.shape[1], int(cell["seed"])).to(setting.inputs)

@@ -9,11 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analyses.drawing import DASHED, NEUTRAL, at_base, hollow, level, note, structures_of, take, width_axis
+from analyses.jacobian_rank.parts.training import DRIFTS
 from curvlab.study import style
 
 NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
 """Looks of natural gradient, gradient descent and K-FAC."""
-EXPONENTS = {"relu": (-0.25, r"$m^{-1/4}$"), "erf": (-0.5, r"$m^{-1/2}$")}
 NAMES = {"relu": "ReLU", "erf": "erf (hollow)"}
 PATH_LABELS = {"natural-gradient": "natural gradient", "gradient-descent": "gradient descent"}
 WIDTH = "hidden width $m$ (units)"
@@ -76,7 +76,8 @@ def _drift(axes: Axes, measurements: pd.DataFrame, quantity: str, title: str) ->
     table = take(measurements, "training", quantity, data="own", eta=0.5)
     widths = width_axis(axes, table)
     for activation, group in _activations(axes, table, "width"):
-        exponent, name = EXPONENTS[activation]
+        exponent = DRIFTS[activation].exponent
+        name = f"$m^{{{exponent:g}}}$"
         means = np.exp(np.log(group["value"]).groupby(group["width"]).mean())
         line = float(means.iloc[-1]) * (np.array(widths) / widths[-1]) ** exponent
         dashes = "-" if activation == "relu" else DASHED

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from math import ceil, log
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 
-from analyses.estimates import by_seed, identities
+from analyses.estimates import by_seed, identities, slope_by_seed
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import Direction, descend, gradient, natural
 from analyses.jacobian_rank.part import PAPER, SYNTHETIC, Part, cells_of
@@ -110,15 +110,6 @@ def _damped(
     return rows
 
 
-def _against_condition(table: pd.DataFrame) -> pd.DataFrame:
-    """Slope of log steps against log κ(G), of each seed."""
-    slopes = {
-        seed: np.polyfit(np.log(group["condition"]), np.log(group["value"]), 1)[0]
-        for seed, group in table.groupby("seed")
-    }
-    return pd.DataFrame({"seed": list(slopes), "value": list(slopes.values())})
-
-
 def _claims(config: Config) -> list[Claim]:
     if not _cells(config):
         return []
@@ -130,7 +121,7 @@ def _claims(config: Config) -> list[Claim]:
             measured=f"Slope of log steps against log κ(G), steps until {TARGET:g} of a residual along the least mode is left at "
             f"η = {ETA:g}.",
             rule=Equivalence(0.0, 0.1),
-            estimate=_against_condition,
+            estimate=partial(slope_by_seed, against="condition"),
             expected="supported",
             reason="All modes contract by 1 − η.",
             needs=where(NAME),
@@ -142,7 +133,7 @@ def _claims(config: Config) -> list[Claim]:
             source=f"{PAPER}, after theorem 3 (theory file, claim 6, derived)",
             measured="The same slope for gradient descent at η = 1/λ_max(G).",
             rule=Equivalence(1.0, 0.1),
-            estimate=_against_condition,
+            estimate=partial(slope_by_seed, against="condition"),
             expected="supported",
             reason="The least mode contracts by 1 − 1/κ(G).",
             needs=where(NAME),

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import cos, sin
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 import curvlab
-from analyses.estimates import at_largest_width, by_seed
+from analyses.estimates import at_largest_width, by_seed, identities, slope_by_seed
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
-from analyses.jacobian_rank.networks import NETWORKS
+from analyses.jacobian_rank.networks import NETWORKS, network_of
 from analyses.jacobian_rank.part import PAPER, Part, cells_of
-from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.jacobian_rank.setting import setting_of
 from analyses.part import Observations, where
 from curvlab import theory
 from curvlab.nn import TwoLayer
@@ -81,17 +81,10 @@ def _inputs(x: Float[Tensor, "N d"], cell: Cell) -> Float[Tensor, "N d"]:
     return changed
 
 
-def _network(setting: Setting, cell: Cell) -> nn.Module:
-    name = str(cell["network"])
-    if name == "own":
-        return setting.problem.model
-    return NETWORKS[name](setting.inputs.shape[1], int(cell["seed"])).to(setting.inputs)
-
-
 def _measure(cell: Cell, config: Config) -> Observations:
     setting = setting_of(cell, config)
     x = _inputs(setting.inputs, cell)
-    model = _network(setting, cell)
+    model = setting.problem.model if cell["network"] == "own" else network_of(setting, cell)
     rows = curvlab.jacobian(model, x)
     kernel = rows.gram()
     values = torch.linalg.eigvalsh(kernel).numpy(force=True)
@@ -133,18 +126,7 @@ def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activatio
     ]
 
 
-def _against_angle(table: pd.DataFrame) -> pd.DataFrame:
-    """Slope of log λ_min against log angle, of each seed."""
-    slopes = {
-        seed: np.polyfit(np.log(group["angle"]), np.log(group["value"]), 1)[0] for seed, group in table.groupby("seed")
-    }
-    return pd.DataFrame({"seed": list(slopes), "value": list(slopes.values())})
-
-
 def _claims(config: Config) -> list[Claim]:
-    def surprises(table: pd.DataFrame) -> pd.DataFrame:
-        return table[["seed", "value", "tolerance"]]
-
     def full_rank(id_: str, statement: str, reason: str, **at: object) -> Claim:
         return Claim(
             id=id_,
@@ -152,7 +134,7 @@ def _claims(config: Config) -> list[Claim]:
             source=f"{PAPER}, condition 1 (theory file, claim 1)",
             measured="Number of rows missing in the numerical rank, against the number expected.",
             rule=Identity(),
-            estimate=surprises,
+            estimate=identities,
             expected="supported",
             reason=reason,
             needs=where(NAME, **at),
@@ -194,7 +176,7 @@ def _claims(config: Config) -> list[Claim]:
             source=f"{PAPER}, condition 1, for layer-wise blocks (derived)",
             measured="Number of rows missing in the numerical rank of a layer's Jacobian, against the number expected.",
             rule=Identity(),
-            estimate=surprises,
+            estimate=identities,
             expected="supported",
             reason="Its inputs are distinct. Layers with fewer parameters than rows are left out.",
             needs=where(NAME, network=tuple(NETWORKS)),
@@ -231,7 +213,7 @@ def _claims(config: Config) -> list[Claim]:
                 measured=f"Slope of log λ_min(G) against the logarithm of angles from {ANGLES[-1]:g} to {ANGLES[0]:g}, at the "
                 "largest width.",
                 rule=Equivalence(exponent, 0.2),
-                estimate=_against_angle,
+                estimate=partial(slope_by_seed, against="angle"),
                 expected="supported",
                 reason=reason,
                 needs=where(NAME, inputs=NEAR, activation=activation),

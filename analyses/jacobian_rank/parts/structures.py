@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,12 +12,11 @@ import curvlab
 from analyses.estimates import by_seed, identities
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import Direction, descend, gradient, natural
-from analyses.jacobian_rank.networks import NETWORKS
+from analyses.jacobian_rank.networks import network_of
 from analyses.jacobian_rank.part import PAPER, Part, cells_of
 from analyses.jacobian_rank.setting import Setting, setting_of
 from analyses.part import Observations, where
 from curvlab.fisher import STRUCTURES
-from curvlab.problems import Problem
 from curvlab.study import Cell, Claim, Identity, Inequality
 
 NAME = "structures"
@@ -34,12 +34,6 @@ def _cells(config: Config) -> list[Cell]:
     return cells_of(NAME, config, [{**at, "structure": structure} for structure in _structures(config)])
 
 
-def _multi_layer(setting: Setting, cell: Cell) -> Setting:
-    problem = setting.problem
-    model = NETWORKS[str(cell["network"])](setting.inputs.shape[1], int(cell["seed"])).to(setting.inputs)
-    return Setting(Problem(problem.name, model, problem.loss, problem.train, problem.test))
-
-
 def _remaining(setting: Setting, direction: Direction, eta: float) -> float:
     """‖r‖²/‖r(0)‖² after some steps."""
     path = descend(copy.deepcopy(setting.problem.model), setting, direction, eta, STEPS)
@@ -48,7 +42,8 @@ def _remaining(setting: Setting, direction: Direction, eta: float) -> float:
 
 
 def _measure(cell: Cell, config: Config) -> Observations:
-    setting = _multi_layer(setting_of(cell, config), cell)
+    setting = setting_of(cell, config)
+    setting = Setting(replace(setting.problem, model=network_of(setting, cell)))
     structure, data = STRUCTURES[str(cell["structure"])](), setting.problem.train
     structure.update(curvlab.sqrt_fisher(setting.problem.model, setting.problem.loss, *data))
     response = structure.response(setting.jacobian, 0.0)

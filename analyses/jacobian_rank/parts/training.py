@@ -40,8 +40,6 @@ BALL_POINTS = 4
 FLOOR = 1e-6
 """Residual, relative to the first, below which round-off and not the rate decides."""
 BOUND_TOLERANCE = 1e-9
-
-
 EASY: dict[str, object] = {"problem": SYNTHETIC, "similarity": 0.0, "samples": 6}
 """Few random samples, for which condition 2 holds at widths that fit into memory."""
 
