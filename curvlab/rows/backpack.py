@@ -31,6 +31,7 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import NTKLinear
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.modules import rule_for
+from curvlab.rows.products import distinct
 from curvlab.rows.sweep import (
     Arguments,
     PickOutput,
@@ -43,14 +44,21 @@ from curvlab.rows.sweep import (
 )
 
 
-class _NTKLinearDerivatives(LinearDerivatives):  # type: ignore[misc]
-    """Derivatives of `y = s_w/√M x Wᵀ + s_b b`."""
+class _LinearDerivatives(LinearDerivatives):  # type: ignore[misc]
+    """Derivatives of a linear layer: one matrix product, of one sample where all have the same rows."""
 
     def _jac_t_mat_prod(
-        self, module: NTKLinear, g_inp: Any, g_out: Any, mat: Tensor, subsampling: list[int] | None = None
+        self,
+        module: nn.Linear | NTKLinear,
+        g_inp: Any,  # noqa: ARG002
+        g_out: Any,  # noqa: ARG002
+        mat: Tensor,
+        subsampling: list[int] | None = None,  # noqa: ARG002
     ) -> Tensor:
-        propagated: Tensor = super()._jac_t_mat_prod(module, g_inp, g_out, mat, subsampling)
-        return propagated * module.weight_scale
+        rows = distinct(mat) @ module.weight.detach()
+        if isinstance(module, NTKLinear):
+            rows = rows * module.weight_scale
+        return rows.expand(-1, mat.shape[1], *rows.shape[2:])
 
 
 class _KeepFactor(MatToJacMat):  # type: ignore[misc]
@@ -67,8 +75,8 @@ class _KeepFactor(MatToJacMat):  # type: ignore[misc]
 
 
 _PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
-    nn.Linear: _KeepFactor(LinearDerivatives(), ("weight", "bias")),
-    NTKLinear: _KeepFactor(_NTKLinearDerivatives(), ("weight", "bias")),
+    nn.Linear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
+    NTKLinear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
     nn.Conv1d: _KeepFactor(Conv1DDerivatives(), ("weight", "bias")),
     nn.Conv2d: _KeepFactor(Conv2DDerivatives(), ("weight", "bias")),
     nn.BatchNorm1d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),

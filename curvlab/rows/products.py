@@ -115,7 +115,7 @@ def add_product(
     every = everything(V, N)
     for pair in triangle(every, D) if symmetric else [(every, everything(W, M))]:
         for rows, columns in within_memory(*pair):
-            a, b = _distinct(left[rows]), _distinct(right[columns])
+            a, b = distinct(left[rows]), distinct(right[columns])
             product = (a.reshape(-1, D) @ b.reshape(-1, D).T).view(*a.shape[:2], *b.shape[:2])
             target = view[rows + columns]
             if weight is None:
@@ -124,7 +124,7 @@ def add_product(
                 target.addcmul_(product, weight[rows[1], columns[1]][None, :, None, :])
 
 
-def _distinct(rows: Float[Tensor, "V N D"]) -> Float[Tensor, "V n D"]:
+def distinct(rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V n ..."]:
     """Keep one sample where all have the same rows, as at the output of a network: an expanded tensor."""
     return rows[:, :1] if rows.stride(1) == 0 else rows
 
