@@ -31,7 +31,7 @@ def _resources(cell: Cell, config: Config) -> tuple[float, float]:
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="jacobian_rank",
-    version=1,
+    version=2,
     question=(
         "Has the Jacobian of a network full row rank, does it stay so, and does natural gradient then converge at a rate that "
         "knows nothing of the data?"
@@ -42,7 +42,7 @@ ANALYSIS: Analysis[Config] = Analysis(
         "--widths 256 1024 --seeds 5    # a quick look at two widths",
         "--activation erf --samples 80  # the smooth twin alone, with more samples",
     ),
-    cost="digits 0 and 1, N = 40, widths 256 to 16384, ReLU and erf, 12 seeds: about 4 minutes of processor time, spread over "
+    cost="digits 0 and 1, N = 40, widths 256 to 16384, ReLU and erf, 12 seeds: about 5 minutes of processor time, spread over "
     "the cores, and 1 GiB a process.",
     config=Config,
     claims=claims_of(PARTS),

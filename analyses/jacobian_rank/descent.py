@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +22,14 @@ from curvlab.spectrum import rank
 Direction = Callable[[nn.Module], Mapping[str, Tensor]]
 """Step directions at the present parameters; a step subtracts η times one."""
 
+Look = TypeVar("Look")
 
 UNITS = 64
 """Units whose blocks are looked at one by one."""
+DIVERGED = 1e3
+"""Residual, relative to the first, above which a run counts as diverged."""
+FLOOR = 1e-6
+"""Residual, relative to the first, below which round-off and not the rate decides."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,18 @@ class Point:
     change_frobenius: float
 
 
-def natural(structure: Structure, setting: Setting, damping: float = 0.0) -> Direction:
-    """Return natural gradient of the problem's loss, with rows of the present parameters."""
+def natural(
+    structure: Structure,
+    setting: Setting,
+    damping: float = 0.0,
+    *,
+    loss: nn.Module | None = None,
+    metric: nn.Module | None = None,
+) -> Direction:
+    """Return natural gradient of a loss, the problem's own if None, with rows of the present parameters."""
     problem = setting.problem
     return lambda model: natural_gradient_step(
-        structure, model, problem.loss, setting.inputs, problem.train[1], damping=damping
+        structure, model, loss or problem.loss, setting.inputs, problem.train[1], damping=damping, metric=metric
     )
 
 
@@ -60,13 +74,21 @@ def gradient(setting: Setting) -> Direction:
     return direction
 
 
+def _outputs_on_the_way(
+    model: nn.Module, setting: Setting, direction: Direction, eta: float
+) -> Iterator[Float[Tensor, " R"]]:
+    """Yield the outputs before the first step θ ← θ − η·direction, and after each."""
+    while True:
+        yield outputs(model, setting.inputs)
+        step = direction(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.sub_(eta * step[name])
+
+
 def descend(
-    model: nn.Module,
-    setting: Setting,
-    direction: Direction,
-    eta: float,
-    steps: int,
-    watch: Callable[[nn.Module], None] = lambda _: None,
+    model: nn.Module, setting: Setting, direction: Direction, eta: float, steps: int
 ) -> Float[np.ndarray, "T R"]:
     """Take steps θ ← θ − η·direction; return the outputs before the first step and after each.
 
@@ -76,30 +98,74 @@ def descend(
         direction: gives the steps.
         eta: learning rate η.
         steps: their number.
-        watch: called after every step.
     """
-    path = [outputs(model, setting.inputs)]
-    for _ in range(steps):
-        step = direction(model)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.sub_(eta * step[name])
-        path.append(outputs(model, setting.inputs))
-        watch(model)
-    return np.asarray(torch.stack(path).numpy(force=True))
+    path = islice(_outputs_on_the_way(model, setting, direction, eta), steps + 1)
+    return np.asarray(torch.stack(list(path)).numpy(force=True))
 
 
-def inspect(model: nn.Module, setting: Setting) -> Point:
-    """Compare a network's Jacobian with that at initialisation, by Gram matrices."""
-    rows = curvlab.jacobian(model, setting.inputs)
+def follow(
+    model: nn.Module,
+    setting: Setting,
+    structure: Structure,
+    direction: Direction,
+    eta: float,
+    steps: int,
+    look: Callable[[Rows], Look],
+) -> tuple[Float[np.ndarray, "T R"], list[Look]]:
+    """Descend, and look at the Jacobian before the first step and after each; stop where the run diverges.
+
+    A step leaves the rows of its starting point in the structure, so only the last point costs a sweep of its own.
+
+    Args:
+        model: is trained.
+        setting: its data.
+        structure: the one that `direction` fills.
+        direction: natural gradient.
+        eta: learning rate η.
+        steps: their number; fewer are taken if the residual grows beyond `DIVERGED`.
+        look: what is seen of J.
+    """
+    seen: list[Look] = []
+
+    def looking(now: nn.Module) -> Mapping[str, Tensor]:
+        step = direction(now)
+        seen.append(look(structure.rows.jacobian()))
+        return step
+
+    path = []
+    for u in islice(_outputs_on_the_way(model, setting, looking, eta), steps + 1):
+        path.append(u)
+        if not (u - setting.targets).norm() <= DIVERGED * setting.residual.norm():
+            break
+    return np.asarray(torch.stack(path).numpy(force=True)), [*seen, look(curvlab.jacobian(model, setting.inputs))]
+
+
+def squared_residuals(path: Float[np.ndarray, "T R"], setting: Setting) -> Float[np.ndarray, " T"]:
+    """‖r(k)‖² of outputs over time."""
+    return np.asarray(np.square(path - setting.targets.numpy(force=True)).sum(1))
+
+
+def contraction(squared: Float[np.ndarray, " T"]) -> float:
+    """Geometric mean over the steps of ‖r(k+1)‖²/‖r(k)‖²."""
+    counted = squared[:-1] > FLOOR**2 * squared[0]
+    return float(np.exp(np.log((squared[1:] / squared[:-1])[counted]).mean()))
+
+
+def excess(squared: Float[np.ndarray, " T"], rate: float) -> float:
+    """Largest excess of ‖r(k)‖²/‖r(0)‖² over rate^k."""
+    return max(0.0, float(np.max(squared / squared[0] - rate ** np.arange(len(squared)))))
+
+
+def inspect(rows: Rows, setting: Setting) -> Point:
+    """Compare a Jacobian with that at initialisation, by Gram matrices."""
     gram = rows.gram()
-    found = rank(rows)
+    # Rows show smaller singular values than their Gram matrix does, at the price of another sweep over them.
+    missing = 0 if rank(gram).full else rows.R - rank(rows).rank
     cross = rows.gram(setting.jacobian)
     difference = gram - cross - cross.T + setting.gram
     squares = torch.linalg.eigvalsh((difference + difference.T) / 2).clamp_min(0)
     return Point(
-        deficiency=(rows.R - found.rank) / rows.R,
+        deficiency=missing / rows.R,
         change=float(squares[-1].sqrt()),
         change_frobenius=float(squares.sum().sqrt()),
     )

@@ -7,6 +7,7 @@ from functools import partial
 
 from analyses.drawing import Layout
 from analyses.jacobian_rank import panels
+from analyses.jacobian_rank.networks import TRAINED
 
 _layout = partial(Layout, "python -m analyses.jacobian_rank")
 
@@ -32,6 +33,16 @@ FIGURES: Mapping[str, Layout] = {
         claims=("paths-",),
         height=2.8,
     ),
-    "structures": _layout([[panels.remaining_by_structure]], claims=("faster-",), width="column", height=2.9),
+    "structures": _layout(
+        [[panels.remaining_by_structure, panels.constant_by_structure, panels.distance_by_structure]],
+        claims=("faster-", "stable-", "linear-"),
+        height=2.9,
+    ),
+    "networks": _layout(
+        [[partial(panels.change_of_networks, network=network) for network in TRAINED]],
+        claims=("networks-drift-", "networks-stable-", "networks-rate-"),
+        height=2.4,
+    ),
+    "width": _layout([[panels.needed_width]], claims=("width-",), width="column", height=2.9),
 }
 """What a run draws, by the name of the file."""

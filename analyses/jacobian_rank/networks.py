@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from math import isqrt
 
 import torch
 from torch import Tensor, nn
 
-from analyses.jacobian_rank.setting import Setting
-from curvlab.nn import ntk_mlp
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.setting import Setting, setting_of
+from curvlab.nn import ACTIVATIONS, ntk_mlp
 from curvlab.study import Cell
-
-WIDTH = 64
-CHANNELS = 8
 
 
 class _Residual(nn.Module):
@@ -29,50 +28,59 @@ class _Residual(nn.Module):
         return result
 
 
-def _seeded(build: Callable[[int], nn.Module]) -> Callable[[int, int], nn.Module]:
-    def seeded(features: int, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return build(features)
-
-    return seeded
+def _mlp(features: int, units: int, activation: str, *, depth: int) -> nn.Module:
+    return ntk_mlp((features, *[units] * (depth - 1), 1), activation)
 
 
-def _mlp(features: int, depth: int) -> nn.Module:
-    return ntk_mlp((features, *[WIDTH] * (depth - 1), 1))
-
-
-def _convolutional(features: int) -> nn.Module:
+def _convolutional(features: int, units: int, activation: str) -> nn.Module:
     side = isqrt(features)
     if side**2 != features:
         raise ValueError(f"The convolutional network takes square images, not {features} features.")
     return nn.Sequential(
         nn.Unflatten(1, (1, side, side)),
-        nn.Conv2d(1, CHANNELS, 3), nn.ReLU(),
-        nn.Conv2d(CHANNELS, CHANNELS, 3), nn.ReLU(),
+        nn.Conv2d(1, units, 3), ACTIVATIONS[activation](),
+        nn.Conv2d(units, units, 3), ACTIVATIONS[activation](),
         nn.Flatten(),
-        nn.Linear(CHANNELS * (side - 4) ** 2, 1),
+        nn.Linear(units * (side - 4) ** 2, 1),
     )  # fmt: skip
 
 
-def _residual(features: int) -> nn.Module:
+def _residual(features: int, units: int, activation: str) -> nn.Module:
     def block() -> nn.Module:
-        return _Residual(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)))
+        return _Residual(nn.Sequential(nn.Linear(units, units), ACTIVATIONS[activation](), nn.Linear(units, units)))
 
-    return nn.Sequential(nn.Linear(features, WIDTH), block(), block(), nn.Linear(WIDTH, 1))
+    return nn.Sequential(nn.Linear(features, units), block(), block(), nn.Linear(units, 1))
 
 
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "mlp": _seeded(partial(_mlp, depth=3)),
-    "mlp-2": _seeded(partial(_mlp, depth=2)),
-    "mlp-6": _seeded(partial(_mlp, depth=6)),
-    "mlp-10": _seeded(partial(_mlp, depth=10)),
-    "convolutional": _seeded(_convolutional),
-    "residual": _seeded(_residual),
+NETWORKS: Mapping[str, Callable[[int, int, str], nn.Module]] = {
+    "mlp": partial(_mlp, depth=3),
+    "mlp-2": partial(_mlp, depth=2),
+    "mlp-6": partial(_mlp, depth=6),
+    "mlp-10": partial(_mlp, depth=10),
+    "convolutional": _convolutional,
+    "residual": _residual,
 }
-"""By name, functions of the number of input features and the seed, with one output; MLPs by their number of layers."""
+"""By name, functions of the number of input features, of hidden units or channels, and of the activation, with one
+output; MLPs by their number of layers."""
+
+UNITS: Mapping[str, int] = dict.fromkeys(NETWORKS, 64) | {"convolutional": 8}
+"""Hidden units or channels where a cell does not say."""
+
+TRAINED = ("mlp", "convolutional", "residual")
+"""The networks that are followed along steps."""
 
 
 def network_of(setting: Setting, cell: Cell) -> nn.Module:
-    """Return the network that a cell names, for the data of a setting."""
-    return NETWORKS[str(cell["network"])](setting.inputs.shape[1], int(cell["seed"])).to(setting.inputs)
+    """Return the network that a cell names, for the data of a setting; a ReLU network if the cell names no activation."""
+    name = str(cell["network"])
+    units = int(cell.coordinates.get("units", UNITS[name]))
+    activation = str(cell.coordinates.get("activation", "relu"))
+    with torch.random.fork_rng():
+        torch.manual_seed(int(cell["seed"]))
+        return NETWORKS[name](setting.inputs.shape[1], units, activation).to(setting.inputs)
+
+
+def network_setting(cell: Cell, config: Config) -> Setting:
+    """Return a cell's data with the network that it names."""
+    setting = setting_of(cell, config)
+    return Setting(replace(setting.problem, model=network_of(setting, cell)))

@@ -6,16 +6,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from analyses.drawing import DASHED, NEUTRAL, at_base, hollow, level, note, structures_of, take, width_axis
+from analyses.jacobian_rank.networks import TRAINED
+from analyses.jacobian_rank.parts.structures import NEAR
 from analyses.jacobian_rank.parts.training import DRIFTS
+from analyses.jacobian_rank.parts.width import RUNS
 from curvlab.study import style
 
 NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
 """Looks of natural gradient, gradient descent and K-FAC."""
 NAMES = {"relu": "ReLU", "erf": "erf (hollow)"}
 PATH_LABELS = {"natural-gradient": "natural gradient", "gradient-descent": "gradient descent"}
+MARKERS = dict(zip(TRAINED, ("o", "s", "^"), strict=True))
 WIDTH = "hidden width $m$ (units)"
 
 
@@ -75,17 +80,21 @@ def _drift(axes: Axes, measurements: pd.DataFrame, quantity: str, title: str) ->
     axes.set_yscale("log")
     table = take(measurements, "training", quantity, data="own", eta=0.5)
     widths = width_axis(axes, table)
-    for activation, group in _activations(axes, table, "width"):
-        exponent = DRIFTS[activation].exponent
-        name = f"$m^{{{exponent:g}}}$"
-        means = np.exp(np.log(group["value"]).groupby(group["width"]).mean())
-        line = float(means.iloc[-1]) * (np.array(widths) / widths[-1]) ** exponent
-        dashes = "-" if activation == "relu" else DASHED
-        axes.plot(widths, line, color=NEUTRAL, linestyle=dashes, linewidth=0.9, label=name, zorder=1)
+    _against_slopes(axes, table, "width", np.array(widths))
     level(axes, 0.5)
     note(axes, widths[0], 0.5, "condition 2: below", va="top", xytext=(-6, -2))
     axes.set_ylim(bottom=0.3)
     axes.set(xlabel=WIDTH, ylabel=r"$3\|J-J_0\|_2\,/\,\sqrt{\lambda_{\min}(G_0)}$", title=title)
+
+
+def _against_slopes(axes: Axes, table: pd.DataFrame, x: str, widths: Float[np.ndarray, " K"]) -> None:
+    """Draw the measurements of each activation, and a line of the derived slope through the last."""
+    for activation, group in _activations(axes, table, x):
+        exponent = DRIFTS[activation].exponent
+        means = np.exp(np.log(group["value"]).groupby(group[x]).mean())
+        line = float(means.iloc[-1]) * (widths / widths[-1]) ** exponent
+        dashes = "-" if activation == "relu" else DASHED
+        axes.plot(widths, line, color=NEUTRAL, linestyle=dashes, linewidth=0.9, label=f"$m^{{{exponent:g}}}$", zorder=1)
 
 
 def residual_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -174,13 +183,65 @@ def movement_ratio(axes: Axes, measurements: pd.DataFrame) -> None:
 
 def remaining_by_structure(axes: Axes, measurements: pd.DataFrame) -> None:
     """What five steps at η = 1/λ_max leave, by structure, over what gradient descent leaves."""
-    table = take(measurements, "structures", "log_gain")
+    _by_structure(axes, take(measurements, "structures", "log_gain"))
+    level(axes, 0.0)
+    axes.set(ylabel=r"$\log_{10}$ of $\|r_5\|^2$ over" "\nthat of gradient descent")
+
+
+def constant_by_structure(axes: Axes, measurements: pd.DataFrame) -> None:
+    """C_emp along each structure's own run."""
+    axes.set_yscale("log")
+    _by_structure(axes, take(measurements, "structures", "constant"))
+    level(axes, 0.5)
+    note(axes, 0, 0.5, "condition 2: below", va="top", xytext=(-6, -2))
+    axes.set_ylim(bottom=0.02)
+    axes.set(ylabel=r"$3\|J-J_0\|_2\,/\,\sqrt{\lambda_{\min}(G_0)}$")
+
+
+def distance_by_structure(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Distance of the outputs from the linear prediction of each structure's response, over the latter's move."""
+    axes.set_yscale("log")
+    _by_structure(axes, take(measurements, "structures", "distance"))
+    level(axes, NEAR)
+    axes.set(ylabel=r"distance from $(I-\eta M)^5 r_0$ / move")
+
+
+def _by_structure(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw the measurements of every structure side by side, in the three networks' markers."""
     present = list(structures_of(table))
     for place, (structure, group, _) in enumerate(present):
-        style.measured(axes, group.assign(place=float(place)), "place", structure, label="")
-    level(axes, 0.0)
+        for index, network in enumerate(TRAINED):
+            shown = group[group["network"] == network].assign(place=float(place))
+            label = network if not place else ""
+            points = style.measured(axes, shown, "place", structure, label=label, shift=5.0 * (index - 1))
+            points.lines[0].set_marker(MARKERS[network])
     axes.set_xticks(range(len(present)), [style.look(name).label for name, _, _ in present], rotation=35, ha="right")
-    axes.set(ylabel=r"$\log_{10}$ of $\|r_5\|^2$ over" "\nthat of gradient descent")
+
+
+def change_of_networks(axes: Axes, measurements: pd.DataFrame, *, network: str) -> None:
+    """Relative change of the Jacobian along natural gradient against hidden units, with the derived slopes."""
+    axes.set_yscale("log")
+    table = take(measurements, "networks", "change_share", network=network)
+    units = np.array(sorted(table["units"].unique()))
+    style.log_ticks(axes, [int(number) for number in units])
+    axes.margins(x=0.2)
+    _against_slopes(axes, table, "units", units)
+    of = "channels" if network == "convolutional" else "hidden units"
+    axes.set(xlabel=of, ylabel=r"$\|J-J_0\|_F\,/\,\|J_0\|_F$", title=network)
+
+
+def needed_width(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Least width that reaches a theorem's conclusion against n, and the order that suffices for its proof (lines)."""
+    axes.set(xscale="log", yscale="log")
+    for run, structure, shift in (("natural", NATURAL, -3.0), ("descent", DESCENT, 3.0)):
+        table = take(measurements, "width", "needed", run=run)
+        sufficient = np.exp(np.log(table["sufficient"]).groupby(table["samples"]).mean())
+        style.theory(axes, sufficient.index, sufficient, structure)
+        power = RUNS[run].power
+        note(axes, sufficient.index[-1], sufficient.iloc[-1], rf"$n^{power}/\lambda_0^4$", ha="right", xytext=(-6, 2))
+        style.measured(axes, table, "samples", structure, label=RUNS[run].name, shift=shift)
+    style.log_ticks(axes, sorted(int(samples) for samples in table["samples"].unique()))
+    axes.set(xlabel="samples $n$", ylabel="width $m$ that is needed, that suffices")
 
 
 def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str, structure: str) -> None:

@@ -7,18 +7,22 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from oracle import assert_close, dense_jacobian
+from torch import nn
 
+import curvlab
 from analyses.jacobian_rank import ANALYSIS, descent
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.figures import FIGURES
-from analyses.jacobian_rank.parts import PARTS
+from analyses.jacobian_rank.networks import network_setting
+from analyses.jacobian_rank.parts import PARTS, networks, width
 from analyses.jacobian_rank.setting import Setting, setting_of
 from curvlab.fisher import Full
-from curvlab.nn import HalfSquaredError, TwoLayer
+from curvlab.nn import HalfSquaredError, TwoLayer, linearize
 from curvlab.problems import Problem
 from curvlab.study import Cell, Verdict, judge
 from curvlab.study.measurements import normalise, tabulate
@@ -26,7 +30,8 @@ from curvlab.study.measurements import normalise, tabulate
 SMALL = ("--widths", "64", "256", "--seeds", "3", "--samples", "12", "--structures", "full", "kfac")
 IDENTITIES = (
     "rank-initial", "rank-duplicated", "rank-parallel", "rank-networks", "rank-layers", "rank-training", "rate-linear",
-    "modes-damped", "kfac-leverages", "general-newton", "response-rank-full", "trained-redundant", "trained-jacobian",
+    "modes-damped", "kfac-leverages", "general-newton", "response-rank-full", "linearised-full", "linearised-kfac", "kept-full",
+    "trained-redundant", "trained-jacobian",
 )  # fmt: skip
 
 
@@ -111,10 +116,96 @@ def test_the_change_of_the_jacobian_is_the_dense_one(setting: Setting) -> None:
     model = descent.displaced(setting, 2.0, direction)
     assert descent.movement(model, setting) == pytest.approx(2.0)
     difference = dense_jacobian(model, setting.inputs) - dense_jacobian(setting.problem.model, setting.inputs)
-    point = descent.inspect(model, setting)
+    point = descent.inspect(curvlab.jacobian(model, setting.inputs), setting)
     assert point.change == pytest.approx(float(torch.linalg.matrix_norm(difference, 2)), rel=1e-8)
     assert point.change_frobenius == pytest.approx(float(difference.norm()), rel=1e-8)
     assert point.deficiency == 0
+
+
+def test_following_a_run_looks_before_the_first_step_and_after_each(setting: Setting) -> None:
+    def run(model: nn.Module) -> tuple[np.ndarray, list[torch.Tensor]]:
+        structure = Full()
+        return descent.follow(
+            model, setting, structure, descent.natural(structure, setting), 0.3, 2, lambda rows: rows.dense()
+        )
+
+    path, seen = run(copy.deepcopy(setting.problem.model))
+    plain = copy.deepcopy(setting.problem.model)
+    direction = descent.natural(Full(), setting)
+    assert len(path) == len(seen) == 3
+    for k, jacobian in enumerate(seen):
+        assert_close(jacobian, dense_jacobian(plain, setting.inputs))
+        assert_close(torch.from_numpy(path[k]), plain(setting.inputs).detach().flatten())
+        descent.descend(plain, setting, direction, 0.3, 1)
+
+
+def test_a_run_that_diverges_is_stopped(setting: Setting) -> None:
+    structure = Full()
+    path, seen = descent.follow(
+        linearize(setting.problem.model),
+        setting,
+        structure,
+        descent.natural(structure, setting),
+        101.0,
+        9,
+        lambda _: None,
+    )
+    grown = np.sqrt(descent.squared_residuals(path, setting)) / float(setting.residual.norm())
+    assert grown == pytest.approx([1, 100, 10_000], rel=1e-6)
+    assert len(seen) == 3
+
+
+def test_contraction_and_excess() -> None:
+    squared = np.array([4.0, 1.0, 0.25, 1e-13])
+    assert descent.contraction(squared[:3]) == pytest.approx(0.25)
+    assert descent.excess(squared[:3], 0.25) == 0
+    assert descent.excess(squared[:3], 0.125) == pytest.approx(0.125)
+
+
+def test_a_wrong_step_of_a_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    damped = partial(descent.natural, damping=1e-6)
+    monkeypatch.setattr("analyses.jacobian_rank.parts.structures.natural", damped)
+    config = Config(widths=(64,), samples=10, seeds=1)
+    assert verdict_of("linearised-full", config, network="mlp").outcome == "refuted"
+
+
+def test_unit_ranks_are_those_of_the_dense_blocks() -> None:
+    cell = Cell({"problem": "two-layer", "width": 8, "network": "mlp", "units": 6, "samples": 9, "seed": 0})
+    setting = network_setting(cell, Config())
+    layer = setting.jacobian.layers[1]
+    ranks, active = networks._unit_ranks(layer)
+    J = dense_jacobian(setting.problem.model, setting.inputs)[:, 6 * 64 : 6 * 64 + 36].unflatten(1, (6, 6))
+    assert ranks.tolist() == [int(torch.linalg.matrix_rank(J[:, unit])) for unit in range(6)]
+    assert active.tolist() == [min(6, int((J[:, unit] != 0).any(1).sum())) for unit in range(6)]
+
+
+def test_a_layer_that_training_deprives_of_rank_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that puts out all units of the first layer."""
+
+    def numbing(structure: Full, setting: Setting) -> descent.Direction:
+        step = descent.natural(structure, setting)
+        return lambda model: {**step(model), "0.weight": model[0].weight.detach() / networks.ETA}
+
+    monkeypatch.setattr("analyses.jacobian_rank.parts.networks.natural", numbing)
+    config = Config(widths=(64,), samples=10, seeds=1, activation=("relu",))
+    assert verdict_of("networks-layers", config, network="mlp", units=64).outcome == "refuted"
+
+
+def test_the_needed_width_is_the_least_that_concludes() -> None:
+    config = Config(seeds=1)
+    (cell,) = (cell for cell in ANALYSIS.cells(config) if cell["part"] == "width" and cell["samples"] == 8)
+    measured = {(row["quantity"], row["run"]): row for row in width.PART.measure(cell, config)}
+    for name, run in width.RUNS.items():
+        needed = measured["needed", name]["value"]
+        reached = {
+            m: width._concludes(setting_of(cell, config, width=m), run, least=0.1) for m in width.WIDTHS if m <= needed
+        }
+        assert [m for m, constant in reached.items() if constant is not None] == [needed]
+    assert measured["constant", "natural"]["value"] == pytest.approx(
+        width._concludes(
+            setting_of(cell, config, width=measured["needed", "natural"]["value"]), width.RUNS["natural"], 0.1
+        )
+    )
 
 
 def narrow() -> Problem:

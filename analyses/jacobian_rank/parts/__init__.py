@@ -6,11 +6,13 @@ from analyses.jacobian_rank.parts import (
     generalisation,
     kfac,
     modes,
+    networks,
     paths,
     rank,
     structures,
     trained,
     training,
+    width,
 )
 
 PARTS: dict[str, Part] = {
@@ -18,8 +20,10 @@ PARTS: dict[str, Part] = {
     for part in (
         rank.PART,
         training.PART,
+        networks.PART,
         kfac.PART,
         modes.PART,
+        width.PART,
         general.PART,
         paths.PART,
         generalisation.PART,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from math import inf, isfinite
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from analyses.estimates import at_largest_width, by_seed, identities
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import Point, descend, inspect
+from analyses.jacobian_rank.descent import descend, excess, follow, inspect, natural
 from analyses.jacobian_rank.part import PAPER, Part, cells_of
 from analyses.jacobian_rank.parts.training import EASY
 from analyses.jacobian_rank.setting import Setting, setting_of
@@ -60,28 +61,29 @@ def _cells(config: Config) -> list[Cell]:
 
 def _measure(cell: Cell, config: Config) -> Observations:
     setting = setting_of(cell, config)
-    loss, metric = RegularisedLogistic(), HalfSquaredError()
     y = setting.targets.numpy(force=True)
     optimum = np.sign(y) * minimiser()
     eta = SHARE * theory.general_largest_step(0.0, REGULARISER, LIPSCHITZ)
-
-    def direction(model: nn.Module) -> Mapping[str, Tensor]:
-        return natural_gradient_step(Full(), model, loss, setting.inputs, setting.problem.train[1], metric=metric)
-
-    model = copy.deepcopy(setting.problem.model)
-    points: list[Point] = []
-    path = descend(model, setting, direction, eta, STEPS, watch=lambda now: points.append(inspect(now, setting)))
+    structure = Full()
+    path, points = follow(
+        copy.deepcopy(setting.problem.model),
+        setting,
+        structure,
+        natural(structure, setting, loss=RegularisedLogistic(), metric=HalfSquaredError()),
+        eta,
+        STEPS,
+        partial(inspect, setting=setting),
+    )
     squared = np.square(path - optimum).sum(1)
     C = inf
     if setting.full_rank:
         C = theory.stability_constant(max(point.change for point in points), float(setting.eigenvalues[0]))
     covered = isfinite(C) and eta <= theory.general_largest_step(C, REGULARISER, LIPSCHITZ)
-    bound = theory.general_rate(eta, REGULARISER, LIPSCHITZ) ** np.arange(STEPS + 1)
-    descended = _function_space(path[0], y, eta)
+    descended = _function_space(path[0], y, eta)[: len(path)]
     rows: list[dict[str, object]] = [
         {
             "quantity": "excess" if covered else "excess_uncovered",
-            "value": max(0.0, float(np.max(squared / squared[0] - bound))),
+            "value": excess(squared, theory.general_rate(eta, REGULARISER, LIPSCHITZ)),
             "tolerance": BOUND_TOLERANCE,
         },
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,19 @@ from analyses.estimates import (
     worst_by_seed,
 )
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import Point, descend, displaced, inspect, movement, natural, unit_rank
+from analyses.jacobian_rank.descent import (
+    Point,
+    contraction,
+    descend,
+    displaced,
+    excess,
+    follow,
+    inspect,
+    movement,
+    natural,
+    squared_residuals,
+    unit_rank,
+)
 from analyses.jacobian_rank.part import PAPER, SYNTHETIC, Part, cells_of
 from analyses.jacobian_rank.setting import Setting, setting_of
 from analyses.part import TOLERANCE_FACTOR, Expectation, Observations, where
@@ -37,8 +50,6 @@ MIDDLE = 0.5
 STEPS = 10
 BALL_POINTS = 4
 """Random points on the surface of the ball of condition 2."""
-FLOOR = 1e-6
-"""Residual, relative to the first, below which round-off and not the rate decides."""
 BOUND_TOLERANCE = 1e-9
 EASY: dict[str, object] = {"problem": SYNTHETIC, "similarity": 0.0, "samples": 6}
 """Few random samples, for which condition 2 holds at widths that fit into memory."""
@@ -64,45 +75,48 @@ def _cells(config: Config) -> list[Cell]:
     return cells_of(NAME, config, points)
 
 
-def _ball(setting: Setting, radius: float, trained: torch.nn.Module, seed: int) -> dict[str, float]:
-    """C_emp at random points of the surface of the ball, the largest, and where the direction of training meets it."""
+def _on_surface(setting: Setting, direction: Mapping[str, Tensor]) -> float:
+    """C_emp where a direction meets the surface of the ball of condition 2."""
     smallest = float(setting.eigenvalues[0])
+    radius = theory.condition_radius(float(setting.residual.norm()), smallest)
+    rows = curvlab.jacobian(displaced(setting, radius, direction), setting.inputs)
+    return theory.stability_constant(inspect(rows, setting).change, smallest)
+
+
+@lru_cache(maxsize=1)
+def _at_random(setting: Setting, seed: int) -> float:
+    """Largest C_emp at random points of the surface; it does not depend on η, so that neighbouring cells share it."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = setting.jacobian.space.shapes
 
     def random() -> dict[str, Tensor]:
         return {
             name: torch.randn(shape, generator=generator, dtype=torch.float64).to(setting.inputs)
-            for name, shape in shapes.items()
+            for name, shape in setting.jacobian.space.shapes.items()
         }
 
-    start, end = (dict(model.named_parameters()) for model in (setting.problem.model, trained))
-    towards_end = {name: (end[name] - start[name]).detach() for name in shapes}
+    return max(_on_surface(setting, random()) for _ in range(BALL_POINTS))
 
-    def constant(direction: dict[str, Tensor]) -> float:
-        change = inspect(displaced(setting, radius, direction), setting).change
-        return theory.stability_constant(change, smallest)
 
-    return {
-        "ball_random": max(constant(random()) for _ in range(BALL_POINTS)),
-        "ball_trained": constant(towards_end),
-    }
+def _trained(setting: Setting, model: torch.nn.Module) -> dict[str, Tensor]:
+    """The move of training."""
+    start, end = (dict(each.named_parameters()) for each in (setting.problem.model, model))
+    return {name: (end[name] - start[name]).detach() for name in setting.jacobian.space.shapes}
 
 
 def _measure(cell: Cell, config: Config) -> Observations:
     setting = setting_of(cell, config)
     eta = float(cell["eta"])
     model = copy.deepcopy(setting.problem.model)
-    points: list[Point] = []
-    path = descend(
-        model, setting, natural(Full(), setting), eta, STEPS, watch=lambda now: points.append(inspect(now, setting))
+    structure = Full()
+    path, points = follow(
+        model, setting, structure, natural(structure, setting), eta, STEPS, partial(inspect, setting=setting)
     )
-    squared = np.square(path - setting.targets.numpy(force=True)).sum(1)
+    squared = squared_residuals(path, setting)
     constants = _constants(setting, model, points, int(cell["seed"])) if setting.full_rank else {}
-    excess = max(0.0, float(np.max(squared / squared[0] - theory.ngd_rate_bound(eta) ** np.arange(STEPS + 1))))
+    above = excess(squared, theory.ngd_rate_bound(eta))
     rows: list[dict[str, object]] = [
         *({"quantity": f"constant_{name}", "value": value} for name, value in constants.items()),
-        {"quantity": _coverage(constants, eta), "value": excess, "tolerance": BOUND_TOLERANCE},
+        {"quantity": _coverage(constants, eta), "value": above, "tolerance": BOUND_TOLERANCE},
         {"quantity": "change_frobenius", "value": max(point.change_frobenius for point in points)},
         {"quantity": "missing", "value": max(point.deficiency for point in points), "tolerance": 0.0},
         *(_movement(setting, model, eta) if setting.full_rank else []),
@@ -110,9 +124,7 @@ def _measure(cell: Cell, config: Config) -> Observations:
     if isinstance(model, TwoLayer):
         rows.append({"quantity": "unit_rank", "value": unit_rank(curvlab.jacobian(model, setting.inputs))})
     if eta < 1:
-        counted = squared[:-1] > FLOOR**2 * squared[0]
-        mean = float(np.exp(np.log((squared[1:] / squared[:-1])[counted]).mean()))
-        rows.append({"quantity": "rate_ratio", "value": mean / theory.ngd_linear_ratio(eta)})
+        rows.append({"quantity": "rate_ratio", "value": contraction(squared) / theory.ngd_linear_ratio(eta)})
     rows += [
         {"quantity": "squared", "value": float(value / squared[0]), "step": step} for step, value in enumerate(squared)
     ]
@@ -123,10 +135,11 @@ def _measure(cell: Cell, config: Config) -> Observations:
 
 def _constants(setting: Setting, trained: torch.nn.Module, points: list[Point], seed: int) -> dict[str, float]:
     """C_emp along the run, and at points of the ball's surface."""
-    smallest = float(setting.eigenvalues[0])
-    radius = theory.condition_radius(float(setting.residual.norm()), smallest)
-    along = theory.stability_constant(max(point.change for point in points), smallest)
-    return {**_ball(setting, radius, trained, seed), "trajectory": along}
+    return {
+        "ball_random": _at_random(setting, seed),
+        "ball_trained": _on_surface(setting, _trained(setting, trained)),
+        "trajectory": theory.stability_constant(max(point.change for point in points), float(setting.eigenvalues[0])),
+    }
 
 
 def _coverage(constants: Mapping[str, float], eta: float) -> str:
