@@ -18,8 +18,8 @@ from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-Operator = Callable[[Tensor], Tensor]
-"""A symmetric linear map of float64 vectors `[n]`."""
+Product = Callable[[Tensor], Tensor]
+"""A symmetric linear map of vectors `[n]`, or of blocks of vectors `[K, n]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,34 +54,52 @@ class Quadrature:
         return Quadrature(-self.nodes.flip(0), self.weights.flip(0), self.residuals.flip(0))
 
 
-def quadrature(operator: Operator, start: Float[Tensor, " n"], steps: int) -> Quadrature:
-    """Return the Gauss quadrature of an operator's spectral measure at a vector.
+def quadrature(operator: Product, start: Float[Tensor, " n"], steps: int) -> Quadrature:
+    """Return the Gauss quadrature of an operator's spectral measure at one vector; see `quadratures`."""
+    return quadratures(lambda block: operator(block[0])[None], start[None], steps)[0]
+
+
+def quadratures(operator: Product, starts: Float[Tensor, "K n"], steps: int) -> list[Quadrature]:
+    """Return the Gauss quadratures of an operator's spectral measures at several vectors, from products with blocks.
 
     Args:
-        operator: symmetric, in float64.
-        start: any vector but 0.
-        steps: products with the operator; fewer are made if the Krylov space is exhausted before.
+        operator: symmetric, multiplies blocks `[K, n]`.
+        starts: any vectors but 0.
+        steps: products with the operator; fewer are made if all Krylov spaces are exhausted before.
 
-    Cost: `steps` products and `2·steps²·n` for orthogonalising twice against all vectors; memory `steps·n`.
+    Cost: `steps` products with blocks and `2·K·steps²·n` for orthogonalising twice against all vectors; memory
+    `K·steps·n`.
     """
-    steps = min(steps, len(start))
-    basis = start.new_zeros(steps, len(start))
-    basis[0] = start / start.norm()
-    diagonal: list[float] = []
-    beside: list[float] = []
+    K, n = starts.shape
+    steps = min(steps, n)
+    basis = starts.new_zeros(K, steps, n)
+    basis[:, 0] = starts / starts.norm(dim=1, keepdim=True)
+    diagonal, beside = torch.zeros(2, K, steps, dtype=torch.float64)
+    lengths = torch.full((K,), steps)
     for k in range(steps):
-        image = operator(basis[k])
-        diagonal.append(float(basis[k] @ image))
-        scale = float(image.norm())
-        known = basis[: k + 1]
+        image = operator(basis[:, k])
+        diagonal[:, k] = (basis[:, k] * image).sum(1)
+        scale = torch.maximum(image.norm(dim=1).double().cpu(), diagonal.abs().amax(1))
+        known = basis[:, : k + 1]
         for _ in range(2):
-            image = image - known.T @ (known @ image)
-        beside.append(float(image.norm()))
-        exhausted = beside[-1] <= len(start) * torch.finfo(start.dtype).eps * max(scale, max(map(abs, diagonal)))
-        if exhausted or k == steps - 1:
+            image = image - ((known @ image[..., None]).mT @ known)[:, 0]
+        norm = image.norm(dim=1)
+        beside[:, k] = norm
+        exhausted = beside[:, k] <= n * torch.finfo(starts.dtype).eps * scale
+        lengths[exhausted & (lengths == steps)] = k + 1
+        if k == steps - 1 or bool((lengths <= k + 1).all()):
             break
-        basis[k + 1] = image / beside[-1]
-    nodes, vectors = eigh_tridiagonal(diagonal, beside[:-1])
+        # What is exhausted goes on with zeros.
+        live = (lengths > k + 1).to(norm)
+        basis[:, k + 1] = image * (live / torch.where(live > 0, norm, 1))[:, None]
+    return [_gauss(a[:m], b[:m]) for a, b, m in zip(diagonal, beside, lengths.tolist(), strict=True)]
+
+
+def _gauss(diagonal: Float[Tensor, " m"], beside: Float[Tensor, " m"]) -> Quadrature:
+    """Return the quadrature of a tridiagonal matrix; the last entry beside the diagonal leads out of it."""
+    nodes, vectors = eigh_tridiagonal(diagonal.numpy(), beside[:-1].numpy())
     return Quadrature(
-        torch.from_numpy(nodes), torch.from_numpy(vectors[0] ** 2), beside[-1] * torch.from_numpy(abs(vectors[-1]))
+        torch.from_numpy(nodes),
+        torch.from_numpy(vectors[0] ** 2),
+        float(beside[-1]) * torch.from_numpy(abs(vectors[-1])),
     )

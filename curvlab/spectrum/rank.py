@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, inf, isfinite, log10, nan, sqrt
 from statistics import fmean, stdev
 from typing import Literal, get_args
@@ -30,8 +30,8 @@ from torch import Tensor
 from curvlab.errors import unknown_name
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows import Rows
-from curvlab.rows.parameters import ParameterSpace
-from curvlab.spectrum.lanczos import Operator, Quadrature, quadrature
+from curvlab.spectrum.lanczos import Product, Quadrature, quadrature
+from curvlab.spectrum.selection import restricted
 from curvlab.spectrum.singular import (
     EPS,
     Directions,
@@ -166,7 +166,7 @@ def rank(
     rtol: float | None = None,
     *,
     method: Method = "auto",
-    parameters: Sequence[str] | None = None,
+    parameters: str | Sequence[str] | None = None,
     memory: int = 2**31,
     probes: int = 16,
     steps: int = 128,
@@ -181,7 +181,7 @@ def rank(
         method: "gram" for the eigenvalues of `SSᵀ` (or `SᵀS`, if that is smaller); "svd" for the singular values of the
             dense rows; "lanczos" for an estimate from products alone; "auto" for "gram", followed by "svd" if that can
             decide more, each if `memory` admits it, and "lanczos" if the first does not fit.
-        parameters: columns to take, by the parameters' names; all if None. A layer's rank is that of its parameters.
+        parameters: columns to take, by the names of parameters or of whole modules; all if None.
         memory: bytes that "auto" may use.
         probes: random vectors of "lanczos".
         steps: products with each of them; about `√(λ_max/λ)` are needed to see an eigenvalue λ.
@@ -199,7 +199,7 @@ def rank(
     source = generator or torch.Generator().manual_seed(0)
     if isinstance(rows_or_gram, Tensor):
         return _rank_of_gram(rows_or_gram, rtol, method, parameters, (probes, steps, source))
-    rows = rows_or_gram if parameters is None else _restricted(rows_or_gram, parameters)
+    rows = restricted(rows_or_gram, parameters)
     layers = rows.layers
     if not layers or not rows.R:
         raise ValueError("There are no rows to take a rank of: the data are empty, or no parameter was chosen.")
@@ -279,7 +279,7 @@ class _Question:
         """Decide on descending singular values."""
         return self._exact(values, "svd", resolution=max(self.rows, self.columns or 0) * EPS * float(values[0]))
 
-    def estimated(self, operator: Operator, starts: Iterable[Tensor], steps: int, dimension: int) -> Rank:
+    def estimated(self, operator: Product, starts: Iterable[Tensor], steps: int, dimension: int) -> Rank:
         """Estimate from the measures that vectors of an invariant subspace see.
 
         Besides the interval of the estimate two bounds hold for certain: by interlacing, at least as many eigenvalues as
@@ -367,7 +367,7 @@ def _rank_of_gram(
     gram: Float[Tensor, "R R"],
     rtol: float | None,
     method: Method,
-    parameters: Sequence[str] | None,
+    parameters: str | Sequence[str] | None,
     lanczos: tuple[int, int, torch.Generator],
 ) -> Rank:
     if method == "svd" or parameters is not None:
@@ -391,16 +391,6 @@ def _spectrum(source: Rows | Tensor) -> Rank:
         raise ValueError("Eigenvalues are a vector of at least one finite floating-point number.")
     question = _Question(rows=n, columns=None, attainable=n, structural_zeros=0, rtol=n * EPS)
     return question.gram(descending(source, source.dtype), source.dtype)
-
-
-def _restricted(rows: Rows, names: Sequence[str]) -> Rows:
-    """Keep the columns of some parameters."""
-    for name in names:
-        if name not in rows.space.shapes:
-            raise unknown_name("parameter", name, rows.space.shapes)
-    kept = [layer.restrict(names) for layer in rows.layers if set(names) & set(layer.layout.names)]
-    space = ParameterSpace({name: shape for name, shape in rows.space.shapes.items() if name in names})
-    return replace(rows, layers=tuple(kept), space=space)
 
 
 def _structural_zeros(rows: Rows) -> int:

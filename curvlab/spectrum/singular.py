@@ -18,7 +18,7 @@ from curvlab.fisher.block import combine, dense, gram64, moment, times
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.products import CHUNK_ELEMENTS, chunks
-from curvlab.spectrum.lanczos import Operator
+from curvlab.spectrum.lanczos import Product
 
 EPS = torch.finfo(torch.float64).eps
 COPIES = 3
@@ -181,7 +181,7 @@ def zero_rows(layers: Layers) -> Bool[Tensor, "V N"]:
     return zero
 
 
-def small_operator(layers: Layers) -> tuple[Operator, int]:
+def small_operator(layers: Layers) -> tuple[Product, int]:
     """Return `SSᵀ` as an operator on `[R]`, or `SᵀS` on `[P]` if that is smaller, in float64; and its size."""
     precise = [layer.to(torch.float64) for layer in layers]
     R, P = sides(layers)

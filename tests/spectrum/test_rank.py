@@ -1,11 +1,9 @@
 """Numerical rank, on matrices and networks whose rank is known."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,15 +17,6 @@ from curvlab.rows import Rows
 from curvlab.spectrum import Rank, condition_number, effective_dimension, rank
 
 EPS = torch.finfo(DOUBLE).eps
-
-
-@pytest.fixture
-def unchecked_types() -> Iterator[None]:
-    """Switch off the type checks of the test run, which come before curvlab's own."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def orthogonal(n: int, k: int, seed: int = 0) -> Tensor:

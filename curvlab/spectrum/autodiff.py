@@ -1,0 +1,225 @@
+"""Hessian and generalised Gauss-Newton matrix, matrix-free, by products with blocks of vectors.
+
+    Hessian   H v = ∂/∂ε ∇L(θ + εv)     forward over reverse
+    GGN       G v = Jᵀ (∂²L/∂z²) J v    forward, forward over reverse at the output, reverse
+
+A block goes through in one sweep: the passes that do not depend on the vectors are done once, the others are batched by
+`torch.func.vmap`. Every operator compares one such product with double backward when it is made. What has no forward-mode
+derivative or batching rule, or another derivative than in reverse mode (`no_grad` inside the model, the padding of an
+embedding), goes by double backward for good, one vector at a time; it says so once.
+
+Products are taken at the parameters that the model has when they are asked for: one operator serves along a training run.
+
+Source: Pearlmutter 1994, Fast exact multiplication by the Hessian; Schraudolph 2002, Fast curvature matrix-vector
+products for second-order gradient descent.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal
+from weakref import WeakSet
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import grad, jvp, vjp, vmap
+
+from curvlab.errors import UnsupportedModel
+from curvlab.nn.linearize import _differentiable_attention
+from curvlab.rows.loss import LOSSES
+from curvlab.rows.sweep import PickOutput
+from curvlab.spectrum.objective import Data, Loss, Objective, Parameters, Part
+from curvlab.spectrum.operator import Operator
+
+logger = logging.getLogger("curvlab")
+
+SWEEP = 16
+"""Vectors in one sweep, by default."""
+_announced: WeakSet[nn.Module] = WeakSet()
+
+
+class DerivativeOperator(Operator):
+    """What Hessian and GGN share.
+
+    Args:
+        model: any module; frozen parameters have no columns. It is left as it was found.
+        loss: called as `loss(outputs, targets)`, any differentiable function with a scalar result. Over several batches
+            it needs a `reduction` of "mean" or "sum", by which they merge.
+        data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader, which is passed over once a sweep.
+        parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
+        output: which tensor of a structured output to use, as in `curvlab.jacobian`.
+        batched: whether vectors may share a sweep; if not, products go by double backward.
+        sweep: vectors that share one; memory is `sweep` times that of a forward pass with its gradient.
+
+    Raises:
+        UnsupportedModel: if the model has no trainable parameter, or two passes over the data disagree; names what is
+            random.
+        ValueError: see `Objective`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Data,
+        *,
+        parameters: str | Sequence[str] | None = None,
+        output: PickOutput = None,
+        batched: bool = True,
+        sweep: int = SWEEP,
+    ) -> None:
+        if sweep < 1:
+            raise ValueError(f"sweep is a number of vectors ≥ 1, got {sweep}.")
+        self.objective = Objective(model, loss, data, parameters, output)
+        self.space, self.dtype, self.device = self.objective.space, self.objective.dtype, self.objective.device
+        self.sweep = sweep
+        self.batched = batched and self._agrees()
+
+    def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Multiply a block of vectors. Cost per sweep of K vectors: one gradient, and about K more for the Hessian."""
+        with _differentiable_attention():
+            return torch.cat([self._sweep(part) for part in block.split(self.sweep)])
+
+    def _sweep(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        return (self._by_forward if self.batched else self._by_backward)(self.space.unflatten(block))
+
+    def _by_forward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
+        return self.objective.total(lambda part: self.space.flatten(vmap(self._forward(part))(vectors)))
+
+    def _by_backward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
+        with torch.enable_grad():
+            return self.objective.total(lambda part: torch.stack(self._backward(part, vectors)))
+
+    def _agrees(self) -> bool:
+        """Return whether the batched product of a random vector is that by double backward; says so if not."""
+        drawn = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
+        vectors = self.space.unflatten(drawn.to(self.device))
+        with _differentiable_attention():
+            reference = self._by_backward(vectors)
+            try:
+                error = float((self._by_forward(vectors) - reference).norm())
+                if error <= torch.finfo(self.dtype).eps ** 0.5 * float(reference.norm()):
+                    return True
+                reason = "forward mode differs, as it does for functions under no_grad and for padding_idx"
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as problem:
+                reason = str(problem).strip().splitlines()[0]
+        if self.objective.model not in _announced:
+            _announced.add(self.objective.model)
+            logger.info("Products by double backward, one vector at a time: %s.", reason.rstrip("."))
+        return False
+
+    @abstractmethod
+    def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
+        """Return the product of a batch with one vector, for `vmap`."""
+
+    @abstractmethod
+    def _backward(self, part: Part, vectors: Parameters) -> list[Float[Tensor, " P"]]:
+        """Return the products of a batch with every vector, by reverse mode alone."""
+
+    def _attached(self) -> Parameters:
+        return {name: value.requires_grad_() for name, value in self.objective.parameters.items()}
+
+
+class Hessian(DerivativeOperator):
+    """The Hessian of a loss over a data set with respect to a model's parameters."""
+
+    def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
+        at, gradient = self.objective.parameters, grad(part.value)
+
+        def product(vector: Parameters) -> Parameters:
+            change: Parameters = jvp(gradient, (at,), (vector,))[1]
+            return change
+
+        return product
+
+    def _backward(self, part: Part, vectors: Parameters) -> list[Float[Tensor, " P"]]:
+        at = self._attached()
+        gradient = _pull([part.value(at)], list(at.values()), create_graph=True)
+        return [_flattened(_pull(gradient, list(at.values()), seeds)) for seeds in zip(*vectors.values(), strict=True)]
+
+
+class GGN(DerivativeOperator):
+    """The generalised Gauss-Newton matrix `Jᵀ (∂²L/∂z²) J` of a loss over a data set.
+
+    Arguments as for `DerivativeOperator`, and
+
+    Args:
+        kind: "ggn" for any loss, convex in the outputs or not; "exact" for the Fisher matrix, which it is under the
+            losses that curvlab knows.
+
+    Raises:
+        UnsupportedModel: for kind="exact" and a loss whose Hessian is not known to be a Fisher matrix.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Data,
+        *,
+        kind: Literal["exact", "ggn"] = "ggn",
+        parameters: str | Sequence[str] | None = None,
+        output: PickOutput = None,
+        batched: bool = True,
+        sweep: int = SWEEP,
+    ) -> None:
+        if kind == "exact" and type(loss) not in LOSSES:
+            raise UnsupportedModel(
+                f"The Hessian of {type(loss).__name__} is not known to be a Fisher matrix. Use kind='ggn', or one of: "
+                f"{', '.join(known.__name__ for known in LOSSES)}."
+            )
+        super().__init__(model, loss, data, parameters=parameters, output=output, batched=batched, sweep=sweep)
+
+    def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
+        at = self.objective.parameters
+
+        def product(vector: Parameters) -> Parameters:
+            z, change = jvp(part.output, (at,), (vector,))[:2]
+            bent = jvp(grad(part.of_output), (z,), (change,))[1]
+            pulled: Parameters = vjp(part.output, at)[1](bent)[0]
+            return pulled
+
+        return product
+
+    def _backward(self, part: Part, vectors: Parameters) -> list[Float[Tensor, " P"]]:
+        at = self._attached()
+        inputs = list(at.values())
+        z = part.output(at)
+        seed = torch.zeros_like(z, requires_grad=True)
+        pulled = _pull([z], inputs, [seed], create_graph=True)
+        end = z.detach().requires_grad_()
+        slope = _pull([part.of_output(end)], [end], create_graph=True)
+        products = []
+        for vector in zip(*vectors.values(), strict=True):
+            change = _pull(pulled, [seed], vector)
+            products.append(_flattened(_pull([z], inputs, _pull(slope, [end], change))))
+        return products
+
+
+def _pull(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor | None] = (None,),
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return the gradient of outputs with respect to inputs, zero where there is none; keeps the graph."""
+    reached = [(y, s) for y, s in zip(outputs, seeds, strict=True) if y.requires_grad]
+    if not reached:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    return torch.autograd.grad(
+        [y for y, _ in reached],
+        inputs,
+        [s for _, s in reached],
+        retain_graph=True,
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+
+
+def _flattened(pieces: Sequence[Tensor]) -> Float[Tensor, " P"]:
+    return torch.cat([piece.flatten() for piece in pieces])

@@ -1,0 +1,224 @@
+"""The loss of a model on a data set as a function of some of its parameters, batch by batch.
+
+Batches merge as the loss has it: a mean over all data is `Σ terms·(mean of a batch) / Σ terms`, `terms` being the
+divisor that the loss applied to the batch, and sums add. `Objective.total` does that for whatever is linear in the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import RandomSampler
+
+from curvlab.errors import UnsupportedModel
+from curvlab.rows.loss import LOSSES, loss_terms
+from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, left_as_found, select_output, trainable
+from curvlab.spectrum.selection import choose
+
+Data = Sequence[Any] | Iterable[Sequence[Any]]
+"""One pair (inputs, targets), or an iterable of pairs such as a DataLoader that can be passed over and over."""
+
+Loss = nn.Module | Callable[[Tensor, Any], Tensor]
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch: the model's output and the loss as functions of the parameters."""
+
+    model: nn.Module
+    loss: Loss
+    arguments: Arguments
+    targets: Any
+    pick: PickOutput
+
+    def output(self, parameters: Parameters) -> Float[Tensor, "N C ..."]:
+        """Call the model with these parameters in place of its own; what it does to its buffers is lost."""
+        args, kwargs = self.arguments
+        constants = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        state = {**constants, **buffers, **parameters}
+        return select_output(functional_call(self.model, state, args, kwargs), self.pick)
+
+    def of_output(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, ""]:
+        """Return the loss of an output."""
+        value: Tensor = self.loss(z, self.targets)
+        return value
+
+    def value(self, parameters: Parameters) -> Float[Tensor, ""]:
+        """Return the loss."""
+        return self.of_output(self.output(parameters))
+
+
+class Objective:
+    """Model, loss and data.
+
+    Args:
+        model: any module; frozen parameters are constants. It is left as it was found.
+        loss: called as `loss(outputs, targets)`, with a scalar result.
+        data: see `Data`.
+        parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
+        output: which tensor of a structured output to use, as in `curvlab.jacobian`.
+
+    Raises:
+        UnsupportedModel: if there is no trainable parameter, or if two passes over the data disagree.
+        ValueError: for data that are empty or can be passed once only, a loss that is no scalar or not finite, unknown
+            parameters, and several batches under a loss that does not tell how they merge.
+
+    Cost: two gradients, which must agree.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Data,
+        parameters: str | Sequence[str] | None = None,
+        output: PickOutput = None,
+    ) -> None:
+        self.model, self.loss, self.pick = model, loss, output
+        self.batches = batches_of(data)
+        own = trainable(model)
+        self.names = choose(own, parameters)
+        if not self.names:
+            raise ValueError("parameters=[] leaves nothing to differentiate by; leave it out for all of them.")
+        self.space = ParameterSpace({name: own[name].shape for name in self.names})
+        first = own[self.names[0]]
+        self.dtype, self.device = first.dtype, first.device
+        self._check()
+
+    @property
+    def parameters(self) -> Parameters:
+        """The chosen parameters as they are now, detached."""
+        own = dict(self.model.named_parameters())
+        return {name: own[name].detach() for name in self.names}
+
+    def total(self, share: Callable[[Part], Tensor]) -> Tensor:
+        """Merge over all batches what `share` makes of each, which is to be linear in the loss."""
+        merged = torch.zeros((), dtype=self.dtype, device=self.device)
+        passed, weights = 0, 0.0
+        adds = self._adds
+        with left_as_found(self.model):
+            for batch in self.batches:
+                part = self._part(batch)
+                weight = 1.0 if adds else self._terms(part)
+                merged = merged + weight * share(part)
+                passed, weights = passed + 1, weights + weight
+        if not passed:
+            raise ValueError("The data hold no batch: they are empty, or can be passed once only.")
+        return merged if adds else merged / weights
+
+    def gradient(self) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
+        """Return the loss and its gradient."""
+        both = self.total(self._value_and_gradient)
+        return both[0], both[1:]
+
+    @property
+    def _adds(self) -> bool:
+        """Whether batches add up with weight 1."""
+        single = hasattr(self.batches, "__len__") and len(self.batches) == 1
+        reduction = getattr(self.loss, "reduction", None)
+        if not single and reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"{_name(self.loss)} does not say how several batches merge. Give it an attribute reduction='mean' or "
+                "'sum', as the losses of torch.nn have it, or pass all data as one batch."
+            )
+        return single or reduction == "sum"
+
+    def _part(self, batch: Any) -> Part:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}.")
+        inputs, targets = batch
+        return Part(self.model, self.loss, as_arguments(inputs), targets, self.pick)
+
+    def _terms(self, part: Part) -> float:
+        """Return the divisor of the mean over a batch: known for known losses, else from the ratio of sum to mean."""
+        with torch.no_grad():
+            z = part.output({})
+            if isinstance(self.loss, nn.Module) and type(self.loss) in LOSSES:
+                return loss_terms(self.loss, z, part.targets).terms
+            summed = copy.copy(self.loss)
+            summed.reduction = "sum"  # type: ignore[union-attr]
+            ratio = float(summed(z, part.targets) / part.of_output(z))
+        if not isfinite(ratio) or ratio <= 0:
+            raise ValueError(
+                f"The divisor of {_name(self.loss)} on a batch cannot be told from its sum and its mean, whose ratio is "
+                f"{ratio}. Use reduction='sum', or pass all data as one batch."
+            )
+        return ratio
+
+    def _value_and_gradient(self, part: Part) -> Float[Tensor, " Q"]:
+        """Return the loss, followed by its gradient."""
+        own = {name: value.requires_grad_() for name, value in self.parameters.items()}
+        with torch.enable_grad():
+            z = part.output(own)
+            if not len(z):
+                raise ValueError("The inputs hold zero samples.")
+            value = part.of_output(z)
+            if not isinstance(value, Tensor) or value.ndim:
+                raise ValueError(f"{_name(self.loss)} returns no scalar; use reduction='mean' or 'sum'.")
+            if not bool(value.isfinite()):
+                broken = (~z.isfinite()).flatten(1).any(1).nonzero()
+                where = f": the model's output is not, first at sample {int(broken[0])}" if len(broken) else ""
+                raise ValueError(f"The loss is not finite{where}. Check inputs, targets and parameters.")
+            zero = sum(p.flatten()[:0].sum() for p in own.values())
+            gradient = torch.autograd.grad(value + zero, list(own.values()), materialize_grads=True)
+        return torch.cat([value.detach().reshape(1).to(self.dtype), *(g.flatten() for g in gradient)])
+
+    def _check(self) -> None:
+        first, second = (self.total(self._value_and_gradient) for _ in range(2))
+        if not bool(first.isfinite().all()):
+            bad = [name for name, g in self.space.unflatten(first[1:]).items() if not bool(g.isfinite().all())]
+            raise ValueError(
+                f"The gradient of {', '.join(bad)} is not finite, although the loss is: a function there has no "
+                "derivative or overflows."
+            )
+        difference = float((first - second).norm())
+        if not difference <= torch.finfo(self.dtype).eps ** 0.5 * float(first.norm()):
+            raise UnsupportedModel(
+                f"Loss and gradient differ by {difference:.2g} between two passes over the data, so there is no one "
+                f"operator. {self._suspects()}"
+            )
+
+    def _suspects(self) -> str:
+        """Say what makes two passes differ, and the remedy."""
+        noisy = [
+            f"{type(module).__name__} {name!r}"
+            for name, module in self.model.named_modules()
+            if module.training and isinstance(module, _DropoutNd | _NormBase)
+        ]
+        shuffled = isinstance(getattr(self.batches, "sampler", None), RandomSampler)
+        found = [f"{', '.join(noisy)} in training mode: call model.eval() first."] if noisy else []
+        found += ["The loader shuffles: use shuffle=False."] if shuffled else []
+        return " ".join(found or ["Model, loss or data are random, or keep a state: make them deterministic."])
+
+
+def batches_of(data: Data) -> Any:
+    """Return the batches of data: a list of one pair, or what can be passed over and over.
+
+    Raises:
+        ValueError: for an iterator, which can be passed once only.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        return [data]
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"The data are a {type(data).__name__}, which can be passed once only; every product needs a pass. Use a "
+            "DataLoader, or list(…)."
+        )
+    return data
+
+
+def _name(loss: Loss) -> str:
+    return type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", "The loss")

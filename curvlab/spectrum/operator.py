@@ -1,0 +1,113 @@
+"""Symmetric operators that are known by their products with blocks of vectors.
+
+A block is `[K, P]`, one vector a row, P the number of parameters; vectors may also come by parameter name, as everywhere
+in curvlab. An operator is symmetric in the inner product ⟨x, y⟩ = xᵀMy that its `metric` defines, M = I unless it says
+otherwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvlab.rows import Rows
+from curvlab.rows.parameters import ParameterSpace, Vector
+
+DENSE_BLOCK = 64
+"""Columns that `to_dense` computes at once."""
+
+
+class Operator(ABC):
+    """A symmetric linear map on the space of some parameters.
+
+    Attributes:
+        space: names and shapes of the parameters.
+        dtype: floating-point type of vectors and products.
+        device: where they live.
+    """
+
+    space: ParameterSpace
+    dtype: torch.dtype
+    device: torch.device
+    euclidean: bool = True
+    """Whether M = I."""
+
+    @property
+    def size(self) -> int:
+        """Number of parameters P."""
+        return self.space.size
+
+    @abstractmethod
+    def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Multiply a block of vectors."""
+
+    def metric(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Multiply a block with M."""
+        return block
+
+    def project(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Project a block on the subspace that the operator lives on: all of it, unless M is singular."""
+        return block
+
+    def matvec(self, vector: Vector) -> Vector:
+        """Multiply a vector, or a block of vectors, flat or by parameter name; the result has the form given."""
+        named, restore = self.space.unpack(vector)
+        return restore(self.space.unflatten(self.matmat(self.space.flatten(named))))
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        """Form the matrix, in the order of the flat vectors. Cost P products, memory `P²`."""
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return torch.cat([self.matmat(part) for part in eye.split(DENSE_BLOCK)]).T
+
+    def scipy(self) -> LinearOperator:
+        """Return the operator for SciPy, on vectors of the same floating-point type in the host's memory."""
+
+        def columns(block: Shaped[np.ndarray, P * K]) -> Shaped[np.ndarray, P * K]:
+            vectors = torch.as_tensor(np.ascontiguousarray(block.T), dtype=self.dtype, device=self.device)
+            product = self.matmat(vectors.reshape(-1, self.size)).cpu().numpy().T
+            return product.reshape(block.shape)
+
+        dtype = torch.zeros((), dtype=self.dtype).numpy().dtype
+        transposed = {"rmatvec": columns, "rmatmat": columns} if self.euclidean else {}
+        return LinearOperator((self.size, self.size), matvec=columns, matmat=columns, dtype=dtype, **transposed)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(P={self.size}, dtype={self.dtype}, device={self.device})"
+
+
+class DenseOperator(Operator):
+    """A symmetric matrix as an operator.
+
+    Args:
+        matrix: symmetric.
+        space: the parameters that its rows stand for; one nameless vector if None.
+
+    Raises:
+        ValueError: if the matrix is not square or does not fit the parameters.
+    """
+
+    def __init__(self, matrix: Float[Tensor, "P Q"], space: ParameterSpace | None = None) -> None:
+        self.space = space or ParameterSpace({"vector": torch.Size([len(matrix)])})
+        if matrix.shape != (self.size, self.size):
+            raise ValueError(f"A matrix for {self.size} parameters is square, got {tuple(matrix.shape)}.")
+        self.matrix = matrix
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
+        return block @ self.matrix
+
+
+class RowsOperator(Operator):
+    """`SᵀS` for rows S that are at hand. Cost of a product: that of `Rows.matvec` and `Rows.rmatvec`, no sweep."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.space, self.dtype, self.device = rows.space, rows.dtype, rows.device
+
+    def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
+        return self.space.flatten(self.rows.rmatvec(self.rows.matvec(block)))
