@@ -1,7 +1,10 @@
 """What holds for every test: one thread a process, and no test fails because the machine is slow."""
 
 import os
+from collections.abc import Iterator
 
+import jaxtyping
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -11,3 +14,12 @@ torch.set_num_threads(1)
 
 settings.register_profile("curvlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("curvlab")
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Switch off the type checks of the test run, which come before curvlab's own."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

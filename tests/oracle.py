@@ -16,7 +16,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
-from curvlab.nn import HalfSquaredError, ntk_mlp
+from curvlab.nn import HalfSquaredError, NodesLast, Propagation, ntk_mlp
 
 DOUBLE = torch.float64
 CLASSES = 3
@@ -359,6 +359,16 @@ def uneven_conv() -> nn.Module:
     return chain(nn.Conv2d(2, 4, 3, bias=False, **options), nn.Tanh(), nn.Conv2d(4, 2, (1, 2)), *head(32))
 
 
+def propagation() -> Propagation:
+    """Return message passing on a directed graph of 5 nodes with a self loop, a double edge and an isolated node."""
+    return Propagation(torch.tensor([[0, 1, 2, 2, 3, 1], [1, 2, 0, 2, 1, 2]]), 5, dtype=DOUBLE)
+
+
+def graph_chain() -> nn.Sequential:
+    layers = [propagation(), nn.Linear(3, 4), nn.Tanh(), propagation(), nn.Linear(4, CLASSES)]
+    return chain(*layers, NodesLast())
+
+
 ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.LogSigmoid, nn.ELU, nn.SELU, nn.Identity, nn.Dropout)
 
 ARCHITECTURES: list[Architecture] = [
@@ -371,6 +381,7 @@ ARCHITECTURES: list[Architecture] = [
         "leading-axes", lambda: chain(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), *head(12)), vectors(2, 3, 3)
     ),
     Architecture("grid-vectors", lambda: chain(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), vectors(CLASSES, 3)),
+    Architecture("graph", graph_chain, vectors(5, 3)),
     Architecture("activations", lambda: chain(*(m for a in ACTIVATIONS for m in (nn.Linear(3, 3), a()))), vectors(3)),
     Architecture("ntk", lambda: ntk_mlp((4, 6, 5, CLASSES), activation="tanh", bias_std=0.4), vectors(4)),
     Architecture("ntk-erf", lambda: ntk_mlp((4, 6, CLASSES), activation="erf"), vectors(4), chain=False),

@@ -27,6 +27,10 @@ State = dict[str, Tensor | float | None]
 """What a block keeps, besides rows; plain tensors and numbers."""
 
 
+Total = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes that share a batch."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One update: the block's share of the rows of a batch, and how it merges.
@@ -37,6 +41,7 @@ class Batch:
         decay: weight of the state so far.
         additive: whether the loss is a sum, so that matrices of batches add.
         sample_weights: ω_n.
+        total: sums over processes, each of which holds some samples of the batch; None if this one holds all.
     """
 
     layers: tuple[LayerRows, ...]
@@ -44,6 +49,16 @@ class Batch:
     decay: float
     additive: bool
     sample_weights: Float[Tensor, " N"]
+    total: Total | None = None
+
+    def average(self, average: RunningAverage, value: Tensor) -> None:
+        """Add the batch's matrix, of which this process has its samples' share, to a running average."""
+        weight = self.weight
+        if self.total is not None:
+            value = self.total(weight * value)
+            weight = 1.0 if self.additive else float(self.total(value.new_tensor(weight)))
+            value = value / weight
+        average.update(value, weight, self.decay, additive=self.additive)
 
     @property
     def weight(self) -> float:
@@ -174,6 +189,10 @@ class Block(ABC):
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc` for rows of the last batch, or for all rows of the state if `keeps_rows`."""
 
+    def prefers_rows(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002
+        """Whether `lift` takes any rows, not the state's only, and fewer operations with these than `solve` with their sum."""
+        return False
+
     @abstractmethod
     def sandwich(
         self,
@@ -292,7 +311,7 @@ class RowBlock(Block):
         if keeps:
             self._rows_held += self._row_size(batch.layers)
         else:
-            self.average.update(self._form(batch.layers), batch.weight, batch.decay, additive=batch.additive)
+            batch.average(self.average, self._form(batch.layers))
 
     def set_rows(self, layers: tuple[LayerRows, ...]) -> None:  # noqa: D102
         self._reset()

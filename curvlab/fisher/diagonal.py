@@ -26,7 +26,7 @@ class DiagonalBlock(Block):
         self.average = RunningAverage()
 
     def update(self, batch: Batch) -> None:  # noqa: D102
-        self.average.update(batch.layers[0].diagonal(), batch.weight, batch.decay, additive=batch.additive)
+        batch.average(self.average, batch.layers[0].diagonal())
 
     @property
     def _null(self) -> Bool[Tensor, " P_b"]:
@@ -85,6 +85,9 @@ class Diagonal(Structure, key="diagonal", summary="the diagonal of F"):
     Args:
         rtol: entries up to `rtol` times a layer's largest count as zero in undamped solves; ε if None.
     """
+
+    averages = True
+    adds = True
 
     def __init__(self, *, rtol: float | None = None) -> None:
         super().__init__()

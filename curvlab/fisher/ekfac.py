@@ -57,7 +57,7 @@ class _Corrected(KroneckerBlock):
         if rtol is None:
             rtol = (max(values.shape[1:]) * torch.finfo(values.dtype).eps) ** 2
         small = values <= rank_tolerance(values.flatten(), rtol, 1, values.dtype)
-        return small if self.options.sharing == "reduce" else small | super().null()
+        return small if self.options.sharing != "expand" else small | super().null()
 
     def state(self) -> State:
         return {**super().state(), **{f"corrections.{key}": value for key, value in self.corrections.state().items()}}
@@ -72,7 +72,7 @@ class _LinearEKFAC(_Corrected, LinearBlock):
 
     @property
     def _leaves_span(self) -> bool:
-        return self._reduce
+        return self.options.sharing != "expand"
 
 
 class _EmbeddingEKFAC(_Corrected, EmbeddingBlock):
@@ -91,6 +91,7 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
         rtol: rank tolerance of undamped solves, of the factors and relative to the largest correction.
     """
 
+    adds = False
     linear = _LinearEKFAC
     embedding = _EmbeddingEKFAC
 
@@ -101,7 +102,9 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     @property
     def options(self) -> Mapping[str, object]:
         """The configuration."""
-        return {name: value for name, value in super().options.items() if name != "factored_damping"}
+        return {
+            name: value for name, value in super().options.items() if name not in ("factored_damping", "invert_every")
+        }
 
     def _update_blocks(self, batches: list[Batch]) -> None:
         super()._update_blocks(batches)

@@ -6,17 +6,35 @@ with g carrying Λ^{1/2}/√count and ω_n the sample's loss weight. For weights
 *expand*; *reduce* sums g and averages a over t first. Over batches, A averages by Σω and B by the terms of the loss. An
 embedding has one-hot inputs, so its A is diagonal. Normalisations and bare parameters keep exact blocks.
 
-Source: Martens & Grosse 2015; Grosse & Martens 2016 (convolutions); Eschenhagen et al. 2023 (expand and reduce).
+In a graph, the positions are its nodes, labelled or not. *gradient* adds the rows of a sample before B is formed, so that
+g is the gradient of the total loss at a position, and sums A over all positions:
+
+    B = Σ_{n,t} (Σ_v g)(Σ_v g)ᵀ,   A = Σ_n Σ_t a aᵀ / Σ_n ω_n
+
+With `empirical` rows, inputs that `curvlab.nn.Propagation` has aggregated and `factored_damping="equal"` this is the
+preconditioner of Izadi et al. 2020 for L labelled nodes, ω their number: unlabelled nodes enter A with unit weight.
+
+Source: Martens & Grosse 2015; Grosse & Martens 2016 (convolutions); Eschenhagen et al. 2023 (expand and reduce);
+Izadi et al. 2020 (graphs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Literal
 
 from curvlab.fisher.block import Block, RowBlock, RowSide
 from curvlab.fisher.diagonal import DiagonalBlock
-from curvlab.fisher.kronecker import EmbeddingBlock, KFACBlock, KroneckerOptions, LinearBlock, Sharing
+from curvlab.fisher.kronecker import (
+    EmbeddingBlock,
+    KFACBlock,
+    KroneckerBlock,
+    KroneckerOptions,
+    LinearBlock,
+    Sharing,
+)
+from curvlab.fisher.moment import Invert, inverses
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows
@@ -34,13 +52,17 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     """Kronecker-factored blocks.
 
     Args:
-        sharing: "expand" or "reduce", for weights that are shared over positions.
+        sharing: "expand", "reduce" or "gradient", for weights that are shared over positions.
         factored_damping: put `√ρ·π` on A and `√ρ/π` on B, `π² = (tr A/dim A)/(tr B/dim B)` (Martens & Grosse 2015,
-            section 6.3), instead of ρ on the product.
+            section 6.3), instead of ρ on the product; "equal" puts √ρ on both.
         max_block: layers without Kronecker factors keep an exact block up to this size, a diagonal one above it.
         rtol: rank tolerance of the factors in undamped solves, relative to their λ_max.
+        invert_every: with factored damping, updates after which the inverses of a layer's factors are made anew; solves
+            in between use the old ones if the damping is the same. Layers take turns.
     """
 
+    averages = True
+    adds = True
     linear: type[LinearBlock] = _LinearKFAC
     embedding: type[EmbeddingBlock] = _EmbeddingKFAC
 
@@ -48,12 +70,13 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         self,
         *,
         sharing: Sharing = "expand",
-        factored_damping: bool = False,
+        factored_damping: bool | Literal["equal"] = False,
         max_block: int = 1024,
         rtol: float | None = None,
+        invert_every: int = 1,
     ) -> None:
         super().__init__()
-        self._config = KroneckerOptions(sharing, factored_damping, max_block, rtol)
+        self._config = KroneckerOptions(sharing, factored_damping, max_block, rtol, invert_every)
 
     @property
     def options(self) -> Mapping[str, object]:
@@ -61,7 +84,31 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         return asdict(self._config)
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
-        return [self._make_block(layer) for layer in rows.layers]
+        blocks = [self._make_block(layer) for layer in rows.layers]
+        kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
+        for turn, block in enumerate(kronecker):
+            block.take_turn(turn, len(kronecker))
+        return blocks
+
+    def _prepare(self, damping: float) -> None:
+        super()._prepare(damping)
+        self.invert(damping, inverses)
+
+    def invert(self, damping: float, inverses: Invert) -> None:
+        """Make the inverses of damped factors that are due.
+
+        Args:
+            damping: ρ.
+            inverses: inverts factors, such as `curvlab.fisher.moment.inverses`; several processes may share the work.
+        """
+        due = {
+            block: wanted
+            for block in self._blocks
+            if isinstance(block, KroneckerBlock) and (wanted := block.invert_factors(damping))
+        }
+        found = inverses([pair for wanted in due.values() for pair in wanted])
+        for block, units, width in zip(due, found[::2], found[1::2], strict=True):
+            block.set_inverses(damping, units, width)
 
     def _make_block(self, layer: LayerRows) -> Block:
         if isinstance(layer, KroneckerRows):

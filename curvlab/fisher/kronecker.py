@@ -3,7 +3,7 @@
 A layer's matrix `X [units, width]` (one a group q) is rotated to `Y = Uᵀ X V`, U the eigenvectors of the factor over
 units, V those of the factor over the width. There the block is diagonal with *entries* `[Q, r, s]`: `β_i α_j` for
 K-FAC, the Fisher's own diagonal for EKFAC. Outside the span of the basis the block is zero. The rows of the state lie
-in that span, except with *reduce*, whose factors know sums over positions only; EKFAC takes a complete basis then.
+in that span, except with *reduce* and *gradient*, whose factors know sums only; EKFAC takes a complete basis then.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from curvlab.errors import unknown_name
 from curvlab.fisher.block import Batch, Block, State, check_rtol, times
-from curvlab.fisher.moment import DiagonalMoment, Factor, Moment
+from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.system import inverse_values
 from curvlab.fisher.unit_rows import is_plain, weighted_product
-from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows
+from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
 
-Sharing = Literal["expand", "reduce"]
+Sharing = Literal["expand", "reduce", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class KroneckerOptions:
     """How layers are factored, and what becomes of those that are not.
 
     Attributes:
-        sharing: "expand" or "reduce", for weights that are shared over positions.
-        factored_damping: whether damping is split over the factors.
+        sharing: "expand", "reduce" or "gradient", for weights that are shared over positions.
+        factored_damping: whether damping is split over the factors, and if so whether equally.
         max_block: largest exact block of a layer without Kronecker factors.
         rtol: rank tolerance of undamped solves; round-off if None.
+        invert_every: updates after which the inverses of damped factors are made anew.
     """
 
     sharing: Sharing = "expand"
-    factored_damping: bool = False
+    factored_damping: bool | Literal["equal"] = False
     max_block: int = 1024
     rtol: float | None = None
+    invert_every: int = 1
 
     def __post_init__(self) -> None:
         if self.sharing not in get_args(Sharing):
@@ -51,6 +53,10 @@ class KroneckerOptions:
         if self.max_block < 0:
             raise ValueError(f"max_block is a number of parameters, got {self.max_block}.")
         check_rtol(self.rtol)
+        if self.invert_every < 1:
+            raise ValueError(f"invert_every is a number of updates ≥ 1, got {self.invert_every}.")
+        if self.invert_every > 1 and not self.factored_damping:
+            raise ValueError("invert_every keeps the inverses of damped factors: it needs factored_damping=True.")
 
 
 class KroneckerBlock(Block):
@@ -62,10 +68,25 @@ class KroneckerBlock(Block):
     def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
         super().__init__(name, [layout])
         self.options = options
+        self._inverses: tuple[Tensor, Tensor] | None = None
+        self._inverted_at = 0.0
+        self._age = 0
+
+    def take_turn(self, turn: int, turns: int) -> None:
+        """Let the inverses age ahead of other blocks', so that not all are made anew at once."""
+        self._age = turn * self.options.invert_every // turns
 
     @abstractmethod
     def update_factors(self, batch: Batch) -> None:
         """Average the two factors."""
+
+    def _shared(self, batch: Batch) -> tuple[LayerRows, Float[Tensor, " N"]]:
+        """Return the rows for B and the weights of samples in A; with "gradient", T_n for an average over positions."""
+        rows = batch.layers[0]
+        if self.options.sharing != "gradient":
+            return rows, batch.sample_weights
+        assert isinstance(rows, SharedRows)
+        return rows.map_rows(lambda g: g.sum(0, keepdim=True)), rows.sizes() * (batch.sample_weights > 0)
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: ARG002
         """Whether the basis spans these rows, if they went into its factors."""
@@ -79,8 +100,19 @@ class KroneckerBlock(Block):
     def weigh(self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]) -> LayerRows:
         """Multiply rotated rows with `units ⊗ width`."""
 
+    @abstractmethod
+    def weigh_by_inverses(self, rows: LayerRows, units: Tensor, width: Tensor) -> LayerRows:
+        """Multiply rows with the inverses of the factors."""
+
+    @abstractmethod
+    def worth_factoring(self, rows: LayerRows) -> bool:
+        """Whether it takes fewer operations to multiply the factors of rows with inverses than their sum."""
+
     def update(self, batch: Batch) -> None:  # noqa: D102
         self.update_factors(batch)
+        self._age += 1
+        if self._age >= self.options.invert_every:
+            self._inverses, self._age = None, 0
 
     def entries(self) -> Float[Tensor, "Q r s"]:
         """Return the diagonal in the basis."""
@@ -116,7 +148,7 @@ class KroneckerBlock(Block):
         return solution if self._complete else solution + (x - self.back(y)) / damping, nothing
 
     def _splits(self, damping: float) -> bool:
-        return self.options.factored_damping and damping > 0
+        return bool(self.options.factored_damping) and damping > 0
 
     @property
     def _complete(self) -> bool:
@@ -128,13 +160,30 @@ class KroneckerBlock(Block):
         units, width = self.units.mean_eigenvalue(), self.width.mean_eigenvalue()
         usable = (units > 0) & (width > 0)
         pi = torch.where(usable, (width / torch.where(usable, units, 1)).sqrt(), 1)
+        if self.options.factored_damping == "equal":
+            pi = torch.ones_like(pi)
         return damping**0.5 / pi, damping**0.5 * pi
 
+    def invert_factors(self, damping: float) -> list[tuple[Factor, Float[Tensor, " Q"]]]:
+        """Return the factors, and their shares of ρ, whose inverses `set_inverses` needs for a solve; none if it has them."""
+        if not self._splits(damping) or (self._inverses is not None and self._inverted_at == damping):
+            return []
+        return list(zip((self.units, self.width), self._split(damping), strict=True))
+
+    def set_inverses(self, damping: float, units: Tensor, width: Tensor) -> None:
+        """Take the inverses of the damped factors."""
+        self._inverses, self._inverted_at = (units, width), damping
+
+    def _factor_inverses(self, damping: float) -> tuple[Tensor, Tensor]:
+        if wanted := self.invert_factors(damping):
+            self.set_inverses(damping, *inverses(wanted))
+        assert self._inverses is not None
+        return self._inverses
+
     def _solve_factors(self, x: Float[Tensor, "K P_b"], damping: float) -> Float[Tensor, "K P_b"]:
-        matrix = x.view(len(x), self.units.basis.values.shape[0], -1, self.parts[0].width)
-        rho_units, rho_width = self._split(damping)
-        matrix = _solve_factor(self.units, matrix, rho_units)
-        return _solve_factor(self.width, matrix.mT, rho_width).mT.flatten(1)
+        units, width = self._factor_inverses(damping)
+        matrix = x.view(len(x), units.shape[0], -1, self.parts[0].width)
+        return times_inverse(units, matrix @ width).flatten(1)
 
     def _inverse_within(self, damping: float) -> Float[Tensor, "Q r s"]:
         """Return the inverse entries for vectors in the span of the basis."""
@@ -144,10 +193,17 @@ class KroneckerBlock(Block):
         units = self.units.basis.values + rho_units[:, None]
         return 1 / (units[..., None] * (self.width.basis.values + rho_width[:, None])[:, None, :])
 
+    def prefers_rows(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: D102
+        return self._splits(damping) and self.worth_factoring(layers[0])
+
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float
     ) -> Float[Tensor, "K P_b"]:
         rows = layers[0]
+        if self._splits(damping):
+            if not self.worth_factoring(rows):
+                return self._solve_factors(rows.rmatvec(c), damping)
+            return self.weigh_by_inverses(rows, *self._factor_inverses(damping)).rmatvec(c)
         if damping > 0 and not (self._complete or self.spans(rows)):
             return self.solve(rows.rmatvec(c), damping)[0]
         inverse = self._inverse_within(damping)
@@ -182,21 +238,28 @@ class KroneckerBlock(Block):
 
     def state(self) -> State:  # noqa: D102
         named = {"units": self.units, "width": self.width}
-        return {f"{name}.{key}": value for name, factor in named.items() for key, value in factor.state().items()}
+        state = {f"{name}.{key}": value for name, factor in named.items() for key, value in factor.state().items()}
+        units, width = self._inverses or (None, None)
+        return (
+            state
+            | {"inverses.units": units, "inverses.width": width, "inverses.damping": self._inverted_at}
+            | {"age": float(self._age)}
+        )
 
     def restore(self, state: State) -> None:  # noqa: D102
         for name, factor in (("units", self.units), ("width", self.width)):
             prefix = f"{name}."
             factor.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        units, width, damping, age = (state[k] for k in ("inverses.units", "inverses.width", "inverses.damping", "age"))
+        self._inverses = (units, width) if isinstance(units, Tensor) and isinstance(width, Tensor) else None
+        assert isinstance(damping, float)
+        assert isinstance(age, float)
+        self._inverted_at, self._age = damping, int(age)
 
 
-def _solve_factor(
-    factor: Factor, x: Float[Tensor, "K Q d m"], damping: Float[Tensor, " Q"]
-) -> Float[Tensor, "K Q d m"]:
-    """Return `(M + ρI)⁻¹x` of every group."""
-    basis, rho = factor.basis, damping[:, None, None]
-    values = basis.values[..., None]
-    return (x - basis.back(basis.into(x) * (values / (values + rho)))) / rho
+def times_inverse(inverse: Float[Tensor, "Q d *d"], x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q d m"]:
+    """Multiply with the inverses of every group, of which diagonal ones are vectors."""
+    return inverse @ x if inverse.ndim == 3 else inverse[..., None] * x
 
 
 class KFACBlock(KroneckerBlock):
@@ -234,15 +297,17 @@ class LinearBlock(KroneckerBlock):
         return self.options.sharing == "reduce"
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
-        rows = batch.layers[0]
+        rows, weights = self._shared(batch)
         assert isinstance(rows, KroneckerRows)
-        inputs = rows.input_root(batch.sample_weights, reduce=self._reduce)
-        outputs = rows.output_root(reduce=self._reduce) * batch.weight**0.5
-        self.width.update(inputs, float(batch.sample_weights.sum()), batch.decay)
-        self.units.update(outputs, batch.weight, batch.decay, additive=batch.additive)
+        inputs = rows.input_root(weights, reduce=self._reduce)
+        outputs = rows.output_root(reduce=self._reduce)
+        self.width.update(inputs, float(batch.sample_weights.sum()), batch.decay, total=batch.total)
+        self.units.update(
+            outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
+        )
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: D102
-        return not self._reduce or is_plain(rows)
+        return self.options.sharing == "expand" or (self._reduce and is_plain(rows))
 
     def rotate(self, rows: LayerRows) -> KroneckerRows:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
@@ -253,13 +318,27 @@ class LinearBlock(KroneckerBlock):
         layout = Layout.of(Q * r, {rows.name: torch.Size((Q, r, v.shape[2]))})
         inputs = torch.einsum("ntqi,qij->ntqj", rows.a, v)
         outputs = torch.einsum("vntqo,qop->vntqp", rows.g, u)
-        return KroneckerRows(rows.name, layout, inputs, outputs)
+        return KroneckerRows(rows.name, layout, inputs, outputs, rows.lengths)
 
     def weigh(  # noqa: D102
         self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
     ) -> KroneckerRows:
         assert isinstance(rows, KroneckerRows)
         return replace(rows, a=rows.a * width, g=rows.g * units)
+
+    def weigh_by_inverses(self, rows: LayerRows, units: Tensor, width: Tensor) -> KroneckerRows:  # noqa: D102
+        assert isinstance(rows, KroneckerRows)
+        return replace(rows, a=_per_group(rows.a, width), g=_per_group(rows.g, units))
+
+    def worth_factoring(self, rows: LayerRows) -> bool:  # noqa: D102
+        assert isinstance(rows, KroneckerRows)
+        (V, N, T, _, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
+        return N * T * (V * O**2 + I**2) < O * I * (O + I)
+
+
+def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Float[Tensor, "Q d d"]) -> Float[Tensor, "*K T Q d"]:
+    """Multiply the rows of every group with a symmetric matrix."""
+    return (x.transpose(-3, -2) @ inverse).transpose(-3, -2) if len(inverse) > 1 else x @ inverse[0]
 
 
 class EmbeddingBlock(KroneckerBlock):
@@ -271,21 +350,31 @@ class EmbeddingBlock(KroneckerBlock):
         self.width: Moment = Moment(options.rtol)
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
-        rows = batch.layers[0]
+        rows, weights = self._shared(batch)
         assert isinstance(rows, EmbeddingRows)
-        outputs = rows.output_root()[None] * batch.weight**0.5
-        self.units.update(rows.frequency(batch.sample_weights), float(batch.sample_weights.sum()), batch.decay)
-        self.width.update(outputs, batch.weight, batch.decay, additive=batch.additive)
+        outputs, weight = rows.output_root()[None], float(batch.sample_weights.sum())
+        self.units.update(rows.frequency(weights), weight, batch.decay, total=batch.total)
+        self.width.update(
+            outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
+        )
 
     def rotate(self, rows: LayerRows) -> EmbeddingRows:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)
         v = self.width.basis.vectors
         assert v is not None
         layout = Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))})
-        return EmbeddingRows(rows.name, layout, rows.index, rows.g @ v[0])
+        return EmbeddingRows(rows.name, layout, rows.index, rows.g @ v[0], rows.lengths)
 
     def weigh(  # noqa: D102
         self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
     ) -> EmbeddingRows:
         assert isinstance(rows, EmbeddingRows)
         return replace(rows, g=rows.g * width[0] * units[0, rows.index][..., None])
+
+    def weigh_by_inverses(self, rows: LayerRows, units: Tensor, width: Tensor) -> EmbeddingRows:  # noqa: D102
+        assert isinstance(rows, EmbeddingRows)
+        return replace(rows, g=rows.g @ width[0] * units[0, rows.index][..., None])
+
+    def worth_factoring(self, rows: LayerRows) -> bool:  # noqa: D102
+        assert isinstance(rows, EmbeddingRows)
+        return rows.g.shape[:3].numel() < rows.layout.units

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from curvlab.fisher.block import RunningAverage, State
+from curvlab.fisher.block import RunningAverage, State, Total
+from curvlab.fisher.system import condition_limit
+
+PANELS = 4
+"""Panels in which a symmetric product is done; four do five eighths of the whole one's work."""
+
+WORTH_CUTTING = 512
+"""Columns from which on panels save more work than they cost a matrix product speed."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,10 @@ class Factor(ABC):
         """Eigenvectors that span the range."""
 
     @abstractmethod
+    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]:
+        """Return `M + ρI` on and below the diagonal, or the diagonal alone of a diagonal moment."""
+
+    @abstractmethod
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:
         """Return the trace over the dimension."""
 
@@ -85,21 +99,75 @@ class Moment(Factor):
         self.root: Tensor | None = None
         self.matrix: Tensor | None = None
         self._basis: Basis | None = None
+        self._mirrored = True
 
-    def update(self, root: Float[Tensor, "Q n d"], weight: float, decay: float, *, additive: bool = False) -> None:
-        """Add a moment M of some weight w, `rootᵀroot = w·M`; decays and sums as in `RunningAverage`."""
+    def update(
+        self,
+        root: Float[Tensor, "Q n d"],
+        weight: float,
+        decay: float,
+        *,
+        scale: float = 1.0,
+        additive: bool = False,
+        total: Total | None = None,
+    ) -> None:
+        """Add a moment M of some weight w, `scale·rootᵀroot = w·M`; decays and sums as in `RunningAverage`.
+
+        With `total`, the products and weights of several processes add up to those of their batch.
+        """
         self._basis = None
+        if total is not None:
+            weight = weight if additive else float(total(root.new_tensor(weight)))
         fresh = decay == 0 or self.weight == 0
-        if self.matrix is not None and not fresh:
-            self.matrix = decay * self.matrix + root.mT @ root
+        if fresh:
+            self.root, self.matrix, self._mirrored = None, None, True
+        held = 0 if self.root is None else self.root.shape[1]
+        if total is not None:
+            self._add_shared(root, decay, scale, total)
+        elif self.matrix is None and held + root.shape[1] < root.shape[2]:
+            root = root * scale**0.5
+            self.root = root if self.root is None else torch.cat([self.root * decay**0.5, root], dim=1)
         else:
-            kept = root if fresh or self.root is None else torch.cat([self.root * decay**0.5, root], dim=1)
-            small = kept.shape[1] < kept.shape[2]
-            self.root, self.matrix = (kept, None) if small else (None, kept.mT @ kept)
+            if self.matrix is None:
+                self.matrix = root.new_zeros(len(root), *2 * root.shape[2:])
+                if self.root is not None:
+                    self._add(self.root, 0.0, 1.0)
+                    self.root = None
+            self._add(root, decay, scale)
         if fresh:
             self.weight = weight
         elif not (additive and decay == 1):
             self.weight = decay * self.weight + weight
+
+    def _add_shared(self, root: Float[Tensor, "Q n d"], decay: float, scale: float, total: Total) -> None:
+        part = Moment(self.rtol)
+        part.matrix = root.new_zeros(len(root), *2 * root.shape[2:])
+        part._add(root, 0.0, scale)
+        found = total(part.matrix)
+        self.matrix = found if self.matrix is None else decay * self.matrix + found
+        self._mirrored = False
+
+    def _add(self, root: Float[Tensor, "Q n d"], decay: float, scale: float) -> None:
+        """Decay the matrix in place and add `scale·rootᵀroot`, on and below the diagonal; the rest waits for `_mirror`."""
+        assert self.matrix is not None
+        d = root.shape[2]
+        panels = PANELS if d >= WORTH_CUTTING else 1
+        for start, stop in pairwise(d * part // panels for part in range(panels + 1)):
+            panel = self.matrix[:, start:stop, :stop]
+            panel.baddbmm_(root[..., start:stop].mT, root[..., :stop], beta=decay, alpha=scale)
+        self._mirrored = False
+
+    def _mirror(self) -> None:
+        """Complete the matrix from what is on and below its diagonal."""
+        assert self.matrix is not None
+        if not self._mirrored:
+            self.matrix = self.matrix.tril() + self.matrix.tril(-1).mT
+            self._mirrored = True
+
+    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:  # noqa: D102
+        matrix = self.dense() if self.matrix is None else self.matrix / self._divisor
+        matrix.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+        return matrix
 
     @property
     def basis(self) -> Basis:  # noqa: D102
@@ -131,22 +199,31 @@ class Moment(Factor):
         if self.root is not None:
             return self.root.mT @ self.root / self._divisor
         assert self.matrix is not None
+        self._mirror()
         return self.matrix / self._divisor
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
         if self.root is not None:
             return self.root.square().sum((1, 2)) / (self._divisor * self.root.shape[2])
-        return self.dense().diagonal(dim1=1, dim2=2).mean(-1)
+        assert self.matrix is not None
+        return self.matrix.diagonal(dim1=1, dim2=2).mean(-1) / self._divisor
 
     def state(self) -> State:  # noqa: D102
-        return {"root": self.root, "matrix": self.matrix, "weight": self.weight}
+        if self.matrix is not None:
+            self._mirror()
+        return {
+            "root": self.root,
+            "matrix": None if self.matrix is None else self.matrix.clone(),
+            "weight": self.weight,
+        }
 
     def restore(self, state: State) -> None:  # noqa: D102
         root, matrix, weight = state["root"], state["matrix"], state["weight"]
         assert root is None or isinstance(root, Tensor)
         assert matrix is None or isinstance(matrix, Tensor)
         assert isinstance(weight, float)
-        self.root, self.matrix, self.weight, self._basis = root, matrix, weight, None
+        self.root, self.matrix = root, None if matrix is None else matrix.clone()
+        self.weight, self._basis, self._mirrored = weight, None, True
 
 
 class DiagonalMoment(Factor):
@@ -155,14 +232,19 @@ class DiagonalMoment(Factor):
     def __init__(self) -> None:
         self.average = RunningAverage()
 
-    def update(self, diagonal: Float[Tensor, " d"], weight: float, decay: float) -> None:
-        """Add a diagonal D of some weight w, given as `w·D`."""
+    def update(self, diagonal: Float[Tensor, " d"], weight: float, decay: float, *, total: Total | None = None) -> None:
+        """Add a diagonal D of some weight w, given as `w·D`; see `Moment.update`."""
+        if total is not None:
+            diagonal, weight = total(diagonal), float(total(diagonal.new_tensor(weight)))
         self.average.update(diagonal / (weight or 1.0), weight, decay)
 
     @property
     def basis(self) -> Basis:  # noqa: D102
         values = self.average.value[None]
         return Basis(values, None, values == 0)
+
+    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d"]:  # noqa: D102
+        return self.average.value[None] + damping[:, None]
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
         return self.average.value.mean()[None]
@@ -172,3 +254,40 @@ class DiagonalMoment(Factor):
 
     def restore(self, state: State) -> None:  # noqa: D102
         self.average.restore(state)
+
+
+Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Tensor]]
+"""Returns `(M + ρI)⁻¹` of factors M and ρ, one a group: see `inverses`."""
+
+
+def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tensor]:
+    """Return `(M + ρI)⁻¹` of several factors and ρ: `[Q, d, d]`, of a diagonal one `[Q, d]`.
+
+    Those of equal size are inverted in one batched call. Where a Cholesky factorisation fails or cannot be trusted, the
+    inverse comes from the eigenvectors.
+
+    Cost: `d³/2` for a Cholesky factorisation and the inverse of its product.
+    """
+    found: list[Tensor] = [factor.regularised(rho) for factor, rho in wanted]
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
+    for position, matrix in enumerate(found):
+        if matrix.ndim == 2:
+            found[position] = matrix.reciprocal()
+        else:
+            alike[matrix.shape, matrix.dtype].append(position)
+    for positions in alike.values():
+        roots, info = torch.linalg.cholesky_ex(torch.stack([found[position] for position in positions]))
+        pivots = roots.diagonal(dim1=-2, dim2=-1)
+        trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
+        safe = ((info == 0) & trusted).all(-1).tolist()
+        for position, root, good in zip(positions, roots, safe, strict=True):
+            found[position] = torch.cholesky_inverse(root) if good else _inverse_by_eigenvectors(*wanted[position])
+    return found
+
+
+def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
+    basis, rho = factor.basis, damping[:, None, None]
+    assert basis.vectors is not None
+    values = basis.values[..., None]
+    shrunk = (basis.vectors * (values / (values + rho)).mT) @ basis.vectors.mT
+    return (torch.eye(shrunk.shape[-1], dtype=shrunk.dtype, device=shrunk.device) - shrunk) / rho

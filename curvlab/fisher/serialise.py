@@ -43,7 +43,7 @@ def unpack_rows(packed: dict[str, Any]) -> Rows:
     layers = []
     for layer in packed["layers"]:
         shapes = {name: torch.Size(shape) for name, shape in layer["parameters"].items()}
-        layers.append(_FORMS[layer["form"]](layer["name"], Layout.of(layer["units"], shapes), *layer["factors"]))
+        layers.append(_FORMS[layer["form"]].of(layer["name"], Layout.of(layer["units"], shapes), *layer["factors"]))
     return Rows(
         layers=tuple(layers),
         space=ParameterSpace({name: torch.Size(shape) for name, shape in packed["shapes"].items()}),

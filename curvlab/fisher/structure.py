@@ -23,14 +23,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import NotPositiveDefinite, OutsideRange, StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, RunningAverage
+from curvlab.fisher.block import Batch, Block, RunningAverage, Total
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.serialise import pack_rows, unpack_rows
 from curvlab.fisher.system import prepare
 from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, OutputFactor
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.rows import Engine
+from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
 
 Own = TypeVar("Own", bound="Structure")
@@ -63,6 +65,10 @@ class Structure(ABC):
 
     key: ClassVar[str]
     summary: ClassVar[str]
+    averages: ClassVar[bool] = False
+    """Whether the state are averages of layers' moments, which take any decay and stay defined where samples interact."""
+    adds: ClassVar[bool] = False
+    """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
 
     def __init_subclass__(cls, key: str | None = None, summary: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -105,6 +111,7 @@ class Structure(ABC):
         kind: Kind = "exact",
         samples: int = 1,
         generator: torch.Generator | None = None,
+        nodes: NodeChoice = None,
         output: PickOutput = None,
         engine: Engine = "auto",
         **options: Any,
@@ -119,6 +126,7 @@ class Structure(ABC):
             kind: see `curvlab.sqrt_fisher`.
             samples: see `curvlab.sqrt_fisher`.
             generator: see `curvlab.sqrt_fisher`; every pass over the data starts from its present state.
+            nodes: see `curvlab.sqrt_fisher`; a function chooses anew in every batch.
             output: see `curvlab.sqrt_fisher`.
             engine: see `curvlab.sqrt_fisher`.
             options: the structure's own.
@@ -138,6 +146,7 @@ class Structure(ABC):
                 kind,
                 samples=samples,
                 generator=generator,
+                nodes=nodes,
                 output=output,
                 engine=engine,
             )
@@ -161,13 +170,15 @@ class Structure(ABC):
         if not self._history:
             raise ValueError("The data hold no batch.")
 
-    def update(self: Own, rows: Rows, decay: float = 0.0) -> Own:
+    def update(self: Own, rows: Rows, decay: float = 0.0, *, total: Total | None = None) -> Own:
         """Decay the state and add the rows of a batch.
 
         Args:
             rows: rows of S.
             decay: weight of the state so far: 0 replaces it, 1 accumulates a data set exactly, in between is a running
                 average. Sums of losses add at 1 and average otherwise.
+            total: sums a tensor over processes, each of which holds the rows of some samples of the batch; for K-FAC
+                and the diagonal, whose state are sums over samples.
 
         Raises:
             ValueError: if decay is not in [0, 1], or the rows are those of a Jacobian or of other parameters.
@@ -182,7 +193,7 @@ class Structure(ABC):
         else:
             decay = 0.0
         blocks = self._blocks or self._make_blocks(rows)
-        batches = batches_of(blocks, rows, decay)
+        batches = batches_of(blocks, rows, decay, total)
         staying = [block.will_keep_rows(batch) for block, batch in zip(blocks, batches, strict=True)]
         leaving = [
             block for block, stays in zip(blocks, staying, strict=True) if decay and block.keeps_rows and not stays
@@ -198,7 +209,8 @@ class Structure(ABC):
         if kept:
             self._counts = RunningAverage()
         for step, batch in self._history if kept else [(decay, rows)]:
-            self._counts.update(torch.tensor(batch.count, dtype=torch.float64), 1.0, step, additive=True)
+            count = torch.tensor(batch.count, dtype=torch.float64)
+            self._counts.update(count if total is None else total(count), 1.0, step, additive=True)
         self._merged = self._largest = None
         return self
 
@@ -214,10 +226,10 @@ class Structure(ABC):
                     f"Rows of {what} {getattr(rows, what)!r} cannot be added to a state of {what} "
                     f"{getattr(last, what)!r}. Use decay=0 to start afresh."
                 )
-        if self._keeps_rows and _lengths(rows) != _lengths(last):
+        if self._keeps_rows and rows.shape[0] != last.shape[0]:
             raise ValueError(
-                "Blocks that keep rows need as many rows a sample, and layers applied at as many positions, in every "
-                "batch. Pad the inputs to one length, or use side='parameters'."
+                f"Blocks that keep rows need as many rows a sample in every batch, got {last.shape[0]} and then "
+                f"{rows.shape[0]}. Use side='parameters'."
             )
 
     def _update_blocks(self, batches: list[Batch]) -> None:
@@ -232,6 +244,11 @@ class Structure(ABC):
     def _window(self) -> int | None:
         """Number of batches that rows are kept of, all if None."""
         return None
+
+    @property
+    def updated(self) -> bool:
+        """Whether there is a state."""
+        return bool(self._history)
 
     @property
     def space(self) -> ParameterSpace:
@@ -272,8 +289,12 @@ class Structure(ABC):
     def _damping(self, damping: Damping) -> float:
         _ = self.rows
         rho = absolute(damping, self.largest_eigenvalue)
-        prepare([system for block in self._blocks for system in block.systems()], rho)
+        self._prepare(rho)
         return rho
+
+    def _prepare(self, damping: float) -> None:
+        """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
+        prepare([system for block in self._blocks for system in block.systems()], damping)
 
     def largest_eigenvalue(self) -> float:
         """Return λ_max(F), to which relative damping refers."""
@@ -350,6 +371,29 @@ class Structure(ABC):
             named.update(block.split(block.lift(c, block.of(rows), rho)))
         lead = coefficients.shape[:-1]
         return {name: named[name].reshape((*lead, *shape)) for name, shape in self.space.shapes.items()}
+
+    def direction(
+        self, gradient: Mapping[str, Tensor], damping: Damping, summands: Mapping[str, LayerRows] | None = None
+    ) -> dict[str, Tensor]:
+        """Return `(F + ρI)⁻¹g` as `solve` does, by a cheaper route where one is open and without its report.
+
+        Args:
+            gradient: g by name.
+            damping: ρ, absolute or relative.
+            summands: by the names of layers, rows that add up to their share of g: their inputs, and the gradients at
+                their outputs. Blocks with Kronecker factors multiply with their inverses what takes fewer operations,
+                the factors of these rows or g; the two agree to rounding.
+        """
+        rho = self._damping(damping)
+        found: dict[str, Tensor] = {}
+        for block in self._blocks:
+            layer = summands.get(block.name) if summands else None
+            if layer is not None and block.prefers_rows((layer,), rho):
+                solution = block.lift(layer.factors[-1].new_ones(1, layer.count), (layer,), rho)
+            else:
+                solution, _ = block.solve(block.join({name: gradient[name][None] for name in block.names}), rho)
+            found.update(block.split(solution))
+        return {name: found[name][0] for name in self.space.shapes}
 
     def response(self, jacobian: Rows, damping: Damping, test: Rows | None = None) -> Float[Tensor, "Q R"]:
         """Return `M = J' (F + ρI)⁻¹ Jᵀ / count`: a step moves the outputs by `−η M ∂ℓ`.
@@ -476,12 +520,7 @@ def make(key: str, **options: Any) -> Structure:
     return STRUCTURES[key](**options)
 
 
-def batches_of(blocks: Iterable[Block], rows: Rows, decay: float) -> list[Batch]:
+def batches_of(blocks: Iterable[Block], rows: Rows, decay: float, total: Total | None = None) -> list[Batch]:
     """Cut rows into the shares of blocks."""
     additive = rows.reduction == "sum"
-    return [Batch(block.of(rows), rows.terms, decay, additive, rows.sample_weights) for block in blocks]
-
-
-def _lengths(rows: Rows) -> list[tuple[int, ...]]:
-    """Return rows a sample, and what follows them in the shape of every layer's rows."""
-    return [(rows.shape[0], *layer.factors[-1].shape[2:]) for layer in rows.layers]
+    return [Batch(block.of(rows), rows.terms, decay, additive, rows.sample_weights, total) for block in blocks]

@@ -1,17 +1,22 @@
-"""Modules that the theory is written for: NTK and two-layer networks, the half squared error, linearisation."""
+"""Modules that the theory is written for: NTK, two-layer and graph networks, the half squared error, linearisation."""
 
 from curvlab.nn.linearize import Linearized, linearize
 from curvlab.nn.losses import HalfSquaredError
 from curvlab.nn.ntk import ACTIVATIONS, Erf, NTKLinear, ntk_mlp
+from curvlab.nn.propagation import GraphNetwork, NodesLast, Propagation, gcn
 from curvlab.nn.two_layer import TwoLayer
 
 __all__ = [
     "ACTIVATIONS",
     "Erf",
+    "GraphNetwork",
     "HalfSquaredError",
     "Linearized",
     "NTKLinear",
+    "NodesLast",
+    "Propagation",
     "TwoLayer",
+    "gcn",
     "linearize",
     "ntk_mlp",
 ]

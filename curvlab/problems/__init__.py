@@ -2,6 +2,7 @@
 
 from curvlab.problems.classification import image_problem
 from curvlab.problems.files import DataUnavailable, data_folder, read_cifar10, read_idx
+from curvlab.problems.graphs import GRAPHS, LabelledGraph, graph_problem, load_graph
 from curvlab.problems.images import IMAGE_SETS, ImageSet, load_images
 from curvlab.problems.problem import Problem
 from curvlab.problems.registry import ARGUMENTS, PROBLEMS, ProblemError, resolve, swept_arguments
@@ -9,14 +10,18 @@ from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_pr
 
 __all__ = [
     "ARGUMENTS",
+    "GRAPHS",
     "IMAGE_SETS",
     "PROBLEMS",
     "DataUnavailable",
     "ImageSet",
+    "LabelledGraph",
     "Problem",
     "ProblemError",
     "data_folder",
+    "graph_problem",
     "image_problem",
+    "load_graph",
     "load_images",
     "read_cifar10",
     "read_idx",

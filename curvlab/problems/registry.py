@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from curvlab.errors import CurvlabError, unknown_name
 from curvlab.problems.classification import image_problem
+from curvlab.problems.graphs import GRAPHS, graph_problem
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.problems.problem import Problem
 from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
@@ -15,7 +16,7 @@ from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_pr
 ARGUMENTS = tuple(
     dict.fromkeys(
         name
-        for function in (image_problem, two_layer_problem, synthetic_two_layer_problem)
+        for function in (image_problem, two_layer_problem, synthetic_two_layer_problem, graph_problem)
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "name"
     )
@@ -28,11 +29,13 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = {
     "karakida-osawa": partial(image_problem, "mnist", name="karakida-osawa", width=4096),
     "two-layer": partial(two_layer_problem, "digits"),
     "synthetic-two-layer": synthetic_two_layer_problem,
+    **{f"{graph}-gcn": partial(graph_problem, graph) for graph in GRAPHS},
 }
 """Problems by name. `digits` needs no file: classes 0 and 1, N = 40, below the rank that 64 pixels allow.
 `karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3.
 `two-layer` has the data of `digits`, `synthetic-two-layer` random inputs; both have the network of Zhang,
-Martens & Grosse."""
+Martens & Grosse. `karate-gcn`, `cora-gcn`, `citeseer-gcn` and `pubmed-gcn` classify the nodes of a graph; karate needs
+no file."""
 
 
 class ProblemError(CurvlabError, ValueError):

@@ -23,15 +23,15 @@ from backpack.core.derivatives.linear import LinearDerivatives
 from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
 from backpack.extensions.secondorder.sqrt_ggn import activations, dropout, flatten, padding, pooling
+from backpack.extensions.secondorder.sqrt_ggn.base import SqrtGGNBaseModule
 from backpack.extensions.secondorder.sqrt_ggn.custom_module import SqrtGGNScaleModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
-from curvlab.nn import NTKLinear
-from curvlab.rows.layer import LayerRows
-from curvlab.rows.modules import rule_for
+from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
 from curvlab.rows.products import distinct
+from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
     Arguments,
     PickOutput,
@@ -59,6 +59,20 @@ class _LinearDerivatives(LinearDerivatives):  # type: ignore[misc]
         if isinstance(module, NTKLinear):
             rows = rows * module.weight_scale
         return rows.expand(-1, mat.shape[1], *rows.shape[2:])
+
+
+class _TransposedProduct(BaseDerivatives):  # type: ignore[misc]
+    """Derivatives of a linear map without parameters, which a module knows itself."""
+
+    def _jac_t_mat_prod(
+        self,
+        module: Propagation | NodesLast,
+        g_inp: Any,  # noqa: ARG002
+        g_out: Any,  # noqa: ARG002
+        mat: Tensor,
+        subsampling: list[int] | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        return module.transposed(mat)
 
 
 class _KeepFactor(MatToJacMat):  # type: ignore[misc]
@@ -98,7 +112,11 @@ _PARAMETERLESS: dict[type[nn.Module], MatToJacMat] = {
     nn.MaxPool1d: pooling.SqrtGGNMaxPool1d(),
     nn.MaxPool2d: pooling.SqrtGGNMaxPool2d(),
     nn.ZeroPad2d: padding.SqrtGGNZeroPad2d(),
+    Propagation: SqrtGGNBaseModule(_TransposedProduct()),
+    NodesLast: SqrtGGNBaseModule(_TransposedProduct()),
 }
+
+_CONTAINERS = (nn.Sequential, GraphNetwork)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -123,7 +141,7 @@ class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
 def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
     """Say why BackPACK cannot propagate rows through a model, or return None if it can.
 
-    It can through (nested) `Sequential` chains of modules that it knows, each used once and none in place.
+    It can through (nested) `Sequential` chains of modules that it knows, each used once and none in place, and a `GraphNetwork`.
     """
     if pick is not None:
         return "output= picks from what the model returns"
@@ -132,7 +150,7 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
         where = f"{type(module).__name__} {name!r}"
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
             return f"{where} has hooks or a forward pass of its own"
-        if type(module) is nn.Sequential:
+        if type(module) in _CONTAINERS:
             continue
         if type(module) not in _PARAMETRISED and type(module) not in _PARAMETERLESS:
             return f"{where} is not in BackPACK's chain rules"
@@ -150,7 +168,7 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
     return None
 
 
-def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed) -> Swept:
+def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, samples: Samples) -> Swept:
     """Propagate the seeds with BackPACK and keep the rows factored.
 
     Raises:
@@ -160,19 +178,23 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed) 
     if reason is not None:
         raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
     twin = structural_twin(model)
-    chain = [module for module in twin.modules() if type(module) is not nn.Sequential]
+    chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:
         module.register_forward_hook(hook_store_io)
     with torch.enable_grad():
-        z = call(twin, tree_map_only(Tensor, Tensor.detach, arguments), pick)
-    seeds = seed(z.detach())
+        chosen = samples.choose(call(twin, tree_map_only(Tensor, Tensor.detach, arguments), pick))
+        z = samples.lay_out(chosen)
+    seeds = seed(chosen.detach())
     extension = _RowsExtension()
     with torch.no_grad():
-        extension.propagate(chain, seeds)
-    layers: list[LayerRows] = []
-    for owner in owners_of(twin):
-        x, g = extension.kept[owner.module]
-        rule = rule_for(owner.module)
-        assert rule is not None
-        layers.append(rule.rows(owner.module, owner.name, owner.layout, owner.names, x, g))
-    return Swept(z.detach(), seeds, in_parameter_order(model, layers))
+        extension.propagate(chain, _seeds_at(chain[-1].output, z, seeds))
+    layers = [samples.form(owner, *extension.kept[owner.module]) for owner in owners_of(twin)]
+    return Swept(chosen.detach(), seeds, in_parameter_order(model, layers))
+
+
+def _seeds_at(output: Any, z: Tensor, seeds: Tensor) -> Tensor:
+    """Bring seeds to the chain's output, of which z may be a part, laid out in another way."""
+    if z is output:
+        return seeds
+    found: Tensor = torch.autograd.grad(z, output, seeds, is_grads_batched=True)[0]
+    return found

@@ -23,11 +23,14 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
+from curvlab.rows.grouping import Grouping
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import add_pairs, add_product, chunks, pairs_cost
 
 Own = TypeVar("Own", bound="LayerRows")
+Shared = TypeVar("Shared", bound="SharedRows")
 
 RowMap = Callable[[Tensor], Tensor]
 """A map of tensors `[V, N, …]` to `[W, N, …]`, linear in the row axis `v`."""
@@ -50,9 +53,17 @@ class LayerRows(ABC):
     def factors(self) -> tuple[Tensor, ...]:
         """The tensors that determine the rows; the last one carries the row index, `[V, N, …]`."""
 
-    @abstractmethod
+    @classmethod
+    def of(cls: type[Own], name: str, layout: Layout, *factors: Tensor) -> Own:
+        """Return rows with given factors, in the order of `factors`."""
+        return cls(name, layout, *factors)
+
     def _with_factors(self: Own, *factors: Tensor) -> Own:
-        """Return the same kind of rows over other tensors."""
+        return self.of(self.name, self.layout, *factors)
+
+    @abstractmethod
+    def group(self, grouping: Grouping) -> LayerRows:
+        """Return the rows of samples to which the present ones, of single entries, belong."""
 
     @abstractmethod
     def restrict(self, names: Iterable[str]) -> LayerRows:
@@ -108,18 +119,8 @@ class LayerRows(ABC):
         return self._with_factors(*(f[samples] for f in shared), rows[:, samples])
 
     def concatenate(self: Own, others: Sequence[LayerRows]) -> Own:
-        """Append the samples of other rows of this layer.
-
-        Raises:
-            ValueError: if the layer was applied at different numbers of positions.
-        """
+        """Append the samples of other rows of this layer."""
         parts = [self.factors, *(other.factors for other in others)]
-        if len({part[-1].shape[2:] for part in parts}) > 1:
-            positions = ", ".join(str(part[-1].shape[2]) for part in parts)
-            raise ValueError(
-                f"Layer {self.name!r} was applied at {positions} positions in batches that are to be stacked. "
-                "Pad the inputs to one length."
-            )
         shared = [torch.cat(fs, dim=0) for fs in list(zip(*parts, strict=True))[:-1]]
         return self._with_factors(*shared, torch.cat([part[-1] for part in parts], dim=1))
 
@@ -148,8 +149,74 @@ class LayerRows(ABC):
         add_product(out, left, right, symmetric=other is self)
 
 
+class SharedRows(LayerRows):
+    """Rows of a layer that is applied at T positions of a sample: inputs `[N, T, …]` and rows g `[V, N, T, …]`.
+
+    Attributes:
+        lengths: number of positions of every sample, T if None; both factors are zero beyond.
+    """
+
+    g: Tensor
+    lengths: Int[Tensor, " N"] | None
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Tensor:
+        """What the layer sees at its positions."""
+
+    @classmethod
+    def of(cls: type[Shared], name: str, layout: Layout, *factors: Tensor) -> Shared:  # noqa: D102
+        inputs, *lengths, rows = factors
+        return cls(name, layout, inputs, rows, *lengths)  # type: ignore[call-arg]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.g.shape[0], self.g.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions `T` that share the weights, of the longest sample."""
+        return self.inputs.shape[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (self.inputs, self.g) if self.lengths is None else (self.inputs, self.lengths, self.g)
+
+    def sizes(self) -> Float[Tensor, " N"]:
+        """Return the number of positions of every sample, 1 for one without any."""
+        if self.lengths is None:
+            return self.g.new_full(self.g.shape[1:2], self.positions)
+        return self.lengths.to(self.dtype).clamp_min(1)
+
+    def group(self: Shared, grouping: Grouping) -> Shared:
+        """Return the rows of samples whose positions are those of their entries."""
+        inputs = grouping.spread(self.inputs, 0).flatten(1, 2)
+        lengths = grouping.lengths * self.positions
+        ragged = [lengths] if bool((lengths != inputs.shape[1]).any()) else []
+        return self._with_factors(inputs, *ragged, grouping.spread(self.g, 1).flatten(2, 3))
+
+    def concatenate(self: Shared, others: Sequence[LayerRows]) -> Shared:
+        """Append the samples of other rows of this layer; shorter samples are padded."""
+        parts = [self, *(other for other in others if isinstance(other, type(self)))]
+        T = max(part.positions for part in parts)
+        if any(part.positions < T or part.lengths is not None for part in parts):
+            parts = [part._padded(T) for part in parts]
+        return super(SharedRows, parts[0]).concatenate(parts[1:])
+
+    def _padded(self: Shared, T: int) -> Shared:
+        lengths = self.lengths
+        if lengths is None:
+            lengths = torch.full(self.g.shape[1:2], self.positions, device=self.g.device)
+        more = T - self.positions
+
+        def pad(factor: Tensor, axis: int) -> Tensor:
+            return F.pad(factor, (0, 0) * (factor.ndim - axis - 1) + (0, more))
+
+        return self._with_factors(pad(self.inputs, 1), lengths, pad(self.g, 2))
+
+
 @dataclass(frozen=True, eq=False)
-class KroneckerRows(LayerRows):
+class KroneckerRows(SharedRows):
     """Rows `Σ_t g ⊗ a` of a layer whose output is linear in its parameters: Linear and convolutions.
 
     Attributes:
@@ -159,22 +226,11 @@ class KroneckerRows(LayerRows):
 
     a: Float[Tensor, "N T Q I"]
     g: Float[Tensor, "V N T Q O"]
+    lengths: Int[Tensor, " N"] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
-        return self.g.shape[0], self.g.shape[1]
-
-    @property
-    def positions(self) -> int:
-        """Number of positions `T` that share the weights."""
-        return self.a.shape[1]
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return self.a, self.g
-
-    def _with_factors(self, *factors: Tensor) -> KroneckerRows:
-        return replace(self, a=factors[0], g=factors[1])
+    def inputs(self) -> Tensor:  # noqa: D102
+        return self.a
 
     def restrict(self, names: Iterable[str]) -> KroneckerRows:  # noqa: D102
         layout, columns = self.layout.restrict(names)
@@ -238,7 +294,8 @@ class KroneckerRows(LayerRows):
 
     def input_root(self, sample_weights: Float[Tensor, " N"], *, reduce: bool) -> Float[Tensor, "Q A I"]:
         """Return X with `XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""
-        a = self.a.mean(1, keepdim=True) if reduce else self.a / self.positions**0.5
+        T = self.sizes().view(-1, 1, 1, 1)
+        a = self.a.sum(1, keepdim=True) / T if reduce else self.a / T.sqrt()
         weighted = a * sample_weights.sqrt().to(a.dtype).view(-1, 1, 1, 1)
         return weighted.flatten(0, 1).transpose(0, 1)
 
@@ -261,7 +318,7 @@ def _form(a: Float[Tensor, "N T I"], g: Float[Tensor, "V N T O"]) -> Float[Tenso
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddingRows(LayerRows):
+class EmbeddingRows(SharedRows):
     """Rows of an embedding: position t adds `g[v,n,t]` to the table row `index[n,t]`.
 
     Attributes:
@@ -271,17 +328,11 @@ class EmbeddingRows(LayerRows):
 
     index: Int[Tensor, "N T"]
     g: Float[Tensor, "V N T I"]
+    lengths: Int[Tensor, " N"] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
-        return self.g.shape[0], self.g.shape[1]
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return self.index, self.g
-
-    def _with_factors(self, *factors: Tensor) -> EmbeddingRows:
-        return replace(self, index=factors[0], g=factors[1])
+    def inputs(self) -> Tensor:  # noqa: D102
+        return self.index
 
     def restrict(self, names: Iterable[str]) -> EmbeddingRows:  # noqa: ARG002
         """Return the rows themselves: an embedding has one parameter."""
@@ -317,9 +368,11 @@ class EmbeddingRows(LayerRows):
 
     def frequency(self, sample_weights: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
         """Return the diagonal of K-FAC's A, `Σ_n ω_n (1/T) Σ_t 1[index = u]`, of the one-hot inputs."""
-        T = self.index.shape[1]
-        weights = (sample_weights / T)[:, None].expand(-1, T).flatten().to(self.dtype)
-        return self.g.new_zeros(self.layout.units).index_add_(0, self.index.flatten(), weights)
+        T = self.positions
+        weights = (sample_weights / self.sizes())[:, None].expand(-1, T).to(self.dtype)
+        if self.lengths is not None:
+            weights = weights * (torch.arange(T, device=weights.device) < self.lengths[:, None])
+        return self.g.new_zeros(self.layout.units).index_add_(0, self.index.flatten(), weights.flatten())
 
     def output_root(self) -> Float[Tensor, "B I"]:
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ`."""
@@ -340,8 +393,9 @@ class DenseRows(LayerRows):
     def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
         return (self.j,)
 
-    def _with_factors(self, *factors: Tensor) -> DenseRows:
-        return replace(self, j=factors[0])
+    def group(self, grouping: Grouping) -> DenseRows:
+        """Return the sums over the entries of every sample."""
+        return replace(self, j=grouping.add(self.j, 1))
 
     def restrict(self, names: Iterable[str]) -> DenseRows:  # noqa: D102
         layout, columns = self.layout.restrict(names)

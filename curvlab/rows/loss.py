@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
@@ -140,21 +140,37 @@ class LossTerms:
             return OutputFactor(scale.expand_as(root), root)
         return OutputFactor(scale * self._curvature().sqrt().transpose(0, 1))
 
-    def sampled(self, samples: int, generator: torch.Generator) -> Float[Tensor, "V N C X"]:
-        """Draw rows whose covariance is Λ/count, divided by √samples."""
+    def sampled(
+        self,
+        samples: int,
+        generator: torch.Generator,
+        *,
+        joint: bool = False,
+        share: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "V N C X"]:
+        """Draw rows whose covariance is Λ/count, divided by √samples.
+
+        Args:
+            samples: draws a loss term.
+            generator: source of the draws.
+            joint: whether all positions of a sample share a row, as draws of different positions are independent, or
+                each has its own.
+            share: where these samples start in a batch that several processes share, and how many it has. Processes
+                whose generators agree then draw what one would for the whole.
+        """
         N, C, X = self.z.shape
+        start, total = share or (0, N)
         scaled = (self.weight / (self.count * samples)).sqrt()
-        device = generator.device
         if self.likelihood == "softmax":
             p = self.z.softmax(1)
-            flat = p.transpose(1, 2).reshape(-1, C).to(device)
-            drawn = torch.multinomial(flat, samples, replacement=True, generator=generator).to(p.device)
-            labels = nn.functional.one_hot(drawn, C).to(p.dtype).view(N, X, samples, C)
-            rows = (p[None] - labels.permute(2, 0, 3, 1)) * scaled
+            uniform = torch.rand(samples, total, X, generator=generator, dtype=p.dtype, device=generator.device)
+            uniform = uniform[:, start : start + N].to(p.device)
+            labels = nn.functional.one_hot(classes_at(p, uniform), C).to(p.dtype).movedim(-1, 2)
+            rows = (p[None] - labels) * scaled
         else:
-            noise = torch.randn(samples, N, C, X, generator=generator, dtype=self.z.dtype, device=device)
-            rows = noise.to(self.z.device) * (scaled * self._curvature().sqrt())
-        return _one_row_a_position(rows)
+            noise = torch.randn(samples, total, C, X, generator=generator, dtype=self.z.dtype, device=generator.device)
+            rows = noise[:, start : start + N].to(self.z.device) * (scaled * self._curvature().sqrt())
+        return rows if joint else _one_row_a_position(rows)
 
     def empirical(self) -> Float[Tensor, "V N C X"]:
         """Return the scaled gradients of the loss terms."""
@@ -165,6 +181,11 @@ class LossTerms:
             s = self.z.sigmoid()
             return s * (1 - s)
         return torch.full_like(self.z, self.hessian)
+
+
+def classes_at(p: Float[Tensor, "N C X"], uniform: Float[Tensor, "K N X"]) -> Int[Tensor, "K N X"]:
+    """Return the classes at which the distribution function passes uniform numbers."""
+    return (p.cumsum(1)[:, :-1] <= uniform[:, :, None]).sum(2)
 
 
 def _one_row_a_position(rows: Float[Tensor, "K N C X"]) -> Float[Tensor, "V N C X"]:

@@ -7,6 +7,7 @@ engines read this table, and so do the tests and the documentation.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +43,19 @@ class Rule:
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule of a module, or None if its forward pass or its parameters are not those in the table."""
     altered = "forward" in vars(module) or not module._parameters.keys() <= {"weight", "bias"}
-    for kind, rule in RULES.items():
+    for kind, rule in _rules().items():
         if isinstance(module, kind) and type(module).forward is kind.forward and not altered:
             return rule
     return None
+
+
+def _rules() -> Mapping[type[nn.Module], Rule]:
+    """Return the table and, where its user has imported torch-geometric, that library's own Linear.
+
+    Importing torch-geometric here would cost everyone seconds.
+    """
+    graphs = sys.modules.get("torch_geometric.nn.dense.linear")
+    return RULES if graphs is None else {**RULES, graphs.Linear: RULES[nn.Linear]}
 
 
 def supported_layers() -> list[str]:
@@ -71,8 +81,9 @@ def _bias_column(a: Tensor, names: Names, bias_scale: float = 1.0) -> Tensor:
 def _linear(module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor) -> LayerRows:
     scales = (module.weight_scale, module.bias_scale) if isinstance(module, NTKLinear) else (1.0, 1.0)
     V, N = g.shape[:2]
-    a = _bias_column(x.reshape(N, -1, 1, x.shape[-1]) * scales[0], names, scales[1])
-    return KroneckerRows(name, layout, a, g.reshape(V, N, -1, 1, g.shape[-1]))
+    T = x.shape[1:-1].numel()
+    a = _bias_column(x.reshape(N, T, 1, x.shape[-1]) * scales[0], names, scales[1])
+    return KroneckerRows(name, layout, a, g.reshape(V, N, T, 1, g.shape[-1]))
 
 
 def _pad(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
@@ -109,7 +120,8 @@ def _embedding(
 ) -> LayerRows:
     assert isinstance(module, nn.Embedding)
     V, N = g.shape[:2]
-    index, rows = x.reshape(N, -1), g.reshape(V, N, -1, g.shape[-1])
+    T = x.shape[1:].numel()
+    index, rows = x.reshape(N, T), g.reshape(V, N, T, g.shape[-1])
     if module.padding_idx is not None:
         rows = rows * (index != module.padding_idx)[..., None]
     return EmbeddingRows(name, layout, index.clone(), rows)
@@ -136,22 +148,23 @@ def _scale_shift(name: str, layout: Layout, names: Names, normalised: Tensor, g:
 
 def _batch_norm(module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor) -> LayerRows:
     assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-    plain = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
-    V, N, U = g.shape[:3]
+    statistics = (None, None) if module.training else (module.running_mean, module.running_var)
+    plain = F.batch_norm(x, *statistics, training=module.training, eps=module.eps)
+    (V, N, U), T = g.shape[:3], x.shape[2:].numel()
     return _scale_shift(
-        name, layout, names, plain.reshape(N, U, -1).transpose(1, 2), g.reshape(V, N, U, -1).transpose(2, 3)
+        name, layout, names, plain.reshape(N, U, T).transpose(1, 2), g.reshape(V, N, U, T).transpose(2, 3)
     )
 
 
 def _layer_norm(module: nn.Module, name: str, layout: Layout, names: Names, x: Tensor, g: Tensor) -> LayerRows:
     assert isinstance(module, nn.LayerNorm)
     plain = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    V, N = g.shape[:2]
-    return _scale_shift(name, layout, names, plain.reshape(N, -1, layout.units), g.reshape(V, N, -1, layout.units))
+    (V, N), T = g.shape[:2], x.shape[1:].numel() // layout.units
+    return _scale_shift(name, layout, names, plain.reshape(N, T, layout.units), g.reshape(V, N, T, layout.units))
 
 
 RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: Rule(lambda m: m.out_features, _linear),
+    nn.Linear: Rule(lambda m: m.weight.shape[0], _linear),
     NTKLinear: Rule(lambda m: m.out_features, _linear),
     nn.Conv1d: Rule(lambda m: m.out_channels, _convolution),
     nn.Conv2d: Rule(lambda m: m.out_channels, _convolution),

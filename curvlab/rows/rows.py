@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
@@ -22,9 +23,10 @@ from curvlab.errors import StateError, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, OutputFactor, flat_outputs, identity_seeds, loss_terms
+from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_seeds
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
+from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import (
     Arguments,
     PickOutput,
@@ -266,14 +268,26 @@ def _merge_scales(parts: Sequence[Rows], weights: Sequence[float]) -> list[float
     return [w**0.5 for w in weights]
 
 
-def jacobian(model: nn.Module, inputs: Any, *, output: PickOutput = None, engine: Engine = "auto") -> Rows:
+def jacobian(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    nodes: NodeChoice = None,
+    output: PickOutput = None,
+    engine: Engine = "auto",
+) -> Rows:
     """Return the rows of J, the Jacobian of the outputs with respect to the trainable parameters.
 
     Row `(c, n)` is the gradient of output c of sample n, unscaled; extra output axes follow c, innermost last.
 
     Args:
-        model: any module whose samples do not interact. It is left as it was found.
-        inputs: a tensor, a tuple (unpacked) or a dict (keywords); the first axis is the sample.
+        model: any module whose samples do not interact, or a graph network. It is left as it was found.
+        inputs: a tensor, a tuple (unpacked), a dict (keywords), or torch-geometric's `Data` or `Batch`, which the model is
+            called on. The first axis is the sample. In a batch of separate graphs with one output vector each, the graph
+            is; the batch is known by the names `edge_index` and `batch` of `Data`, of keywords or of the model's arguments.
+        nodes: for outputs `[N, C]` of the nodes of a graph, which interact: a mask or indices of those that carry rows, or a
+            function that chooses them given the inputs. Rows `(c, n)` of the L chosen nodes are `V = C·L` rows of one
+            sample, the graph, in the same order.
         output: which tensor of a structured output to use: a key, an attribute, an index or a function.
         engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture, "auto" for the
             first that applies.
@@ -284,7 +298,8 @@ def jacobian(model: nn.Module, inputs: Any, *, output: PickOutput = None, engine
 
     Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
     """
-    return _jacobian_rows(model, _sweep(model, inputs, output, engine, _every_output))
+    reading = _read(model, inputs, nodes)
+    return _jacobian_rows(model, _sweep(model, reading, output, engine, _every_output(reading[1])))
 
 
 def sqrt_fisher(
@@ -296,6 +311,7 @@ def sqrt_fisher(
     *,
     samples: int = 1,
     generator: torch.Generator | None = None,
+    nodes: NodeChoice = None,
     output: PickOutput = None,
     engine: Engine = "auto",
 ) -> Rows:
@@ -305,12 +321,13 @@ def sqrt_fisher(
         model: as in `jacobian`.
         loss: `MSELoss`, `HalfSquaredError`, `CrossEntropyLoss` or `BCEWithLogitsLoss`, reduction "mean" or "sum".
         inputs: as in `jacobian`.
-        targets: as the loss takes them.
+        targets: as the loss takes them; with `nodes=`, those of the chosen nodes.
         kind: "exact" for the Fisher matrix of the model's own distribution (type 2, equal to the GGN for these losses);
             "ggn" for the generalised Gauss-Newton matrix; "mc" for a Monte-Carlo estimate of it; "empirical" for the
             gradients with the given targets (type 1), one row a loss term.
         samples: draws a loss term, for "mc".
         generator: source of the draws, required for "mc".
+        nodes: as in `jacobian`.
         output: as in `jacobian`.
         engine: as in `jacobian`.
 
@@ -328,22 +345,24 @@ def sqrt_fisher(
         raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
+    reading = _read(model, inputs, nodes)
+    terms_of = partial(reading[1].terms, loss, targets=targets)
     base: Rows | None = None
     factor: OutputFactor | None = None
     if kind in ("exact", "ggn"):
-        swept = _sweep(model, inputs, output, engine, _every_output)
+        swept = _sweep(model, reading, output, engine, _every_output(reading[1]))
         base = _jacobian_rows(model, swept)
-        terms = loss_terms(loss, swept.output, targets)
+        terms = terms_of(swept.output)
         factor = terms.exact()
         layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
     else:
         draw = _sampler(kind, samples, generator)
 
         def seed(z: Tensor) -> Tensor:
-            return draw(loss, z, targets).view(-1, *z.shape)
+            return draw(terms_of(z)).view(-1, *reading[1].lay_out(z).shape)
 
-        swept = _sweep(model, inputs, output, engine, seed)
-        terms = loss_terms(loss, swept.output, targets)
+        swept = _sweep(model, reading, output, engine, seed)
+        terms = terms_of(swept.output)
         layers = swept.layers
     return Rows(
         layers=layers,
@@ -358,18 +377,20 @@ def sqrt_fisher(
     )
 
 
-def _every_output(z: Tensor) -> Tensor:
-    return identity_seeds(flat_outputs(z)).view(-1, *z.shape)
+def _every_output(samples: Samples) -> Seed:
+    def seed(z: Tensor) -> Tensor:
+        laid_out = samples.lay_out(z)
+        return identity_seeds(flat_outputs(laid_out)).view(-1, *laid_out.shape)
+
+    return seed
 
 
-def _sampler(
-    kind: Kind, samples: int, generator: torch.Generator | None
-) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+def _sampler(kind: Kind, samples: int, generator: torch.Generator | None) -> Callable[[LossTerms], Tensor]:
     if kind == "empirical":
-        return lambda loss, z, targets: loss_terms(loss, z, targets).empirical()
+        return LossTerms.empirical
     if generator is None:
         raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
-    return lambda loss, z, targets: loss_terms(loss, z, targets).sampled(samples, generator)
+    return lambda terms: terms.sampled(samples, generator)
 
 
 def _space(model: nn.Module) -> ParameterSpace:
@@ -377,7 +398,7 @@ def _space(model: nn.Module) -> ParameterSpace:
 
 
 def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
-    samples = swept.output.shape[0]
+    samples = swept.seeds.shape[1]
     return Rows(
         layers=swept.layers,
         space=_space(model),
@@ -389,26 +410,38 @@ def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
     )
 
 
-def _sweep(model: nn.Module, inputs: Any, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
-    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
+Reading = tuple[Arguments, Samples]
+"""The model's arguments, and what a sample is in them."""
+
+
+def _read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
     arguments = as_arguments(inputs)
+    return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
+
+
+def _sweep(model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
+    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
     if not isinstance(model, Linearized):
-        return _checked_sweep(model, arguments, pick, engine, seed, model)
+        return _checked_sweep(model, reading, pick, engine, seed, model)
+    arguments, samples = reading
     with torch.no_grad(), left_as_found(model.base):
-        z = call(model, arguments, pick)
+        z = samples.choose(call(model, arguments, pick))
     base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
-    swept = _checked_sweep(base, arguments, pick, engine, lambda _: seed(z), model)
+    swept = _checked_sweep(base, reading, pick, engine, lambda _: seed(z), model)
     return replace(swept, output=z)
 
 
 def _checked_sweep(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, engine: Engine, seed: Seed, once_for: nn.Module
+    model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed, once_for: nn.Module
 ) -> Swept:
     chosen = _choose(model, pick, engine, once_for)
+    arguments, samples = reading
     with left_as_found(model):
-        swept = _ENGINES[chosen](model, arguments, pick, seed)
+        swept = _ENGINES[chosen](model, arguments, pick, seed, samples)
         check_finite(swept)
-        check_sweep(model, arguments, pick, swept, chosen, once_for)
+        check_sweep(
+            model, lambda: samples.lay_out(samples.choose(call(model, arguments, pick))), swept, chosen, once_for
+        )
     return swept
 
 

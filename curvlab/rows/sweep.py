@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Owner:
     """A module with trainable parameters of its own.
 
@@ -54,9 +54,15 @@ class Owner:
 
 @dataclass(frozen=True)
 class Swept:
-    """Result of one sweep: the model's output and the rows of every layer."""
+    """Result of one sweep.
 
-    output: Float[Tensor, "N C ..."]
+    Attributes:
+        output: the model's output, as the loss takes it.
+        seeds: rows at the output, in the layout of rows.
+        layers: rows of every layer.
+    """
+
+    output: Float[Tensor, "L C ..."]
     seeds: Float[Tensor, "V N C ..."]
     layers: tuple[LayerRows, ...]
 
@@ -69,13 +75,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def owners_of(model: nn.Module) -> list[Owner]:
+def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] = ()) -> list[Owner]:
     """List the modules that own trainable parameters, in the order of the parameters.
+
+    Args:
+        model: any module.
+        fixed: whether to refuse modules in training mode that make the model random or let samples interact.
+        without: names of parameters to leave out.
 
     Raises:
         UnsupportedModel: if a torch.nn module without a rule owns one, or a module cannot be treated in its mode.
     """
-    names = {id(p): name for name, p in trainable(model).items()}
+    names = {id(p): name for name, p in trainable(model).items() if name not in without}
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -84,7 +95,9 @@ def owners_of(model: nn.Module) -> list[Owner]:
     found: list[Owner] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        _check_mode(module, name)
+        if fixed:
+            _check_mode(module, name)
+        _check_settings(module, name)
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) in names}
         fresh = {k: names[id(p)] for k, p in own.items() if id(p) not in seen}
         if not own:
@@ -110,6 +123,9 @@ def _check_mode(module: nn.Module, name: str) -> None:
             f"{type(module).__name__} {name!r} has no running statistics, so samples interact and rows per sample do "
             "not exist. Build it with track_running_stats=True."
         )
+
+
+def _check_settings(module: nn.Module, name: str) -> None:
     rule = rule_for(module)
     if rule is not None and rule.check is not None:
         rule.check(module, name)
@@ -248,8 +264,7 @@ _checked: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary
 
 def check_sweep(
     model: nn.Module,
-    arguments: Arguments,
-    pick: PickOutput,
+    forward: Callable[[], Float[Tensor, "N C ..."]],
     swept: Swept,
     engine: str,
     once_for: nn.Module,
@@ -268,22 +283,43 @@ def check_sweep(
     )  # fmt: skip
     if key in _checked.setdefault(once_for, set()):
         return
-    V, N = swept.seeds.shape[:2]
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(V, N, generator=generator, dtype=torch.float64).to(swept.output)
     with torch.enable_grad():
-        z = call(model, arguments, pick)
+        z = forward()
+    if check_rows(parameters, z, swept.seeds, swept.layers):
+        _checked[once_for].add(key)
+
+
+def check_rows(
+    parameters: Mapping[str, Tensor],
+    z: Float[Tensor, "M C ..."],
+    seeds: Float[Tensor, "V M C ..."],
+    layers: Sequence[LayerRows],
+) -> bool:
+    """Compare random combinations of rows with one reverse pass through a graph, which is kept.
+
+    Returns:
+        Whether that told anything: not if all seeds are zero.
+
+    Raises:
+        UnsupportedModel: naming the layers whose rows are wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(layers[0].shape, generator=generator, dtype=torch.float64).to(z)
+    with torch.enable_grad():
         # A zero term ties outputs that depend on no parameter, or not on all, to the graph.
         zero = sum(p.sum() * 0 for p in parameters.values())
-        cotangent = torch.einsum("vn,vn...->n...", w, swept.seeds)
-        reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent)
+        # A model may fold positions into the first axis of its output.
+        positions = len(z) // w.shape[1]
+        cotangent = torch.einsum("vm,vm...->m...", w.repeat_interleave(positions, 1), seeds)
+        reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
     expected = {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, reference, strict=True)}
     eps = torch.finfo(z.dtype).eps
     # Gradients that cancel exactly, such as a shift before a softmax, are round-off at the scale of what cancels.
     round_off = 100 * eps * max(float(g.norm()) for g in (cotangent, *expected.values()))
     wrong = []
-    for layer in swept.layers:
-        for name, value in layer.layout.split(layer.rmatvec(w.reshape(1, -1))[0]).items():
+    for layer in layers:
+        coefficients = w.reshape(1, -1).to(layer.dtype)
+        for name, value in layer.layout.split(layer.rmatvec(coefficients)[0]).items():
             error = float((value - expected[name]).norm())
             if not error <= round_off + eps**0.5 * float(expected[name].norm()):
                 wrong.append(name)
@@ -292,7 +328,7 @@ def check_sweep(
             f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
             "first axis of the layer's input is not the sample (sequence-first inputs, reshaped batches, positions "
             "shared by all samples), or a weight is used outside its layer's forward pass, or the model is random. "
-            "Make the first axis the sample and call each layer on a whole batch."
+            "Make the first axis the sample and call each layer on a whole batch; where samples are the nodes of a graph, "
+            "say with nodes= which of them carry rows."
         )
-    if cotangent.any():
-        _checked[once_for].add(key)
+    return bool(cotangent.any())

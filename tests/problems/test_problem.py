@@ -8,7 +8,7 @@ from torch import nn
 
 from curvlab.errors import CurvlabError
 from curvlab.nn import HalfSquaredError, Linearized, ntk_mlp
-from curvlab.problems import ARGUMENTS, PROBLEMS, Problem, ProblemError, resolve, swept_arguments
+from curvlab.problems import ARGUMENTS, GRAPHS, PROBLEMS, Problem, ProblemError, resolve, swept_arguments
 
 
 def make(model: nn.Module | None = None, **changes: object) -> Problem:
@@ -158,9 +158,10 @@ def test_misspelt_argument_is_refused():
 
 def test_registered_problems_take_the_arguments_that_an_analysis_may_pass():
     on_images = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar10-5k", "karakida-osawa"}
-    assert set(PROBLEMS) == on_images | {"two-layer", "synthetic-two-layer"}
+    assert set(PROBLEMS) == on_images | {"two-layer", "synthetic-two-layer"} | {f"{graph}-gcn" for graph in GRAPHS}
     for name in on_images:
-        assert set(ARGUMENTS) - set(swept_arguments(name)) == {"weight_std", "similarity", "dimension"}
+        others = {"weight_std", "similarity", "dimension", "split", "dropout"}
+        assert set(ARGUMENTS) - set(swept_arguments(name)) == others
     for name in PROBLEMS:
         assert {"width", "activation", "samples", "test_samples", "seed", "dtype"} <= set(swept_arguments(name))
     assert {"depth", "outputs", "loss"}.isdisjoint(swept_arguments("two-layer"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.rows
+from curvlab.fisher import STRUCTURES
 from curvlab.rows import Rows, merge, sqrt_fisher
 
 CASES = [pytest.param(case, id=case.name) for case in LOSSES]
@@ -138,15 +139,34 @@ def test_parts_that_do_not_fit() -> None:
         merge([])
 
 
+class Words(nn.Module):
+    """An embedding and a layer at every word, averaged over the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(6, 3), nn.Linear(3, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return torch.tanh(self.layer(self.embedding(words))).mean(1)
+
+
 def test_batches_of_different_lengths() -> None:
-    class Mean(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).mean(1)
-
-    model = Mean()
-    with pytest.raises(ValueError, match=r"Layer 'layer' was applied at 4, 5 positions .* Pad the inputs"):
-        curvlab.rows.jacobian(model, torch.randn(2, 4, 3)) + curvlab.rows.jacobian(model, torch.randn(2, 5, 3))
+    """Shorter samples are padded, and K-FAC's A still averages over the positions that a sample has."""
+    model, loss = Words().double(), nn.CrossEntropyLoss()
+    short, long = torch.randint(6, (2, 4)), torch.randint(6, (3, 5))
+    J = [curvlab.rows.jacobian(model, words) for words in (short, long)]
+    dense = [part.dense().view(3, -1, part.P) for part in J]
+    for order in ((0, 1), (1, 0), (0, 1, 0)):
+        stacked = merge([J[k] for k in order])
+        assert_close(stacked.dense(), torch.cat([dense[k] for k in order], dim=1).flatten(0, 1))
+        assert_close(stacked.gram(), stacked.dense() @ stacked.dense().T)
+    rows = [sqrt_fisher(model, loss, words, torch.arange(len(words)) % 3) for words in (short, long)]
+    for structure in STRUCTURES.values():
+        for options in ({"sharing": "expand"}, {"sharing": "reduce"}) if "kfac" in structure.key else ({},):
+            together = structure(**options).update(rows[0] + rows[1])
+            if structure.key != "ekfac":
+                apart = structure(**options).update(rows[0]).update(rows[1], 1.0)
+                assert_close(together.to_dense(), apart.to_dense())
+            copy = structure(**options)
+            copy.load_state_dict(together.state_dict())
+            assert_close(copy.to_dense(), together.to_dense())

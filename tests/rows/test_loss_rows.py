@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import curvlab.rows
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows import loss as loss_rows
 from curvlab.rows.loss import identity_seeds, loss_terms
 
 NETWORKS = {"[N, C]": "mlp", "[N, C, X]": "conv1d-grid", "[N, C, H, W]": "conv2d-grid"}
@@ -137,6 +138,29 @@ def fake_noise(monkeypatch: pytest.MonkeyPatch, noise: Callable[..., Tensor]) ->
     monkeypatch.setattr(torch, "randn", lambda *shape, **how: noise(*shape) if len(shape) == 4 else draw(*shape, **how))
 
 
+def test_classes_are_drawn_with_their_probabilities() -> None:
+    """A grid of uniform numbers hits every class as often as its probability says."""
+    p = torch.tensor([[0.1, 0.0, 0.6, 0.3], [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)[..., None]
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = loss_rows.classes_at(p, grid[:, None, None].expand(1000, 2, 1))
+    for n in range(2):
+        assert drawn[:, n, 0].bincount(minlength=4).tolist() == [round(1000 * q) for q in p[n, :, 0].tolist()]
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)[:, None, None].expand(2, 2, 1)
+    assert loss_rows.classes_at(p, edges)[:, :, 0].tolist() == [[0, 1], [3, 1]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_that_share_a_batch_draw_what_one_would(case: LossCase) -> None:
+    model, x = architecture("mlp").make(N=6)
+    z = outputs(model, x)
+    loss, y = case.make(z, "sum")
+    whole = loss_terms(loss, z, y).sampled(2, generator())
+    parts = [
+        loss_terms(loss, z[n], y[n]).sampled(2, generator(), share=(n.start, 6)) for n in (slice(0, 2), slice(2, 6))
+    ]
+    assert_close(torch.cat(parts, dim=1), whole)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("network", ["mlp", "conv1d-grid"])
 @pytest.mark.parametrize("case", CASES)
@@ -148,7 +172,7 @@ def test_mean_of_mc_is_exact(case: LossCase, network: str, reduction: str, monke
     C = z.shape[1]
     exact = fisher(sqrt_fisher(model, loss, x, y))
     if isinstance(loss, nn.CrossEntropyLoss):
-        monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: torch.arange(C).expand(len(p), C))
+        monkeypatch.setattr(loss_rows, "classes_at", lambda _, u: torch.arange(C)[:, None, None].expand(u.shape))
         rows = sqrt_fisher(model, loss, x, y, kind="mc", samples=C, generator=generator())
         p = z.softmax(1).reshape(2, C, -1)
         probability = p.permute(1, 2, 0).flatten()
@@ -203,7 +227,7 @@ def test_a_generator_determines_the_draws(name: str) -> None:
 @pytest.mark.parametrize("kind", ["exact", "empirical", "mc"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_class_weight_two_is_a_duplicated_sample(kind: Any, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "multinomial", lambda p, samples, **_: torch.full((len(p), samples), 2))
+    monkeypatch.setattr(loss_rows, "classes_at", lambda _, u: torch.full(u.shape, 2))
     model, x = architecture("mlp").make(N=4)
     y = torch.tensor([0, 1, 2, 0])
     twice = nn.CrossEntropyLoss(torch.tensor([2.0, 1.0, 1.0], dtype=x.dtype), reduction=reduction)

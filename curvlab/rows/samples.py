@@ -1,0 +1,232 @@
+"""What a sample is: which entries along a first axis, of outputs and of layers' inputs, belong together.
+
+    Samples        the first axis is the sample everywhere; samples do not interact
+    Nodes          outputs `[N, C]` of nodes that interact: one sample, the chosen nodes its extra output axis
+    Graphs         outputs `[B, C]` of separate graphs: a graph is a sample, its nodes and edges are positions
+
+Rows of nodes are numbered as those of samples would be, `(c, n)` with c outermost; they are V = C·L rows of one sample, as
+in a graph every node's output depends on all nodes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from curvlab.errors import UnsupportedModel
+from curvlab.nn import GraphNetwork
+from curvlab.rows.grouping import Grouping
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.loss import LossTerms, flat_outputs, loss_terms
+from curvlab.rows.modules import rule_for
+from curvlab.rows.sweep import Arguments, Owner
+
+NodeChoice = Tensor | Callable[[Any], Tensor] | None
+"""Which nodes carry rows: a mask over all nodes, indices, or a function that chooses them given the inputs."""
+
+REMEDY = (
+    "nodes of a graph interact, so they are no samples: say with nodes= (a mask, or indices) which of them carry rows, for "
+    "neighbour-sampled batches nodes=lambda batch: torch.arange(batch.batch_size)"
+)
+
+
+class Samples:
+    """The first axis is the sample, of inputs, outputs and whatever a layer sees."""
+
+    interact = False
+
+    def choose(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
+        """Return the outputs that carry rows, as the loss takes them."""
+        return z
+
+    def lay_out(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, "M C ..."]:
+        """Bring chosen outputs into the layout of rows."""
+        return z
+
+    def terms(self, loss: nn.Module, z: Float[Tensor, "N C ..."], targets: Tensor) -> LossTerms:
+        """Take the loss of chosen outputs apart, in the layout of rows; see `loss_terms`."""
+        return loss_terms(loss, z, targets)
+
+    def form(self, owner: Owner, x: Tensor, g: Tensor) -> LayerRows:
+        """Form the rows of a layer from its input and the rows at its output, of entries along the first axis."""
+        rule, grouping = rule_for(owner.module), self.grouping(x)
+        assert rule is not None
+        rows = rule.rows(owner.module, owner.name, owner.layout, owner.names, x, g)
+        return rows if grouping is None else rows.group(grouping)
+
+    def cover(self, entries: int) -> bool:  # noqa: ARG002
+        """Whether it is known to which samples the entries along a layer's first axis belong."""
+        return True
+
+    def grouping(self, x: Tensor) -> Grouping | None:  # noqa: ARG002
+        """Return the samples of the entries along the first axis of a layer's input; None if they are the samples."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes(Samples):
+    """Nodes of one graph; everything belongs to one sample.
+
+    Attributes:
+        chosen: mask or indices of the nodes that carry rows; all if None.
+    """
+
+    chosen: Tensor | None
+
+    interact = True
+
+    def choose(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, "L C ..."]:
+        """Return the chosen nodes' outputs, of `[N, C, …]` or, transposed as a sample of its own, of `[1, C, N]`.
+
+        Raises:
+            ValueError: the choice does not fit the nodes, or is empty.
+        """
+        if self.chosen is None:
+            return z
+        axis = 2 if _is_sample(z) else 0
+        return z.index_select(axis, self._indices(z.shape[axis], z.device))
+
+    def _indices(self, nodes: int, device: torch.device) -> Int[Tensor, " L"]:
+        assert self.chosen is not None
+        chosen = self.chosen.to(device)
+        if chosen.ndim != 1 or chosen.is_floating_point():
+            raise ValueError(
+                f"nodes= is a mask [N] of bools or indices [L] of integers, got {list(chosen.shape)} {chosen.dtype}."
+            )
+        if chosen.dtype == torch.bool:
+            if len(chosen) != nodes:
+                raise ValueError(
+                    f"The mask nodes= has {len(chosen)} entries, but the model's output has {nodes} nodes."
+                )
+            chosen = chosen.nonzero()[:, 0]
+        if len(chosen) == 0:
+            raise ValueError("nodes= chooses no node, so there are no rows. Choose the nodes that carry labels.")
+        if not 0 <= int(chosen.min()) <= int(chosen.max()) < nodes:
+            raise ValueError(
+                f"nodes= chooses nodes {int(chosen.min())} to {int(chosen.max())}, but the model's output has the nodes "
+                f"0 to {nodes - 1}."
+            )
+        return chosen
+
+    def lay_out(self, z: Float[Tensor, "L C ..."]) -> Float[Tensor, "1 C X"]:
+        """Make the nodes an extra axis, behind those that there are, so that rows are in the order `(c, x, n)`."""
+        return flat_outputs(z).permute(1, 2, 0).flatten(1)[None]
+
+    def terms(self, loss: nn.Module, z: Float[Tensor, "L C ..."], targets: Tensor) -> LossTerms:
+        """Take the loss of the chosen nodes apart.
+
+        Raises:
+            ValueError: the targets are not those of the chosen nodes, and as `loss_terms`.
+        """
+        if not _is_sample(z) and targets.ndim and len(targets) != len(z):
+            raise ValueError(
+                f"There are {len(targets)} targets for {len(z)} chosen nodes; pass those of the chosen nodes, "
+                "targets[nodes]."
+            )
+        terms = loss_terms(loss, z, targets)
+        z, weight, score = (self.lay_out(part) for part in (terms.z, terms.weight, terms.score))
+        return replace(terms, z=z, weight=weight, score=score)
+
+    def grouping(self, x: Tensor) -> Grouping:
+        """Return one sample."""
+        return Grouping(torch.zeros(len(x), dtype=torch.long, device=x.device), 1)
+
+
+def _is_sample(z: Tensor) -> bool:
+    return z.ndim == 3 and z.shape[0] == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Graphs(Samples):
+    """Separate graphs in one batch, as torch-geometric's `Batch`: disjoint, with one output vector each.
+
+    Attributes:
+        count: number of graphs.
+        tables: the graph of every entry, by the number of entries: nodes, and edges.
+    """
+
+    count: int
+    tables: Mapping[int, Grouping]
+
+    interact = True
+
+    def choose(self, z: Float[Tensor, "B C ..."]) -> Float[Tensor, "B C ..."]:
+        """Return the outputs.
+
+        Raises:
+            UnsupportedModel: there is not one output vector a graph.
+        """
+        if len(z) != self.count:
+            raise UnsupportedModel(
+                f"The model returned {len(z)} output vectors for {self.count} graph{'s' * (self.count > 1)}. If these "
+                f"are nodes: {REMEDY}. If these are graphs, pool by the vector `batch` of the inputs."
+            )
+        return z
+
+    def cover(self, entries: int) -> bool:
+        """Whether the entries can be graphs, nodes or edges."""
+        return entries == self.count or entries in self.tables
+
+    def grouping(self, x: Tensor) -> Grouping | None:
+        """Return the graphs of nodes or edges."""
+        return None if len(x) == self.count else self.tables[len(x)]
+
+
+def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeChoice) -> Samples:
+    """Find out what a sample is, from the choice of nodes and from the names of torch-geometric's inputs.
+
+    Raises:
+        ValueError: edges end outside the nodes.
+    """
+    if nodes is not None:
+        return Nodes(nodes if isinstance(nodes, Tensor) else nodes(inputs))
+    if isinstance(model, GraphNetwork):
+        return Nodes(None)
+    x, edges, batch = _graph_of(model, arguments)
+    if edges is None and batch is None:
+        return Samples()
+    if batch is None:
+        length = len(x) if x is not None else 0
+        batch = torch.zeros(length, dtype=torch.long, device=None if x is None else x.device)
+    count = int(batch.max()) + 1 if len(batch) else 1
+    tables = {len(batch): Grouping(batch, count)}
+    if edges is not None and len(batch):
+        if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(batch):
+            raise ValueError(
+                f"The edges join nodes {int(edges.min())} to {int(edges.max())}, but there are features of "
+                f"{len(batch)} nodes."
+            )
+        tables.setdefault(edges.shape[1], Grouping(batch[edges[0]], count))
+    return Graphs(count, tables)
+
+
+def _graph_of(model: nn.Module, arguments: Arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return features, edges and the graph of every node where the inputs have them, by torch-geometric's names."""
+    args, kwargs = arguments
+    if len(args) == 1 and not kwargs:
+        if isinstance(args[0], Tensor):
+            return None, None, None
+        named = {name: getattr(args[0], name, None) for name in ("x", "edge_index", "batch")}
+    else:
+        try:
+            named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        except TypeError:
+            return None, None, None
+    x, edges, batch = (named.get(name) for name in ("x", "edge_index", "batch"))
+    return (
+        x if isinstance(x, Tensor) else None,
+        edges if _is_index(edges, 2) and edges.shape[0] == 2 else None,
+        batch if _is_index(batch, 1) and edges is not None else None,
+    )
+
+
+def _is_index(value: Any, axes: int) -> TypeGuard[Tensor]:
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and value.ndim == axes and value.dtype == torch.long
+    )
