@@ -1,0 +1,242 @@
+"""Natural gradient as a `torch.optim` optimiser: a `Preconditioner` and SGD with momentum in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import StateError
+from curvlab.fisher import Structure
+from curvlab.optim.hyper import Hyper, Schedule
+from curvlab.optim.preconditioner import Preconditioner
+from curvlab.optim.quadratic import Batch, LevenbergMarquardt, agreement, best_combination, inner
+from curvlab.rows.loss import Kind
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """θ ← θ − η v, with v the momentum of `(F + ρI)⁻¹∇L`.
+
+        with optimizer.collect():
+            loss(model(x), y).backward()
+        optimizer.step()
+
+    or `optimizer.step(closure)`, which opens the context itself. Schedules, parameter groups and state dicts are those of
+    `torch.optim`. Parameters that the preconditioner leaves plain move along their gradient.
+
+    Args:
+        model: see `Preconditioner`.
+        loss: see `Preconditioner`.
+        lr: η, a number or a function of the step; "quadratic" for the minimiser of the quadratic model over the direction
+            and the last step, which sets the momentum, too.
+        structure: see `Preconditioner`.
+        kind: see `Preconditioner`.
+        samples: see `Preconditioner`.
+        damping: ρ, a number, a function of the step, or `LevenbergMarquardt`.
+        decay: see `Preconditioner`.
+        refresh_every: see `Preconditioner`.
+        plain: see `Preconditioner`.
+        seed: see `Preconditioner`.
+        patience: see `Preconditioner`.
+        momentum: of the preconditioned gradient, a number or a function of the step.
+        nesterov: whether momentum is Nesterov's.
+        weight_decay: λ. Coupled, it adds λθ to the gradient, before F acts on it; decoupled, it shrinks θ by ηλθ.
+        decoupled: which of the two.
+        kl_clip: bound κ of the trust region: the direction is scaled by min(1, √(κ/(η² dᵀ∇L))), so that the step's
+            squared length in the metric of F + ρI is at most κ (Ba, Grosse & Martens 2017, section 5).
+        param_groups: groups as `torch.optim` takes them, with their own lr, momentum or weight_decay; one of all
+            trainable parameters if None.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range or options that exclude each other; names them.
+
+    Source: Amari 1998; Martens & Grosse 2015.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        lr: Schedule | Literal["quadratic"],
+        *,
+        structure: Structure | str = "kfac",
+        kind: Kind = "mc",
+        samples: int = 1,
+        damping: Schedule | LevenbergMarquardt = 1e-3,
+        decay: Schedule | None = None,
+        refresh_every: int = 1,
+        plain: Sequence[str] = (),
+        seed: int = 0,
+        patience: int = 10,
+        momentum: Schedule = 0.0,
+        nesterov: bool = False,
+        weight_decay: Schedule = 0.0,
+        decoupled: bool = False,
+        kl_clip: float | None = None,
+        param_groups: Iterable[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
+        self._rho = self._adapts.initial if self._adapts else 0.0
+        self._quadratic = lr == "quadratic"
+        self.preconditioner = Preconditioner(
+            model,
+            loss,
+            structure,
+            kind=kind,
+            samples=samples,
+            damping=(lambda _: self._rho) if isinstance(damping, LevenbergMarquardt) else damping,
+            decay=decay,
+            refresh_every=refresh_every,
+            plain=plain,
+            seed=seed,
+            patience=patience,
+        )
+        self._hypers = [
+            Hyper("lr", 1.0 if isinstance(lr, str) else lr),
+            Hyper("momentum", momentum),
+            Hyper("weight_decay", weight_decay),
+        ]
+        self._decoupled, self._kl_clip, self._damping = decoupled, kl_clip, damping
+        if kl_clip is not None:
+            Hyper("kl_clip", kl_clip, open_low=True).at(0)
+        if isinstance(lr, str) and not self._quadratic:
+            raise ValueError(f'lr is a number, a function of the step or "quadratic", got {lr!r}.')
+        if self._quadratic and (momentum != 0 or nesterov or kl_clip is not None):
+            raise ValueError(
+                'lr="quadratic" chooses momentum and length of the step: leave momentum, nesterov and kl_clip.'
+            )
+        first = {hyper.name: hyper.at(0) for hyper in self._hypers}
+        groups = (
+            [{"params": [p for p in model.parameters() if p.requires_grad]}] if param_groups is None else param_groups
+        )
+        super().__init__([dict(group) for group in groups], {**first, "nesterov": nesterov})
+        self._names = {p: name for name, p in model.named_parameters()}
+
+    def __repr__(self) -> str:
+        extra = f"decoupled={self._decoupled}, kl_clip={self._kl_clip}, damping={self._damping!r}"
+        return f"{super().__repr__()}\n{extra}\n{self.preconditioner!r}"
+
+    @property
+    def damping(self) -> float:
+        """ρ of the next step."""
+        return self.preconditioner.damping.at(self.preconditioner.steps)
+
+    def collect(self) -> AbstractContextManager[None]:
+        """Collect from one forward and backward pass: see `Preconditioner.collect`."""
+        return self.preconditioner.collect()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls `backward()` and returns the loss; called once, in a
+                collecting context.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            StateError, FloatingPointError: see `Preconditioner.precondition`.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad(), self.collect():
+                result = closure()
+        self._follow_schedules()
+        with torch.no_grad():
+            self._step()
+        return result
+
+    def _follow_schedules(self) -> None:
+        for hyper in self._hypers:
+            if callable(hyper.value):
+                for group in self.param_groups:
+                    group[hyper.name] = hyper.at(self.preconditioner.steps)
+
+    def _step(self) -> None:
+        pre, damping, batch = self.preconditioner, self.damping, self.preconditioner.batch
+        gradients = self._gradients()
+        found = pre.direction({name: gradients[name] for name in pre.parameters if name in gradients})
+        if found is None:
+            return
+        direction = {**gradients, **found}
+        adjusts = self._adapts is not None and pre.steps % self._adapts.every == 0
+        if batch is None and (adjusts or self._quadratic):
+            raise StateError("The quadratic model needs the batch of the step: run one pass within collect().")
+        before = {name: p.clone() for p, name in self._names.items()} if adjusts else {}
+        for group in self.param_groups:
+            if self._decoupled and group["weight_decay"]:
+                torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+        if self._quadratic and batch is not None:
+            self._combine(batch, gradients, direction, damping)
+        else:
+            self._descend(direction, self._trust(gradients, direction))
+        if adjusts and self._adapts is not None and batch is not None:
+            ratio = agreement(batch, gradients, before, {name: p.detach() for p, name in self._names.items()}, damping)
+            self._rho = self._adapts.adjusted(damping, ratio)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Gradients by name, with what coupled weight decay adds; the parameters' own stay as they are."""
+        found: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            coupled = 0.0 if self._decoupled else group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    found[self._names[p]] = p.grad.add(p, alpha=coupled) if coupled else p.grad
+        return found
+
+    def _trust(self, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the factor that keeps a step within the trust region."""
+        if self._kl_clip is None:
+            return None
+        length = torch.stack(
+            [
+                group["lr"] ** 2
+                * inner(gradients, direction, [self._names[p] for p in group["params"] if p.grad is not None])
+                for group in self.param_groups
+            ]
+        ).sum()
+        return (self._kl_clip / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1.0)
+
+    def _descend(self, direction: Mapping[str, Tensor], scale: Tensor | None) -> None:
+        for group in self.param_groups:
+            moving = [p for p in group["params"] if self._names[p] in direction]
+            steps = [direction[self._names[p]] for p in moving]
+            if scale is not None:
+                steps = [step * scale for step in steps]
+            if group["momentum"]:
+                steps = self._with_momentum(moving, steps, group)
+            torch._foreach_add_(moving, steps, alpha=-group["lr"])
+
+    def _with_momentum(self, moving: list[Tensor], steps: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+        for p in moving:
+            self.state[p].setdefault("momentum", torch.zeros_like(p))
+        velocity = [self.state[p]["momentum"] for p in moving]
+        torch._foreach_mul_(velocity, group["momentum"])
+        torch._foreach_add_(velocity, steps)
+        return list(torch._foreach_add(steps, velocity, alpha=group["momentum"])) if group["nesterov"] else velocity
+
+    def _combine(
+        self, batch: Batch, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor], damping: float
+    ) -> None:
+        """Step along the direction and the last step as the quadratic model says."""
+        moving = {name: p for p, name in self._names.items() if name in direction}
+        last = {name: self.state[p]["last_step"] for name, p in moving.items() if "last_step" in self.state[p]}
+        directions = [direction, last] if last else [direction]
+        best = best_combination(batch, gradients, directions, damping)
+        for name, p in moving.items():
+            self.state[p]["last_step"] = step = sum(c * d[name] for c, d in zip(best.tolist(), directions, strict=True))
+            p.add_(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return SGD's state and the preconditioner's; loading it continues bit for bit."""
+        return super().state_dict() | {"preconditioner": self.preconditioner.state_dict(), "rho": self._rho}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state into an optimiser of the same configuration."""
+        super().load_state_dict(state_dict)
+        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+        self._rho = state_dict["rho"]

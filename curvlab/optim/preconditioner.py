@@ -1,0 +1,330 @@
+"""A structure as a preconditioner of any `torch.optim` optimiser.
+
+    with preconditioner.collect():
+        loss(model(x), y).backward()
+    preconditioner.precondition()      # p.grad ← (F + ρI)⁻¹ p.grad
+    optimizer.step()
+
+The rows of S come from the forward and backward pass that the user runs (`curvlab.rows.collect`). The direction is that
+of the structure's own `solve`, by the cheapest of three routes:
+
+    lift       Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
+    factors    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient
+    gradient   (F + ρI)⁻¹ grad    always
+
+The first two need a gradient that nobody has touched since `backward()`: not accumulated, clipped or reduced.
+
+Under `torch.distributed`, with `DistributedDataParallel` averaging the gradients, every process collects from its own
+samples. K-FAC and the diagonal add up their moments, all other structures gather rows; draws are those of one process
+with the whole batch, and the inverses of Kronecker factors are shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from curvlab.errors import StateError, UnsupportedModel, unknown_name
+from curvlab.fisher import KFAC, Structure, make
+from curvlab.fisher.damping import absolute
+from curvlab.optim.hyper import Hyper, Schedule, whole
+from curvlab.optim.processes import Processes
+from curvlab.optim.quadratic import Batch
+from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.loss import LOSSES, Kind
+from curvlab.rows.rows import Rows
+from curvlab.rows.sweep import Owner, owners_of
+
+
+class Preconditioner:
+    """Turns gradients into natural gradients.
+
+    Args:
+        model: the model; under `DistributedDataParallel`, its `.module`. Hooks are on it within `collect` only.
+        loss: the loss module that the training loop calls on the model's output and the targets.
+        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
+        kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`. "empirical" costs no further sweep, "mc"
+            one to the layers' outputs a draw, "exact" and "ggn" C of them.
+        samples: draws a loss term, for "mc".
+        damping: ρ of `F + ρI`, a number or a function of the step.
+        decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
+        refresh_every: steps from one curvature to the next.
+        plain: modules or parameters, by name, that keep their plain gradient.
+        seed: seed of the draws, for "mc".
+        patience: steps in a row that may be skipped because something was not finite.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range, or an unknown name; the nearest is suggested.
+        UnsupportedModel: for a loss or layers that have no rows, and for batch normalisation in training mode with a
+            structure that is made of rows and not of moments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        structure: Structure | str = "kfac",
+        *,
+        kind: Kind = "mc",
+        samples: int = 1,
+        damping: Schedule = 1e-3,
+        decay: Schedule | None = None,
+        refresh_every: int = 1,
+        plain: Sequence[str] = (),
+        seed: int = 0,
+        patience: int = 10,
+    ) -> None:
+        if kind not in get_args(Kind):
+            raise unknown_name("kind", kind, get_args(Kind))
+        if type(loss) not in LOSSES:
+            raise UnsupportedModel(f"{type(loss).__name__} is not one of {', '.join(k.__name__ for k in LOSSES)}.")
+        self.model, self.loss = model, loss
+        self.structure = make(structure) if isinstance(structure, str) else structure
+        self.kind: Kind = kind
+        self.samples = whole("samples", samples)
+        self.damping = Hyper("damping", damping)
+        usual = 0.95 if self.structure.averages else 0.0
+        self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
+        self.refresh_every = whole("refresh_every", refresh_every)
+        self.patience = whole("patience", patience)
+        self.plain = tuple(plain)
+        self.steps = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        self._owners = _preconditioned(model, self.plain)
+        self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._passes: list[Collector] = []
+        self._untouched: dict[str, tuple[Tensor, int]] = {}
+        self._fresh = False
+        self._checked = False
+
+    def __repr__(self) -> str:
+        shown = {
+            "structure": self.structure,
+            "kind": self.kind,
+            "samples": self.samples,
+            "damping": self.damping.value,
+            "decay": self.decay.value,
+            "refresh_every": self.refresh_every,
+            "plain": self.plain,
+            "patience": self.patience,
+        }
+        options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        coupled = ", ".join(self._coupled())
+        note = f"; batch coupling ignored in {coupled}" if coupled else ""
+        return f"{type(self).__name__}({options}; {self.steps} steps, {self.skipped} skipped{note})"
+
+    def _coupled(self) -> list[str]:
+        """Modules that make the samples of a batch interact."""
+        return [name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+
+    @property
+    def due(self) -> bool:
+        """Whether this step takes new curvature."""
+        return self.steps % self.refresh_every == 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients are preconditioned."""
+        names = {name for owner in self._owners for name in owner.names.values()}
+        return {name: p for name, p in self.model.named_parameters() if name in names}
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Collect from one forward pass, call of the loss and backward pass; several before a step accumulate.
+
+        Raises:
+            StateError: if a pass is missing or one too many, or trainable parameters have changed.
+            UnsupportedModel: if rows do not exist; the message names the layers.
+        """
+        self._check_model()
+        coupled = bool(self._coupled())
+        processes = Processes.present()
+        share = None if processes is None else processes.share
+        draw = Draw(self.kind, self.samples, self._generator, share) if self.due else None
+        collector = Collector(
+            self.model, self.loss, self._owners, draw, check=self.due and not (self._checked or coupled)
+        )
+        self._fresh = not self._passes and all(p.grad is None for p in self.parameters.values())
+        with collector:
+            yield
+        self._checked = self._checked or self.due
+        self._passes.append(collector)
+        self._untouched = {n: (p.grad, p.grad._version) for n, p in self.parameters.items() if p.grad is not None}
+
+    def _check_model(self) -> None:
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if trained != self._trained:
+            changed = ", ".join(sorted(trained ^ self._trained))
+            raise StateError(
+                f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. "
+                "Make a new one."
+            )
+        if not self.structure.averages and (coupled := self._coupled()):
+            raise UnsupportedModel(
+                f"{', '.join(coupled)} normalise by the batch, so samples interact and the {self.structure.key} "
+                "structure has no rows. Call eval() on them, or use a structure of moments such as 'kfac'."
+            )
+
+    def precondition(self) -> None:
+        """Replace gradients by `(F + ρI)⁻¹ grad`.
+
+        A step in which rows or gradients are not finite is skipped: gradients become None, the state stays. On a GPU, a
+        step that takes no new curvature does not wait for the device: its gradients then become 0, and nothing is counted.
+
+        Raises:
+            StateError: if curvature is due and nothing was collected.
+            FloatingPointError: if more steps in a row than `patience` were skipped.
+        """
+        direction = self.direction()
+        for name, parameter in self.parameters.items():
+            if direction is None:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.copy_(direction[name])
+            else:
+                parameter.grad = direction[name].clone()
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch of this step, if there was one pass."""
+        return Batch(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
+
+    def direction(self, gradients: Mapping[str, Tensor] | None = None) -> dict[str, Tensor] | None:
+        """Take the curvature that is due, and return `(F + ρI)⁻¹ grad`, None for a step to skip; ends the step.
+
+        Args:
+            gradients: by name, in place of those of the parameters; missing ones are 0.
+
+        Raises:
+            StateError, FloatingPointError: see `precondition`.
+        """
+        if self.due and not self._passes:
+            raise StateError(
+                "Curvature is due and nothing was collected: run the forward and backward pass within `collect()`."
+            )
+        passes, self._passes = self._passes, []
+        due = self.due
+        given = (
+            {n: p.grad for n, p in self.parameters.items() if p.grad is not None} if gradients is None else gradients
+        )
+        complete = {n: given[n] if n in given else torch.zeros_like(p) for n, p in self.parameters.items()}
+        rows = [found.rows for found in passes if found.rows is not None]
+        seen = [*complete.values(), *(f for r in rows for layer in r.layers for f in layer.factors)]
+        looks = due or seen[0].device.type == "cpu"
+        if looks and not self._all_finite(seen, shared=due):
+            self._skip()
+            self.steps += 1
+            return None
+        self._skipped_in_a_row = 0
+        if due:
+            self._update(rows)
+        damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
+        found = self._direction(complete, passes, damping, due=due)
+        self.steps += 1
+        return found if looks else _masked(found, complete)
+
+    @staticmethod
+    def _all_finite(tensors: Sequence[Tensor], *, shared: bool) -> bool:
+        """Whether all entries are finite, in the other processes, too, if `shared`."""
+        finite, processes = _finite(tensors), Processes.present()
+        return finite if processes is None or not shared else processes.agree(finite, tensors[0].device)
+
+    def _update(self, rows: Sequence[Rows]) -> None:
+        decay = self.decay.at(self.steps)
+        processes = Processes.present()
+        for position, part in enumerate(rows):
+            step = decay if position == 0 else 1.0
+            if processes is None:
+                self.structure.update(part, step)
+            elif self.structure.adds:
+                self.structure.update(part, step, total=processes.total)
+            else:
+                self.structure.update(processes.gather(part), step)
+
+    def _direction(
+        self, gradients: Mapping[str, Tensor], passes: Sequence[Collector], damping: float, *, due: bool
+    ) -> dict[str, Tensor]:
+        processes = Processes.present()
+        if processes is not None and isinstance(self.structure, KFAC):
+            self.structure.invert(damping, processes.inverses)
+        if processes is not None or len(passes) != 1 or not self._is_untouched(gradients):
+            return self.structure.direction(gradients, damping)
+        (found,) = passes
+        if due and found.coefficients is not None and self.structure.rows is found.rows and not self.structure.averages:
+            return self.structure.lift(found.coefficients, damping)
+        return self.structure.direction(gradients, damping, found.gradient)
+
+    def _is_untouched(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether the gradients are those of one backward pass."""
+        return self._fresh and all(
+            name in self._untouched and _same(gradient, *self._untouched[name]) for name, gradient in gradients.items()
+        )
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.patience:
+            raise FloatingPointError(
+                f"Gradients or rows were not finite in {self._skipped_in_a_row} steps in a row. Lower the learning rate "
+                "or raise the damping."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on bit for bit; without configuration."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "generator": self._generator.get_state(),
+            "structure": self.structure.state_dict() if self.structure.updated else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state into a preconditioner of the same configuration.
+
+        Raises:
+            ValueError: if it belongs to another structure or configuration.
+        """
+        if state["structure"] is not None:
+            self.structure.load_state_dict(state["structure"])
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._generator.set_state(state["generator"])
+
+
+def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
+    """Return the owners of parameters that are not left to the plain gradient."""
+    known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules() if name}
+    for name in plain:
+        if name not in known:
+            raise unknown_name("module or parameter in plain", name, known)
+
+    left = {n for n, _ in model.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in plain)}
+    owners = owners_of(model, fixed=False, without=left)
+    if not owners:
+        raise UnsupportedModel("All parameters are left to the plain gradient: there is nothing to precondition.")
+    return owners
+
+
+def _same(gradient: Tensor, earlier: Tensor, version: int) -> bool:
+    return gradient is earlier and gradient._version == version
+
+
+def _masked(direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the direction, 0 if a gradient is not finite, without asking the device which it is."""
+    finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()
+    return {name: torch.where(finite, step, torch.zeros_like(step)) for name, step in direction.items()}
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries are finite; sums that overflow are looked at closely. Cost: one pass."""
+    floating = [t for t in tensors if t.is_floating_point()]
+    sums = torch.stack([t.sum() for t in floating])
+    return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in floating)

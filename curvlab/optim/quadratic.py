@@ -1,0 +1,125 @@
+"""The quadratic model of the loss on one batch, and what is read off it.
+
+    M(δ) = L(θ) + gᵀδ + ½ δᵀ(F + ρI)δ
+
+with F the exact Fisher matrix of the batch, from Jacobian-vector products: K directions cost K forward passes in forward
+mode, whatever structure made the directions.
+
+Source: Martens & Grosse 2015, sections 6.4 (step size), 6.5 (damping) and 7 (momentum).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import nan
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from curvlab.optim.hyper import Hyper, whole
+from curvlab.rows.loss import flat_outputs, loss_terms
+from curvlab.rows.sweep import Arguments
+
+Named = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A model, a loss and the batch of one pass; evaluating them changes no buffer of the model."""
+
+    model: nn.Module
+    loss: nn.Module
+    arguments: Arguments
+    targets: Tensor
+
+    def outputs(self, parameters: Named) -> Tensor:
+        """Run the model at other parameters."""
+        args, kwargs = self.arguments
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        z: Tensor = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
+        return z
+
+    def value(self, parameters: Named) -> float:
+        """Return the loss at other parameters."""
+        with torch.no_grad():
+            return float(self.loss(self.outputs(parameters), self.targets))
+
+    def _moved(self, here: Named, moving: Named) -> Tensor:
+        return self.outputs({**here, **moving})
+
+    def curvature(self, directions: Sequence[Named], at: Named | None = None) -> Float[Tensor, "K K"]:
+        """Return `δ_kᵀ F δ_l`, at the model's own parameters if `at` is None; parameters without a direction stay fixed."""
+        weighted = []
+        here = {name: p.detach() for name, p in self.model.named_parameters()} | dict(at or {})
+        for direction in directions:
+            moving = {name: here[name] for name in direction}
+            with torch.no_grad():
+                z, u = jvp(partial(self._moved, here), (moving,), (dict(direction),))[:2]
+            factor = loss_terms(self.loss, z, self.targets).exact()
+            weighted.append(factor.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())
+        stacked = torch.stack(weighted)
+        products: Tensor = stacked @ stacked.T
+        return products
+
+
+def best_combination(batch: Batch, gradient: Named, directions: Sequence[Named], damping: float) -> Float[Tensor, " K"]:
+    """Return the coefficients c that minimise `M(Σ_k c_k δ_k)`; where M is flat, the smallest ones."""
+    names = list(directions[0])
+    products = torch.stack([torch.stack([inner(a, b, names) for b in directions]) for a in directions])
+    slopes = torch.stack([inner(gradient, direction, names) for direction in directions])
+    matrix = batch.curvature(directions) + damping * products
+    best: Tensor = -torch.linalg.pinv(matrix.double(), hermitian=True) @ slopes.double()
+    return best
+
+
+def agreement(batch: Batch, gradient: Named, before: Named, after: Named, damping: float) -> float:
+    """Return the decrease of the batch's loss over the promised `M(0) − M(δ)`; not a number if M promises none."""
+    step = {name: after[name] - before[name] for name in gradient}
+    squared = batch.curvature([step], at=before)[0, 0] + damping * inner(step, step, list(step))
+    promised = -float(inner(gradient, step, list(step)) + squared / 2)
+    return (batch.value(before) - batch.value(after)) / promised if promised > 0 else nan
+
+
+def inner(left: Named, right: Named, names: Sequence[str]) -> Tensor:
+    """Return the inner product over some parameters."""
+    return torch.stack([(left[name] * right[name]).sum() for name in names]).sum()
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping that follows how well the quadratic model predicts the loss.
+
+    Every `every` steps, with r the decrease of the batch's loss over the promised one: `ρ ← ωᵏρ` if r > 3/4, `ρ ← ρ/ωᵏ`
+    if r < 1/4, with k = `every`.
+
+    Args:
+        initial: ρ at the start.
+        omega: ω in (0, 1).
+        every: steps between adjustments; each costs two forward passes and a Jacobian-vector product.
+        low: smallest ρ.
+        high: largest ρ.
+
+    Source: Martens & Grosse 2015, section 6.5 (ω = 19/20, k = 5).
+    """
+
+    initial: float = 1.0
+    omega: float = 0.95
+    every: int = 5
+    low: float = 1e-8
+    high: float = 1e4
+
+    def __post_init__(self) -> None:
+        Hyper("omega", self.omega, high=1.0, open_low=True).at(0)
+        Hyper("initial", self.initial, low=self.low, high=self.high).at(0)
+        whole("every", self.every)
+
+    def adjusted(self, damping: float, ratio: float) -> float:
+        """Return the next ρ for a ratio r; not a number counts as a failure."""
+        factor = self.omega**self.every
+        if ratio > 0.75:
+            return max(self.low, damping * factor)
+        return damping if ratio >= 0.25 else min(self.high, damping / factor)

@@ -1,0 +1,329 @@
+"""Rows from a forward and a backward pass that the user runs.
+
+`sqrt_fisher` makes a sweep of its own. A training step has made one already: hooks take the layers' inputs from its
+forward pass and the gradients at their outputs from its backward pass, and the seeds of other kinds of rows go through
+the graph while it stands. A hook on the loss shows outputs and targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from curvlab.errors import StateError, UnsupportedModel
+from curvlab.rows.autograd import dense_rows
+from curvlab.rows.layer import DenseRows, LayerRows
+from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds, loss_terms
+from curvlab.rows.modules import rule_for
+from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.rows import Rows
+from curvlab.rows.sweep import Arguments, Owner, as_arguments, check_rows, in_parameter_order
+
+PROPORTIONAL = 1e-2
+"""Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which rows of S are collected, as `curvlab.sqrt_fisher` takes them."""
+
+    kind: Kind
+    samples: int = 1
+    generator: torch.Generator | None = None
+    share: Callable[[int, torch.device], tuple[int, int]] | None = None
+    """Says where a number of samples start in a batch that several processes share, and how many it has."""
+
+
+@dataclass
+class _Call:
+    """One forward pass of a layer, with the gradient at its output once a backward pass has brought it."""
+
+    x: Tensor
+    shape: torch.Size
+    edge: GradientEdge
+    gradient: Tensor | None = None
+
+
+class Collector(AbstractContextManager["Collector"]):
+    """Collects rows while the user runs one forward and one backward pass; hooks are there for that time only.
+
+    Args:
+        model: the model.
+        loss: the loss module that will be called on the model's output and the targets.
+        owners: the modules whose rows are wanted.
+        draw: the rows of S; None if only those of the gradient are wanted, which takes no further sweep.
+        check: whether to compare the rows of S with a reverse pass through the same graph.
+
+    Raises:
+        StateError: on exit, unless there was one forward pass, one call of the loss and one backward pass.
+        UnsupportedModel: for a parameter that has no rows here, and for rows that are wrong.
+
+    Cost beyond the two passes: nothing for `empirical` rows of a loss with one term a sample; for `mc` a backward pass to
+    the outputs of the layers a draw, for `exact` and `ggn` C of them.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: nn.Module, owners: Sequence[Owner], draw: Draw | None, *, check: bool = False
+    ) -> None:
+        self.rows: Rows | None = None
+        """Rows of S."""
+        self.gradient: dict[str, LayerRows] = {}
+        """By layer, rows that add up to the gradient of this pass, one a sample; factored rows only."""
+        self.coefficients: Tensor | None = None
+        """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
+        self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
+        self._handles: list[RemovableHandle] = []
+        self._calls: dict[str, list[_Call]] = {}
+        self._arguments: Arguments | None = None
+        self._z: Tensor | None = None
+        self._targets: Tensor | None = None
+        self._terms: LossTerms | None = None
+        self._seeds: Tensor | None = None
+        self._swept: dict[str, Tensor] = {}
+        self._sweeping = False
+
+    def __enter__(self) -> Collector:
+        self._handles = [
+            self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
+            self._loss.register_forward_pre_hook(self._on_loss),
+        ]
+        for owner in self._owners:
+            if rule_for(owner.module) is not None and not owner.tied:
+                hook = partial(self._on_layer, self._calls.setdefault(owner.name, []))
+                self._handles.append(owner.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if kind is None:
+            self._finish()
+
+    @property
+    def seen(self) -> tuple[Arguments, Tensor]:
+        """What the model and the loss were called on."""
+        assert self._arguments is not None
+        assert self._targets is not None
+        return self._arguments, self._targets
+
+    @property
+    def _watching(self) -> bool:
+        return torch.is_grad_enabled() and not self._sweeping
+
+    def _on_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._watching:
+            return
+        if self._arguments is not None:
+            raise StateError(
+                "The model ran twice in one collecting context. Open a context for each forward and backward pass; "
+                "those of several before one step accumulate."
+            )
+        self._arguments = as_arguments(args)[0], as_arguments(kwargs)[1]
+
+    def _on_layer(
+        self, calls: list[_Call], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        if not (self._watching and output.requires_grad):
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        made = _Call(x.detach(), output.shape, get_gradient_edge(output))
+        calls.append(made)
+
+        def take(gradient: Tensor) -> None:
+            if not self._sweeping:
+                made.gradient = gradient.detach()
+
+        output.register_hook(take)
+
+    def _on_loss(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._watching:
+            return
+        if self._z is not None or self._arguments is None:
+            when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
+            raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
+        self._z, self._targets = args
+        self._terms = loss_terms(self._loss, self._z.detach(), self._targets)
+        self._sweeping = True
+        try:
+            self._seed(self._z, self._terms)
+        finally:
+            self._sweeping = False
+        self._z.retain_grad()
+
+    def _seed(self, z: Tensor, terms: LossTerms) -> None:
+        """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
+        if self._draw is None:
+            return
+        self._seeds = seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape)
+        scales = self._draw.kind == "empirical" and terms.z.shape[2] == 1 and _even(terms)
+        if self._check or not scales:
+            self._swept = self._sweep(z, seeds)
+        if self._check:
+            names = self._space().shapes
+            parameters = {name: p for name, p in self._model.named_parameters() if name in names}
+            layers = [_rows(owner, call, self._swept[owner.name]) for owner, call in self._once().items()]
+            check_rows(parameters, z, seeds, [*layers, *self._dense()])
+
+    def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
+        if draw.kind == "mc":
+            assert draw.generator is not None
+            share = None if draw.share is None else draw.share(len(z), z.device)
+            return terms.sampled(draw.samples, draw.generator, joint=True, share=share)
+        samples = next((call.shape[0] for call in self._once().values()), len(z))
+        if len(z) != samples:
+            raise ValueError(
+                f"The loss takes {len(z)} outputs of {samples} samples. Rows of kind {draw.kind!r} need the positions of "
+                "a sample on an axis of their own: call the loss on [N, C, T], or use kind='mc'."
+            )
+        return terms.empirical() if draw.kind == "empirical" else identity_seeds(flat_outputs(z.detach()))
+
+    def _once(self) -> dict[Owner, _Call]:
+        """The owners that were called once, and their calls."""
+        return {o: calls[0] for o in self._owners if len(calls := self._calls.get(o.name, [])) == 1}
+
+    def _sweep(self, z: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        """Bring seeds to the layers' outputs."""
+        once, several = self._once(), len(seeds) > 1
+        if not once:
+            return {}
+        found = torch.autograd.grad(
+            z,
+            [call.edge for call in once.values()],
+            seeds if several else seeds[0],
+            is_grads_batched=several,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return {
+            owner.name: seeds.new_zeros(len(seeds), *call.shape) if g is None else g if several else g[None]
+            for (owner, call), g in zip(once.items(), found, strict=True)
+        }
+
+    def _finish(self) -> None:
+        if self._z is None or self._terms is None:
+            raise StateError(
+                f"No rows were collected: call the {type(self._loss).__name__} that was given on the model's output "
+                "within the context."
+            )
+        if self._z.grad is None:
+            raise StateError("No rows were collected: call backward() within the context.")
+        upstream, self._z.grad = self._z.grad, None
+        if self._draw is not None and not self._swept:
+            factor = self._sample_factor(self._terms, upstream)
+            self._swept = {o.name: _scaled(_gradient(call), factor)[None] for o, call in self._once().items()}
+        layers = self._dense()
+        for owner, call in self._once().items():
+            ends = _gradient(call)[None]
+            swept = self._swept.get(owner.name)
+            layer = _rows(owner, call, ends if swept is None else torch.cat([swept, ends]))
+            if swept is not None:
+                layers.append(layer.map_rows(lambda rows: rows[:-1]))
+            if not isinstance(layer, DenseRows):
+                self.gradient[owner.name] = layer.map_rows(lambda rows: rows[-1:])
+        if self._draw is not None:
+            self.rows = self._whole(self._draw, self._terms, layers)
+            self.coefficients = self._coefficients(self.rows, self._terms, upstream)
+
+    def _dense(self) -> list[LayerRows]:
+        """Form the rows of owners without factored ones."""
+        once = self._once()
+        left = [owner for owner in self._owners if owner not in once]
+        if self._seeds is None or self._arguments is None or not left:
+            return []
+        try:
+            return dense_rows(self._model, self._arguments, None, self._seeds, left)
+        except UnsupportedModel as error:
+            names = tuple(name for owner in left for name in owner.names.values())
+            raise UnsupportedModel(f"{error} Or leave them to the plain gradient: plain={names}.") from error
+
+    def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
+        """Return what turns a sample's gradient `κ w s/count` into its row `√(w/count) s`."""
+        weight = terms.weight[:, 0, 0]
+        kappa = _multiple(terms, upstream)
+        return torch.where(weight > 0, (terms.count / torch.where(weight > 0, weight, 1)).sqrt() / kappa, 0)
+
+    def _whole(self, draw: Draw, terms: LossTerms, layers: list[LayerRows]) -> Rows:
+        samples = layers[0].shape[1]
+        rows = Rows(
+            layers=in_parameter_order(self._model, layers),
+            space=self._space(),
+            kind="jacobian" if draw.kind in ("exact", "ggn") else draw.kind,
+            count=terms.count,
+            terms=terms.terms,
+            reduction=terms.reduction,
+            sample_weights=terms.sample_weights.view(samples, -1).sum(1).to(layers[0].dtype),
+        )
+        if rows.kind != "jacobian":
+            return rows
+        factor = terms.exact().to(rows.dtype)
+        weighted = tuple(layer.map_rows(factor.apply) for layer in rows.layers)
+        base = replace(rows, count=1.0, reduction="none", sample_weights=torch.ones_like(rows.sample_weights))
+        return replace(rows, layers=weighted, kind=draw.kind, _jacobian=base, factor=factor)
+
+    def _coefficients(self, rows: Rows, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " R"] | None:
+        if rows.factor is not None:
+            return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
+        if rows.kind == "mc" or not _even(terms):
+            return None
+        root = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
+        return (_multiple(terms, upstream) * root).to(rows.dtype)
+
+    def _space(self) -> ParameterSpace:
+        names = {name for owner in self._owners for name in owner.names.values()}
+        return ParameterSpace({name: p.shape for name, p in self._model.named_parameters() if name in names})
+
+
+def _even(terms: LossTerms) -> bool:
+    """Whether all elements of a position have one weight."""
+    return terms.weight.shape[1] == 1 or bool((terms.weight == terms.weight[:, :1]).all())
+
+
+def _multiple(terms: LossTerms, upstream: Tensor) -> float:
+    """Return κ, by which the user has multiplied the loss before `backward()`.
+
+    Raises:
+        ValueError: if the gradient at the outputs is no multiple of the loss's.
+    """
+    expected = (terms.weight * terms.score / terms.count).double().flatten()
+    found = flat_outputs(upstream).double().flatten()
+    if not bool(expected.any()):
+        return 1.0
+    kappa = float(found @ expected / (expected @ expected))
+    if not float((found - kappa * expected).norm()) <= PROPORTIONAL * float(found.norm()) or kappa <= 0:
+        raise ValueError(
+            "The gradient at the model's output is not a multiple of that of the loss that was given: another loss acts "
+            "on the outputs, too. Use kind='mc', which does not need it."
+        )
+    return kappa
+
+
+def _gradient(call: _Call) -> Tensor:
+    """Return the gradient at a layer's output, zero if none arrived."""
+    return call.x.new_zeros(call.shape) if call.gradient is None else call.gradient
+
+
+def _scaled(gradient: Float[Tensor, "N ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:
+    return gradient * factor.to(gradient.dtype).view(-1, *(1,) * (gradient.ndim - 1))
+
+
+def _rows(owner: Owner, call: _Call, g: Float[Tensor, "V N ..."]) -> LayerRows:
+    """Form a layer's rows in the type of its parameters, whatever autocast computed in."""
+    rule = rule_for(owner.module)
+    assert rule is not None
+    dtype = next(owner.module.parameters(recurse=False)).dtype
+    x = call.x.to(dtype) if call.x.is_floating_point() else call.x
+    if call.shape[0] != x.shape[0]:
+        raise UnsupportedModel(f"Layer {owner.name!r} does not keep the sample as its first axis.")
+    return rule.rows(owner.module, owner.name, owner.layout, owner.names, x, g.to(dtype))

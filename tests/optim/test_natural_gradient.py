@@ -1,0 +1,293 @@
+"""The optimiser against steps written out, against theory on quadratics, and against itself after a restart."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle import DOUBLE, assert_close, dense_ggn, dense_jacobian
+from torch import Tensor, nn
+
+from curvlab import sqrt_fisher
+from curvlab.errors import StateError
+from curvlab.fisher import KFAC, Full
+from curvlab.nn import HalfSquaredError
+from curvlab.optim import LevenbergMarquardt, NaturalGradient
+from curvlab.optim.quadratic import Batch, best_combination
+
+RHO = 0.05
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def data(N: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N, 4, dtype=DOUBLE, generator=generator), torch.randint(3, (N,), generator=generator)
+
+
+def optimiser(model: nn.Module, loss: nn.Module | None = None, **options: Any) -> NaturalGradient:
+    defaults: dict[str, Any] = {"lr": 0.3, "structure": "full", "kind": "exact", "damping": RHO}
+    return NaturalGradient(model, loss or nn.CrossEntropyLoss(), **defaults | options)
+
+
+def take(made: NaturalGradient, x: Tensor, y: Tensor) -> None:
+    made.zero_grad()
+    with made.collect():
+        made.preconditioner.loss(made.preconditioner.model(x), y).backward()
+    made.step()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def dense_direction(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, decay: float = 0.0) -> Tensor:
+    z = model(x)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(z, y), list(model.parameters()))])
+    F = dense_ggn(dense_jacobian(model, x), loss, z.detach(), y)
+    return torch.linalg.solve(F + RHO * torch.eye(len(F), dtype=DOUBLE), gradient + decay * flat(model))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_steps_written_out(momentum: float, decoupled: bool, nesterov: bool) -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    made = optimiser(model, momentum=momentum, nesterov=nesterov, weight_decay=0.1, decoupled=decoupled)
+    velocity = torch.zeros_like(flat(model))
+    for _ in range(4):
+        theta, direction = flat(model), dense_direction(model, loss, x, y, 0.0 if decoupled else 0.1)
+        velocity = momentum * velocity + direction
+        move = direction + momentum * velocity if nesterov else velocity
+        take(made, x, y)
+        assert_close(flat(model), theta * (1 - 0.3 * 0.1 * decoupled) - 0.3 * move, 1e-8)
+
+
+def test_a_closure_runs_once_and_its_loss_comes_back() -> None:
+    model, (x, y) = network(), data()
+    twin = copy.deepcopy(model)
+    made, other = optimiser(model), optimiser(twin)
+    calls = []
+
+    def closure() -> Tensor:
+        made.zero_grad()
+        value: Tensor = made.preconditioner.loss(model(x), y)
+        value.backward()
+        calls.append(value)
+        return value
+
+    with torch.no_grad():
+        assert made.step(closure) is calls[0]
+    take(other, x, y)
+    assert len(calls) == 1
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_schedules_of_torch_and_functions_of_the_step() -> None:
+    (x, y), by_function, by_scheduler = data(), network(), network()
+    first = optimiser(by_function, lr=lambda t: 0.3 * 0.5**t, momentum=0.5)
+    second = optimiser(by_scheduler, momentum=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(second, 0.5)
+    for _ in range(4):
+        take(first, x, y)
+        take(second, x, y)
+        scheduler.step()
+    assert_close(flat(by_function), flat(by_scheduler))
+
+
+def test_groups_have_rates_of_their_own_and_plain_parameters_move_along_their_gradient() -> None:
+    model, (x, y) = network(), data()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}]
+    made = optimiser(model, param_groups=groups, plain=("0",))
+    gradient = torch.autograd.grad(nn.CrossEntropyLoss()(model(x), y), model[0].weight)[0]
+    before = copy.deepcopy(model)
+    take(made, x, y)
+    assert_close(model[0].weight.detach(), (before[0].weight - 0.3 * gradient).detach())
+    assert torch.equal(model[2].weight, before[2].weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": "full", "momentum": 0.9},
+        {"structure": "ekfac", "kind": "mc", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+        {"structure": "kfac", "damping": LevenbergMarquardt(every=2), "momentum": 0.5},
+        {"structure": "kfac", "damping": LevenbergMarquardt(every=2), "lr": "quadratic"},
+        {"structure": "diagonal", "kind": "mc", "refresh_every": 3, "kl_clip": 1e-2},
+    ],
+)
+def test_a_saved_state_continues_bit_for_bit(options: dict[str, Any]) -> None:
+    model = network()
+    made = optimiser(model, **options)
+    for step in range(4):
+        take(made, *data(seed=step))
+    twin = network()
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    other = optimiser(twin, **options)
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    for step in range(4, 9):
+        take(made, *data(seed=step))
+        take(other, *data(seed=step))
+        assert torch.equal(flat(model), flat(twin))
+    assert made.damping == other.damping
+
+
+def test_a_state_survives_a_file(tmp_path: Any) -> None:
+    model = network()
+    made = optimiser(model, structure=KFAC(factored_damping=True, invert_every=3), momentum=0.5)
+    take(made, *data())
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    other = optimiser(model, structure=KFAC(factored_damping=True, invert_every=3), momentum=0.5)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.preconditioner.steps == 1
+
+
+def linear() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Linear(9, 2, bias=False).double()
+    return model, torch.randn(6, 9, dtype=DOUBLE), torch.randn(6, 2, dtype=DOUBLE)
+
+
+def test_one_undamped_step_solves_a_linear_model() -> None:
+    model, x, y = linear()
+    take(optimiser(model, HalfSquaredError(), lr=1.0, damping=0.0), x, y)
+    assert_close(model(x).detach(), y, 1e-9)
+
+
+def test_the_quadratic_model_of_a_quadratic_loss_is_the_loss() -> None:
+    """It then chooses the step of length 1 along the full direction, and promises what happens."""
+    model, x, y = linear()
+    loss = HalfSquaredError()
+    batch = Batch(model, loss, ((x,), {}), y)
+    gradient = {"weight": torch.autograd.grad(loss(model(x), y), model.weight)[0]}
+    solution = Full().update(sqrt_fisher(model, loss, x, y)).solve(gradient, 0.0)
+    newton = {"weight": -solution["weight"]}  # type: ignore[call-overload]
+    assert_close(best_combination(batch, gradient, [newton], 0.0), torch.ones(1, dtype=DOUBLE), 1e-9)
+    directions = [{"weight": torch.randn(2, 9, dtype=DOUBLE)} for _ in range(3)]
+    best = best_combination(batch, gradient, directions, 0.0)
+    here = {"weight": model.weight.detach()}
+
+    def value(c: Tensor) -> Tensor:
+        moved = here["weight"] + sum(ck * d["weight"] for ck, d in zip(c, directions, strict=True))
+        result: Tensor = loss(x @ moved.T, y)
+        return result
+
+    slope = torch.autograd.functional.jacobian(value, best)
+    assert float(slope.norm()) < 1e-10
+
+
+def test_curvature_along_directions_is_that_of_the_dense_matrix() -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(label_smoothing=0.1), data()
+    directions = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
+    stacked = torch.stack([torch.cat([d.flatten() for d in direction.values()]) for direction in directions])
+    F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y)
+    batch = Batch(model, loss, ((x,), {}), y)
+    assert_close(batch.curvature(directions), stacked @ F @ stacked.T, 1e-9)
+    with torch.no_grad():
+        moved = copy.deepcopy(model)
+        moved[0].weight.add_(0.3)
+    F = dense_ggn(dense_jacobian(moved, x), loss, moved(x).detach(), y)
+    at = {name: p.detach() for name, p in moved.named_parameters()}
+    assert_close(batch.curvature(directions, at), stacked @ F @ stacked.T, 1e-9)
+
+
+def test_the_quadratic_step_is_conjugate_gradient_on_a_quadratic_loss() -> None:
+    """The best of the direction and the last step is preconditioned CG, which ends after as many steps as eigenvalues."""
+    model, x, y = linear()
+    made = optimiser(model, HalfSquaredError(), lr="quadratic", structure="diagonal", damping=0.0)
+    residuals = []
+    for _ in range(6):
+        take(made, x, y)
+        residuals.append(float((model(x) - y).detach().norm()))
+    assert residuals[-1] < 1e-6 < 1e-2 < residuals[-2]
+
+
+def test_damping_follows_the_quality_of_the_quadratic_model() -> None:
+    rule = LevenbergMarquardt(initial=1.0, omega=0.5, every=2, low=0.3, high=3.0)
+    assert rule.adjusted(1.0, 0.5) == 1.0
+    assert rule.adjusted(2.0, 0.8) == 0.5
+    assert rule.adjusted(1.0, 0.8) == 0.3
+    assert rule.adjusted(1.0, 0.1) == 3.0
+    assert rule.adjusted(0.5, float("nan")) == 2.0
+    model, x, y = linear()
+    made = optimiser(model, HalfSquaredError(), lr=1.0, damping=rule)
+    for _ in range(4):
+        take(made, x, y)
+    assert made.damping == 0.3, "on a quadratic loss the damped model promises less than comes"
+
+
+def test_the_trust_region_bounds_the_length_of_the_step() -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    direction = dense_direction(model, loss, x, y)
+    F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y) + RHO * torch.eye(len(direction), dtype=DOUBLE)
+    before = flat(model)
+    take(optimiser(model, kl_clip=1e-6), x, y)
+    step = flat(model) - before
+    assert_close(step @ F @ step, torch.tensor(1e-6, dtype=DOUBLE), 1e-8)
+    assert_close(step / step.norm(), -direction / direction.norm(), 1e-8)
+    model = network()
+    take(optimiser(model, kl_clip=1e6), x, y)
+    assert_close(flat(model), before - 0.3 * direction, 1e-8)
+
+
+def test_steps_that_are_not_finite_leave_the_parameters() -> None:
+    model, (x, y) = network(), data()
+    made = optimiser(model, momentum=0.9, weight_decay=0.1)
+    before = flat(model)
+    take(made, x, y)
+    moved = flat(model)
+    assert not torch.equal(before, moved)
+    made.zero_grad()
+    with made.collect():
+        (made.preconditioner.loss(model(x), y) * torch.nan).backward()
+    made.step()
+    assert torch.equal(flat(model), moved)
+    assert made.preconditioner.skipped == 1
+
+
+def test_the_repr_lists_every_hyper_parameter() -> None:
+    text = repr(optimiser(network(), momentum=0.9, weight_decay=0.1, kl_clip=0.01, damping=LevenbergMarquardt()))
+    for name in ("lr: 0.3", "momentum: 0.9", "nesterov", "weight_decay: 0.1", "decoupled=False", "kl_clip=0.01"):
+        assert name in text
+    for name in ("LevenbergMarquardt(initial=1.0", "structure=Full(", "kind='exact'", "refresh_every=1", "plain=()"):
+        assert name in text
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr is a number"),
+        ({"lr": "quadratc"}, 'lr is a number, a function of the step or "quadratic"'),
+        ({"momentum": -0.1}, "momentum is a number"),
+        ({"weight_decay": float("inf")}, "weight_decay is a number"),
+        ({"kl_clip": 0.0}, r"kl_clip is a number in \(0"),
+        ({"damping": -1.0}, "damping is a number"),
+        ({"lr": "quadratic", "momentum": 0.9}, "leave momentum, nesterov and kl_clip"),
+    ],
+)
+def test_what_is_out_of_range_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimiser(network(), **options)
+
+
+def test_the_quadratic_model_needs_the_batch() -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    made = optimiser(model, lr="quadratic", refresh_every=2)
+    take(made, x, y)
+    made.zero_grad()
+    loss(model(x), y).backward()
+    with pytest.raises(StateError, match=r"needs the batch of the step.*collect\(\)"):
+        made.step()
+
+
+def test_omega_and_every_are_checked() -> None:
+    with pytest.raises(ValueError, match="omega is a number"):
+        LevenbergMarquardt(omega=1.5)
+    with pytest.raises(ValueError, match="every is a whole number"):
+        LevenbergMarquardt(every=0)
+    with pytest.raises(ValueError, match="initial is a number"):
+        LevenbergMarquardt(initial=1e9)

@@ -1,0 +1,368 @@
+"""The preconditioner's direction against the structure's own solve, whichever route it takes."""
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from oracle import DOUBLE, assert_close
+from torch import Tensor, nn
+
+from curvlab import sqrt_fisher
+from curvlab.errors import StateError, UnsupportedModel
+from curvlab.fisher import KFAC, STRUCTURES, Full, Structure, make
+from curvlab.optim import Preconditioner
+from curvlab.optim.preconditioner import _masked
+
+RHO = 0.05
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def data(N: int = 7, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N, 4, dtype=DOUBLE, generator=generator), torch.randint(3, (N,), generator=generator)
+
+
+def options(key: str) -> dict[str, Any]:
+    return {"sigma": [[1.0, 0.2, 0.0], [0.2, 1.0, 0.2], [0.0, 0.2, 1.0]]} if key == "layer-wise" else {}
+
+
+def run(pre: Preconditioner, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Run a pass and return the plain gradient."""
+    pre.model.zero_grad()
+    with pre.collect():
+        pre.loss(pre.model(x), y).backward()
+    return {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
+
+
+def now(pre: Preconditioner) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in pre.parameters.values() if p.grad is not None])
+
+
+def reference(structure: Structure, gradient: dict[str, Tensor], damping: float = RHO) -> Tensor:
+    solution = structure.solve(gradient, damping)
+    assert isinstance(solution, dict)
+    return torch.cat([value.flatten() for value in solution.values()])
+
+
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_the_direction_is_the_solve_of_a_structure_fitted_to_the_batch(key: str, kind: str) -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    pre = Preconditioner(model, loss, make(key, **options(key)), kind=kind, damping=RHO, seed=3)  # type: ignore[arg-type]
+    gradient = run(pre, x, y)
+    pre.precondition()
+    generator = torch.Generator().manual_seed(3) if kind == "mc" else None
+    rows = sqrt_fisher(model, loss, x, y, kind, generator=generator)  # type: ignore[arg-type]
+    fitted = make(key, **options(key)).update(rows)
+    assert_close(now(pre), reference(fitted, gradient), 1e-8)
+
+
+@pytest.mark.parametrize("batch", [3, 200])
+def test_kfac_multiplies_factors_or_gradients_whichever_is_less_work(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = data(batch)
+    structure = KFAC(factored_damping=True)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO)
+    gradient = run(pre, x, y)
+    lifted: list[str] = []
+    original = Structure.direction
+    monkeypatch.setattr(
+        Structure,
+        "direction",
+        lambda self, g, rho, summands=None: (
+            lifted.extend(
+                block.name for block in self._blocks if summands and block.prefers_rows((summands[block.name],), rho)
+            ),
+            original(self, g, rho, summands),
+        )[1],
+    )
+    pre.precondition()
+    assert lifted == (["0", "2", "4"] if batch == 3 else [])
+    assert_close(now(pre), reference(structure, gradient), 1e-10)
+
+
+@pytest.mark.parametrize("key", ["kfac", "full", "diagonal"])
+def test_a_gradient_that_was_touched_is_preconditioned_as_it_is(key: str) -> None:
+    x, y = data()
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), key, kind="exact", damping=RHO)
+    gradient = run(pre, x, y)
+    total = nn.utils.clip_grad_norm_(pre.model.parameters(), 1e-3)
+    pre.precondition()
+    clipped = {name: g * 1e-3 / (total + 1e-6) for name, g in gradient.items()}
+    assert_close(now(pre), reference(pre.structure, clipped), 1e-8)
+
+
+@pytest.mark.parametrize("key", ["kfac", "ekfac", "full", "block-diagonal", "diagonal", "unit-wise"])
+def test_passes_before_a_step_accumulate(key: str) -> None:
+    """Two halves of a batch give what the batch gives."""
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data(8)
+    pre = Preconditioner(model, loss, key, kind="exact", damping=RHO)
+    model.zero_grad()
+    for half in (slice(0, 4), slice(4, 8)):
+        with pre.collect():
+            (loss(model(x[half]), y[half]) / 2).backward()
+    gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
+    pre.precondition()
+    rows = [sqrt_fisher(model, loss, x[half], y[half], "exact") for half in (slice(0, 4), slice(4, 8))]
+    fitted = make(key).update(rows[0]).update(rows[1], 1.0)
+    assert_close(now(pre), reference(fitted, gradient), 1e-8)
+
+
+def test_curvature_is_refreshed_averaged_and_reused() -> None:
+    model, loss = network(), nn.CrossEntropyLoss()
+    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, decay=0.5, refresh_every=2)
+    fitted = KFAC()
+    for step in range(4):
+        x, y = data(seed=step)
+        rows = sqrt_fisher(model, loss, x, y, "exact")
+        if step % 2 == 0:
+            assert pre.due
+            fitted.update(rows, 0.5)
+            gradient = run(pre, x, y)
+        else:
+            assert not pre.due
+            model.zero_grad()
+            loss(model(x), y).backward()
+            gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
+        pre.precondition()
+        assert_close(now(pre), reference(fitted, gradient), 1e-9)
+
+
+def test_inverses_are_made_in_turns_and_kept_in_between() -> None:
+    model, loss = network(), nn.CrossEntropyLoss()
+    structure = KFAC(factored_damping=True, invert_every=3)
+    pre = Preconditioner(model, loss, structure, kind="exact", damping=RHO)
+    kept = []
+    for step in range(7):
+        run(pre, *data(seed=step))
+        pre.precondition()
+        kept.append([block._inverses[0] for block in structure._blocks])  # type: ignore[attr-defined]
+    made = [[a[k] is not b[k] for k in range(3)] for a, b in pairwise(kept)]
+    assert [sum(step) for step in made] == [1] * 6
+    assert all(sum(step[k] for step in made) == 2 for k in range(3))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"),
+    [(torch.optim.SGD, 0.3), (torch.optim.Adam, 0.02), (torch.optim.AdamW, 0.02), (torch.optim.RMSprop, 0.02)],
+)
+def test_it_composes_with_any_optimiser(optimizer: Callable[..., torch.optim.Optimizer], lr: float) -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data(30)
+    pre = Preconditioner(model, loss, KFAC(factored_damping=True), damping=RHO)
+    stepper = optimizer(model.parameters(), lr=lr)
+    before = float(loss(model(x), y).detach())
+    for _ in range(15):
+        run(pre, x, y)
+        pre.precondition()
+        stepper.step()
+    assert float(loss(model(x), y).detach()) < 0.9 * before
+
+
+def test_modules_and_parameters_can_keep_their_plain_gradient() -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, plain=("2", "4.bias"))
+    assert set(pre.parameters) == {"0.weight", "0.bias", "4.weight"}
+    run(pre, x, y)
+    untouched = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    pre.precondition()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert torch.equal(p.grad, untouched[name]) == (name in ("2.weight", "2.bias", "4.bias"))
+    with pytest.raises(ValueError, match=r"'4\.bia'.*4\.bias"):
+        Preconditioner(model, loss, plain=("4.bia",))
+    with pytest.raises(UnsupportedModel, match="nothing to precondition"):
+        Preconditioner(model, loss, plain=("0", "2", "4"))
+
+
+def test_layers_without_rows_can_be_left_plain() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3)).double()
+    x, y = data()
+    with pytest.raises(UnsupportedModel, match="'1' is a PReLU"):
+        Preconditioner(model, nn.CrossEntropyLoss())
+    pre = Preconditioner(model, nn.CrossEntropyLoss(), plain=("1",))
+    run(pre, x, y)
+    pre.precondition()
+    assert now(pre).isfinite().all()
+
+
+def test_frozen_parameters_have_no_part() -> None:
+    model, (x, y) = network(), data()
+    model[0].weight.requires_grad_(False)
+    pre = Preconditioner(model, nn.CrossEntropyLoss(), "kfac", kind="exact", damping=RHO)
+    gradient = run(pre, x, y)
+    pre.precondition()
+    assert "0.weight" not in gradient
+    assert model[0].weight.grad is None
+    assert_close(now(pre), reference(pre.structure, gradient), 1e-9)
+
+
+@pytest.mark.parametrize("key", STRUCTURES)
+@pytest.mark.parametrize("kind", ["mc", "empirical", "exact"])
+def test_a_batch_of_one(key: str, kind: str) -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options(key)), kind=kind, damping=RHO)  # type: ignore[arg-type]
+    gradient = run(pre, *data(1))
+    pre.precondition()
+    assert_close(now(pre), reference(pre.structure, gradient), 1e-7)
+
+
+def normalised() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).double()
+
+
+@pytest.mark.parametrize("key", ["kfac", "ekfac", "diagonal"])
+def test_batch_normalisation_in_training_is_allowed_for_moments_and_said(key: str) -> None:
+    pre = Preconditioner(normalised(), nn.CrossEntropyLoss(), key, damping=RHO)
+    assert "batch coupling ignored in 1" in repr(pre)
+    gradient = run(pre, *data())
+    pre.precondition()
+    assert_close(now(pre), reference(pre.structure, gradient), 1e-8)
+    pre.model.eval()
+    assert "batch coupling" not in repr(pre)
+
+
+@pytest.mark.parametrize("key", [key for key in STRUCTURES if not STRUCTURES[key].averages])
+def test_batch_normalisation_in_training_is_refused_by_structures_of_rows(key: str) -> None:
+    pre = Preconditioner(normalised(), nn.CrossEntropyLoss(), make(key, **options(key)), damping=RHO)
+    with pytest.raises(UnsupportedModel, match=r"1 normalise by the batch.*eval\(\)"):
+        run(pre, *data())
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    pre = Preconditioner(model, loss, "kfac", damping=RHO, patience=2)
+    run(pre, x, y)
+    pre.precondition()
+    before = pre.structure.to_dense()
+    for _ in range(2):
+        run(pre, x, y)
+        for p in pre.parameters.values():
+            assert p.grad is not None
+            p.grad.fill_(torch.nan)
+        pre.precondition()
+        assert all(p.grad is None for p in pre.parameters.values())
+    assert torch.equal(pre.structure.to_dense(), before)
+    assert pre.skipped == 2
+    run(pre, x, y)
+    pre.precondition()
+    assert "2 skipped" in repr(pre)
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):  # noqa: PT012
+        for _ in range(3):
+            run(pre, x, y)
+            model[0].weight.grad[0, 0] = torch.inf
+            pre.precondition()
+
+
+def test_where_a_device_is_not_waited_for_the_direction_becomes_zero() -> None:
+    direction = {"a": torch.ones(2), "b": torch.ones(3)}
+    good, bad = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan, 1.0])}
+    assert all(torch.equal(_masked(direction, good)[name], direction[name]) for name in direction)
+    assert not any(bool(value.any()) for value in _masked(direction, bad).values())
+
+
+def test_steps_without_new_curvature_are_skipped_alike() -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), "kfac", damping=RHO, refresh_every=5)
+    run(pre, *data())
+    pre.precondition()
+    run(pre, *data())
+    next(iter(pre.parameters.values())).grad.fill_(torch.nan)  # type: ignore[union-attr]
+    pre.precondition()
+    assert pre.skipped == 1
+    assert pre.steps == 2
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_goes_wrong_is_named() -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    pre = Preconditioner(model, loss)
+    loss(model(x), y).backward()
+    with pytest.raises(StateError, match=r"nothing was collected.*collect\(\)"):
+        pre.precondition()
+    model[2].bias.requires_grad_(False)
+    with pytest.raises(StateError, match=r"frozen or unfrozen: 2\.bias"):
+        run(pre, x, y)
+    with pytest.raises(UnsupportedModel, match="L1Loss is not one of MSELoss"):
+        Preconditioner(model, nn.L1Loss())
+    with pytest.raises(ValueError, match=r"'kfca'.*kfac"):
+        Preconditioner(model, loss, "kfca")
+    with pytest.raises(ValueError, match=r"'mcc'.*mc"):
+        Preconditioner(model, loss, kind="mcc")  # type: ignore[arg-type]
+    for wrong, message in [
+        ({"damping": -1.0}, "damping is a number"),
+        ({"damping": float("nan")}, "damping is a number"),
+        ({"decay": 1.5}, r"decay is a number in \[0, 1\]"),
+        ({"refresh_every": 0}, "refresh_every is a whole number"),
+        ({"samples": 0}, "samples is a whole number"),
+        ({"patience": 0}, "patience is a whole number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Preconditioner(model, loss, **wrong)  # type: ignore[arg-type]
+
+
+def test_structures_that_keep_rows_say_why_they_cannot_average() -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), Full(side="rows"), damping=RHO, decay=0.9)
+    run(pre, *data())
+    pre.precondition()
+    run(pre, *data())
+    with pytest.raises(StateError, match="take decay 0 or 1"):
+        pre.precondition()
+
+
+def test_hyper_parameters_may_follow_the_step() -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), "kfac", kind="exact", damping=lambda t: RHO * (t + 1))
+    for step in range(3):
+        gradient = run(pre, *data())
+        pre.precondition()
+        assert_close(now(pre), reference(pre.structure, gradient, RHO * (step + 1)), 1e-9)
+    falling = Preconditioner(network(), nn.CrossEntropyLoss(), damping=lambda t: 1.0 - t)
+    for _ in range(2):
+        run(falling, *data())
+        falling.precondition()
+    run(falling, *data())
+    with pytest.raises(ValueError, match=r"damping is a number.*got -1\.0 at step 2"):
+        falling.precondition()
+
+
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_a_saved_state_continues_bit_for_bit(key: str) -> None:
+    def make_one() -> Preconditioner:
+        structure = KFAC(factored_damping=True, invert_every=3) if key == "kfac" else make(key, **options(key))
+        return Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO, refresh_every=2)
+
+    first = make_one()
+    for step in range(3):
+        run(first, *data(seed=step))
+        first.precondition()
+    saved = copy.deepcopy(first.state_dict())
+    second = make_one()
+    second.load_state_dict(saved)
+    for step in range(3, 8):
+        for pre in (first, second):
+            run(pre, *data(seed=step))
+            pre.precondition()
+        assert torch.equal(now(first), now(second))
+
+
+def test_loss_scaling_changes_nothing_but_the_gradient() -> None:
+    """Gradients scaled by a GradScaler are unscaled before they are preconditioned."""
+    model, loss, (x, y) = network().float(), nn.CrossEntropyLoss(), data(40)
+    x = x.float()
+    pre = Preconditioner(model, loss, "kfac", kind="empirical", damping=RHO)
+    stepper = torch.optim.SGD(model.parameters(), lr=1.0)
+    gradient = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with pre.collect():
+        scaler.scale(loss(model(x), y)).backward()
+    scaler.unscale_(stepper)
+    pre.precondition()
+    fitted = KFAC().update(sqrt_fisher(model, loss, x, y, "empirical"))
+    assert_close(now(pre), reference(fitted, dict(zip(pre.parameters, gradient, strict=True))), 1e-3)
