@@ -39,6 +39,7 @@ class NaturalGradient(torch.optim.Optimizer):
         decay: see `Preconditioner`.
         refresh_every: see `Preconditioner`.
         plain: see `Preconditioner`.
+        graph: see `Preconditioner`.
         seed: see `Preconditioner`.
         patience: see `Preconditioner`.
         momentum: of the preconditioned gradient, a number or a function of the step.
@@ -69,6 +70,7 @@ class NaturalGradient(torch.optim.Optimizer):
         decay: Schedule | None = None,
         refresh_every: int = 1,
         plain: Sequence[str] = (),
+        graph: bool = False,
         seed: int = 0,
         patience: int = 10,
         momentum: Schedule = 0.0,
@@ -91,6 +93,7 @@ class NaturalGradient(torch.optim.Optimizer):
             decay=decay,
             refresh_every=refresh_every,
             plain=plain,
+            graph=graph,
             seed=seed,
             patience=patience,
         )

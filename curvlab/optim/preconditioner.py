@@ -38,6 +38,7 @@ from curvlab.optim.quadratic import Batch
 from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.loss import LOSSES, Kind
 from curvlab.rows.rows import Rows
+from curvlab.rows.samples import Nodes
 from curvlab.rows.sweep import Owner, owners_of
 
 
@@ -55,6 +56,7 @@ class Preconditioner:
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next.
         plain: modules or parameters, by name, that keep their plain gradient.
+        graph: whether the loss is called on outputs of nodes of one graph, which interact.
         seed: seed of the draws, for "mc".
         patience: steps in a row that may be skipped because something was not finite.
 
@@ -76,6 +78,7 @@ class Preconditioner:
         decay: Schedule | None = None,
         refresh_every: int = 1,
         plain: Sequence[str] = (),
+        graph: bool = False,
         seed: int = 0,
         patience: int = 10,
     ) -> None:
@@ -93,6 +96,7 @@ class Preconditioner:
         self.refresh_every = whole("refresh_every", refresh_every)
         self.patience = whole("patience", patience)
         self.plain = tuple(plain)
+        self.graph = graph
         self.steps = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
@@ -113,6 +117,7 @@ class Preconditioner:
             "decay": self.decay.value,
             "refresh_every": self.refresh_every,
             "plain": self.plain,
+            "graph": self.graph,
             "patience": self.patience,
         }
         options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
@@ -149,7 +154,12 @@ class Preconditioner:
         share = None if processes is None else processes.share
         draw = Draw(self.kind, self.samples, self._generator, share) if self.due else None
         collector = Collector(
-            self.model, self.loss, self._owners, draw, check=self.due and not (self._checked or coupled)
+            self.model,
+            self.loss,
+            self._owners,
+            draw,
+            samples=Nodes(None) if self.graph else None,
+            check=self.due and not (self._checked or coupled),
         )
         self._fresh = not self._passes and all(p.grad is None for p in self.parameters.values())
         with collector:

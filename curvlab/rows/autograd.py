@@ -99,7 +99,7 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     edges = [made.edge for _, made in once]
     if samples.interact:
         largest = max((made.shape.numel() for _, made in once), default=1)
-        gradients, dense = _backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
+        gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
     else:
         gradients = _backward(z, edges, seeds)
         dense = dense_rows(model, arguments, pick, seeds, others)
@@ -118,7 +118,7 @@ def _backward(
     return [None if edge is None else next(found) for edge in edges]
 
 
-def _backward_over_graphs(
+def backward_over_graphs(
     z: Tensor, edges: Sequence[GradientEdge | None], seeds: Tensor, others: Sequence[Owner], parts: Iterable[slice]
 ) -> tuple[list[Tensor | None], list[LayerRows]]:
     """Bring the seeds to the edges, some rows at a time, and form the rows of parameters without a factored form.

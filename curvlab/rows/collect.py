@@ -21,12 +21,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.rows.autograd import dense_rows
+from curvlab.rows.autograd import backward_over_graphs, dense_rows
 from curvlab.rows.layer import DenseRows, LayerRows
-from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds, loss_terms
+from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
 from curvlab.rows.modules import rule_for
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Rows
+from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, Owner, as_arguments, check_rows, in_parameter_order
 
 PROPORTIONAL = 1e-2
@@ -62,6 +63,7 @@ class Collector(AbstractContextManager["Collector"]):
         loss: the loss module that will be called on the model's output and the targets.
         owners: the modules whose rows are wanted.
         draw: the rows of S; None if only those of the gradient are wanted, which takes no further sweep.
+        samples: what a sample is.
         check: whether to compare the rows of S with a reverse pass through the same graph.
 
     Raises:
@@ -73,7 +75,14 @@ class Collector(AbstractContextManager["Collector"]):
     """
 
     def __init__(
-        self, model: nn.Module, loss: nn.Module, owners: Sequence[Owner], draw: Draw | None, *, check: bool = False
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        owners: Sequence[Owner],
+        draw: Draw | None,
+        *,
+        samples: Samples | None = None,
+        check: bool = False,
     ) -> None:
         self.rows: Rows | None = None
         """Rows of S."""
@@ -82,13 +91,14 @@ class Collector(AbstractContextManager["Collector"]):
         self.coefficients: Tensor | None = None
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
         self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
+        self._samples = samples or Samples()
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, list[_Call]] = {}
         self._arguments: Arguments | None = None
         self._z: Tensor | None = None
         self._targets: Tensor | None = None
         self._terms: LossTerms | None = None
-        self._seeds: Tensor | None = None
+        self._dense_layers: list[LayerRows] = []
         self._swept: dict[str, Tensor] = {}
         self._sweeping = False
 
@@ -154,10 +164,10 @@ class Collector(AbstractContextManager["Collector"]):
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
             raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
         self._z, self._targets = args
-        self._terms = loss_terms(self._loss, self._z.detach(), self._targets)
+        self._terms = self._samples.terms(self._loss, self._z.detach(), self._targets)
         self._sweeping = True
         try:
-            self._seed(self._z, self._terms)
+            self._seed(self._samples.lay_out(self._z), self._terms)
         finally:
             self._sweeping = False
         self._z.retain_grad()
@@ -166,22 +176,23 @@ class Collector(AbstractContextManager["Collector"]):
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
         if self._draw is None:
             return
-        self._seeds = seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape)
+        seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape)
         scales = self._draw.kind == "empirical" and terms.z.shape[2] == 1 and _even(terms)
         if self._check or not scales:
             self._swept = self._sweep(z, seeds)
+        self._dense_layers = self._dense(z, seeds)
         if self._check:
             names = self._space().shapes
             parameters = {name: p for name, p in self._model.named_parameters() if name in names}
-            layers = [_rows(owner, call, self._swept[owner.name]) for owner, call in self._once().items()]
-            check_rows(parameters, z, seeds, [*layers, *self._dense()])
+            layers = [self._rows(owner, call, self._swept[owner.name]) for owner, call in self._once().items()]
+            check_rows(parameters, z, seeds, [*layers, *self._dense_layers])
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
         if draw.kind == "mc":
             assert draw.generator is not None
             share = None if draw.share is None else draw.share(len(z), z.device)
             return terms.sampled(draw.samples, draw.generator, joint=True, share=share)
-        samples = next((call.shape[0] for call in self._once().values()), len(z))
+        samples = len(z) if self._samples.interact else next((c.shape[0] for c in self._once().values()), len(z))
         if len(z) != samples:
             raise ValueError(
                 f"The loss takes {len(z)} outputs of {samples} samples. Rows of kind {draw.kind!r} need the positions of "
@@ -219,15 +230,15 @@ class Collector(AbstractContextManager["Collector"]):
             )
         if self._z.grad is None:
             raise StateError("No rows were collected: call backward() within the context.")
-        upstream, self._z.grad = self._z.grad, None
+        upstream, self._z.grad = self._samples.lay_out(self._z.grad), None
         if self._draw is not None and not self._swept:
             factor = self._sample_factor(self._terms, upstream)
             self._swept = {o.name: _scaled(_gradient(call), factor)[None] for o, call in self._once().items()}
-        layers = self._dense()
+        layers = self._dense_layers
         for owner, call in self._once().items():
             ends = _gradient(call)[None]
             swept = self._swept.get(owner.name)
-            layer = _rows(owner, call, ends if swept is None else torch.cat([swept, ends]))
+            layer = self._rows(owner, call, ends if swept is None else torch.cat([swept, ends]))
             if swept is not None:
                 layers.append(layer.map_rows(lambda rows: rows[:-1]))
             if not isinstance(layer, DenseRows):
@@ -236,14 +247,17 @@ class Collector(AbstractContextManager["Collector"]):
             self.rows = self._whole(self._draw, self._terms, layers)
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
 
-    def _dense(self) -> list[LayerRows]:
+    def _dense(self, z: Tensor, seeds: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""
+        assert self._arguments is not None
         once = self._once()
         left = [owner for owner in self._owners if owner not in once]
-        if self._seeds is None or self._arguments is None or not left:
+        if not left:
             return []
+        if self._samples.interact:
+            return backward_over_graphs(z, [], seeds, left, [slice(None)])[1]
         try:
-            return dense_rows(self._model, self._arguments, None, self._seeds, left)
+            return dense_rows(self._model, self._arguments, None, seeds, left)
         except UnsupportedModel as error:
             names = tuple(name for owner in left for name in owner.names.values())
             raise UnsupportedModel(f"{error} Or leave them to the plain gradient: plain={names}.") from error
@@ -279,6 +293,12 @@ class Collector(AbstractContextManager["Collector"]):
             return None
         root = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
         return (_multiple(terms, upstream) * root).to(rows.dtype)
+
+    def _rows(self, owner: Owner, call: _Call, g: Float[Tensor, "V N ..."]) -> LayerRows:
+        """Form a layer's rows in the type of its parameters, whatever autocast computed in."""
+        dtype = next(owner.module.parameters(recurse=False)).dtype
+        x = call.x.to(dtype) if call.x.is_floating_point() else call.x
+        return self._samples.form(owner, x, g.to(dtype))
 
     def _space(self) -> ParameterSpace:
         names = {name for owner in self._owners for name in owner.names.values()}
@@ -316,14 +336,3 @@ def _gradient(call: _Call) -> Tensor:
 
 def _scaled(gradient: Float[Tensor, "N ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:
     return gradient * factor.to(gradient.dtype).view(-1, *(1,) * (gradient.ndim - 1))
-
-
-def _rows(owner: Owner, call: _Call, g: Float[Tensor, "V N ..."]) -> LayerRows:
-    """Form a layer's rows in the type of its parameters, whatever autocast computed in."""
-    rule = rule_for(owner.module)
-    assert rule is not None
-    dtype = next(owner.module.parameters(recurse=False)).dtype
-    x = call.x.to(dtype) if call.x.is_floating_point() else call.x
-    if call.shape[0] != x.shape[0]:
-        raise UnsupportedModel(f"Layer {owner.name!r} does not keep the sample as its first axis.")
-    return rule.rows(owner.module, owner.name, owner.layout, owner.names, x, g.to(dtype))

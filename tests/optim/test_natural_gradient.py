@@ -252,7 +252,14 @@ def test_the_repr_lists_every_hyper_parameter() -> None:
     text = repr(optimiser(network(), momentum=0.9, weight_decay=0.1, kl_clip=0.01, damping=LevenbergMarquardt()))
     for name in ("lr: 0.3", "momentum: 0.9", "nesterov", "weight_decay: 0.1", "decoupled=False", "kl_clip=0.01"):
         assert name in text
-    for name in ("LevenbergMarquardt(initial=1.0", "structure=Full(", "kind='exact'", "refresh_every=1", "plain=()"):
+    for name in (
+        "LevenbergMarquardt(initial=1.0",
+        "structure=Full(",
+        "kind='exact'",
+        "refresh_every=1",
+        "plain=()",
+        "graph=False",
+    ):
         assert name in text
 
 

@@ -366,3 +366,20 @@ def test_loss_scaling_changes_nothing_but_the_gradient() -> None:
     pre.precondition()
     fitted = KFAC().update(sqrt_fisher(model, loss, x, y, "empirical"))
     assert_close(now(pre), reference(fitted, dict(zip(pre.parameters, gradient, strict=True))), 1e-3)
+
+
+@pytest.mark.parametrize("key", ["kfac", "full", "diagonal"])
+def test_nodes_of_a_graph_are_one_sample(key: str) -> None:
+    from torch_geometric.nn import GCN
+
+    torch.manual_seed(0)
+    model, loss = GCN(4, 6, 2, 3).double(), nn.CrossEntropyLoss()
+    x, edges, nodes = torch.randn(8, 4, dtype=DOUBLE), torch.randint(8, (2, 20)), torch.tensor([1, 4, 6])
+    targets = torch.randint(3, (3,))
+    pre = Preconditioner(model, loss, key, kind="exact", damping=RHO, graph=True)
+    with pre.collect():
+        loss(model(x, edges)[nodes], targets).backward()
+    gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
+    pre.precondition()
+    fitted = make(key).update(sqrt_fisher(model, loss, (x, edges), targets, nodes=nodes))
+    assert_close(now(pre), reference(fitted, gradient), 1e-8)

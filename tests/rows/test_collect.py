@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.rows import sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.samples import Nodes
 from curvlab.rows.sweep import owners_of
 
 PLAIN = [a for a in ARCHITECTURES if a.output is None and a.name != "one-output"]
@@ -252,3 +253,24 @@ def test_targets_of_another_shape_than_the_loss_takes_are_refused() -> None:
     model, loss = network(), nn.MSELoss()
     with pytest.raises(ValueError, match="needs targets of the output's shape"):
         collect(model, loss, torch.randn(5, 4, dtype=DOUBLE), torch.randn(5, 1, dtype=DOUBLE), draw("exact"))
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical", "mc"])
+def test_nodes_of_a_graph(kind: str) -> None:
+    from torch_geometric.nn import GCN
+
+    torch.manual_seed(0)
+    model, loss = GCN(4, 6, 2, 3).double(), nn.CrossEntropyLoss()
+    x, edges, nodes = torch.randn(8, 4, dtype=DOUBLE), torch.randint(8, (2, 20)), torch.tensor([1, 4, 6])
+    targets = torch.randint(3, (3,))
+    with Collector(model, loss, owners_of(model), draw(kind, samples=5), samples=Nodes(None), check=True) as found:
+        loss(model(x, edges)[nodes], targets).backward()
+    rows = found.rows
+    assert rows is not None
+    assert rows.shape == ({"exact": 9, "empirical": 3, "mc": 5}[kind], 1)
+    if kind == "mc":
+        return
+    expected = sqrt_fisher(model, loss, (x, edges), targets, kind, nodes=nodes)  # type: ignore[arg-type]
+    assert_close(rows.dense(), expected.dense(), 1e-9)
+    assert found.coefficients is not None
+    assert_close(found.coefficients @ rows.dense(), rows.space.flatten(gradient(model)), 1e-9)
