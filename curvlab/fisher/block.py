@@ -166,6 +166,10 @@ class Block(ABC):
         """
         return False
 
+    def elements(self, batch: Batch) -> int:  # noqa: ARG002
+        """Return how many numbers the matrices of the block will hold after an update with this batch."""
+        return self.size
+
     def leave_rows(self, weight: float) -> None:  # noqa: B027
         """Form the matrix of the rows that were set, whose weight in the running average is given."""
 
@@ -302,6 +306,11 @@ class RowBlock(Block):
                 f"({'' if size == self.size else f'{self.size // size} of them, '}{memory:.3g} GiB)."
             )
         return True
+
+    def elements(self, batch: Batch) -> int:  # noqa: D102
+        held = 0 if batch.decay == 0 else self._rows_held
+        side = self._row_size(batch.layers) + held if self.will_keep_rows(batch) else self._side_size()
+        return side**2 * (self.size // self._side_size())
 
     def update(self, batch: Batch) -> None:  # noqa: D102
         self._reset()

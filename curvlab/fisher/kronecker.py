@@ -287,6 +287,12 @@ class LinearBlock(KroneckerBlock):
         self.units: Moment = Moment(options.rtol, complete=self._leaves_span)
         self.width: Moment = Moment(options.rtol, complete=self._leaves_span)
 
+    def elements(self, batch: Batch) -> int:  # noqa: D102
+        rows = batch.layers[0]
+        assert isinstance(rows, KroneckerRows)
+        (*_, Q, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
+        return Q * (O**2 + I**2)
+
     @property
     def _leaves_span(self) -> bool:
         """Whether the block is not zero outside the range of the factors."""
@@ -348,6 +354,9 @@ class EmbeddingBlock(KroneckerBlock):
         super().__init__(name, layout, options)
         self.units: DiagonalMoment = DiagonalMoment()
         self.width: Moment = Moment(options.rtol)
+
+    def elements(self, batch: Batch) -> int:  # noqa: ARG002, D102
+        return self.parts[0].units + self.parts[0].width ** 2
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows, weights = self._shared(batch)

@@ -34,11 +34,16 @@ from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.rows import Engine
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
+from curvlab.study.environment import available_memory
+from curvlab.study.units import size
 
 Own = TypeVar("Own", bound="Structure")
 
 STRUCTURES: dict[str, type[Structure]] = {}
 """Every structure by its key; the options, the tests and the documentation read this."""
+
+WORTH_CHECKING = 1 << 28
+"""Bytes from which on an update looks first at how much memory there is."""
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""
@@ -183,6 +188,7 @@ class Structure(ABC):
         Raises:
             ValueError: if decay is not in [0, 1], or the rows are those of a Jacobian or of other parameters.
             StateError: if a block that keeps rows cannot take this decay.
+            MemoryError: if the structure does not fit; the message says how large it is.
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is a number in [0, 1], got {decay}.")
@@ -194,6 +200,7 @@ class Structure(ABC):
             decay = 0.0
         blocks = self._blocks or self._make_blocks(rows)
         batches = batches_of(blocks, rows, decay, total)
+        self._check_memory(blocks, batches)
         staying = [block.will_keep_rows(batch) for block, batch in zip(blocks, batches, strict=True)]
         leaving = [
             block for block, stays in zip(blocks, staying, strict=True) if decay and block.keeps_rows and not stays
@@ -213,6 +220,22 @@ class Structure(ABC):
             self._counts.update(count if total is None else total(count), 1.0, step, additive=True)
         self._merged = self._largest = None
         return self
+
+    def _check_memory(self, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
+        """Raise `MemoryError` before an allocation that cannot succeed: matrices, and as much again to factorise them."""
+        elements = {block: block.elements(batch) for block, batch in zip(blocks, batches, strict=True)}
+        rows = batches[0].layers[0].factors[-1]
+        needed = 2 * sum(elements.values()) * rows.element_size()
+        if needed < WORTH_CHECKING:
+            return
+        available = available_memory(str(rows.device))
+        if available is not None and needed > available:
+            largest = max(elements, key=elements.__getitem__)
+            raise MemoryError(
+                f"The {self.key} structure needs {size(needed)} for its matrices and their factorisation, {size(available)} "
+                f"are available; the largest is that of {largest.name!r}. Use a structure of smaller blocks, such as 'kfac' "
+                "or 'diagonal', or fewer rows (kind='mc', smaller batches)."
+            )
 
     def _check_fits(self, rows: Rows, decay: float) -> None:
         last = self._history[-1][1]

@@ -1,8 +1,5 @@
 """Every message: what is named, and what the user is told to do."""
 
-from collections.abc import Iterator
-
-import jaxtyping
 import pytest
 import torch
 from fisher_oracle import PLAIN_SPECS, SPECS, build, case, draw, pinv, positions
@@ -10,15 +7,7 @@ from oracle import DOUBLE, assert_close
 
 import curvlab.fisher as cf
 from curvlab.errors import IllConditioned, NotPositiveDefinite, OutsideRange, PartitionError, StateError
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the type checker off, which would answer before curvlab does."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+from curvlab.fisher import structure as structure_module
 
 
 def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None:
@@ -34,7 +23,7 @@ def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None
     assert cf.make("full", side="rows", rtol=1e-3).options == {"side": "rows", "window": None, "rtol": 1e-3}
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked_types")
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"Unknown structure 'blockdiagonal'\. Did you mean 'block-diagonal'\?"):
         cf.make("blockdiagonal")
@@ -149,7 +138,7 @@ def test_a_partition_holds_every_parameter_once() -> None:
     assert "not updated yet" in repr(structure)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked_types")
 def test_sigma_is_a_symmetric_matrix_of_the_right_size() -> None:
     rows = case("mlp").rows
     for sigma in ([[1.0, 2.0], [0.0, 1.0]], [[1.0, 0.0]], [[float("inf")]], [1.0]):
@@ -222,3 +211,22 @@ def test_vectors_and_coefficients_must_fit() -> None:
     for jacobian, test in ((other, None), (data.separate, other)):
         with pytest.raises(ValueError, match="other parameters"):
             structure.response(jacobian, 0.1, test=test)
+
+
+def test_what_does_not_fit_in_memory_says_its_size_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure_module, "WORTH_CHECKING", 0)
+    rows = case("mlp").rows
+    for made, elements in [
+        (cf.Full(side="parameters"), rows.P**2),
+        (cf.Full(side="rows"), rows.R**2),
+        (cf.KFAC(), sum(f.shape[-1] ** 2 for layer in rows.layers for f in layer.factors)),
+        (cf.Diagonal(), rows.P),
+        (cf.UnitWise(side="parameters"), sum(layer.layout.units * layer.layout.width**2 for layer in rows.layers)),
+    ]:
+        needed = 16 * elements
+        monkeypatch.setattr(structure_module, "available_memory", lambda _, n=needed: n)
+        type(made)(**made.options).update(rows)
+        monkeypatch.setattr(structure_module, "available_memory", lambda _, n=needed: n - 1)
+        with pytest.raises(MemoryError, match=rf"The {made.key} structure needs .* are available"):
+            made.update(rows)
+        assert not made.updated

@@ -1,9 +1,7 @@
 """Propagation against dense matrices and against torch-geometric's convolutions."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -116,15 +114,6 @@ def test_networks_follow_their_generator() -> None:
     assert all(torch.equal(a, b.float()) for a, b in zip(weights(0, torch.float32), weights(0, DOUBLE), strict=True))
     assert not torch.equal(weights(0, DOUBLE)[0], weights(1, DOUBLE)[0])
     assert float(weights(0, DOUBLE)[0].abs().max()) <= (6 / 7) ** 0.5
-
-
-@pytest.fixture
-def unchecked_types() -> Iterator[None]:
-    """Switch off the type checks of the test run, which come before curvlab's own."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 EDGES = torch.tensor([[0, 1], [1, 2]])

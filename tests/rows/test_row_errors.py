@@ -1,9 +1,8 @@
 """Whatever rows cannot be formed exactly is refused, naming what, where and the remedy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from oracle import CLASSES, architecture, chain, freeze, mlp
@@ -19,15 +18,6 @@ LABELS = torch.tensor([0, 1, 2, 0])
 
 def model_and_inputs() -> tuple[nn.Module, Tensor]:
     return architecture("mlp").make(N=4)
-
-
-@pytest.fixture
-def unchecked_types() -> Iterator[None]:
-    """Switch off the type checks of the test run, which come before curvlab's own."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 class Wrapped(nn.Module):
