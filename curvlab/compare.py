@@ -16,7 +16,9 @@ from curvlab.fisher import STRUCTURES, Full, Structure
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.loss import Kind
-from curvlab.rows.sweep import PickOutput, as_arguments, call
+from curvlab.rows.samples import NodeChoice
+from curvlab.rows.sweep import PickOutput
+from curvlab.rows.upstream import output_gradient
 
 
 def compare(
@@ -29,6 +31,7 @@ def compare(
     kind: Kind = "exact",
     samples: int = 1,
     generator: torch.Generator | None = None,
+    nodes: NodeChoice = None,
     output: PickOutput = None,
 ) -> pd.DataFrame:
     """Judge structures in function space, on one batch of data.
@@ -47,6 +50,7 @@ def compare(
         kind: rows from which the structures are built; the response is always that of the exact rows.
         samples: see `curvlab.sqrt_fisher`.
         generator: see `curvlab.sqrt_fisher`.
+        nodes: see `curvlab.sqrt_fisher`.
         output: see `curvlab.sqrt_fisher`.
 
     Returns:
@@ -67,13 +71,15 @@ def compare(
     Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
     """
     inputs, targets = data
-    exact = sqrt_fisher(model, loss, inputs, targets, "exact", output=output)
+    exact = sqrt_fisher(model, loss, inputs, targets, "exact", nodes=nodes, output=output)
     own = (
         exact
         if kind == "exact"
-        else sqrt_fisher(model, loss, inputs, targets, kind, samples=samples, generator=generator, output=output)
+        else sqrt_fisher(
+            model, loss, inputs, targets, kind, samples=samples, generator=generator, nodes=nodes, output=output
+        )
     )
-    u = _output_gradient(model, loss, inputs, targets, output)
+    u = output_gradient(model, loss, inputs, targets, nodes=nodes, output=output)
     gradient = exact.jacobian().rmatvec(u)
     projector = _projector(exact)
     reference = Full().update(exact)
@@ -121,18 +127,6 @@ def _chosen(structures: Sequence[str] | Mapping[str, Structure]) -> dict[str, St
         if name not in STRUCTURES:
             raise unknown_name("structure", name, STRUCTURES)
     return {name: STRUCTURES[name]() for name in structures}
-
-
-def _output_gradient(
-    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, output: PickOutput
-) -> Float[Tensor, " R"]:
-    """∂L/∂z in row order."""
-    with torch.no_grad():
-        z = call(model, as_arguments(inputs), output)
-    with torch.enable_grad():
-        z.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(z, targets), z)
-    return gradient.flatten(1).T.flatten()
 
 
 def _projector(exact: Rows) -> Float[Tensor, "R R"]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.fisher.damping import Damping
 from curvlab.fisher.structure import Structure
 from curvlab.rows import sqrt_fisher
-from curvlab.rows.loss import flat_outputs
-from curvlab.rows.sweep import PickOutput, as_arguments, call, left_as_found
+from curvlab.rows.samples import NodeChoice
+from curvlab.rows.sweep import PickOutput
+from curvlab.rows.upstream import output_gradient
 
 
 def natural_gradient_step(
@@ -24,6 +23,7 @@ def natural_gradient_step(
     *,
     damping: Damping = 0.0,
     metric: nn.Module | None = None,
+    nodes: NodeChoice = None,
     output: PickOutput = None,
 ) -> dict[str, Tensor]:
     """Return `(F + ρI)⁻¹ ∇L` at the present parameters; a step subtracts η times it.
@@ -40,6 +40,7 @@ def natural_gradient_step(
         damping: ρ, absolute or relative; 0 for the pseudo-inverse.
         metric: loss whose Fisher matrix is F, `loss` itself if None. With `HalfSquaredError`, F = JᵀJ/N, the step moves
             the outputs by `−η ∇_u` of the summed loss: gradient descent in function space.
+        nodes: which nodes of a graph carry rows, as in `curvlab.jacobian`.
         output: which tensor of a structured output to use, as in `curvlab.jacobian`.
 
     Returns:
@@ -51,19 +52,7 @@ def natural_gradient_step(
     Cost: one sweep, one forward pass, one update and one `lift`.
     Source: Zhang, Martens & Grosse 2019, the step (NGD) and the one for general losses.
     """
-    rows = sqrt_fisher(model, metric or loss, inputs, targets, "exact", output=output)
-    gradient = _output_gradient(model, loss, inputs, targets, output)
+    rows = sqrt_fisher(model, metric or loss, inputs, targets, "exact", nodes=nodes, output=output)
+    gradient = output_gradient(model, loss, inputs, targets, nodes=nodes, output=output)
     structure.update(rows)
     return structure.lift(structure.rows.dual(gradient), damping)
-
-
-def _output_gradient(
-    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, output: PickOutput
-) -> Float[Tensor, " R"]:
-    """∂L/∂z in row order."""
-    with torch.no_grad(), left_as_found(model):
-        z = call(model, as_arguments(inputs), output)
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(z, targets), z)
-    return flat_outputs(gradient).permute(1, 2, 0).flatten()

@@ -58,7 +58,7 @@ class Linearized(nn.Module):
         def outputs(parameters: dict[str, Tensor]) -> Any:
             return functional_call(self._base, parameters, args, kwargs)
 
-        with _differentiable_attention():
+        with differentiable_attention():
             values, changes = jvp(outputs, (origin,), (step,))[:2]
         return tree_map(torch.add, values, changes)
 
@@ -117,7 +117,7 @@ def linearize(model: nn.Module) -> Linearized:
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
+def differentiable_attention() -> Iterator[None]:
     """Hold attention to the one implementation that has a forward-mode derivative."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

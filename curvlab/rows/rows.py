@@ -298,7 +298,7 @@ def jacobian(
 
     Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
     """
-    reading = _read(model, inputs, nodes)
+    reading = read(model, inputs, nodes)
     return _jacobian_rows(model, _sweep(model, reading, output, engine, _every_output(reading[1])))
 
 
@@ -345,7 +345,7 @@ def sqrt_fisher(
         raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
-    reading = _read(model, inputs, nodes)
+    reading = read(model, inputs, nodes)
     terms_of = partial(reading[1].terms, loss, targets=targets)
     base: Rows | None = None
     factor: OutputFactor | None = None
@@ -414,7 +414,8 @@ Reading = tuple[Arguments, Samples]
 """The model's arguments, and what a sample is in them."""
 
 
-def _read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
+def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
+    """Tell the arguments of a model, and what a sample is."""
     arguments = as_arguments(inputs)
     return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 from curvlab.errors import UnsupportedModel
-from curvlab.nn.linearize import _differentiable_attention
+from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.loss import LOSSES
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.objective import Data, Loss, Objective, Parameters, Part
@@ -80,7 +80,7 @@ class DerivativeOperator(Operator):
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block of vectors. Cost per sweep of K vectors: one gradient, and about K more for the Hessian."""
-        with _differentiable_attention():
+        with differentiable_attention():
             return torch.cat([self._sweep(part) for part in block.split(self.sweep)])
 
     def _sweep(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -97,7 +97,7 @@ class DerivativeOperator(Operator):
         """Return whether the batched product of a random vector is that by double backward; says so if not."""
         drawn = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
         vectors = self.space.unflatten(drawn.to(self.device))
-        with _differentiable_attention():
+        with differentiable_attention():
             reference = self._by_backward(vectors)
             try:
                 error = float((self._by_forward(vectors) - reference).norm())

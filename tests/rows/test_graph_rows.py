@@ -23,9 +23,9 @@ from torch_geometric.nn import (
     global_mean_pool,
 )
 
-from curvlab import jacobian, linearize, sqrt_fisher
+from curvlab import compare, jacobian, linearize, sqrt_fisher
 from curvlab.errors import UnsupportedModel
-from curvlab.fisher import KFAC, STRUCTURES, BlockDiagonal, Diagonal, Full
+from curvlab.fisher import KFAC, STRUCTURES, BlockDiagonal, Diagonal, Full, natural_gradient_step
 from curvlab.nn import GraphNetwork, HalfSquaredError, NodesLast, Propagation, gcn
 from curvlab.rows.layer import DenseRows, KroneckerRows
 
@@ -460,3 +460,23 @@ class TestErrors:
         edge_index[0, 0] = 7
         with pytest.raises(ValueError, match="edges join nodes 0 to 7, but there are features of 7 nodes"):
             jacobian(OfData().to(DOUBLE), Data(x=x, edge_index=edge_index))
+
+
+def test_steps_and_comparisons_take_nodes() -> None:
+    """The step of a graph network is that of the dense Fisher matrix, and `compare` finds it isotropic."""
+    from torch_geometric.nn import GCN
+
+    torch.manual_seed(0)
+    model, loss = GCN(4, 30, 2, 3).double(), nn.CrossEntropyLoss()
+    x, edges, nodes = torch.randn(8, 4, dtype=torch.float64), torch.randint(8, (2, 20)), torch.tensor([1, 4, 6])
+    targets = torch.randint(3, (3,))
+    step = natural_gradient_step(Full(), model, loss, (x, edges), targets, damping=0.1, nodes=nodes)
+    S = sqrt_fisher(model, loss, (x, edges), targets, nodes=nodes).dense()
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss(model(x, edges)[nodes], targets), model.parameters())]
+    )
+    expected = torch.linalg.solve(S.T @ S + 0.1 * torch.eye(S.shape[1], dtype=S.dtype), gradient)
+    assert_close(torch.cat([value.flatten() for value in step.values()]), expected, 1e-8)
+    table = compare(model, loss, ((x, edges), targets), ("full",), (0.0,), nodes=nodes)
+    assert float(table["anisotropy"][0]) < 1e-6
+    assert float(table["cosine"][0]) > 1 - 1e-9
