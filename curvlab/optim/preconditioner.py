@@ -161,9 +161,9 @@ class Preconditioner:
             samples=Nodes(None) if self.graph else None,
             check=self.due and not (self._checked or coupled),
         )
-        self._fresh = not self._passes and all(p.grad is None for p in self.parameters.values())
         with collector:
             yield
+        self._fresh = not self._passes and collector.cleared
         self._checked = self._checked or self.due
         self._passes.append(collector)
         self._untouched = {n: (p.grad, p.grad._version) for n, p in self.parameters.items() if p.grad is not None}

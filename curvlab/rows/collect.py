@@ -90,6 +90,8 @@ class Collector(AbstractContextManager["Collector"]):
         """By layer, rows that add up to the gradient of this pass, one a sample; factored rows only."""
         self.coefficients: Tensor | None = None
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
+        self.cleared = False
+        """Whether there were no gradients to add to when the loss was called."""
         self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
         self._samples = samples or Samples()
         self._handles: list[RemovableHandle] = []
@@ -164,6 +166,8 @@ class Collector(AbstractContextManager["Collector"]):
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
             raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
         self._z, self._targets = args
+        names = self._space().shapes
+        self.cleared = all(p.grad is None for name, p in self._model.named_parameters() if name in names)
         self._terms = self._samples.terms(self._loss, self._z.detach(), self._targets)
         self._sweeping = True
         try:

@@ -158,11 +158,15 @@ def test_misspelt_argument_is_refused():
 
 def test_registered_problems_take_the_arguments_that_an_analysis_may_pass():
     on_images = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar10-5k", "karakida-osawa"}
-    assert set(PROBLEMS) == on_images | {"two-layer", "synthetic-two-layer"} | {f"{graph}-gcn" for graph in GRAPHS}
+    trained = {"digits-mlp", "digits-residual", "fashion-lenet", "cifar10-5k-cnn", "characters"}
+    two_layer = {"two-layer", "synthetic-two-layer"}
+    assert set(PROBLEMS) == on_images | two_layer | trained | {f"{graph}-gcn" for graph in GRAPHS}
     for name in on_images:
         others = {"weight_std", "similarity", "dimension", "split", "dropout"}
         assert set(ARGUMENTS) - set(swept_arguments(name)) == others
     for name in PROBLEMS:
+        assert {"seed", "dtype"} <= set(swept_arguments(name))
+    for name in set(PROBLEMS) - trained:
         assert {"width", "activation", "samples", "test_samples", "seed", "dtype"} <= set(swept_arguments(name))
     assert {"depth", "outputs", "loss"}.isdisjoint(swept_arguments("two-layer"))
     assert swept_arguments("synthetic-two-layer")["similarity"] == 0.5

@@ -1,0 +1,67 @@
+"""Numbers of steps and of seconds of one method against those of others, seed by seed.
+
+A run that does not reach its target counts with the whole budget, so a ratio of two runs is bounded from the side of the one
+that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log10
+
+import pandas as pd
+
+from curvlab.study import Cell
+
+SECONDS = "seconds_per_step"
+"""The quantity by which steps become seconds."""
+
+
+def seconds_to(table: pd.DataFrame, steps: str) -> pd.DataFrame:
+    """Return the seconds that each method takes at each seed, steps times seconds of a step, as rows of `steps`."""
+    counted = table[table["quantity"] == steps]
+    price = table[table["quantity"] == SECONDS].set_index(["method", "seed"])["value"]
+    at = pd.MultiIndex.from_frame(counted[["method", "seed"]])
+    return counted.assign(value=counted["value"].to_numpy() * price.reindex(at).to_numpy())
+
+
+def log10_by_method(table: pd.DataFrame) -> pd.DataFrame:
+    """Return log10 of the values, a row per seed and a column per method."""
+    return table.assign(value=table["value"].map(log10)).pivot_table("value", "seed", "method")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against others.
+
+    Attributes:
+        method: the method.
+        others: those that it is compared with; of several, the one with the least mean logarithm over the seeds that are
+            judged, which favours them.
+    """
+
+    method: str
+    others: tuple[str, ...]
+
+    def needs(self, *parts: str) -> Callable[[Cell], bool]:
+        """Return the test for the cells of these methods in some parts; a cell that names none has them all."""
+        methods = {self.method, *self.others}
+        return lambda cell: cell["part"] in parts and cell.coordinates.get("method", self.method) in methods
+
+    def steps(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Estimate by log10 of the values over those of the best other."""
+        logs = log10_by_method(table)
+        best = logs[list(self.others)].mean().idxmin()
+        return (logs[self.method] - logs[best]).rename("value").reset_index()
+
+    def seconds(self, steps: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+        """Return the estimate by log10 of the seconds that some steps take over those of the best other."""
+        return lambda table: self.steps(seconds_to(table, steps))
+
+    def outside(self, table: pd.DataFrame) -> str | None:
+        """Say that no run of any of these methods reached the target."""
+        runs = table[(table["quantity"] != SECONDS) & table["method"].isin({self.method, *self.others})]
+        if (runs["status"] == "ok").any():
+            return None
+        return f"Neither {self.method} nor what it is compared with reached the target within the budget."

@@ -1,0 +1,70 @@
+"""Options of the training analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from analyses.training.methods import CONFIGURATIONS, METHODS, Method, of_family
+from analyses.training.tasks import TASKS, USUAL, Task
+from curvlab.errors import unknown_name
+from curvlab.study import CommonOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonOptions):
+    """Options of the training analysis; a race's own are fixed by the problem unless said otherwise."""
+
+    problem: str = "digits-mlp"
+    """Data set and model: a name, or module:function that returns a Problem whose targets are classes."""
+    dtype: Literal["float64", "float32"] = "float32"
+    """Floating-point precision of the races; the theory's rates are measured in float64."""
+    configurations: int = 4
+    """Configurations that every method is tuned over, the first of its list (unit: configurations)."""
+    rivals: tuple[str, ...] = tuple(method.name for method in of_family("first order"))
+    """First-order methods to run."""
+    structures: tuple[str, ...] = tuple(method.name for method in of_family("structure"))
+    """Structures to run."""
+    ingredients: tuple[str, ...] = tuple(method.name for method in of_family("ingredient"))
+    """Variants of K-FAC to run, each compared with K-FAC without the ingredient."""
+    steps: int = 0
+    """Steps of a run; 0 means those of the problem's race (unit: steps)."""
+    batch: int = 0
+    """Samples of a step; 0 means those of the problem's race (unit: samples)."""
+    target_loss: float = 0.0
+    """Training loss to reach; 0 means that of the problem's race."""
+    target_accuracy: float = 0.0
+    """Share of test samples to classify right; 0 means that of the problem's race."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, family in (("rivals", "first order"), ("structures", "structure"), ("ingredients", "ingredient")):
+            known = [name for name, method in METHODS.items() if method.family == family]
+            for name in getattr(self, option):
+                if name not in known:
+                    raise unknown_name(f"name in --{option}", name, known)
+        if not 1 <= self.configurations <= CONFIGURATIONS:
+            raise ValueError(f"--configurations must be from 1 to {CONFIGURATIONS}, got {self.configurations}.")
+        for option in ("steps", "batch", "target_loss"):
+            if getattr(self, option) < 0:
+                raise ValueError(f"--{option.replace('_', '-')} must not be negative, got {getattr(self, option)}.")
+        if not 0 <= self.target_accuracy <= 1:
+            raise ValueError(f"--target-accuracy must be from 0 to 1, got {self.target_accuracy}.")
+
+    @property
+    def task(self) -> Task:
+        """The race."""
+        wanted = {
+            "steps": self.steps,
+            "batch": self.batch,
+            "loss": self.target_loss,
+            "accuracy": self.target_accuracy,
+        }
+        return replace(TASKS.get(self.problem, USUAL), **{name: value for name, value in wanted.items() if value})  # type: ignore[arg-type]
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that were asked for, with the ones that ingredients are compared with, in the order of the table."""
+        wanted = {*self.rivals, *self.structures, *self.ingredients}
+        wanted |= {METHODS[name].base for name in self.ingredients}
+        return [method for name, method in METHODS.items() if name in wanted]

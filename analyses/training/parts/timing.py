@@ -1,0 +1,146 @@
+"""Seconds of a step of every method, and with the steps of the judged runs the seconds to both targets.
+
+The runs themselves are not timed, since worker processes share the machine. One cell a seed times all methods' steps in one
+process, on one thread, in turn, so that whatever slows the machine slows all; on the CPU in processor time, which does not
+run while another process has the core (caches and memory are still shared), elsewhere on the clock, synchronised.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from analyses.part import Observations
+from analyses.training.comparison import SECONDS
+from analyses.training.config import Config
+from analyses.training.methods import Method, Optimiser
+from analyses.training.part import Part
+from analyses.training.parts.judging import (
+    KFAC_PAPER,
+    PRACTICE,
+    TARGETS,
+    ingredient_claims_apply,
+    structure_comparisons,
+    words,
+)
+from analyses.training.parts.judging import NAME as JUDGING
+from analyses.training.race import entrants, optimiser_of, problem_of
+from analyses.training.run import batch, take_step
+from analyses.training.tuning import chosen
+from curvlab.problems import Problem
+from curvlab.study import Cell, Claim, Inequality
+from curvlab.study.storage import digest
+
+NAME = "timing"
+WARM_UP = 3
+ROUND = 10
+"""Steps that are timed at once: as many as there are between rare inversions, so that these fall into every round."""
+ROUNDS = 3
+
+
+def _cells(config: Config) -> list[Cell]:
+    field = digest([method.name for method in entrants(config)])[:8]
+    return [Cell({"part": NAME, "field": field, "seed": seed}) for seed in range(config.seeds)]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _steps(method: Method, start: Problem, config: Config, seed: int) -> Callable[[int], float]:
+    """Return what takes some steps of a run and returns their seconds; a run that diverges begins anew."""
+    point = method.points[chosen(method.name, config)]
+
+    def begin() -> tuple[Problem, Optimiser]:
+        problem = replace(start, model=copy.deepcopy(start.model))
+        return problem, optimiser_of(method, problem, point, config, seed)
+
+    problem, optimiser = begin()
+    taken = 0
+
+    def timed(steps: int) -> float:
+        nonlocal problem, optimiser, taken
+        batches = [batch(problem, config.task, seed, taken + step) for step in range(steps)]
+        taken += steps
+        since = _now(config.device)
+        finite = [take_step(problem, optimiser, data) for data in batches]
+        spent = _now(config.device) - since
+        if not all(finite):
+            problem, optimiser = begin()
+        return spent
+
+    return timed
+
+
+def _measure(cell: Cell, config: Config) -> Observations:
+    with _one_thread():
+        seed = int(cell["seed"])
+        start = problem_of(config, seed)
+        runs = {method.name: _steps(method, start, config, seed) for method in entrants(config)}
+        for run in runs.values():
+            run(WARM_UP)
+        rounds = [{name: run(ROUND) / ROUND for name, run in runs.items()} for _ in range(ROUNDS)]
+    return [
+        {"quantity": SECONDS, "method": name, "value": float(np.median([found[name] for found in rounds]))}
+        for name in runs
+    ]
+
+
+def _claims(config: Config) -> list[Claim]:
+    claims = [
+        Claim(
+            id=f"time-{target}-{versus.method}",
+            statement=f"{versus.method} natural gradient needs less time to {words(target, config)} than the best tuned "
+            "first-order method.",
+            source=f"{PRACTICE}, for every structure",
+            measured="log10 of its seconds, steps times the seconds of a step, over those of the rival that is best in time.",
+            rule=Inequality(0.0, "less"),
+            estimate=versus.seconds(quantity),
+            expected="open",
+            reason="Its steps are fewer and dearer.",
+            assumptions=versus.outside,
+            needs=versus.needs(JUDGING, NAME),
+            quantities=(quantity, SECONDS),
+        )
+        for versus in structure_comparisons(config)
+        for quantity, target in TARGETS.items()
+    ]
+    claims += [
+        Claim(
+            id="time-step-rare",
+            statement="A step of K-FAC with rare inverses takes less time than one with inverses of every batch.",
+            source=f"{KFAC_PAPER}, section 8",
+            measured="log10 of the seconds of a step over those with inverses of every batch.",
+            rule=Inequality(0.0, "less"),
+            estimate=which.versus.steps,
+            expected="supported",
+            reason="Inverses are most of what the method adds to a step on small layers.",
+            needs=which.versus.needs(NAME),
+            quantities=(SECONDS,),
+        )
+        for which in ingredient_claims_apply(config)
+        if which.name == "rare"
+    ]
+    return claims
+
+
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda steps: 4.0 if steps else 0.0)

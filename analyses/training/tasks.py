@@ -1,0 +1,43 @@
+"""What a race on a problem is: batches, budget, and the loss and accuracy to reach, all fixed before any run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """A race.
+
+    Attributes:
+        batch: samples of a step.
+        steps: budget of a run.
+        every: steps between evaluations, the resolution of every number of steps.
+        loss: of the training samples, to be reached.
+        accuracy: share of test samples classified right, to be reached.
+        exact: structures that are made of all C rows a sample, where the system of N·C rows is affordable; the others have
+            one random row a sample, kind `mc`.
+    """
+
+    batch: int
+    steps: int
+    every: int
+    loss: float
+    accuracy: float
+    exact: tuple[str, ...] = ()
+
+
+TASKS: Mapping[str, Task] = {
+    "digits-mlp": Task(
+        batch=64, steps=100, every=2, loss=0.1, accuracy=0.9, exact=("full", "block-diagonal", "unit-wise")
+    ),
+    "digits-residual": Task(batch=64, steps=200, every=4, loss=0.05, accuracy=0.95),
+    "fashion-lenet": Task(batch=128, steps=600, every=10, loss=0.45, accuracy=0.83),
+    "cifar10-5k-cnn": Task(batch=128, steps=600, every=10, loss=0.9, accuracy=0.55),
+    "characters": Task(batch=32, steps=600, every=20, loss=2.2, accuracy=0.35),
+}
+"""By problem. Losses are cross-entropies in nats."""
+
+USUAL = Task(batch=128, steps=500, every=10, loss=0.1, accuracy=0.9)
+"""For a problem of the user's own, where options say nothing else."""

@@ -1,0 +1,329 @@
+"""The training analysis: its command line on a small real instance, runs, the choice of configurations, and the comparison."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from analyses.training import ANALYSIS, tuning
+from analyses.training import race as racing
+from analyses.training.comparison import SECONDS, Comparison, seconds_to
+from analyses.training.config import Config
+from analyses.training.figures import FIGURES
+from analyses.training.methods import CONFIGURATIONS, METHODS, Method, Together, half_coupled, of_family
+from analyses.training.parts import PARTS
+from analyses.training.race import TUNING_SEED, entrants, optimiser_of, problem_of
+from analyses.training.run import Checkpoint, Evaluation, Trace, batch, evaluate, take_step, train
+from analyses.training.tasks import TASKS, Task
+from curvlab.fisher import STRUCTURES, LayerWise
+from curvlab.problems import PROBLEMS, Problem, resolve
+from curvlab.study import Cell, judge
+from curvlab.study.measurements import normalise, tabulate
+
+SMALL = (
+    "--seeds", "2", "--steps", "6", "--configurations", "2", "--rivals", "sgd", "muon", "--structures", "kfac",
+    "--ingredients", "kfac-rare", "--target-loss", "2", "--target-accuracy", "0.2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    results = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "analyses.training", *SMALL, "--workers", "1", "--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done, results / "training" / "latest"
+
+
+def test_the_command_ends_with_verdicts_and_files(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = run
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
+    assert "Cells without measurements" not in done.stdout
+    verdicts = {v["claim"]: v["outcome"] for v in json.loads((folder / "verdicts.json").read_text())["verdicts"]}
+    assert {"steps-loss-kfac", "steps-accuracy-kfac", "time-loss-kfac", "ingredient-rare", "equal-rate-kfac"} <= set(
+        verdicts
+    )
+    assert verdicts["steps-loss-kfac"] != "outside the assumptions"
+
+
+def test_every_method_is_tuned_alike_and_judged_on_fresh_seeds(
+    run: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    table = pd.read_parquet(run[1] / "measurements.parquet")
+    assert set(table["part"]) == set(PARTS)
+    tuned = table[table["quantity"] == "tuning_steps"].groupby("method")["configuration"].nunique()
+    judged = table[table["quantity"] == "steps_to_loss"].groupby("method")["seed"].nunique()
+    methods = {"sgd", "muon", "kfac", "kfac-split", "kfac-rare"}
+    assert tuned.to_dict() == dict.fromkeys(methods, 2)
+    assert judged.to_dict() == dict.fromkeys(methods, 2)
+    seconds = table[table["quantity"] == SECONDS]
+    assert set(seconds["method"]) == methods
+    assert (seconds["value"] > 0).all()
+    losses = table[(table["quantity"] == "loss") & (table["seed"] == 1) & (table["step"] == 0)]
+    assert len(set(losses["value"])) == 1, "all methods start from the same network"
+
+
+CONFIG = Config(seeds=1, steps=4, rivals=("sgd",), structures=("kfac",), ingredients=())
+
+
+@pytest.fixture(scope="module")
+def digits() -> Problem:
+    return problem_of(CONFIG, 0)
+
+
+@pytest.fixture
+def problem(digits: Problem) -> Problem:
+    """A problem whose model may be trained."""
+    return digits.to()
+
+
+def run_of(steps: float, loss: float, *, reached: bool = True, diverged: bool = False) -> list[dict[str, object]]:
+    return [
+        {"quantity": "tuning_steps", "value": steps, "status": "ok" if reached else "not reached"},
+        {"quantity": "tuning_loss", "value": loss, "status": "diverged" if diverged else "ok"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "best"),
+    [
+        ([run_of(30, 0.01), run_of(20, 0.02)], 1),
+        ([run_of(20, 0.02), run_of(20, 0.01)], 1),
+        ([run_of(100, 0.2, reached=False), run_of(90, 0.05)], 1),
+        ([run_of(10, float("inf"), diverged=True), run_of(40, 0.05)], 1),
+        ([run_of(100, 0.3, reached=False), run_of(10, float("inf"), diverged=True)], 1),
+        ([run_of(100, float("inf"), reached=False, diverged=True), run_of(100, 0.4, reached=False)], 1),
+    ],
+)
+def test_the_best_configuration(runs: list[list[dict[str, object]]], best: int) -> None:
+    assert tuning.best(runs) == best
+
+
+def test_the_choice_is_made_on_the_tuning_seed_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[tuple[str, int, int]] = []
+
+    def race(method: Method, index: int, config: Config, seed: int) -> Trace:
+        made.append((method.name, index, seed))
+        losses = {0: 0.5, 1: 0.05, 2: 0.2, 3: 0.5}
+        return Trace([Evaluation(0, 2.3, 0.1), Evaluation(4, losses[index], 0.9)])
+
+    monkeypatch.setattr(tuning, "race", race)
+    config = replace(CONFIG, results=tmp_path)
+    tuning.cache_of(config).folder.mkdir(parents=True)
+    assert tuning.chosen("kfac", config) == 1
+    assert made == [("kfac", index, TUNING_SEED) for index in range(4)]
+    tuning.chosen.cache_clear()
+    assert tuning.chosen("kfac", config) == 1
+    assert len(made) == 4, "another process finds the tuning runs among the finished cells"
+    assert TUNING_SEED not in range(100)
+
+
+def judged(values: dict[str, list[float]], quantity: str = "steps_to_loss", status: str = "ok") -> pd.DataFrame:
+    return pd.DataFrame(
+        {"method": name, "seed": seed, "quantity": quantity, "value": value, "status": status}
+        for name, found in values.items()
+        for seed, value in enumerate(found)
+    )
+
+
+def test_a_comparison_is_with_the_best_other_on_the_same_seeds() -> None:
+    table = judged({"kfac": [10, 40], "sgd": [100, 100], "adam": [20, 40], "muon": [10, 1000]})
+    found = Comparison("kfac", ("sgd", "adam", "muon")).steps(table)
+    assert found["seed"].tolist() == [0, 1]
+    assert found["value"].tolist() == pytest.approx([-0.30103, 0.0], abs=1e-5)
+
+
+def test_seconds_are_steps_times_seconds_of_a_step() -> None:
+    steps = judged({"kfac": [10, 40], "sgd": [100, 200]})
+    price = judged({"kfac": [0.5, 0.25], "sgd": [0.01, 0.02]}, SECONDS)
+    found = seconds_to(pd.concat([price, steps]), "steps_to_loss")
+    assert found["value"].tolist() == pytest.approx([5, 10, 1, 4])
+    ratio = Comparison("kfac", ("sgd",)).seconds("steps_to_loss")(pd.concat([steps, price]))
+    assert (10 ** ratio["value"]).tolist() == pytest.approx([5, 2.5])
+
+
+def test_targets_that_nobody_reached_are_outside_the_assumptions() -> None:
+    versus = Comparison("kfac", ("sgd",))
+    failed = judged({"kfac": [100, 100], "sgd": [100, 100]}, status="not reached")
+    assert "kfac" in str(versus.outside(failed))
+    failed.loc[3, "status"] = "ok"
+    assert versus.outside(failed) is None
+
+
+@pytest.mark.parametrize(("steps", "outcome"), [((20, 22, 24), "supported"), ((90, 95, 99), "refuted")])
+def test_claims_can_come_out_either_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: tuple[int, ...], outcome: str
+) -> None:
+    def race(method: Method, index: int, config: Config, seed: int) -> Trace:
+        reached = 50 + index if method.name == "sgd" else steps[seed % 3]
+        return Trace([Evaluation(0, 2.3, 0.1), Evaluation(reached, 0.05, 0.95)])
+
+    monkeypatch.setattr(tuning, "race", race)
+    monkeypatch.setattr("analyses.training.parts.judging.race", race)
+    config = replace(CONFIG, seeds=3, results=tmp_path)
+    tuning.cache_of(config).folder.mkdir(parents=True)
+    (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == "steps-loss-kfac")
+    cells = [cell for cell in ANALYSIS.cells(config) if claim.needs(cell)]
+    assert {cell["part"] for cell in cells} == {"judging"}
+    measured = {cell: normalise(cell, ANALYSIS.measure(cell, config)) for cell in cells}
+    (verdict,) = judge([claim], tabulate(measured))
+    assert verdict.outcome == outcome
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["muon", "kfac-adapted", "kfac-rare", "full"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    name: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, task = METHODS[name], Task(batch=32, steps=12, every=3, loss=0.1, accuracy=0.9)
+    make = partial(optimiser_of, method, point=method.points[0], config=CONFIG, seed=0)
+    whole = problem.to()
+    expected = train(whole, make(problem=whole), task, 0)
+
+    monkeypatch.setattr("analyses.training.run.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("analyses.training.run.batch", _failing_at(7))
+    checkpoint, first = Checkpoint(tmp_path / "run.pt"), problem.to()
+    with pytest.raises(_Interrupted):
+        train(first, make(problem=first), task, 0, checkpoint)
+    monkeypatch.setattr("analyses.training.run.batch", batch)
+    second = problem.to()
+    found = train(second, make(problem=second), task, 0, checkpoint)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _failing_at(step: int):
+    def failing(problem: Problem, task: Task, seed: int, at: int):
+        if at == step:
+            raise _Interrupted
+        return batch(problem, task, seed, at)
+
+    return failing
+
+
+def test_divergence_is_a_status_with_its_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wild = replace(METHODS["sgd"], points=({"lr": 1e4, "momentum": 0.9},) * 4)
+    monkeypatch.setitem(METHODS, "sgd", wild)
+    config = replace(CONFIG, results=tmp_path)
+    tuning.cache_of(config).folder.mkdir(parents=True)
+    rows = ANALYSIS.measure(Cell({"part": "judging", "method": "sgd", "seed": 0}), config)
+    found = {row["quantity"]: row for row in rows}
+    assert found["steps_to_loss"]["status"] == found["final_loss"]["status"] == "diverged"
+    assert found["steps_to_loss"]["value"] == CONFIG.task.steps
+    assert 1 <= found["diverged_at"]["value"] <= CONFIG.task.steps
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_steps_that_lower_the_loss(name: str, problem: Problem) -> None:
+    method, task = METHODS[name], CONFIG.task
+    optimiser = optimiser_of(method, problem, {**method.points[0], "damping": 1.0} if method.structure else method.points[0],
+                             CONFIG, 0)  # fmt: skip
+    before = evaluate(problem, 0).loss
+    assert all(take_step(problem, optimiser, batch(problem, task, 0, step)) for step in range(4))
+    assert evaluate(problem, 4).loss < before
+
+
+def test_muon_has_the_weights_of_linear_layers_and_adamw_the_rest(problem: Problem) -> None:
+    method = METHODS["muon"]
+    optimiser = optimiser_of(method, problem, method.points[0], CONFIG, 0)
+    assert isinstance(optimiser, Together)
+    shapes = [[list(p.shape) for group in part.param_groups for p in group["params"]] for part in optimiser.optimisers]
+    assert shapes == [[[64, 64], [64, 64], [10, 64]], [[64], [64], [10]]]
+
+
+def test_half_coupled_lies_between_full_and_block_diagonal(problem: Problem) -> None:
+    structure = half_coupled(problem.model)
+    assert isinstance(structure, LayerWise)
+    sigma = torch.tensor(structure.options["sigma"])
+    assert torch.equal(sigma, (torch.eye(3) + torch.ones(3, 3)) / 2)
+
+
+def test_batches_are_those_of_the_seed_and_cover_an_epoch(problem: Problem) -> None:
+    x, _ = problem.train
+    task = replace(CONFIG.task, batch=100)
+    seen = torch.cat([batch(problem, task, 3, step)[0] for step in range(12)])
+    assert len(torch.unique(seen.flatten(1), dim=0)) == len(torch.unique(x[_order(len(x), 3)[:1200]].flatten(1), dim=0))
+    assert torch.equal(batch(problem, task, 3, 5)[0], batch(problem, task, 3, 5)[0])
+    assert not torch.equal(batch(problem, task, 3, 0)[0], batch(problem, task, 4, 0)[0])
+    assert not torch.equal(batch(problem, task, 3, 0)[0], batch(problem, task, 3, 12)[0])
+
+
+def _order(samples: int, seed: int) -> torch.Tensor:
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(1_000_003 * seed))
+
+
+def test_evaluation_leaves_batch_normalisation_as_it_was() -> None:
+    problem = resolve("digits-residual", width=2)
+    problem.model.train()
+    before = {name: value.clone() for name, value in problem.model.state_dict().items()}
+    found = evaluate(problem, 0)
+    assert 0 <= found.accuracy <= 1
+    assert all(torch.equal(value, before[name]) for name, value in problem.model.state_dict().items())
+    assert all(module.training for module in problem.model.modules())
+
+
+def test_the_loss_is_that_of_all_samples_and_the_accuracy_that_of_the_test_set(problem: Problem) -> None:
+    found = evaluate(problem, 0)
+    x, y = problem.train
+    with torch.no_grad():
+        assert found.loss == pytest.approx(float(nn.functional.cross_entropy(problem.model(x), y)), rel=1e-5)
+        right = problem.model(problem.test[0]).argmax(1) == problem.test[1]
+    assert found.accuracy == pytest.approx(float(right.double().mean()))
+
+
+def test_batch_normalisation_admits_moments_only() -> None:
+    present = {
+        method.name for method in entrants(replace(CONFIG, problem="digits-residual", structures=tuple(STRUCTURES)))
+    }
+    assert present == {"sgd", "diagonal", "kfac", "ekfac"}
+
+
+def test_the_table_of_methods_is_complete_and_even() -> None:
+    assert {method.name for method in of_family("structure")} == set(STRUCTURES)
+    assert {len(method.points) for method in METHODS.values()} == {CONFIGURATIONS}
+    for method in METHODS.values():
+        assert len({tuple(point.items()) for point in method.points}) == CONFIGURATIONS
+        assert method.base in {"", *METHODS}
+    assert set(TASKS) <= set(PROBLEMS)
+
+
+def test_claims_have_distinct_ids_and_cells() -> None:
+    config = Config()
+    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
+    assert len({claim.id for claim in claims}) == len(claims)
+    for claim in claims:
+        assert any(claim.needs(cell) for cell in cells), claim.id
+    parts = [cell["part"] for cell in cells]
+    assert parts.index("judging") > len(parts) - 1 - parts[::-1].index("tuning"), "tuning comes first"
+
+
+def test_a_problem_without_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="no classes"):
+        racing.problem_of(replace(CONFIG, problem="digits"), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structures": ("ful",)}, "Did you mean 'full'"),
+        ({"rivals": ("adm",)}, "Did you mean 'adam'"),
+        ({"ingredients": ("kfac",)}, "--ingredients"),
+        ({"configurations": 0}, "--configurations"),
+        ({"target_loss": -1.0}, "--target-loss"),
+        ({"target_accuracy": 90.0}, "--target-accuracy"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
