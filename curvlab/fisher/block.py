@@ -193,9 +193,18 @@ class Block(ABC):
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc` for rows of the last batch, or for all rows of the state if `keeps_rows`."""
 
-    def prefers_rows(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002
-        """Whether `lift` takes any rows, not the state's only, and fewer operations with these than `solve` with their sum."""
+    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002
+        """Whether `solve_sum` takes fewer operations than `solve`.
+
+        Args:
+            layers: rows of the state's last batch; summands have their shape, with one row a sample.
+            damping: ρ.
+        """
         return False
+
+    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "1 P_b"]:
+        """Return `(F + ρI)⁻¹x` for x the sum of rows."""
+        return self.solve(torch.cat([layer.total() for layer in layers])[None], damping)[0]
 
     @abstractmethod
     def sandwich(
@@ -385,6 +394,18 @@ class RowBlock(Block):
         both = torch.cat([once, once * eigen.inverse(0.0)]) @ eigen.vectors.T
         projection, solution = self._combine(both.to(x)).split(len(x))
         return solution, (x - projection).square().sum(-1)
+
+    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
+        return self.keeps_rows and damping > 0
+
+    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "1 P_b"]:
+        """Solve on the row side without forming x, if the rows share the inputs of the state's."""
+        pairs = list(zip(self.layers, layers, strict=True))
+        if not (self.keeps_rows and all(mine.shares_inputs(theirs) for mine, theirs in pairs)):
+            return super().solve_sum(layers, damping)
+        seen = torch.stack([mine.times_total(theirs) for mine, theirs in pairs]).sum(0)
+        c = self.system.solve(seen[:, None], damping)[:, 0]
+        return torch.cat([theirs.minus(mine, c).scale(1 / damping).total() for mine, theirs in pairs])[None]
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc`; on the row side `Sᵀ(K + ρI)⁻¹c`, accurate at any damping."""

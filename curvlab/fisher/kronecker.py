@@ -105,8 +105,13 @@ class KroneckerBlock(Block):
         """Multiply rows with the inverses of the factors."""
 
     @abstractmethod
-    def worth_factoring(self, rows: LayerRows) -> bool:
-        """Whether it takes fewer operations to multiply the factors of rows with inverses than their sum."""
+    def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:
+        """Whether it takes fewer operations to multiply the factors of rows with inverses than their sum.
+
+        Args:
+            rows: the rows; where `summed`, only their shape but for the number of rows a sample counts.
+            summed: whether the sum is at hand, of one row a sample.
+        """
 
     def update(self, batch: Batch) -> None:  # noqa: D102
         self.update_factors(batch)
@@ -193,8 +198,11 @@ class KroneckerBlock(Block):
         units = self.units.basis.values + rho_units[:, None]
         return 1 / (units[..., None] * (self.width.basis.values + rho_width[:, None])[:, None, :])
 
-    def prefers_rows(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: D102
-        return self._splits(damping) and self.worth_factoring(layers[0])
+    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: D102
+        return self._splits(damping) and self.worth_factoring(layers[0], summed=True)
+
+    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "1 P_b"]:  # noqa: D102
+        return self.weigh_by_inverses(layers[0], *self._factor_inverses(damping)).total()[None]
 
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float
@@ -305,9 +313,10 @@ class LinearBlock(KroneckerBlock):
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows, weights = self._shared(batch)
         assert isinstance(rows, KroneckerRows)
-        inputs = rows.input_root(weights, reduce=self._reduce)
+        inputs, scale = rows.input_root(weights, reduce=self._reduce)
         outputs = rows.output_root(reduce=self._reduce)
-        self.width.update(inputs, float(batch.sample_weights.sum()), batch.decay, total=batch.total)
+        weight = float(batch.sample_weights.sum())
+        self.width.update(inputs, weight, batch.decay, scale=scale, total=batch.total)
         self.units.update(
             outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
         )
@@ -336,10 +345,11 @@ class LinearBlock(KroneckerBlock):
         assert isinstance(rows, KroneckerRows)
         return replace(rows, a=_per_group(rows.a, width), g=_per_group(rows.g, units))
 
-    def worth_factoring(self, rows: LayerRows) -> bool:  # noqa: D102
+    def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
         (V, N, T, _, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
-        return N * T * (V * O**2 + I**2) < O * I * (O + I)
+        adding = N * T * O * I if summed else 0
+        return N * T * ((1 if summed else V) * O**2 + I**2) + adding < O * I * (O + I)
 
 
 def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Float[Tensor, "Q d d"]) -> Float[Tensor, "*K T Q d"]:
@@ -384,6 +394,6 @@ class EmbeddingBlock(KroneckerBlock):
         assert isinstance(rows, EmbeddingRows)
         return replace(rows, g=rows.g @ width[0] * units[0, rows.index][..., None])
 
-    def worth_factoring(self, rows: LayerRows) -> bool:  # noqa: D102
+    def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)
-        return rows.g.shape[:3].numel() < rows.layout.units
+        return rows.g.shape[summed:3].numel() < rows.layout.units

@@ -105,6 +105,9 @@ class LayerWiseBlock(RowBlock):
         self._coordinates: dict[bool, RowCoordinates] = {}
         self._eigen: dict[bool, Eigen] = {}
 
+    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
+        return False
+
     def _row_size(self, layers: Sequence[LayerRows]) -> int:
         return layers[0].count * len(self._group_sizes)
 

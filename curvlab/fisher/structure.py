@@ -396,27 +396,41 @@ class Structure(ABC):
         return {name: named[name].reshape((*lead, *shape)) for name, shape in self.space.shapes.items()}
 
     def direction(
-        self, gradient: Mapping[str, Tensor], damping: Damping, summands: Mapping[str, LayerRows] | None = None
+        self,
+        gradient: Mapping[str, Tensor],
+        damping: Damping,
+        summands: Callable[[str], LayerRows | None] | None = None,
     ) -> dict[str, Tensor]:
         """Return `(F + ρI)⁻¹g` as `solve` does, by a cheaper route where one is open and without its report.
 
         Args:
             gradient: g by name.
             damping: ρ, absolute or relative.
-            summands: by the names of layers, rows that add up to their share of g: their inputs, and the gradients at
-                their outputs. Blocks with Kronecker factors multiply with their inverses what takes fewer operations,
-                the factors of these rows or g; the two agree to rounding.
+            summands: returns, for the name of a parameter, rows of its layer that add up to g there, one a sample: the
+                layer's inputs, and the gradients at its outputs; None if there are none. Blocks with Kronecker factors
+                multiply with their inverses what takes fewer operations, the factors of these rows or g; blocks of rows
+                with the same inputs never form g. All agree to rounding.
         """
         rho = self._damping(damping)
         found: dict[str, Tensor] = {}
         for block in self._blocks:
-            layer = summands.get(block.name) if summands else None
-            if layer is not None and block.prefers_rows((layer,), rho):
-                solution = block.lift(layer.factors[-1].new_ones(1, layer.count), (layer,), rho)
+            layers = self._summands(block, rho, summands) if summands is not None else None
+            if layers is not None:
+                solution = block.solve_sum(layers, rho)
             else:
                 solution, _ = block.solve(block.join({name: gradient[name][None] for name in block.names}), rho)
             found.update(block.split(solution))
         return {name: found[name][0] for name in self.space.shapes}
+
+    def _summands(
+        self, block: Block, damping: float, summands: Callable[[str], LayerRows | None]
+    ) -> tuple[LayerRows, ...] | None:
+        """Return the rows that add up to a block's share of a gradient, if it takes whole layers and wants them."""
+        if not block.prefers_summands(block.of(self.rows), damping):
+            return None
+        layers = [summands(part.names[0]) for part in block.parts]
+        fitting = [layer for layer, part in zip(layers, block.parts, strict=True) if layer and layer.layout == part]
+        return tuple(fitting) if len(fitting) == len(layers) else None
 
     def response(self, jacobian: Rows, damping: Damping, test: Rows | None = None) -> Float[Tensor, "Q R"]:
         """Return `M = J' (F + ρI)⁻¹ Jᵀ / count`: a step moves the outputs by `−η M ∂ℓ`.

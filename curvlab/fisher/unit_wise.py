@@ -47,6 +47,9 @@ class UnitBlock(RowBlock):
     def _units(self) -> int:
         return self.parts[0].units
 
+    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
+        return False
+
     def _side_size(self) -> int:
         return self._width
 

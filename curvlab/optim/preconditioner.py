@@ -9,7 +9,8 @@ The rows of S come from the forward and backward pass that the user runs (`curvl
 of the structure's own `solve`, by the cheapest of three routes:
 
     lift       Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
-    factors    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient
+    summands   Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
+                                  the same a solve without forming the gradient
     gradient   (F + ρI)⁻¹ grad    always
 
 The first two need a gradient that nobody has touched since `backward()`: not accumulated, clipped or reduced.
@@ -269,7 +270,7 @@ class Preconditioner:
         (found,) = passes
         if due and found.coefficients is not None and self.structure.rows is found.rows and not self.structure.averages:
             return self.structure.lift(found.coefficients, damping)
-        return self.structure.direction(gradients, damping, found.gradient)
+        return self.structure.direction(gradients, damping, found.summand)
 
     def _is_untouched(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether the gradients are those of one backward pass."""

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.rows.autograd import backward_over_graphs, dense_rows
-from curvlab.rows.layer import DenseRows, LayerRows
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
 from curvlab.rows.modules import rule_for
 from curvlab.rows.parameters import ParameterSpace
@@ -86,8 +86,6 @@ class Collector(AbstractContextManager["Collector"]):
     ) -> None:
         self.rows: Rows | None = None
         """Rows of S."""
-        self.gradient: dict[str, LayerRows] = {}
-        """By layer, rows that add up to the gradient of this pass, one a sample; factored rows only."""
         self.coefficients: Tensor | None = None
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
         self.cleared = False
@@ -238,18 +236,22 @@ class Collector(AbstractContextManager["Collector"]):
         if self._draw is not None and not self._swept:
             factor = self._sample_factor(self._terms, upstream)
             self._swept = {o.name: _scaled(_gradient(call), factor)[None] for o, call in self._once().items()}
-        layers = self._dense_layers
-        for owner, call in self._once().items():
-            ends = _gradient(call)[None]
-            swept = self._swept.get(owner.name)
-            layer = self._rows(owner, call, ends if swept is None else torch.cat([swept, ends]))
-            if swept is not None:
-                layers.append(layer.map_rows(lambda rows: rows[:-1]))
-            if not isinstance(layer, DenseRows):
-                self.gradient[owner.name] = layer.map_rows(lambda rows: rows[-1:])
         if self._draw is not None:
-            self.rows = self._whole(self._draw, self._terms, layers)
+            layers = [self._rows(owner, call, self._swept[owner.name]) for owner, call in self._once().items()]
+            self.rows = self._whole(self._draw, self._terms, [*layers, *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
+
+    def summand(self, name: str) -> LayerRows | None:
+        """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.
+
+        They share their inputs with `rows`. None for a layer that was not called once.
+        """
+        owner, call = next(((o, c) for o, c in self._once().items() if name in o.names.values()), (None, None))
+        if owner is None or call is None:
+            return None
+        layer = self._rows(owner, call, _gradient(call)[None])
+        mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
+        return layer if mine is None else layer._with_factors(*mine.factors[:-1], layer.factors[-1])
 
     def _dense(self, z: Tensor, seeds: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""

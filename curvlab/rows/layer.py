@@ -132,6 +132,25 @@ class LayerRows(ABC):
             and all(a is b or torch.equal(a, b) for a, b in zip(self.factors, other.factors, strict=True))
         )
 
+    def total(self) -> Float[Tensor, " P_l"]:
+        """Add up the rows."""
+        return self.rmatvec(self.factors[-1].new_ones(1, self.count))[0]
+
+    def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:
+        """Multiply the rows with the sum of others. Cost: that of their Gram matrix, or `2·(R + S)·P_l` if less."""
+        return self.matvec(other.total()[None])[0]
+
+    def minus(self: Own, other: LayerRows, coefficients: Float[Tensor, " S"]) -> Own:
+        """Return rows that add up to `Σ self − otherᵀc`, for one row a sample and others of the same samples and inputs."""
+        V, N = other.shape
+        combined = torch.einsum("vn,vn...->n...", coefficients.view(V, N), other.factors[-1])
+        return self.map_rows(lambda rows: rows - combined)
+
+    def shares_inputs(self, other: LayerRows) -> bool:
+        """Whether other rows are of the same kind, with the very same tensors but for the row index."""
+        mine, theirs = self.factors[:-1], other.factors[:-1]
+        return type(self) is type(other) and all(a is b for a, b in zip(mine, theirs, strict=True))
+
     def unit_stack(self) -> Float[Tensor, "U R width"]:
         """Form the rows of every unit. Memory `R·P_l`."""
         return self.dense().reshape(self.count, self.layout.units, self.layout.width).transpose(0, 1)
@@ -282,6 +301,19 @@ class KroneckerRows(SharedRows):
         combined = torch.einsum("kvn,vntqo->kntqo", coefficients.view(-1, *self.shape), self.g)
         return torch.einsum("kntqo,ntqi->kqoi", combined, self.a).flatten(1)
 
+    def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
+        g = self.g[0] if len(self.g) == 1 else self.g.sum(0)
+        return torch.einsum("ntqo,ntqi->qoi", g, self.a).flatten()
+
+    def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:  # noqa: D102
+        O, I = self.g.shape[4], self.a.shape[3]  # noqa: E741
+        few = isinstance(other, KroneckerRows) and self.positions == other.positions == 1
+        if not (few and other.count * (O + I) < 2 * O * I):
+            return super().times_total(other)
+        products = self.g.new_zeros(self.count, other.count)
+        self.add_gram(products, other)
+        return products.sum(1)
+
     def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
         return torch.einsum("vntqo,ntqi->vnqoi", self.g, self.a).flatten(2).flatten(0, 1)
 
@@ -292,12 +324,14 @@ class KroneckerRows(SharedRows):
         energy = self.g[:, :, 0].square().sum(0)
         return torch.einsum("nqo,nqi->qoi", energy, self.a[:, 0].square()).flatten()
 
-    def input_root(self, sample_weights: Float[Tensor, " N"], *, reduce: bool) -> Float[Tensor, "Q A I"]:
-        """Return X with `XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""
-        T = self.sizes().view(-1, 1, 1, 1)
-        a = self.a.sum(1, keepdim=True) / T if reduce else self.a / T.sqrt()
-        weighted = a * sample_weights.sqrt().to(a.dtype).view(-1, 1, 1, 1)
-        return weighted.flatten(0, 1).transpose(0, 1)
+    def input_root(self, sample_weights: Float[Tensor, " N"], *, reduce: bool) -> tuple[Float[Tensor, "Q A I"], float]:
+        """Return X and s with `s·XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""
+        T = self.sizes()
+        weights = sample_weights.to(self.dtype) / (T.square() if reduce else T)
+        a = self.a.sum(1, keepdim=True) if reduce else self.a
+        if bool((weights == weights[0]).all()):
+            return a.flatten(0, 1).transpose(0, 1), float(weights[0])
+        return (a * weights.sqrt().view(-1, 1, 1, 1)).flatten(0, 1).transpose(0, 1), 1.0
 
     def output_root(self, *, reduce: bool) -> Float[Tensor, "Q B O"]:
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ` (expand), or with g summed over t first (reduce)."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from curvlab import sqrt_fisher
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, STRUCTURES, Full, Structure, make
+from curvlab.fisher.block import Block, RowBlock
+from curvlab.fisher.kronecker import KroneckerBlock
 from curvlab.optim import Preconditioner
 from curvlab.optim.preconditioner import _masked
 
@@ -64,28 +66,43 @@ def test_the_direction_is_the_solve_of_a_structure_fitted_to_the_batch(key: str,
     assert_close(now(pre), reference(fitted, gradient), 1e-8)
 
 
-@pytest.mark.parametrize("batch", [3, 200])
+def spy(monkeypatch: pytest.MonkeyPatch, kind: type[Block]) -> list[str]:
+    """Record which blocks solve with summands."""
+    solved: list[str] = []
+    original = kind.solve_sum
+
+    def solve_sum(self: Any, *arguments: Any) -> Tensor:
+        solved.append(self.name)
+        result: Tensor = original(self, *arguments)
+        return result
+
+    monkeypatch.setattr(kind, "solve_sum", solve_sum)
+    return solved
+
+
+@pytest.mark.parametrize("batch", [2, 200])
 def test_kfac_multiplies_factors_or_gradients_whichever_is_less_work(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, y = data(batch)
+    solved = spy(monkeypatch, KroneckerBlock)
     structure = KFAC(factored_damping=True)
     pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO)
-    gradient = run(pre, x, y)
-    lifted: list[str] = []
-    original = Structure.direction
-    monkeypatch.setattr(
-        Structure,
-        "direction",
-        lambda self, g, rho, summands=None: (
-            lifted.extend(
-                block.name for block in self._blocks if summands and block.prefers_rows((summands[block.name],), rho)
-            ),
-            original(self, g, rho, summands),
-        )[1],
-    )
+    gradient = run(pre, *data(batch))
     pre.precondition()
-    assert lifted == (["0", "2", "4"] if batch == 3 else [])
+    assert solved == (["0", "2", "4"] if batch == 2 else [])
+    assert_close(now(pre), reference(structure, gradient), 1e-10)
+
+
+@pytest.mark.parametrize("key", ["full", "block-diagonal"])
+def test_rows_that_share_their_inputs_with_the_gradient_solve_without_it(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = spy(monkeypatch, RowBlock)
+    structure = make(key, side="rows")
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, kind="mc", damping=RHO)
+    gradient = run(pre, *data())
+    pre.precondition()
+    assert len(solved) == len(structure._blocks)
     assert_close(now(pre), reference(structure, gradient), 1e-10)
 
 

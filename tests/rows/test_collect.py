@@ -69,8 +69,15 @@ def check(case: Architecture, losses: LossCase, kind: str, reduction: str) -> No
     if found.coefficients is not None:
         assert_close(found.coefficients @ S, g, 1e-9)
     summed: dict[str, Tensor] = {}
-    for layer in found.gradient.values():
-        summed |= layer.layout.split(layer.rmatvec(torch.ones(1, layer.count, dtype=DOUBLE))[0])
+    for mine in rows.layers:
+        layer = found.summand(mine.layout.names[0])
+        if layer is not None:
+            assert layer.shares_inputs(mine)
+            summed |= layer.layout.split(layer.total())
+            product = mine.dense() @ layer.total()
+            assert_close(mine.times_total(layer), product, 1e-9)
+            c = torch.randn(mine.count, dtype=DOUBLE)
+            assert_close(layer.minus(mine, c).total(), layer.total() - mine.dense().T @ c, 1e-9)
     for name, value in summed.items():
         assert_close(value, gradient(model)[name], 1e-9)
 
