@@ -32,7 +32,9 @@ class Operations:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
+    """A dense layer or convolution: positions that share its weights, inputs with the bias' one, outputs."""
+
     positions: int
     inputs: int
     outputs: int
@@ -40,15 +42,16 @@ class _Layer:
 
 def operations(network: nn.Sequential, inputs: Float[Tensor, "N ..."]) -> Operations:
     """Count the multiply-adds of the Gram matrix of a chain of dense layers and convolutions."""
-    layers, V = _layers(network, inputs)
+    layers, V = layers_of(network, inputs)
     N = len(inputs)
     R = V * N
     forward = sum(N * layer.positions * layer.inputs * layer.outputs for layer in layers)
     backward = sum(R * layer.positions * layer.inputs * layer.outputs for layer in layers[1:])
-    return Operations(forward + backward, sum(_product(layer, V, N) for layer in layers))
+    return Operations(forward + backward, sum(gram_product(layer, V, N) for layer in layers))
 
 
-def _product(layer: _Layer, V: int, N: int) -> int:
+def gram_product(layer: Layer, V: int, N: int) -> int:
+    """Count the multiply-adds of a layer's share of the Gram matrix of `V·N` rows."""
     T, I, O = layer.positions, layer.inputs, layer.outputs  # noqa: E741
     R = V * N
     of_rows, of_samples = R * (R + 1) // 2, N * (N + 1) // 2
@@ -59,18 +62,19 @@ def _product(layer: _Layer, V: int, N: int) -> int:
 
 def matrix_products(network: nn.Sequential, inputs: Float[Tensor, "N ..."]) -> list[tuple[int, int, int]]:
     """List the sizes `(m, k, n)` of the sweep's backward products and of the products of dense layers' rows."""
-    layers, V = _layers(network, inputs)
+    layers, V = layers_of(network, inputs)
     R = V * len(inputs)
     backward = [(R * layer.positions, layer.outputs, layer.inputs - 1) for layer in layers[1:]]
     return backward + [(R, layer.outputs, R) for layer in layers if layer.positions == 1]
 
 
 @torch.no_grad()
-def _layers(network: nn.Sequential, inputs: Tensor) -> tuple[list[_Layer], int]:
+def layers_of(network: nn.Sequential, inputs: Float[Tensor, "N ..."]) -> tuple[list[Layer], int]:
+    """Return the dense layers and convolutions of a chain, and the number of its outputs."""
     layers, x = [], inputs
     for module in network:
         x = module(x)
         if isinstance(module, nn.Linear | nn.Conv2d):
             weight = module.weight
-            layers.append(_Layer(x[0, 0].numel(), weight[0].numel() + 1, weight.shape[0]))
+            layers.append(Layer(x[0, 0].numel(), weight[0].numel() + 1, weight.shape[0]))
     return layers, x.shape[1]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import tables
 from benchmarks.peers import METHODS
 from benchmarks.runner import Entry
 from benchmarks.tasks import TASKS
-from curvlab.study.storage import write, write_json
 from curvlab.study.units import size
-
-FORMATS = (".md", ".json")
-"""Suffixes of files that a comparison can be written to."""
 
 LEGEND = (
     "Ratio: the time over that of the first line. Memory: the peak beyond what was held before. Share: the time that "
@@ -29,17 +24,12 @@ LEGEND = (
 def heading(entries: Sequence[Entry]) -> str:
     """Say what one task computed, and on what."""
     request = entries[0].request
-    threads = "1 thread" if request.threads == 1 else f"{request.threads} threads"
-    title = TASKS[request.task].title
-    return f"Gram matrix of a {title}, N = {request.samples}, float32, {request.device}, {threads}"
+    return f"Gram matrix of a {TASKS[request.task].title}, {tables.setting(request, request.samples)}"
 
 
 def table(entries: Sequence[Entry], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one task; the first entry is what the others are compared with."""
-    made = Table(box=style, pad_edge=style is not box.SIMPLE_HEAD)
-    made.add_column("method")
-    for header in ("seconds", "ratio", "memory", "error", "share"):
-        made.add_column(header, justify="right")
+    made = tables.empty(style, ["method"], ["seconds", "ratio", "memory", "error", "share"])
     for entry in entries:
         made.add_row(METHODS[entry.request.method].title, *_cells(entry, entries[0]))
     return made
@@ -61,11 +51,7 @@ def _cells(entry: Entry, reference: Entry) -> list[str]:
 
 def notes(entries: Sequence[Entry]) -> list[str]:
     """Say what stopped a method, and at which rate the machine multiplies matrices."""
-    lines = [
-        f"{METHODS[entry.request.method].title}: {entry.measurement.outcome} ({entry.measurement.note})."
-        for entry in entries
-        if entry.measurement.outcome != "done"
-    ]
+    lines = tables.stopped((METHODS[entry.request.method].title, entry.measurement) for entry in entries)
     rates = [entry.measurement.matmul_rate for entry in entries if entry.measurement.matmul_rate is not None]
     if rates:
         lines.append(f"Matrix products ran at {2e-9 * min(rates):.1f} to {2e-9 * max(rates):.1f} GFLOP/s.")
@@ -74,17 +60,6 @@ def notes(entries: Sequence[Entry]) -> list[str]:
 
 def save(path: Path, comparisons: Sequence[Sequence[Entry]], environment: dict[str, object]) -> None:
     """Write markdown or JSON, by the suffix of the path."""
-    if path.suffix == ".json":
-        write_json(path, {"environment": environment, "measurements": [[asdict(e) for e in c] for c in comparisons]})
-    else:
-        sections = [
-            "\n\n".join((f"## {heading(c)}", _markdown(table(c, box.MARKDOWN)), " ".join(notes(c))))
-            for c in comparisons
-        ]
-        write(path, "\n\n".join([*sections, LEGEND, ""]).encode())
-
-
-def _markdown(table: Table) -> str:
-    text = io.StringIO()
-    Console(file=text, width=200).print(table)
-    return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
+    measurements = [[asdict(entry) for entry in entries] for entries in comparisons]
+    sections = ((heading(entries), table(entries, box.MARKDOWN), notes(entries)) for entries in comparisons)
+    tables.save(path, environment, measurements, sections, LEGEND)

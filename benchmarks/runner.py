@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.peers import METHODS, MethodName
+from benchmarks.process import in_own_process
 from benchmarks.worker import Measurement, Request
 
 AGREEMENT = 1e-4
@@ -53,26 +49,11 @@ def compare(requests: Iterable[Request], timeout: float) -> Iterator[Entry]:
     reference = None
     for position, request in enumerate(requests):
         with tempfile.TemporaryDirectory() as folder:
-            measurement = _in_own_process(request, timeout, Path(folder))
+            measurement = in_own_process("benchmarks.worker", request, timeout, Path(folder), Measurement)
             gram = _unscaled(request.method, Path(folder)) if measurement.outcome == "done" else None
         reference = gram if position == 0 else reference
-        error = None if gram is None or reference is None else _relative_error(gram, reference)
+        error = None if gram is None or reference is None else relative_error(gram, reference)
         yield Entry(request, measurement, error)
-
-
-def _in_own_process(request: Request, timeout: float, folder: Path) -> Measurement:
-    command = [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(request)), str(folder)]
-    threads = {name: str(request.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    try:
-        done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Measurement("out of time", f"stopped after {timeout:g} s")
-    if done.returncode == -signal.SIGKILL:
-        return Measurement("out of memory", "killed by the system")
-    if done.returncode:
-        return Measurement("failed", (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    entries = json.loads((folder / "measurement.json").read_text())
-    return Measurement(**entries | {"seconds": tuple(entries["seconds"])})
 
 
 def _unscaled(method: MethodName, folder: Path) -> np.ndarray:
@@ -80,5 +61,6 @@ def _unscaled(method: MethodName, folder: Path) -> np.ndarray:
     return gram / METHODS[method].scale
 
 
-def _relative_error(gram: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.linalg.norm(gram - reference) / np.linalg.norm(reference))
+def relative_error(found: np.ndarray, reference: np.ndarray) -> float:
+    """Return the norm of the difference over that of the reference."""
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
