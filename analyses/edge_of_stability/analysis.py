@@ -1,0 +1,71 @@
+"""The analysis as one object: its parts, claims and figures."""
+
+from __future__ import annotations
+
+import hashlib
+
+from analyses.assembly import cells_of, claims_of
+from analyses.assembly import data_hash as hash_of
+from analyses.edge_of_stability.config import Config
+from analyses.edge_of_stability.figures import FIGURES
+from analyses.edge_of_stability.parts import PARTS
+from analyses.edge_of_stability.setting import ARGUMENTS, setting_of
+from analyses.part import Observations
+from curvlab.problems import DataUnavailable
+from curvlab.problems.images import IMAGE_SETS
+from curvlab.study import Analysis, Cell
+from curvlab.study import DataUnavailable as StudyDataUnavailable
+
+
+def _network(cell: Cell) -> list[str]:
+    return [str(cell.coordinates.get(name, "")) for name in ("problem", "seed", *ARGUMENTS)]
+
+
+def _data_hash(config: Config) -> str:
+    if config.problem not in IMAGE_SETS:
+        return hash_of(config.problem)
+    try:
+        train = setting_of(Cell({"problem": config.problem, "seed": 0}), config).problem.train
+    except DataUnavailable as error:
+        raise StudyDataUnavailable(str(error)) from error
+    return hashlib.sha256(b"".join(part.numpy(force=True).tobytes() for part in train)).hexdigest()
+
+
+def _measure(cell: Cell, config: Config) -> Observations:
+    return PARTS[str(cell["part"])].measure(cell, config)
+
+
+def _resources(cell: Cell, config: Config) -> tuple[float, float]:
+    part = PARTS[str(cell["part"])]
+    if cell["problem"] != config.problem:
+        return part.seconds(config.width), 3e8
+    work = config.width**2 * (config.depth - 1) * config.samples * config.steps / (2 * 64**2 * 128 * 800)
+    return part.seconds(config.width) * max(0.3, work), 5e8 + 8.0 * config.samples * (3072 + 60 * config.width)
+
+
+ANALYSIS: Analysis[Config] = Analysis(
+    name="edge_of_stability",
+    version=1,
+    question=(
+        "Does full-batch training sharpen until its optimiser is just stable, and stay there? And do natural gradient and its "
+        "approximations have an edge of their own?"
+    ),
+    paper="Cohen, Kaur, Li, Kolter & Talwalkar 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of "
+    "Stability (arXiv 2103.00065)",
+    examples=(
+        "--seeds 4 --steps 500  # a quick look",
+        "--problem cifar10-5k --scaling standardised --samples 5000 --width 200 --etas 0.01 0.02 --steps 9000 --dtype float32 "
+        "--device cuda  # the paper's network",
+    ),
+    cost="digits, N = 128, tanh network 64-64-64-10, runs of 800 steps, 12 seeds: about 11 minutes of processor time, spread over "
+    "the cores.",
+    config=Config,
+    claims=claims_of(PARTS),
+    cells=cells_of(PARTS, _network),
+    data_hash=_data_hash,
+    measure=_measure,
+    resources=_resources,
+    figures=FIGURES,
+    axes=("heavy_ball", "nesterov", "adam", "batch_size", "preconditioners"),
+    memory_option="--samples",
+)

@@ -1,0 +1,93 @@
+"""Options of the edge-of-stability analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from curvlab.errors import unknown_name
+from curvlab.fisher import STRUCTURES
+from curvlab.problems.full_batch import LOSSES, NETWORKS
+from curvlab.problems.images import IMAGE_SETS
+from curvlab.study import CommonOptions
+
+NEEDS_SIGMA = "layer-wise"
+"""A family rather than one structure: the members that have a name are here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonOptions):
+    """Options of the edge-of-stability analysis."""
+
+    problem: str = "digits"
+    """An image set, such as cifar10-5k, with the network of --network; or module:function that returns a Problem."""
+    network: str = "fc-tanh"
+    """Network on an image set: fc, cnn or cnn-avgpool, and its activation."""
+    width: int = 64
+    """Hidden units or channels of a layer; the paper has 200 and 32."""
+    depth: int = 3
+    """Weight layers of a fully connected network."""
+    samples: int = 128
+    """Number of training samples N (unit: samples)."""
+    scaling: Literal["unit", "standardised"] = "unit"
+    """Inputs of norm 1, or pixels standardised one by one as in the paper."""
+    loss: Literal["half-squared", "cross-entropy"] = "half-squared"
+    """Loss of all runs but those that compare the losses."""
+    etas: tuple[float, ...] = (0.3, 0.4, 0.5)
+    """Step sizes of gradient descent; the middle one is the run that flow and approximations are compared with."""
+    heavy_ball: tuple[float, ...] = (0.2,)
+    """Step sizes of Polyak's momentum."""
+    nesterov: tuple[float, ...] = (0.1,)
+    """Step sizes of Nesterov's momentum."""
+    adam: tuple[float, ...] = ()
+    """Step sizes of Adam, live and with the preconditioner frozen after a tenth of the run."""
+    beta: float = 0.9
+    """Momentum β of heavy ball and Nesterov."""
+    batch_size: tuple[int, ...] = ()
+    """Batch sizes of SGD at the middle step size, besides the full batch (unit: samples)."""
+    sweep_depths: tuple[int, ...] = ()
+    """Depths at which the flow's sharpening is measured, besides --depth."""
+    sweep_widths: tuple[int, ...] = ()
+    """Widths at which the flow's sharpening is measured, besides --width."""
+    sweep_samples: tuple[int, ...] = ()
+    """Sample counts at which the flow's sharpening is measured, besides --samples."""
+    structures: tuple[str, ...] = tuple(name for name in STRUCTURES if name != NEEDS_SIGMA)
+    """Approximations whose largest eigenvalue is followed along gradient descent."""
+    preconditioners: tuple[str, ...] = ("full", "block-diagonal", "kfac")
+    """Structures that precondition training, renewed at every step and frozen."""
+    steps: int = 800
+    """Steps of a run (unit: steps)."""
+    every: int = 25
+    """Steps between measurements; an odd number sees both phases of an oscillation of period 2 (unit: steps)."""
+    top: int = 2
+    """Hessian eigenvalues that are followed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for structure in (*self.structures, *self.preconditioners):
+            if structure not in STRUCTURES or structure == NEEDS_SIGMA:
+                raise unknown_name("structure", structure, [name for name in STRUCTURES if name != NEEDS_SIGMA])
+        if self.problem in IMAGE_SETS and self.network not in NETWORKS:
+            raise unknown_name("network", self.network, NETWORKS)
+        if self.loss not in LOSSES:
+            raise unknown_name("loss", self.loss, LOSSES)
+        if not self.etas:
+            raise ValueError("--etas must name at least one step size.")
+        for name in ("etas", "heavy_ball", "nesterov", "adam"):
+            if any(not eta > 0 for eta in getattr(self, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}.")
+        for name in ("batch_size", "sweep_depths", "sweep_widths", "sweep_samples"):
+            if any(number < 1 for number in getattr(self, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        for name in ("width", "depth", "samples", "every", "top"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.steps < 4 * self.every:
+            raise ValueError(f"--steps must be at least 4 times --every, got {self.steps} and {self.every}.")
+        if not 0.0 <= self.beta < 1.0:
+            raise ValueError(f"--beta must lie in [0, 1), got {self.beta}.")
+
+    @property
+    def middle(self) -> float:
+        """The step size of gradient descent that other things are compared at."""
+        return sorted(self.etas)[(len(self.etas) - 1) // 2]

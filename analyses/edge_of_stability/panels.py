@@ -1,0 +1,228 @@
+"""The panels of the edge-of-stability figures, each one relation between stored measurements and its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+
+from analyses.drawing import DASHED, NEUTRAL, NotStored, level, note, take
+from analyses.edge_of_stability.part import BAND
+from analyses.edge_of_stability.parts.losses import CE
+from curvlab.study import style
+from curvlab.study.inference import Summary
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Of step sizes and runs, in order; each comes with a marker of its own."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SHOWN = 12
+"""Markers on a curve."""
+TITLES = {"gd": "gradient descent", "heavy-ball": "heavy ball", "nesterov": "Nesterov", "adam": "Adam"}
+RATIO = r"$S$ / threshold"
+
+
+def curve(axes: Axes, table: pd.DataFrame, x: str, index: int, label: str | None = None) -> Float[np.ndarray, " K"]:
+    """Draw the mean over seeds as a line with markers and its 95 % t-interval as a band; returns the means.
+
+    On a logarithmic axis mean and interval are those of log y. A point that only some seeds have, because others diverged, is
+    left out.
+    """
+    logarithmic = axes.get_yscale() == "log"
+    seeds = table["seed"].nunique()
+    positions, means, ends = [], [], []
+    for position in sorted(table[x].unique()):
+        group = table[table[x] == position]
+        if len(group) < seeds:
+            continue
+        values = group["value"].to_numpy(dtype=float)
+        summary = Summary.of(np.log(values) if logarithmic else values)
+        positions.append(float(position))
+        means.append(summary.mean)
+        ends.append(summary.interval(0.95))
+    back = np.exp if logarithmic else np.asarray
+    line, band = np.asarray(back(np.array(means))), back(np.array(ends).reshape(-1, 2))
+    color = COLOURS[index % len(COLOURS)]
+    axes.plot(
+        positions, line, color=color, marker=MARKERS[index % len(MARKERS)], markevery=max(1, len(line) // SHOWN),
+        markersize=3, linewidth=1.0, label=label, zorder=3,
+    )  # fmt: skip
+    axes.fill_between(positions, band[:, 0], band[:, 1], color=color, alpha=0.25, linewidth=0, zorder=2)
+    return line
+
+
+def threshold(axes: Axes, value: float, index: int | None = None, label: str | None = None) -> None:
+    """Draw a threshold, in the colour of the run it belongs to."""
+    color = NEUTRAL if index is None else COLOURS[index % len(COLOURS)]
+    axes.axhline(value, color=color, linestyle=DASHED, linewidth=0.9, zorder=1, label=label)
+
+
+def _by_eta(measurements: pd.DataFrame, quantity: str, optimiser: str) -> Iterator[tuple[int, float, pd.DataFrame]]:
+    table = take(measurements, "training", quantity, optimiser=optimiser)
+    for index, eta in enumerate(sorted(table["eta"].unique())):
+        yield index, float(eta), table[table["eta"] == eta]
+
+
+def sharpness_against_step(axes: Axes, measurements: pd.DataFrame, *, optimiser: str = "gd") -> None:
+    """Sharpness against step at every η, and each threshold (dashed)."""
+    for index, eta, group in _by_eta(measurements, "sharpness", optimiser):
+        label = rf"$\eta={eta:g}$" if optimiser == "gd" else None
+        curve(axes, group, "step", index, label)
+        threshold(
+            axes, float(group["threshold"].iloc[0]), index, "threshold" if not index and optimiser == "gd" else None
+        )
+    axes.set_ylim(bottom=0)
+    etas = measurements.loc[measurements["optimiser"] == optimiser, "eta"].unique()
+    title = TITLES.get(optimiser, optimiser) + (rf", $\eta={etas[0]:g}$" if len(etas) == 1 else "")
+    axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$", title=title)
+
+
+def loss_against_step(axes: Axes, measurements: pd.DataFrame, *, optimiser: str = "gd") -> None:
+    """Training loss against step at every η."""
+    axes.set_yscale("log")
+    for index, eta, group in _by_eta(measurements, "loss", optimiser):
+        curve(axes, group, "step", index, rf"$\eta={eta:g}$" if optimiser == "gd" else None)
+    axes.set(xlabel="step", ylabel="training loss", title=TITLES.get(optimiser, optimiser))
+
+
+def alignment_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Share of the step's squared norm in the top eigenspace, at every η of gradient descent."""
+    for index, eta, group in _by_eta(measurements, "step_alignment", "gd"):
+        curve(axes, group, "step", index, rf"$\eta={eta:g}$")
+    axes.set_ylim(0, 1.05)
+    axes.set(xlabel="step", ylabel="share of the step in\nthe top eigenspace")
+
+
+def plateaus(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Mean sharpness after the crossing against η, and 2/η (line)."""
+    axes.set(xscale="log", yscale="log")
+    table = take(measurements, "training", "plateau_sharpness", optimiser="gd")
+    etas = np.array(sorted(table["eta"].unique()))
+    style.theory(axes, etas, 2 / etas, "gradient-descent", label=r"$2/\eta$")
+    style.measured(axes, table, "eta", "gradient-descent", label="sharpness after the crossing")
+    style.log_ticks(axes, list(etas))
+    axes.set(xlabel=r"step size $\eta$", ylabel=r"sharpness $\lambda_{\max}(H)$")
+
+
+def ratios(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Sharpness after the crossing over the threshold, of every optimiser, with the band that was fixed beforehand."""
+    table = take(measurements, "training", "plateau_ratio")
+    names = []
+    for place, ((optimiser, eta), group) in enumerate(table.groupby(["optimiser", "eta"])):
+        style.measured(axes, group.assign(place=float(place)), "place", "gradient-descent", label="")
+        names.append(rf"{TITLES.get(str(optimiser), optimiser)} {eta:g}")
+    axes.axhspan(1 - BAND, 1 + BAND, color=NEUTRAL, alpha=0.12, linewidth=0, zorder=0)
+    level(axes, 1.0)
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
+    axes.set(ylabel="mean " + RATIO)
+
+
+def flow_sharpness(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Sharpness along gradient flow and gradient descent against time, and 2/η (dashed)."""
+    flow = take(measurements, "flow", "flow_sharpness", sweep="none")
+    curve(axes, flow, "time", 0, "gradient flow")
+    curve(axes, take(measurements, "flow", "descent_sharpness"), "time", 1, "gradient descent")
+    eta = float(flow["eta"].iloc[0])
+    threshold(axes, 2 / eta)
+    note(axes, float(flow["time"].min()), 2 / eta, rf"$2/\eta$, $\eta={eta:g}$", xytext=(0, 2))
+    axes.set(xlabel=r"time $t=\eta k$", ylabel=r"sharpness $\lambda_{\max}(H)$")
+
+
+def flow_distance(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Distance of gradient descent from the flow against time, with the mean time of the crossing (dashed)."""
+    curve(axes, take(measurements, "flow", "distance"), "time", 1)
+    crossing = float(take(measurements, "flow", "crossing_time")["value"].mean())
+    axes.axvline(crossing, color=NEUTRAL, linestyle=DASHED, linewidth=0.9)
+    note(axes, crossing, axes.get_ylim()[1], "crossing", ha="right", va="top", xytext=(-3, -2))
+    axes.set(xlabel=r"time $t=\eta k$", ylabel=r"$\|\theta_k-\theta(\eta k)\|$")
+
+
+def catapults(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Sharpness over threshold of runs that start above it."""
+    table = take(measurements, "schedules", "ratio", schedule="catapult")
+    for index, (factor, group) in enumerate(table.groupby("factor")):
+        curve(axes, group, "step", index + 3, rf"$S(0)={factor:g}\times 2/\eta$")
+    level(axes, 1.0)
+    axes.set(xlabel="step", ylabel=RATIO)
+
+
+def dropped_rate(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Sharpness along a run whose η is lowered half-way, and both thresholds (dashed)."""
+    table = take(measurements, "schedules", "sharpness", schedule="drop")
+    runs = take(measurements, "training", "sharpness", optimiser="gd")
+    curve(axes, table, "step", 5, r"$\eta$ lowered half-way")
+    for eta, side, step in ((runs["eta"].max(), "right", table["step"].max()), (runs["eta"].min(), "left", 0)):
+        threshold(axes, 2 / eta)
+        note(axes, float(step), 2 / eta, rf"$2/\eta$, $\eta={eta:g}$", ha=side, xytext=(0, 2))
+    axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$")
+
+
+def late_drop(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Sharpness over threshold under cross-entropy, and the mean of p(1 − p) over its first."""
+    curve(axes, take(measurements, "losses", "ratio", loss=CE), "step", 0, "cross-entropy")
+    weight = take(measurements, "losses", "weight", loss=CE)
+    first = weight[weight["step"] == 0].set_index("seed")["value"]
+    curve(axes, weight.assign(value=weight["value"] / weight["seed"].map(first)), "step", 2, r"mean $p(1-p)$ / first")
+    level(axes, 1.0)
+    axes.set(xlabel="step", ylabel=RATIO)
+
+
+def preconditioned(axes: Axes, measurements: pd.DataFrame, *, mode: str) -> None:
+    """λ_max of the preconditioned Hessian over 2/η, or itself where the preconditioner is renewed, by structure."""
+    quantity = "ratio" if mode == "frozen" else "sharpness"
+    table = take(measurements, "preconditioned", quantity, mode=mode)
+    if mode == "live":
+        axes.set_yscale("log")
+    for place, structure in enumerate(name for name in style.LOOKS if (table["structure"] == name).any()):
+        group, look = table[table["structure"] == structure], style.look(structure)
+        complete = group.groupby("step")["seed"].transform("nunique") == group["seed"].nunique()
+        style.measured(axes, group[complete], "step", structure, shift=2.0 * (place - 1))
+        logarithmic = axes.get_yscale() == "log"
+        drawn = np.log(group["value"]) if logarithmic else group["value"]
+        means = drawn[complete].groupby(group["step"]).mean()
+        means = np.exp(means) if logarithmic else means
+        axes.plot(means.index, means, color=look.color, linewidth=0.8, zorder=2)
+    if mode == "frozen":
+        level(axes, 1.0)
+    else:
+        for value in (1, 3):
+            level(axes, float(value))
+    axes.set(xlabel="step", title=f"{mode} preconditioner")
+    axes.set_ylabel(r"$\lambda_{\max}(P^{-1}H)\,\eta/2$" if mode == "frozen" else r"$\lambda_{\max}(P^{-1}H)$")
+
+
+def largest_of(axes: Axes, measurements: pd.DataFrame, *, approximation: str) -> None:
+    """λ_max of one approximation and of the Hessian along gradient descent, and 2/η (dashed)."""
+    axes.set_yscale("log")
+    reference = take(measurements, "structures", "largest", approximation="hessian")
+    curve(axes, reference, "step", 0, "Hessian")
+    curve(axes, take(measurements, "structures", "largest", approximation=approximation), "step", 1, "approximation")
+    threshold(axes, 2 / float(reference["eta"].iloc[0]), label=r"$2/\eta$")
+    title = style.look(approximation).label if approximation in style.LOOKS else f"{approximation} Fisher"
+    axes.set(xlabel="step", ylabel=r"$\lambda_{\max}$", title=title)
+
+
+def chebyshev(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Sharpness of the exact Hessian along the Chebyshev task, and 2/η (dashed)."""
+    table = take(measurements, "chebyshev", "sharpness")
+    curve(axes, table, "step", 4, "Chebyshev task")
+    value = float(table["threshold"].iloc[0])
+    threshold(axes, value)
+    note(axes, float(table["step"].min()), value, rf"$2/\eta$, $\eta={2 / value:g}$", xytext=(0, 2))
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$")
+
+
+def batch_sizes(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Late sharpness of SGD against batch size, and 2/η (dashed)."""
+    table = take(measurements, "training", "late_sharpness", optimiser="sgd")
+    table = table[table["batch"] > 0]
+    if table.empty:
+        raise NotStored("training: sharpness of SGD (--batch-size)")
+    axes.set(xscale="log", yscale="log")
+    style.measured(axes, table, "batch", "gradient-descent", label="SGD")
+    style.log_ticks(axes, sorted(int(batch) for batch in table["batch"].unique()))
+    threshold(axes, 2 / float(table["eta"].iloc[0]))
+    axes.set(xlabel="batch size (samples)", ylabel=r"late sharpness $\lambda_{\max}(H)$")

@@ -1,0 +1,53 @@
+"""Options of the spectrum analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from curvlab.errors import unknown_name
+from curvlab.fisher import STRUCTURES
+from curvlab.problems import swept_arguments
+from curvlab.study import CommonOptions
+
+NEEDS_SIGMA = "layer-wise"
+"""A family rather than one structure: the members that have a name are here."""
+HESSIAN, GGN = "hessian", "ggn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonOptions):
+    """Options of the spectrum analysis."""
+
+    problem: str = "digits"
+    """Data set and model: a name, or module:function that returns a Problem."""
+    seeds: int = 6
+    """How many random seeds to run; intervals and p-values are taken over them (unit: seeds)."""
+    width: int = 64
+    """Hidden width, where the problem takes one (unit: neurons)."""
+    activation: str = "tanh"
+    """Activation, where the problem takes one."""
+    structures: tuple[str, ...] = tuple(name for name in STRUCTURES if name != NEEDS_SIGMA)
+    """Structures to measure beside Hessian and GGN."""
+    steps: int = 0
+    """Gradient-descent steps at half the stable step size before the spectra are taken (unit: steps)."""
+    top: int = 5
+    """Eigenvalues from the upper end."""
+    probes: int = 6
+    """Random vectors of a density; at least 2."""
+    lanczos: int = 48
+    """Lanczos steps of a density, which set its resolution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for structure in self.structures:
+            if structure not in STRUCTURES or structure == NEEDS_SIGMA:
+                raise unknown_name("structure", structure, [name for name in STRUCTURES if name != NEEDS_SIGMA])
+        for name, least in (("width", 1), ("steps", 0), ("top", 1), ("probes", 2), ("lanczos", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Those options that the problem takes."""
+        wanted = {"width": self.width, "activation": self.activation}
+        return {name: value for name, value in wanted.items() if name in swept_arguments(self.problem)}

@@ -1,0 +1,125 @@
+"""The spectra of one matrix at one network, whole and per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from analyses.part import Observations
+from analyses.spectrum.config import GGN, HESSIAN, Config
+from curvlab import spectrum
+from curvlab.fisher import make
+from curvlab.problems import Problem, resolve
+from curvlab.rows import sqrt_fisher
+from curvlab.rows.parameters import ParameterSpace
+from curvlab.spectrum import Operator, StructureOperator
+from curvlab.study import Cell
+
+WHOLE = "all"
+"""The layer that stands for all parameters."""
+TOLERANCE = 1e-4
+GRID = 120
+"""Points of a density, evenly spaced in asinh(λ/δ)."""
+LINEAR = 1e-3
+"""δ over the largest modulus: below it the axis of a density is linear, above logarithmic."""
+TRACE_PRODUCTS = 64
+
+
+class Restricted(Operator):
+    """The diagonal block of an operator that belongs to one layer."""
+
+    def __init__(self, operator: Operator, names: list[str]) -> None:
+        shapes = {name: operator.space.shapes[name] for name in names}
+        self.operator, self.space = operator, ParameterSpace(shapes)
+        self.dtype, self.device = operator.dtype, operator.device
+
+    def matmat(self, block: torch.Tensor) -> torch.Tensor:
+        """Multiply a block of vectors, embedded among zeros."""
+        inner = self.space.unflatten(block)
+        whole = {
+            name: inner.get(name, block.new_zeros(len(block), *shape))
+            for name, shape in self.operator.space.shapes.items()
+        }
+        product = self.operator.space.unflatten(self.operator.matmat(self.operator.space.flatten(whole)))
+        return self.space.flatten({name: product[name] for name in self.space.shapes})
+
+
+@lru_cache(maxsize=1)
+def problem_of(config: Config, seed: int) -> Problem:
+    """Return the problem of a seed, trained for the number of steps asked for; the last one is kept."""
+    problem = resolve(config.problem, **config.arguments, seed=seed).to(config.device, getattr(torch, config.dtype))
+    if config.steps:
+        _descend(problem, config.steps)
+    return problem
+
+
+def _descend(problem: Problem, steps: int) -> None:
+    """Take full-batch gradient steps with η = 1/λ_max(GGN) at the start, half the stable step size."""
+    model, loss, (inputs, targets) = problem.model, problem.loss, problem.train
+    eta = 1 / float(spectrum.eigenpairs(spectrum.GGN(model, loss, problem.train), 1).values[0])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(steps):
+        gradient = torch.autograd.grad(loss(model(inputs), targets), parameters)
+        with torch.no_grad():
+            moved = parameters_to_vector(parameters) - eta * parameters_to_vector(gradient)
+        vector_to_parameters(moved, parameters)
+
+
+def operator_of(name: str, problem: Problem) -> Operator:
+    """Return the Hessian, the GGN or a structure at a problem's parameters."""
+    if name == HESSIAN:
+        return spectrum.Hessian(problem.model, problem.loss, problem.train)
+    if name == GGN:
+        return spectrum.GGN(problem.model, problem.loss, problem.train)
+    return StructureOperator(make(name).update(sqrt_fisher(problem.model, problem.loss, *problem.train)))
+
+
+def _parts(operator: Operator) -> Iterator[tuple[str, Operator]]:
+    """Yield the operator, and its diagonal block of every layer if there are several."""
+    yield WHOLE, operator
+    layers: dict[str, list[str]] = {}
+    for name in operator.space.shapes:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    if len(layers) > 1:
+        for layer, names in layers.items():
+            yield layer, Restricted(operator, names)
+
+
+def measure(cell: Cell, config: Config) -> Observations:
+    """Return top eigenvalues, trace and density of a cell's matrix, whole and per layer; densities of the whole only."""
+    problem = problem_of(config, int(cell["seed"]))
+    whole = operator_of(str(cell["matrix"]), problem)
+    rows: list[dict[str, object]] = []
+    for layer, operator in _parts(whole):
+        found = spectrum.eigenpairs(operator, min(config.top, operator.size), tolerance=TOLERANCE)
+        for index, value in enumerate(found.values.tolist()):
+            rows.append({"quantity": "eigenvalue", "value": value, "index": index + 1, "layer": layer})
+        estimate = spectrum.trace(operator, products=TRACE_PRODUCTS)
+        rows.append({"quantity": "trace", "value": estimate.value, "error": estimate.standard_error, "layer": layer})
+    density = spectrum.density(whole, probes=config.probes, steps=config.lanczos)
+    rows += _density_rows(density)
+    rows.append({"quantity": "negative_share", "value": float(density.weights[density.nodes < -_scale(density)].sum())})
+    return rows
+
+
+def _scale(density: spectrum.Density) -> float:
+    return LINEAR * float(density.nodes.abs().max())
+
+
+def _density_rows(density: spectrum.Density) -> list[dict[str, object]]:
+    """Return the share of eigenvalues a unit of asinh(λ/δ), on an even grid of it, with Gaussian kernels there."""
+    scale = _scale(density)
+    at, weights = np.arcsinh(density.nodes.numpy() / scale), density.weights.numpy()
+    low, high = float(at.min()), float(at.max())
+    grid = np.linspace(low - 0.5, high + 0.5, GRID)
+    sigma = (grid[-1] - grid[0]) / 60
+    kernel = np.exp(-0.5 * ((grid[:, None] - at) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+    shares = kernel @ weights
+    return [
+        {"quantity": "density", "value": float(share), "eigenvalue": float(scale * np.sinh(x)), "place": index}
+        for index, (x, share) in enumerate(zip(grid, shares, strict=True))
+    ]

@@ -1,0 +1,53 @@
+"""Cohen et al. 2021: loss and sharpness at several step sizes, flow against descent, and every approximation's λ_max."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analyses.drawing import Layout, take
+from analyses.edge_of_stability import ANALYSIS, panels
+from analyses.edge_of_stability.figures import FIGURES
+from curvlab.study.inference import Summary
+from paper_figures import Paper
+
+
+def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
+    """Threshold and mean sharpness after the crossing by run: mean ± half the 95 % t-interval over seeds, in LaTeX."""
+    table = take(measurements, "training", "plateau_ratio")
+    crossings = take(measurements, "training", "crossing")
+    rows = []
+    for optimiser in dict.fromkeys(table["optimiser"]):
+        for eta in sorted(table.loc[table["optimiser"] == optimiser, "eta"].unique()):
+            cells = [of[(of["optimiser"] == optimiser) & (of["eta"] == eta)]["value"] for of in (table, crossings)]
+            summary = Summary.of(cells[0].to_numpy(dtype=float))
+            low, high = summary.interval(0.95)
+            rows.append(
+                {
+                    "optimiser": panels.TITLES.get(optimiser, optimiser),
+                    r"$\eta$": f"{eta:g}",
+                    "crossing (step)": f"{cells[1].median():g}",
+                    "sharpness / threshold": rf"${summary.mean:.3f} \pm {(high - low) / 2:.3f}$",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+PAPER = Paper(
+    title="Cohen, Kaur, Li, Kolter & Talwalkar 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of "
+    "Stability (arXiv 2103.00065)",
+    analysis=ANALYSIS,
+    settings={"problem": "digits", "network": "fc-tanh", "loss": "half-squared", "scaling": "unit"},
+    figures={
+        "loss_and_sharpness": Layout(
+            ANALYSIS.command,
+            [[panels.loss_against_step, panels.sharpness_against_step]],
+            claims=("edge-gd", "plateaus", "loss-"),
+            height=2.5,
+        ),
+        "flow": Layout(
+            ANALYSIS.command, [[panels.flow_sharpness, panels.flow_distance]], claims=("flow-",), height=2.5
+        ),
+        "structures": FIGURES["structures"],
+    },
+    tables={"plateaus": plateaus},
+)

@@ -1,0 +1,320 @@
+"""The edge-of-stability analysis: its command line on a small real instance, its measurements, and its power to refute."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from oracle import assert_close
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from analyses.edge_of_stability import ANALYSIS, descent
+from analyses.edge_of_stability.config import Config
+from analyses.edge_of_stability.descent import Point, Run, descend, flow
+from analyses.edge_of_stability.figures import FIGURES
+from analyses.edge_of_stability.optimisers import adam, momentum
+from analyses.edge_of_stability.parts import PARTS, chebyshev, losses, preconditioned, training
+from analyses.edge_of_stability.setting import Setting, flat, setting_of
+from analyses.edge_of_stability.windows import Edge
+from curvlab.fisher import make
+from curvlab.rows import sqrt_fisher
+from curvlab.spectrum import Preconditioned
+from curvlab.study import Cell, Verdict, judge, main
+from curvlab.study.measurements import normalise, tabulate
+from paper_figures.cohen_2021 import plateaus
+
+OPTIONS = {
+    "width": 8,
+    "samples": 24,
+    "steps": 80,
+    "every": 20,
+    "structures": ("full", "kfac"),
+    "preconditioners": ("kfac",),
+}
+TINY = Config(**OPTIONS, seeds=2)
+SMALL = ("--width", "8", "--samples", "24", "--steps", "80", "--every", "20", "--structures", "full", "kfac")
+QUICK = ("--preconditioners", "kfac", "--seeds", "1", "--nesterov", "--heavy-ball", "0.5", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    results = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chebyshev, "STEPS", 200)
+        patch.setattr(preconditioned, "SAMPLES", 6)
+        patch.setattr(preconditioned, "STEPS", {"frozen": 60, "live": 20})
+        code = main(ANALYSIS, [*SMALL, *QUICK, "--results", str(results)])
+    return code, results / "edge_of_stability" / "latest"
+
+
+def test_the_command_ends_with_verdicts_and_files(run: tuple[int, Path]) -> None:
+    code, folder = run
+    assert code == 0
+    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
+    table = pd.read_parquet(folder / "measurements.parquet")
+    assert set(table["part"]) == set(PARTS)
+    stored = json.loads((folder / "verdicts.json").read_text())
+    assert not stored["failures"]
+    outcomes = {verdict["claim"]: verdict["outcome"] for verdict in stored["verdicts"]}
+    identities = ("quadratic-gd", "quadratic-momentum", "quadratic-roots", "chebyshev-tracking")
+    assert {claim: outcomes[claim] for claim in identities} == dict.fromkeys(identities, "supported")
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return setting_of(Cell({"problem": "digits", "width": 5, "samples": 12, "seed": 0}), TINY)
+
+
+def dense_hessian(model: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def value(vector: Tensor) -> Tensor:
+        parts = vector.split([shape.numel() for shape in shapes.values()])
+        named = {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        return loss(functional_call(model, named, (inputs,)), targets)
+
+    return hessian(value)(parameters_to_vector(model.parameters()).detach())
+
+
+def eigenvalues(setting: Setting, model: nn.Module) -> Tensor:
+    return torch.linalg.eigvalsh(dense_hessian(model, setting.problem.loss, *setting.problem.train)).flip(0)
+
+
+def test_a_run_is_torchs_and_its_sharpness_the_dense_one(setting: Setting) -> None:
+    model, plain = setting.network(), setting.network()
+    run = descend(model, setting, momentum(model, "heavy-ball", 0.2, 0.9), 6, (0, 3, 6))
+    optimiser = torch.optim.SGD(plain.parameters(), lr=0.2, momentum=0.9)
+    inputs, targets = setting.problem.train
+    for step in range(7):
+        loss = setting.problem.loss(plain(inputs), targets)
+        assert run.losses[step] == pytest.approx(float(loss.detach()), rel=1e-12)
+        if step in (0, 3, 6):
+            (point,) = (point for point in run.points if point.step == step)
+            dense = eigenvalues(setting, plain)
+            assert point.eigenvalues[0] == pytest.approx(float(dense[0]), abs=point.residual + 1e-9)
+        optimiser.zero_grad()
+        loss.backward()
+        assert run.squares[step] == pytest.approx(sum(float(p.grad.square().sum()) for p in plain.parameters()))
+        optimiser.step()
+    assert_close(flat(model), flat(plain))
+
+
+def test_alignment_is_that_of_the_dense_eigenvectors(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent, "TOLERANCE", 1e-10)
+    model = setting.network()
+    _, vectors = torch.linalg.eigh(dense_hessian(model, setting.problem.loss, *setting.problem.train))
+    gradient = setting.gradient(model)[1]
+    expected = float((vectors[:, -2:].T @ gradient).square().sum() / gradient.square().sum())
+    (point,) = descend(model, setting, momentum(model, "gd", 0.1, 0.0), 1, (0,), top=2).points
+    assert point.gradient_share == pytest.approx(expected, rel=1e-6)
+    assert point.step_share == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_that_is_taken_up_again_is_the_same(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent, "SAVED", -1.0)
+    whole = setting.network()
+    expected = descend(whole, setting, adam(whole, 0.01), 8, (0, 4, 8))
+    path, model = tmp_path / "run.pt", setting.network()
+
+    def interrupt(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        descend(model, setting, adam(model, 0.01), 8, (0, 4, 8), before=interrupt, checkpoint=path)
+    assert path.exists()
+    model = setting.network()
+    again = descend(model, setting, adam(model, 0.01), 8, (0, 4, 8), checkpoint=path)
+    assert again == expected
+    assert torch.equal(flat(model), flat(whole))
+    assert not path.exists()
+
+
+def test_divergence_keeps_what_was_measured(setting: Setting) -> None:
+    model = setting.network()
+    optimiser = momentum(model, "gd", 50.0, 0.0)
+    run = descend(model, setting, optimiser, 50, (0, 50))
+    assert run.diverged is not None
+    assert run.diverged < 50
+    assert [point.step for point in run.points] == [0]
+    rows = training.rows_of(run, Edge(run, optimiser.threshold, 50.0))
+    assert {"quantity": "diverged", "value": run.diverged, "status": f"diverged at step {run.diverged}"} in rows
+    assert all(np.isfinite(row["value"]) for row in rows)
+
+
+def test_the_flow_is_that_of_small_steps(setting: Setting) -> None:
+    times = np.array([0.0, 0.5, 1.0])
+    path = flow(setting.network(), setting, times, precision=1e-8)
+    model = setting.network()
+    assert path[0] == pytest.approx(flat(model).numpy())
+    for fine in (200, 400):
+        model = setting.network()
+        descend(model, setting, momentum(model, "gd", 1.0 / fine, 0.0), fine, ())
+    assert np.linalg.norm(flat(model).numpy() - path[-1]) < 0.01 * np.linalg.norm(path[-1] - path[0])
+
+
+def test_batches_cut_shuffled_epochs(setting: Setting) -> None:
+    batches = [training.batch_of(setting, 5, 0, step) for step in range(6)]
+    assert [len(batch) for batch in batches] == [5, 5, 2] * 2
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(12))
+    assert not torch.equal(batches[0], batches[3])
+    assert training.batch_of(setting, 0, 0, 1) is None
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_preconditioned_steps_and_curvature_are_the_dense_ones(setting: Setting, live: bool) -> None:
+    model, structure, rho = setting.network(), make("kfac"), 0.05
+    problem = setting.problem
+    structure.update(sqrt_fisher(model, problem.loss, *problem.train))
+    optimiser = preconditioned.natural(model, setting, structure, rho, 0.3, live=live)
+    first = structure.to_dense()
+    for step in range(2):
+        here = setting.network()
+        vector_to_parameters(flat(model), here.parameters())
+        matrix = first
+        if live:
+            matrix = make("kfac").update(sqrt_fisher(here, problem.loss, *problem.train)).to_dense()
+        damped = matrix + rho * torch.eye(len(matrix), dtype=matrix.dtype)
+        move = torch.linalg.solve(damped, setting.gradient(here)[1])
+        before = flat(model)
+        run = descend(model, setting, optimiser, 1, (0,), top=1)
+        if not live and not step:
+            H = dense_hessian(here, problem.loss, *problem.train)
+            expected = torch.linalg.eigvals(torch.linalg.solve(damped, H)).real.max()
+            assert run.points[0].eigenvalues[0] == pytest.approx(float(expected), rel=1e-2)
+        # A run of one step measured at 0 takes one step.
+        assert_close(flat(model), before - 0.3 * move, 1e-8)
+
+
+def test_adams_curvature_is_that_of_its_diagonal(setting: Setting) -> None:
+    model = setting.network()
+    optimiser = adam(model, 0.01)
+    hessian = setting.hessian(model)
+    assert optimiser.curvature(hessian) is None
+    descend(model, setting, optimiser, 3, ())
+    operator = optimiser.curvature(hessian)
+    assert isinstance(operator, Preconditioned)
+    assert optimiser.threshold == pytest.approx(38 / 0.01)
+
+
+def edge(ratios: list[float], fallen: list[float], every: int = 100) -> Edge:
+    """A run whose loss is given at every step and whose sharpness is measured every so many, against a threshold of 2."""
+    points = [Point(every * i, (2 * ratio, 0.0), 0.0, 0.5, 0.25) for i, ratio in enumerate(ratios)]
+    return Edge(Run(fallen, [1.0] * len(fallen), points), 2.0, 1.0)
+
+
+def test_windows_of_a_made_up_run() -> None:
+    falling = [1.0 - 0.001 * k for k in range(601)]
+    rough = [loss + (0.01 if k > 200 and k % 2 else 0.0) for k, loss in enumerate(falling)]
+    found = edge([0.5, 0.8, 1.0, 1.2, 0.8, 1.0, 1.0], rough).quantities()
+    assert found["reached"] == 1
+    assert found["crossing"] == 200
+    assert found["rising_share"] == 1
+    assert found["increase_before"] == pytest.approx(0)
+    assert found["increase_after"] == pytest.approx(0.5)
+    assert found["plateau_ratio"] == pytest.approx(1.0)
+    assert found["plateau_maximum"] == pytest.approx(1.2)
+    assert found["long_change"] < 0
+    assert found["lemma_broken"] == 1
+    never = edge([0.5, 0.4, 0.6, 0.6, 0.5, 0.6, 0.6], falling).quantities()
+    assert never == {"reached": 0.0, "increase_before": 0.0, "rising_share": pytest.approx(1 / 3)}
+
+
+def verdicts_of(config: Config, *claim_ids: str) -> dict[str, Verdict]:
+    """Measure what some claims need, and judge them."""
+    claims = [claim for claim in ANALYSIS.claims(config) if claim.id in claim_ids]
+    cells = [cell for cell in ANALYSIS.cells(config) if any(claim.needs(cell) for claim in claims)]
+    measured = {cell: normalise(cell, ANALYSIS.measure(cell, config)) for cell in cells}
+    return {verdict.claim: verdict for verdict in judge(claims, tabulate(measured))}
+
+
+def test_a_wrong_threshold_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(method: str, eta: float, beta: float) -> float:
+        return 3.0 / eta
+
+    monkeypatch.setattr("analyses.edge_of_stability.parts.quadratic.sharpness_threshold", wrong)
+    assert verdicts_of(TINY, "quadratic-gd")["quadratic-gd"].outcome == "refuted"
+
+
+def test_a_run_that_never_gets_there_says_so() -> None:
+    verdict = verdicts_of(Config(**OPTIONS, seeds=2, etas=(0.001,)), "edge-gd-0.001")["edge-gd-0.001"]
+    assert verdict.outcome == "outside the assumptions"
+    assert verdict.note == "None of 2 runs reached its threshold."
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(1.1, "supported"), (0.9, "refuted")])
+def test_natural_gradient_has_its_bound(monkeypatch: pytest.MonkeyPatch, factor: float, outcome: str) -> None:
+    """Claim 13 above the bound and, were the bound taken for a higher one, below it."""
+    config = Config(**(OPTIONS | {"width": 24, "preconditioners": ("full",)}), seeds=3)
+    monkeypatch.setattr(preconditioned, "SAMPLES", 5)
+    monkeypatch.setattr(preconditioned, "STEPS", {"frozen": 60, "live": 20})
+    monkeypatch.setattr(preconditioned, "BEYOND", (0.5, factor))
+    found = verdicts_of(config, "natural-curvature-full", "natural-below-full", "natural-beyond-full")
+    assert found["natural-beyond-full"].outcome == outcome
+    for claim in ("natural-curvature-full", "natural-below-full"):
+        assert found[claim].outcome == "supported"
+
+
+def test_the_weight_of_cross_entropy(setting: Setting) -> None:
+    with torch.no_grad():
+        p = torch.softmax(setting.problem.model(setting.problem.train[0]), 1).numpy()
+    assert losses.uncertainty(setting, setting.problem.model) == pytest.approx((p - p**2).mean())
+
+
+def test_claims_have_distinct_ids_sources_and_cells() -> None:
+    config = Config(adam=(0.001,), batch_size=(16, 32), sweep_depths=(2,), sweep_widths=(16,), sweep_samples=(64,))
+    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
+    assert len({claim.id for claim in claims}) == len(claims)
+    assert len({cell.key for cell in cells}) == len(cells)
+    for claim in claims:
+        assert "Cohen et al. 2021" in claim.source
+        assert any(claim.needs(cell) for cell in cells), claim.id
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structures": ("ful",)}, "Did you mean 'full'"),
+        ({"preconditioners": ("layer-wise",)}, "Unknown structure"),
+        ({"network": "fc-tan"}, "Did you mean 'fc-tanh'"),
+        ({"etas": (0.0,)}, "--etas"),
+        ({"etas": ()}, "--etas"),
+        ({"batch_size": (0,)}, "--batch-size"),
+        ({"steps": 10}, "--steps"),
+        ({"beta": 1.0}, "--beta"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adam-frozen", "sgd"])
+def test_other_optimisers_run(optimiser: str) -> None:
+    config = Config(**OPTIONS, seeds=1, adam=(0.001,), batch_size=(8,))
+    (cell,) = (cell for cell in ANALYSIS.cells(config) if cell["part"] == "training" and cell["optimiser"] == optimiser)
+    rows = ANALYSIS.measure(cell, config)
+    ratio = [row["value"] for row in rows if row["quantity"] == "ratio"]
+    assert len(ratio) == 5 - (optimiser == "adam")
+    assert min(ratio) > 0
+
+
+def test_the_table_of_plateaus_has_a_row_a_run() -> None:
+    at = partial(dict, part="training", optimiser="gd")
+    rows = [
+        at(eta=eta, seed=seed, quantity=name, value=value + seed / 10)
+        for eta in (0.3, 0.5)
+        for seed in range(3)
+        for name, value in (("plateau_ratio", 1.0), ("crossing", 100.0))
+    ]
+    table = plateaus(pd.DataFrame(rows))
+    assert table[r"$\eta$"].tolist() == ["0.3", "0.5"]
+    assert set(table["sharpness / threshold"]) == {r"$1.100 \pm 0.248$"}
