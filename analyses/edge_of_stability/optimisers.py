@@ -13,7 +13,7 @@ from torch.nn.utils import vector_to_parameters
 
 from analyses.edge_of_stability.setting import flat
 from curvlab.spectrum import DiagonalPreconditioner, Operator, Preconditioned, Preconditioner
-from curvlab.theory.stability import sharpness_threshold
+from curvlab.theory import sharpness_threshold
 
 BETAS = (0.9, 0.999)
 """Of Adam."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 from curvlab.errors import CurvlabError, unknown_name
+from curvlab.problems.chebyshev import chebyshev_problem
 from curvlab.problems.classification import image_problem
 from curvlab.problems.graphs import GRAPHS, graph_problem
 from curvlab.problems.images import IMAGE_SETS
@@ -31,6 +32,7 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = {
     "karakida-osawa": partial(image_problem, "mnist", name="karakida-osawa", width=4096),
     "two-layer": partial(two_layer_problem, "digits"),
     "synthetic-two-layer": synthetic_two_layer_problem,
+    "chebyshev": chebyshev_problem,
     **{f"{graph}-gcn": partial(graph_problem, graph) for graph in GRAPHS},
     "digits-mlp": digits_mlp_problem,
     "digits-residual": digits_residual_problem,
@@ -42,7 +44,8 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = {
 `karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3.
 `two-layer` has the data of `digits`, `synthetic-two-layer` random inputs; both have the network of Zhang,
 Martens & Grosse. `karate-gcn`, `cora-gcn`, `citeseer-gcn` and `pubmed-gcn` classify the nodes of a graph; karate needs
-no file. `digits-mlp`, `digits-residual`, `fashion-lenet`, `cifar10-5k-cnn` and `characters` are whole training tasks."""
+no file. `digits-mlp`, `digits-residual`, `fashion-lenet`, `cifar10-5k-cnn` and `characters` are whole training tasks,
+`chebyshev` a regression in one variable."""
 
 
 class ProblemError(CurvlabError, ValueError):

@@ -4,7 +4,8 @@
 themselves from layer kernels and from back-propagated rows, `dynamics` and `cross_entropy` the outputs and
 losses after t steps, `kernels` the infinite-width kernels, `forster` the Forster transform. Source, unless
 noted: Karakida & Osawa (2020, arXiv 2010.00879). `fast_convergence` gives the Gram matrices, rates and
-conditions of Zhang, Martens & Grosse (2019, arXiv 1905.10961).
+conditions of Zhang, Martens & Grosse (2019, arXiv 1905.10961), `stability` the largest stable curvature of first-order
+methods (Cohen et al. 2021, arXiv 2103.00065).
 """
 
 from curvlab.theory.cross_entropy import (
@@ -67,6 +68,7 @@ from curvlab.theory.responses import (
     layer_wise_response,
     zero_damping_pole,
 )
+from curvlab.theory.stability import characteristic_roots, growth, sharpness_threshold
 
 __all__ = [
     "ForsterTransform",
@@ -75,6 +77,7 @@ __all__ = [
     "alpha",
     "best_step",
     "block_diagonal_response",
+    "characteristic_roots",
     "complexity_term",
     "condition_radius",
     "curvature_eigenvalues",
@@ -88,6 +91,7 @@ __all__ = [
     "general_constant_limit",
     "general_largest_step",
     "general_rate",
+    "growth",
     "infinite_width_kernels",
     "kernel_modes",
     "kfac_kernel_response",
@@ -110,6 +114,7 @@ __all__ = [
     "predict_test",
     "predict_train",
     "published_alpha",
+    "sharpness_threshold",
     "stability_constant",
     "stability_limit",
     "total_movement",

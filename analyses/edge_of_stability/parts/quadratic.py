@@ -11,7 +11,8 @@ from analyses.edge_of_stability.part import PAPER, Part
 from analyses.estimates import identities
 from analyses.part import Observations, where
 from curvlab.study import Cell, Claim, Identity
-from curvlab.theory.stability import STEPPERS, characteristic_roots, growth, sharpness_threshold
+from curvlab.theory import characteristic_roots, growth, sharpness_threshold
+from curvlab.theory.stability import STEPPERS
 
 NAME = "quadratic"
 SIZE = 10

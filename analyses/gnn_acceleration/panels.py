@@ -1,0 +1,164 @@
+"""The panels of the acceleration analysis' figures, each one relation between stored measurements and its prediction."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analyses.drawing import groups, hollow, level, note, take
+from curvlab.study import style
+
+SINGLE, MULTI = "gradient-descent", "full"
+"""Looks of single-scale and multiscale models; GIN's markers are hollow."""
+LOOKS = {"single": SINGLE, "multi": MULTI}
+NAMES = {"single": "single-scale", "multi": "multiscale"}
+AGGREGATIONS = {"gcn": "GCN", "gin": "GIN"}
+SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diagonal"}
+"""Looks of depths in the search for counter-examples."""
+
+
+def _aggregations(table: pd.DataFrame) -> list[str]:
+    return [name for name in AGGREGATIONS if (table["aggregation"] == name).any()]
+
+
+def _depth_axis(axes: Axes, table: pd.DataFrame, label: str = "depth $H$") -> None:
+    axes.set_xticks(sorted(int(depth) for depth in table["depth"].unique()))
+    axes.margins(x=0.12)
+    axes.set_xlabel(label)
+
+
+def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str, form: str = "normalised") -> None:
+    """σ_min² and σ_max² of G_H and of G^[H] against depth; those of the stack can only grow."""
+    axes.set_yscale("log")
+    at = {"aggregation": aggregation, "form": form, "features": "all"}
+    split = take(measurements, "conditioning", "smallest", **at)["split"].iloc[0]
+    for index, (sort, look) in enumerate((("single", SINGLE), ("stack", MULTI))):
+        label = "$G_H$" if sort == "single" else "$G^{[H]}$"
+        shift = 3.0 * index - 1.5
+        for quantity, end in (("largest", "max"), ("smallest", "min")):
+            table = take(measurements, "conditioning", quantity, sort=sort, split=split, **at)
+            floor = 1e-30
+            shown = table.assign(value=table["value"].clip(lower=floor))
+            points = style.measured(axes, shown, "depth", look, shift=shift, label=rf"$\sigma_{{\{end}}}^2$ of {label}")
+            if quantity == "largest":
+                hollow(points)
+    _depth_axis(axes, table)
+    axes.set(ylabel=r"$\sigma^2$ of the features", title=f"{AGGREGATIONS[aggregation]}, {split} split, {form}")
+
+
+def looseness(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Measured exponent of the decay over the one of the bound, at the end of the flow, against depth."""
+    axes.set_yscale("log")
+    table = take(measurements, "flows", "looseness", start="zero")
+    table = table.assign(value=10.0 ** table["value"])
+    _models(axes, table)
+    level(axes, 1.0)
+    note(axes, table["depth"].min(), 1.0, "the bound", va="bottom", xytext=(-4, 1))
+    axes.set_ylim(bottom=0.4)
+    axes.set(ylabel="decay exponent, measured over bound")
+
+
+def floors(axes: Axes, measurements: pd.DataFrame) -> None:
+    """λ_T by the start of the weights, at the depth at which starts are compared; the derived floor as a line."""
+    table = take(measurements, "flows", "floor", model="single")
+    depth = table.loc[table["start"] != "zero", "depth"].max()
+    table = table[table["depth"] == depth]
+    guaranteed = take(measurements, "flows", "guaranteed", model="single", depth=depth)
+    starts = [start for start in ("zero", "orthogonal", "glorot", "uniform") if (table["start"] == start).any()]
+    axes.set_yscale("log")
+    for index, aggregation in enumerate(_aggregations(table)):
+        shown = table[table["aggregation"] == aggregation]
+        shown = shown.assign(place=shown["start"].map(starts.index), value=shown["value"].clip(lower=1e-12))
+        points = style.measured(axes, shown, "place", SINGLE, label=AGGREGATIONS[aggregation], shift=5.0 * index - 2.5)
+        if aggregation == "gin":
+            hollow(points)
+    for place, start in enumerate(starts):
+        floor = float(guaranteed.loc[guaranteed["start"] == start, "value"].mean())
+        if floor > 0:
+            label = "floor for all times" if not place else None
+            style.theory(axes, [place - 0.35, place + 0.35], [floor, floor], "block-tridiagonal", label=label)
+    axes.set_xticks(range(len(starts)), ["orthogonal,\nzero heads", "orthogonal", "Glorot", "uniform"][: len(starts)])
+    axes.margins(y=0.15)
+    axes.set(ylabel=rf"$\lambda_T$, $H={int(depth)}$")
+
+
+def _models(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw single- and multiscale models of both aggregations side by side, against depth."""
+    place = 0
+    for model, look in LOOKS.items():
+        for aggregation in _aggregations(table):
+            shown = table[(table["model"] == model) & (table["aggregation"] == aggregation)]
+            if shown.empty:
+                continue
+            label = f"{NAMES[model]}, {AGGREGATIONS[aggregation]}"
+            points = style.measured(axes, shown, "depth", look, label=label, shift=3.0 * place - 4.5)
+            if aggregation == "gin":
+                hollow(points)
+            place += 1
+    _depth_axis(axes, table)
+
+
+def acceleration(axes: Axes, measurements: pd.DataFrame, *, part: str, change: str) -> None:
+    """Factor between the losses left with and without new scales, against depth."""
+    axes.set_yscale("log")
+    table = take(measurements, part, f"{change}_log_ratio")
+    table = table.groupby(["aggregation", "depth", "seed"])["value"].mean().reset_index()
+    table["value"] = 10.0 ** table["value"]
+    for index, aggregation in enumerate(_aggregations(table)):
+        shown = table[table["aggregation"] == aggregation]
+        look = MULTI if change == "skip" else "block-diagonal" if change == "depth" else "kfac"
+        points = style.measured(axes, shown, "depth", look, label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
+        if aggregation == "gin":
+            hollow(points)
+    level(axes, 1.0)
+    _depth_axis(axes, table)
+    titles = {"skip": "skip connections", "depth": "the last layer", "labels": "true labels"}
+    axes.set(ylabel="loss left, with / without", title=titles[change])
+    if change == "labels":
+        axes.set_ylabel("loss left, true / permuted")
+
+
+def slower(axes: Axes, measurements: pd.DataFrame, *, change: str) -> None:
+    """Share of random models at equal outputs that new scales make slower, against the size of the heads."""
+    table = take(measurements, "search", "slower", change=change)
+    table = table[table["heads"] > 0].groupby(["depth", "heads", "seed"])["value"].mean().reset_index()
+    style.log_ticks(axes, sorted(table["heads"].unique()))
+    axes.margins(x=0.12)
+    for index, (depth, shown) in enumerate(groups(table, "depth")):
+        label = f"$H={int(depth)}$"
+        style.measured(axes, shown, "heads", SHADES[int(depth)], label=label, shift=3.0 * index - 4.5)
+    level(axes, 0.0)
+    axes.set(
+        xlabel=r"size of the heads, times width$^{-1/2}$",
+        ylabel="share of models made slower",
+        title="skip connections" if change == "skip" else "the last layer",
+    )
+
+
+def permutation(axes: Axes, measurements: pd.DataFrame, *, targets: str) -> None:
+    """Initial speed of each scale with true labels over the mean of permutations."""
+    axes.set_yscale("log")
+    table = take(measurements, "labels", "log_ratio", targets=targets)
+    table = table.assign(value=10.0 ** table["value"])
+    for index, aggregation in enumerate(_aggregations(table)):
+        shown = table[table["aggregation"] == aggregation]
+        points = style.measured(axes, shown, "depth", "kfac", label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
+        if aggregation == "gin":
+            hollow(points)
+    level(axes, 1.0)
+    _depth_axis(axes, table, "scale $l$")
+    axes.set(ylabel="initial speed, true / permuted", title=f"{targets} targets")
+
+
+def relu_losses(axes: Axes, measurements: pd.DataFrame, *, aggregation: str, loss: str) -> None:
+    """Loss over its initial value against steps of gradient descent on ReLU networks of the largest depth."""
+    axes.set_yscale("log")
+    table = take(measurements, "relu", "loss", aggregation=aggregation, loss=loss)
+    depth = table["depth"].max()
+    for model, look in LOOKS.items():
+        shown = table[(table["model"] == model) & (table["depth"] == depth) & (table["step"] > 0)]
+        style.measured(axes, shown, "step", look, label=NAMES[model])
+    level(axes, 1.0)
+    axes.set(
+        xlabel="step", ylabel="loss over its start", title=f"{AGGREGATIONS[aggregation]}, {loss}, $H={int(depth)}$"
+    )

@@ -1,0 +1,131 @@
+"""A graph with its training nodes, their targets, and the features that each number of propagations gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analyses.gnn_acceleration.config import AGGREGATIONS, Config
+from curvlab.nn import Propagation
+from curvlab.problems import DataUnavailable, LabelledGraph, data_folder, load_graph
+from curvlab.problems.files import fetch
+from curvlab.problems.graphs import PLANETOID
+from curvlab.study import Cell
+from curvlab.study import DataUnavailable as StudyDataUnavailable
+
+FORMS = ("normalised", "raw")
+"""Features with rows of sum one, as graphs are loaded, and as published; karate's identity is both."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A graph, an aggregation and training nodes; matrices have the paper's layout, **a column a node**.
+
+    Attributes:
+        graph: with its labels.
+        features: of all nodes, `[N, F]`.
+        propagation: S.
+        nodes: I.
+    """
+
+    graph: LabelledGraph
+    features: Float[Tensor, "N F"]
+    propagation: Propagation
+    nodes: Int[Tensor, " n"]
+
+    @cached_property
+    def targets(self) -> Float[np.ndarray, "C n"]:
+        """Y, one-hot and not centred."""
+        return np.asarray(np.eye(self.graph.classes)[self.graph.labels[self.nodes].numpy()].T)
+
+    def propagated(self, depth: int) -> list[Float[np.ndarray, "F n"]]:
+        """G_0, …, G_depth."""
+        while len(self._propagated) <= depth:
+            self._propagated.append(self.propagation(self._propagated[-1]))
+        return [np.ascontiguousarray(x[self.nodes].numpy().T) for x in self._propagated[: depth + 1]]
+
+    @cached_property
+    def _propagated(self) -> list[Tensor]:
+        return [self.features]
+
+
+def setting_of(cell: Cell, config: Config) -> Setting:
+    """Return the setting of a cell: its aggregation, and a `split` and `form` of features if it names them."""
+    split = str(cell.coordinates.get("split", config.splits[0]))
+    form = str(cell.coordinates.get("form", "normalised"))
+    graph = graph_of(config.problem, split)
+    features = features_of(config.problem, form)
+    if "form" not in cell.coordinates:
+        features = principal(features, config.components)
+    return Setting(graph, features, _propagation(config.problem, str(cell["aggregation"])), _nodes(cell, config, graph))
+
+
+def _nodes(cell: Cell, config: Config, graph: LabelledGraph) -> Int[Tensor, " n"]:
+    """The training nodes of the split, or as many of all nodes drawn by the cell's seed."""
+    if not config.drawn_nodes:
+        return graph.train
+    generator = torch.Generator().manual_seed(int(cell["seed"]))
+    if config.drawn_nodes > len(graph.labels):
+        raise ValueError(f"--nodes {config.drawn_nodes}: {config.problem} has {len(graph.labels)} nodes.")
+    return torch.randperm(len(graph.labels), generator=generator)[: config.drawn_nodes].sort().values
+
+
+def graph_of(name: str, split: str) -> LabelledGraph:
+    """Return a graph.
+
+    Raises:
+        DataUnavailable: of `curvlab.study`: its files are absent.
+    """
+    try:
+        return load_graph(name, split)  # type: ignore[arg-type]
+    except DataUnavailable as error:
+        raise StudyDataUnavailable(str(error)) from error
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """The forms of features in which a graph differs."""
+    return FORMS[:1] if name == "karate" else FORMS
+
+
+@lru_cache(maxsize=2)
+def features_of(name: str, form: str) -> Float[Tensor, "N F"]:
+    """Features of all nodes in one of `FORMS`, float64."""
+    normalised = graph_of(name, "public").features.double()
+    if form == "normalised" or name == "karate":
+        return normalised
+    from torch_geometric.io import read_planetoid_data  # its import takes seconds
+
+    paths = [fetch(file, data_folder()) for file in PLANETOID[name]]
+    raw: Tensor = read_planetoid_data(str(paths[0].parent), name).x
+    return raw.double()
+
+
+@lru_cache(maxsize=2)
+def _propagation(name: str, aggregation: str) -> Propagation:
+    graph = graph_of(name, "public")
+    return Propagation(
+        graph.edge_index, len(graph.labels), normalisation=AGGREGATIONS[aggregation], dtype=torch.float64
+    )
+
+
+def principal(features: Float[Tensor, "N F"], components: int) -> Float[Tensor, "N K"]:
+    """Coordinates along the leading right singular vectors, scaled to a largest singular value of one.
+
+    Features with no more columns stay as they are. Multiplying all features by a number only rescales time.
+    """
+    if features.shape[1] <= components:
+        return features
+    return _principal(features, components)
+
+
+@lru_cache(maxsize=1)
+def _principal(features: Tensor, components: int) -> Tensor:
+    _, vectors = torch.linalg.eigh(features.T @ features)
+    coordinates = features @ vectors[:, -components:].flip(1)
+    scaled: Tensor = coordinates / coordinates.norm(dim=0).max()
+    return scaled

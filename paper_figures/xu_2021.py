@@ -1,0 +1,75 @@
+"""Xu, Zhang, Jegelka & Kawaguchi 2021: losses of ReLU networks, singular values of the features, and what accelerates."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pandas as pd
+
+from analyses.drawing import Layout, take
+from analyses.gnn_acceleration import ANALYSIS, panels
+from curvlab.study.inference import Summary
+from paper_figures import Paper
+
+
+def floors(measurements: pd.DataFrame) -> pd.DataFrame:
+    """λ at the start and the least along the flow by aggregation, start and depth, means over seeds, in LaTeX."""
+    tables = {"$\\lambda(0)$": "floor_start", r"$\lambda_T$": "floor"}
+    taken = {title: take(measurements, "flows", name, model="single") for title, name in tables.items()}
+    keys = ["aggregation", "start", "depth"]
+    rows = []
+    for key, _ in next(iter(taken.values())).groupby(keys):
+        at = dict(zip(keys, key, strict=True))
+        cells = {
+            title: _interval(table.loc[(table[keys] == pd.Series(at)).all(axis=1), "value"])
+            for title, table in taken.items()
+        }
+        rows.append({**at, "depth": f"{at['depth']:g}", **cells})
+    return pd.DataFrame(rows)
+
+
+def _interval(values: pd.Series[float]) -> str:
+    summary = Summary.of(values.to_numpy(dtype=float))
+    low, high = summary.interval(0.95)
+    return rf"${summary.mean:.3g} \pm {(high - low) / 2:.1g}$"
+
+
+PAPER = Paper(
+    title="Xu, Zhang, Jegelka & Kawaguchi 2021, Optimization of Graph Neural Networks: Implicit Acceleration by Skip "
+    "Connections and More Depth (arXiv 2105.04550)",
+    analysis=ANALYSIS,
+    settings={"problem": "cora", "aggregation": ("gcn", "gin")},
+    figures={
+        "losses": Layout(
+            ANALYSIS.command,
+            [
+                [partial(panels.relu_losses, aggregation=aggregation, loss=loss) for aggregation in ("gcn", "gin")]
+                for loss in ("squared", "cross-entropy")
+            ],
+            claims=("relu-skip",),
+            height=2.2,
+        ),
+        "singular_values": Layout(
+            ANALYSIS.command,
+            [
+                [partial(panels.singular_values, aggregation=aggregation, form=form) for aggregation in ("gcn", "gin")]
+                for form in ("normalised", "raw")
+            ],
+            claims=("conditioning-", "rank-"),
+            height=2.2,
+        ),
+        "acceleration": Layout(
+            ANALYSIS.command,
+            [
+                [
+                    partial(panels.acceleration, part="flows", change="skip"),
+                    partial(panels.acceleration, part="flows", change="depth"),
+                    partial(panels.permutation, targets="one-hot"),
+                ]
+            ],
+            claims=("skip-faster", "depth-faster", "labels-"),
+            height=2.4,
+        ),
+    },
+    tables={"lambda": floors},
+)

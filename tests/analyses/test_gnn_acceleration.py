@@ -1,0 +1,243 @@
+"""The acceleration analysis: its command line on a small instance, its measurements, and its power to refute."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from analyses.gnn_acceleration import ANALYSIS
+from analyses.gnn_acceleration import flow as flows
+from analyses.gnn_acceleration.config import Config
+from analyses.gnn_acceleration.figures import FIGURES
+from analyses.gnn_acceleration.networks import GraphNetwork, gradients
+from analyses.gnn_acceleration.parts import PARTS, conditioning, search
+from analyses.gnn_acceleration.setting import principal, setting_of
+from curvlab.nn import Propagation
+from curvlab.study import Cell, Verdict, judge
+from curvlab.study.measurements import normalise, tabulate
+from curvlab.theory import graph_dynamics as theory
+from paper_figures.xu_2021 import PAPER, floors
+
+SMALL = ("--depths", "0", "1", "2", "--seeds", "2", "--nodes", "8", "--draws", "5", "--aggregation", "gcn")
+IDENTITIES = (
+    "speed-heads", "speed-layers", "speed-total", "bound-single", "bound-multi", "bound-scale", "bound-descent",
+    "floor-guaranteed", "flow-energy", "flow-conserved", "skip-zero", "skip-one", "skip-condition", "depth-zero", "depth-one",
+    "depth-condition", "margin-outputs", "conditioning-stack", "labels-initial", "relu-zero",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    results = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "analyses.gnn_acceleration", *SMALL, "--workers", "1", "--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done, results / "gnn_acceleration" / "latest"
+
+
+def test_the_command_ends_with_verdicts_and_files(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = run
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
+    table = pd.read_parquet(folder / "measurements.parquet")
+    assert set(table["part"]) == set(PARTS)
+    rows = floors(table)
+    assert set(rows["start"]) == {"zero", "orthogonal", "glorot", "uniform"}
+
+
+def test_what_holds_exactly_is_supported(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    _, folder = run
+    outcomes = {v["claim"]: v["outcome"] for v in json.loads((folder / "verdicts.json").read_text())["verdicts"]}
+    assert {claim: outcomes[claim] for claim in IDENTITIES} == dict.fromkeys(IDENTITIES, "supported")
+    assert outcomes["margin-positive"] == "refuted"
+
+
+TINY = Config(depths=(0, 1, 2), seeds=1, nodes=8, aggregation=("gcn",), draws=5)
+
+
+def verdict_of(claim_id: str, config: Config = TINY, **only: object) -> Verdict:
+    """Measure what a claim needs and judge it."""
+    (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == claim_id)
+    cells = [cell for cell in ANALYSIS.cells(config) if claim.needs(cell)]
+    cells = [cell for cell in cells if all(cell.coordinates.get(name) == value for name, value in only.items())]
+    measured = {cell: normalise(cell, ANALYSIS.measure(cell, config)) for cell in cells}
+    (verdict,) = judge([claim], tabulate(measured))
+    return verdict
+
+
+def test_a_faster_bound_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the rank of the smallest singular value: were σ_max in its place, the flow would be too slow."""
+    monkeypatch.setattr(theory, "least_singular_value", lambda G: float(np.linalg.norm(G, 2)))
+    assert verdict_of("bound-single", depth=1).outcome == "refuted"
+
+
+def test_a_wrong_layer_gradient_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient = flows.Model.gradient
+
+    def wrong(self: flows.Model, only: object = None) -> object:
+        heads, layers = gradient(self, only)
+        return heads, [1.001 * layer for layer in layers]
+
+    monkeypatch.setattr(flows.Model, "gradient", wrong)
+    assert verdict_of("flow-energy", depth=2, start="orthogonal").outcome == "supported"
+    assert verdict_of("flow-conserved", depth=2, start="orthogonal").outcome == "refuted"
+
+
+def test_a_missing_rank_is_said_with_its_nodes(caplog: pytest.LogCaptureFixture) -> None:
+    """Two training nodes with equal features at depth 0."""
+    cell = Cell({"split": "public", "aggregation": "gcn", "form": "normalised"})
+    features = np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 1.0]])
+    values = np.linalg.svd(features, compute_uv=False)
+    with caplog.at_level("WARNING", logger="curvlab"):
+        row = conditioning._rank(cell, TINY, features, values, np.array([4, 7, 31]), 0, "single")
+    assert row["value"] == 1
+    assert row["nodes"] == "4 31"
+    assert "1 of 3 ranks are missing" in caplog.text
+
+
+def test_bounds_without_rank_are_outside_the_assumptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    propagated = flows.Model
+
+    def doubled(features: list[np.ndarray], *rest: object, **more: object) -> flows.Model:
+        for G in features:
+            G[:, 1] = G[:, 0]
+        return initial(features, *rest, **more)
+
+    initial = flows.initial
+    monkeypatch.setattr("analyses.gnn_acceleration.parts.flows.initial", doubled)
+    verdict = verdict_of("bound-single", depth=1)
+    assert verdict.outcome == "outside the assumptions"
+    assert "nodes 0 1" in verdict.note
+    assert propagated is flows.Model
+
+
+@pytest.fixture
+def model() -> flows.Model:
+    cell = Cell({"aggregation": "gin", "seed": 0})
+    setting = setting_of(cell, Config(nodes=6))
+    return flows.initial(setting.propagated(3), setting.targets, range(4), np.random.default_rng(0), "glorot", 0.7)
+
+
+def test_gradients_of_the_flow_are_those_of_autodiff(model: flows.Model) -> None:
+    """On the whole graph, through the propagation and not the propagated features."""
+    setting = setting_of(Cell({"aggregation": "gin", "seed": 0}), Config(nodes=6))
+    network = GraphNetwork(setting.propagation, [34] * 4, 4, range(4), nn.Identity(), torch.Generator())
+    with torch.no_grad():
+        for mine, theirs in zip((*network.heads, *network.layers), (*model.heads.values(), *model.layers), strict=True):
+            mine.copy_(torch.from_numpy(theirs))
+    Y = torch.from_numpy(setting.targets.T)
+    loss, heads, layers = gradients(network, setting.features, setting.nodes, lambda z: (z - Y).square().sum())
+    assert model.loss == pytest.approx(loss, rel=1e-12)
+    for found, expected in zip((*model.gradient()[0].values(), *model.gradient()[1]), (*heads, *layers), strict=True):
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-11 * float(expected.abs().max()))
+
+
+def test_gains_are_those_of_the_kronecker_forms(model: flows.Model) -> None:
+    rng = np.random.default_rng(0)
+    small = replace(
+        model,
+        features=[rng.normal(size=(3, 5)) for _ in range(3)],
+        targets=rng.normal(size=(2, 5)),
+        heads={scale: rng.normal(size=(2, 3)) for scale in range(3)},
+        layers=[rng.normal(size=(3, 3)) for _ in range(2)],
+    )
+    V = 2 * small.residual
+    for reference in ([2], [0, 1]):
+        speed, of_heads, of_layers = small.gain(reference)
+        expected = theory.speed_gain(small.heads, small.layers, small.features, V, reference)
+        assert (of_heads, of_layers) == pytest.approx(expected, rel=1e-9)
+        old = theory.speed_terms({s: small.heads[s] for s in reference}, small.layers, small.features, V)
+        assert speed == pytest.approx(sum(old[0].values()) + sum(old[1]), rel=1e-9)
+
+
+def test_sharpness_is_that_of_the_autodiff_kernel(model: flows.Model) -> None:
+    def outputs(weights: torch.Tensor) -> torch.Tensor:
+        parts = [*model.layers, *model.heads.values()]
+        found = [p.view(q.shape) for p, q in zip(weights.split([q.size for q in parts]), parts, strict=True)]
+        h, result = [torch.from_numpy(G) for G in model.features], 0
+        for scale, head in zip(model.heads, found[3:], strict=True):
+            reached = h[scale]
+            for layer in found[:scale]:
+                reached = layer @ reached
+            result = result + head @ reached
+        return result.flatten()
+
+    J = torch.autograd.functional.jacobian(outputs, torch.from_numpy(model.weights), vectorize=True)
+    assert model.sharpness() == pytest.approx(float(torch.linalg.matrix_norm(J, 2)) ** 2, rel=1e-9)
+
+
+def test_descent_approaches_the_flow(model: flows.Model) -> None:
+    times = np.linspace(0, 0.2 / model.sharpness(), 5)
+    exact = flows.flow(model, times)
+    assert exact.energy < 1e-8
+    one = model.at(model.weights + times[1] * model.slope(model.weights))
+    np.testing.assert_allclose(flows.descend(model, times, 1).models[1].weights, one.weights)
+    far, near = (abs(flows.descend(model, times, steps).losses - exact.losses).max() for steps in (4, 8))
+    assert far / near == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("reference", [[2], [0, 1]])
+def test_models_are_compared_at_equal_outputs(reference: list[int]) -> None:
+    drawn = search._drawn(np.random.default_rng(0), search.WIDE, 2, "gcn", 1.0)
+    model = search.equal_outputs(drawn, reference)
+    old = {scale: drawn.heads[scale] for scale in reference}
+    np.testing.assert_allclose(
+        model.residual + model.targets, theory.linear_outputs(old, drawn.layers, drawn.features), atol=1e-10
+    )
+    if 0 in reference:
+        assert not np.allclose(model.heads[0], drawn.heads[0])
+
+
+def test_networks_propagate_before_every_layer() -> None:
+    S = Propagation(torch.tensor([[0, 1], [1, 2]]), 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    network = GraphNetwork(S, (2, 4), 1, (0, 1), nn.ReLU(), generator)
+    x = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for head in network.heads:
+            head.fill_(1.0)
+        expected = x.sum(1) + (S(x) @ network.layers[0].T).relu().sum(1)
+        assert torch.allclose(network(x)[:, 0], expected)
+
+
+def test_principal_components_keep_the_leading_gram() -> None:
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert principal(x, 5) is x
+    kept = principal(x, 2)
+    values = torch.linalg.svdvals(x)
+    assert torch.allclose(torch.linalg.svdvals(kept), values[:2] / values[0])
+
+
+def test_claims_have_distinct_ids_sources_and_cells() -> None:
+    config = Config()
+    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
+    assert len({claim.id for claim in claims}) == len(claims)
+    assert len({cell.key for cell in cells}) == len(cells)
+    for claim in claims:
+        assert "Xu, Zhang, Jegelka & Kawaguchi 2021" in claim.source
+        assert any(claim.needs(cell) for cell in cells), claim.id
+    assert PAPER.settings["problem"] == "cora"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"problem": "coora"}, "Did you mean 'cora'"),
+        ({"splits": ("pubic",)}, "Did you mean 'public'"),
+        ({"aggregation": ("gnc",)}, "Did you mean 'gcn'"),
+        ({"depths": (-1,)}, "--depths"),
+        ({"nodes": 1}, "--nodes"),
+        ({"draws": 0}, "--draws"),
+        ({"components": 0}, "--components"),
+        ({"dtype": "float32"}, "--dtype"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
