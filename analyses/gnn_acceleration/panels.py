@@ -12,6 +12,8 @@ SINGLE, MULTI = "gradient-descent", "full"
 """Looks of single-scale and multiscale models; GIN's markers are hollow."""
 LOOKS = {"single": SINGLE, "multi": MULTI}
 NAMES = {"single": "single-scale", "multi": "multiscale"}
+ZERO = 1e-30
+"""Squares of singular values that are zero to round-off are drawn here."""
 AGGREGATIONS = {"gcn": "GCN", "gin": "GIN"}
 SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diagonal"}
 """Looks of depths in the search for counter-examples."""
@@ -28,7 +30,7 @@ def _depth_axis(axes: Axes, table: pd.DataFrame, label: str = "depth $H$") -> No
 
 
 def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str, form: str = "normalised") -> None:
-    """σ_min² and σ_max² of G_H and of G^[H] against depth; those of the stack can only grow."""
+    """σ_min² and σ_max² of G_H and of G^[H] against depth; where F ≥ n the stack's cannot fall below the first (line)."""
     axes.set_yscale("log")
     at = {"aggregation": aggregation, "form": form, "features": "all"}
     split = take(measurements, "conditioning", "smallest", **at)["split"].iloc[0]
@@ -37,11 +39,16 @@ def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str,
         shift = 3.0 * index - 1.5
         for quantity, end in (("largest", "max"), ("smallest", "min")):
             table = take(measurements, "conditioning", quantity, sort=sort, split=split, **at)
-            floor = 1e-30
-            shown = table.assign(value=table["value"].clip(lower=floor))
+            shown = table.assign(value=table["value"].clip(lower=ZERO))
             points = style.measured(axes, shown, "depth", look, shift=shift, label=rf"$\sigma_{{\{end}}}^2$ of {label}")
             if quantity == "largest":
                 hollow(points)
+    stack = take(measurements, "conditioning", "smallest", sort="stack", split=split, **at)
+    if bool(stack["monotone"].all()):
+        first = float(stack.loc[stack["depth"] == stack["depth"].min(), "value"].mean())
+        ends = [float(stack["depth"].min()), float(stack["depth"].max())]
+        label = r"floor of $\sigma_{\min}^2$ of $G^{[H]}$"
+        style.theory(axes, ends, [max(first, ZERO)] * 2, "block-tridiagonal", label=label)
     _depth_axis(axes, table)
     axes.set(ylabel=r"$\sigma^2$ of the features", title=f"{AGGREGATIONS[aggregation]}, {split} split, {form}")
 
@@ -100,14 +107,14 @@ def _models(axes: Axes, table: pd.DataFrame) -> None:
 
 def acceleration(axes: Axes, measurements: pd.DataFrame, *, part: str, change: str) -> None:
     """Factor between the losses left with and without new scales, against depth."""
-    axes.set_yscale("log")
     table = take(measurements, part, f"{change}_log_ratio")
+    if table["value"].min() < -1:
+        axes.set_yscale("log")
     table = table.groupby(["aggregation", "depth", "seed"])["value"].mean().reset_index()
     table["value"] = 10.0 ** table["value"]
     for index, aggregation in enumerate(_aggregations(table)):
         shown = table[table["aggregation"] == aggregation]
-        look = MULTI if change == "skip" else "block-diagonal" if change == "depth" else "kfac"
-        points = style.measured(axes, shown, "depth", look, label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
+        points = style.measured(axes, shown, "depth", MULTI, label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
         if aggregation == "gin":
             hollow(points)
     level(axes, 1.0)
@@ -137,12 +144,11 @@ def slower(axes: Axes, measurements: pd.DataFrame, *, change: str) -> None:
 
 def permutation(axes: Axes, measurements: pd.DataFrame, *, targets: str) -> None:
     """Initial speed of each scale with true labels over the mean of permutations."""
-    axes.set_yscale("log")
     table = take(measurements, "labels", "log_ratio", targets=targets)
     table = table.assign(value=10.0 ** table["value"])
     for index, aggregation in enumerate(_aggregations(table)):
         shown = table[table["aggregation"] == aggregation]
-        points = style.measured(axes, shown, "depth", "kfac", label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
+        points = style.measured(axes, shown, "depth", MULTI, label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
         if aggregation == "gin":
             hollow(points)
     level(axes, 1.0)
@@ -152,12 +158,11 @@ def permutation(axes: Axes, measurements: pd.DataFrame, *, targets: str) -> None
 
 def relu_losses(axes: Axes, measurements: pd.DataFrame, *, aggregation: str, loss: str) -> None:
     """Loss over its initial value against steps of gradient descent on ReLU networks of the largest depth."""
-    axes.set_yscale("log")
     table = take(measurements, "relu", "loss", aggregation=aggregation, loss=loss)
     depth = table["depth"].max()
-    for model, look in LOOKS.items():
+    for index, (model, look) in enumerate(LOOKS.items()):
         shown = table[(table["model"] == model) & (table["depth"] == depth) & (table["step"] > 0)]
-        style.measured(axes, shown, "step", look, label=NAMES[model])
+        style.measured(axes, shown, "step", look, label=NAMES[model], shift=4.0 * index - 2.0)
     level(axes, 1.0)
     axes.set(
         xlabel="step", ylabel="loss over its start", title=f"{AGGREGATIONS[aggregation]}, {loss}, $H={int(depth)}$"

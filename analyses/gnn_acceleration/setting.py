@@ -114,9 +114,10 @@ def _propagation(name: str, aggregation: str) -> Propagation:
 
 
 def principal(features: Float[Tensor, "N F"], components: int) -> Float[Tensor, "N K"]:
-    """Coordinates along the leading right singular vectors, scaled to a largest singular value of one.
+    """Coordinates along the leading right singular vectors, scaled to a mean squared norm of one over the nodes.
 
-    Features with no more columns stay as they are. Multiplying all features by a number only rescales time.
+    Features with no more columns stay as they are, such as karate's identity, which has that norm. Without the scale heads
+    would have to grow far above the layers' size, and the tangent kernel with them.
     """
     if features.shape[1] <= components:
         return features
@@ -127,5 +128,5 @@ def principal(features: Float[Tensor, "N F"], components: int) -> Float[Tensor, 
 def _principal(features: Tensor, components: int) -> Tensor:
     _, vectors = torch.linalg.eigh(features.T @ features)
     coordinates = features @ vectors[:, -components:].flip(1)
-    scaled: Tensor = coordinates / coordinates.norm(dim=0).max()
+    scaled: Tensor = coordinates / coordinates.square().sum(1).mean().sqrt()
     return scaled

@@ -51,8 +51,10 @@ def _line(name: str) -> dict[str, Any]:
 
 
 def _band(axes: Axes, x: np.ndarray, logs: pd.DataFrame, **line: Any) -> None:
-    """Draw the geometric mean over seeds with its t-interval, up to a cross where the first seed diverged."""
+    """Draw the geometric mean over seeds with its t-interval, up to a cross where the first seed diverged; nothing if that is at once."""
     common = logs.dropna(axis=1)
+    if common.empty:
+        return
     places = x[: common.shape[1]]
     summaries = [Summary.of(common[step].to_numpy(dtype=float)) for step in common]
     mean = np.exp([summary.mean for summary in summaries])

@@ -85,12 +85,11 @@ def dependent_nodes(features: Float[np.ndarray, "F n"]) -> Int[np.ndarray, "_"]:
     Leaving out as many of them as the rank lacks makes the columns independent.
 
     Raises:
-        ValueError: for a wrong shape or entries that are not finite. Cost O(F n min(F, n)).
+        ValueError: for a wrong shape or entries that are not finite. Cost O(F n min(F, n) + n³).
     """
     features = array("features", features, 2)
-    _, values, right = np.linalg.svd(features, full_matrices=True)
-    rank = int((values > _round_off(values, features.shape)).sum())
-    share = np.linalg.norm(right[rank:], axis=0)
+    rows = _row_space(features)
+    share = np.linalg.norm(np.eye(features.shape[1]) - rows.T @ rows, axis=0)
     return np.asarray(np.flatnonzero(share > 1e-8))
 
 
@@ -102,8 +101,7 @@ def optimal_loss(features: Float[np.ndarray, "F n"], targets: Float[np.ndarray, 
     """
     features, targets = array("features", features, 2), array("targets", targets, 2)
     length("targets", targets, features.shape[1], "one column per training node", axis=1)
-    _, values, right = np.linalg.svd(features, full_matrices=False)
-    rows = right[values > _round_off(values, features.shape)]
+    rows = _row_space(features)
     return float(np.square(targets - targets @ rows.T @ rows).sum())
 
 
@@ -280,6 +278,12 @@ def _layer_parts(
 def _vec(V: Float[np.ndarray, "C n"], features: Float[np.ndarray, "F n"]) -> Float[np.ndarray, "_"]:
     """vec[V Gᵀ], column-major."""
     return np.asarray((V @ features.T).ravel(order="F"))
+
+
+def _row_space(features: Float[np.ndarray, "F n"]) -> Float[np.ndarray, "_ n"]:
+    """Orthonormal rows that span the row space."""
+    _, values, right = np.linalg.svd(features, full_matrices=False)
+    return np.asarray(right[values > _round_off(values, features.shape)])
 
 
 def _round_off(values: Float[np.ndarray, "_"], shape: tuple[int, ...]) -> float:

@@ -25,7 +25,7 @@ from curvlab.study.measurements import normalise, tabulate
 from curvlab.theory import graph_dynamics as theory
 from paper_figures.xu_2021 import PAPER, floors
 
-SMALL = ("--depths", "0", "1", "2", "--seeds", "2", "--nodes", "8", "--draws", "5", "--aggregation", "gcn")
+SMALL = ("--depths", "1", "2", "--seeds", "2", "--nodes", "8", "--draws", "5", "--aggregation", "gcn")
 IDENTITIES = (
     "speed-heads", "speed-layers", "speed-total", "bound-single", "bound-multi", "bound-scale", "bound-descent",
     "floor-guaranteed", "flow-energy", "flow-conserved", "skip-zero", "skip-one", "skip-condition", "depth-zero", "depth-one",
@@ -72,7 +72,7 @@ def verdict_of(claim_id: str, config: Config = TINY, **only: object) -> Verdict:
 
 
 def test_a_faster_bound_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the rank of the smallest singular value: were σ_max in its place, the flow would be too slow."""
+    """Were σ_max in the place of σ_min, the flow would be too slow."""
     monkeypatch.setattr(theory, "least_singular_value", lambda G: float(np.linalg.norm(G, 2)))
     assert verdict_of("bound-single", depth=1).outcome == "refuted"
 
@@ -85,8 +85,8 @@ def test_a_wrong_layer_gradient_is_refuted(monkeypatch: pytest.MonkeyPatch) -> N
         return heads, [1.001 * layer for layer in layers]
 
     monkeypatch.setattr(flows.Model, "gradient", wrong)
-    assert verdict_of("flow-energy", depth=2, start="orthogonal").outcome == "supported"
-    assert verdict_of("flow-conserved", depth=2, start="orthogonal").outcome == "refuted"
+    for claim in ("flow-energy", "flow-conserved"):
+        assert verdict_of(claim, depth=2, start="orthogonal").outcome == "refuted"
 
 
 def test_a_missing_rank_is_said_with_its_nodes(caplog: pytest.LogCaptureFixture) -> None:
@@ -102,8 +102,6 @@ def test_a_missing_rank_is_said_with_its_nodes(caplog: pytest.LogCaptureFixture)
 
 
 def test_bounds_without_rank_are_outside_the_assumptions(monkeypatch: pytest.MonkeyPatch) -> None:
-    propagated = flows.Model
-
     def doubled(features: list[np.ndarray], *rest: object, **more: object) -> flows.Model:
         for G in features:
             G[:, 1] = G[:, 0]
@@ -114,7 +112,6 @@ def test_bounds_without_rank_are_outside_the_assumptions(monkeypatch: pytest.Mon
     verdict = verdict_of("bound-single", depth=1)
     assert verdict.outcome == "outside the assumptions"
     assert "nodes 0 1" in verdict.note
-    assert propagated is flows.Model
 
 
 @pytest.fixture
@@ -211,7 +208,7 @@ def test_principal_components_keep_the_leading_gram() -> None:
     assert principal(x, 5) is x
     kept = principal(x, 2)
     values = torch.linalg.svdvals(x)
-    assert torch.allclose(torch.linalg.svdvals(kept), values[:2] / values[0])
+    assert torch.allclose(torch.linalg.svdvals(kept), values[:2] * 3 / values[:2].norm())
 
 
 def test_claims_have_distinct_ids_sources_and_cells() -> None:
@@ -230,7 +227,7 @@ def test_claims_have_distinct_ids_sources_and_cells() -> None:
     [
         ({"problem": "coora"}, "Did you mean 'cora'"),
         ({"splits": ("pubic",)}, "Did you mean 'public'"),
-        ({"aggregation": ("gnc",)}, "Did you mean 'gcn'"),
+        ({"aggregation": ("gcnn",)}, "Did you mean 'gcn'"),
         ({"depths": (-1,)}, "--depths"),
         ({"nodes": 1}, "--nodes"),
         ({"draws": 0}, "--draws"),
@@ -241,3 +238,11 @@ def test_claims_have_distinct_ids_sources_and_cells() -> None:
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**options)
+
+
+def test_seeds_that_only_turn_a_run_are_no_replicates() -> None:
+    """Orthogonal layers from zero heads give the same losses whatever the seed; a fixed split leaves nothing random."""
+    config = replace(TINY, nodes=0, seeds=2)
+    verdict = verdict_of("skip-faster-gcn", config, depth=1)
+    assert verdict.outcome == "outside the assumptions"
+    assert "--nodes" in verdict.note

@@ -49,7 +49,11 @@ def _measure(cell: Cell, config: Config) -> Observations:
             ("stack", [np.concatenate(features[: depth + 1]) for depth in range(len(features))]),
         ):
             values = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]
-            at: dict[str, object] = {"features": name, "sort": sort}
+            at: dict[str, object] = {
+                "features": name,
+                "sort": sort,
+                "monotone": sort == "stack" and len(features[0]) >= n,
+            }
             for depth, (matrix, found) in enumerate(zip(matrices, values, strict=True)):
                 rows += [
                     {"quantity": "smallest", "value": float(found[-1]) ** 2, "depth": depth, **at},

@@ -100,7 +100,7 @@ def _slow_down(single: GraphNetwork, setting: Setting, loss: Loss) -> float:
     with torch.no_grad():
         for mine, theirs in zip((*multi.layers, multi.heads[depth]), (*single.layers, single.heads[0]), strict=True):
             mine.copy_(theirs)
-    return max(0.0, 1 - speed(multi) / speed(single))
+    return max(0.0, speed(single) / speed(multi) - 1)
 
 
 EFFECTS = {
