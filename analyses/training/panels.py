@@ -51,7 +51,7 @@ def _line(name: str) -> dict[str, Any]:
 
 
 def _band(axes: Axes, x: np.ndarray, logs: pd.DataFrame, **line: Any) -> None:
-    """Draw the geometric mean over seeds with its t-interval, up to a cross where the first seed diverged; nothing if that is at once."""
+    """Draw the geometric mean over seeds with its t-interval, up to a cross where the first seed diverged."""
     common = logs.dropna(axis=1)
     if common.empty:
         return
