@@ -223,9 +223,14 @@ def test_kronecker_moments(reduce: bool) -> None:
                 g = rows.g[v, n, :, q]
                 for u in [g.sum(0)] if reduce else list(g):
                     B[q] += torch.outer(u, u)
-    X, Y = rows.input_root(weights, reduce=reduce), rows.output_root(reduce=reduce)
-    assert_close(X.mT @ X, A)
+    (X, scale), Y = rows.input_root(weights, reduce=reduce), rows.output_root(reduce=reduce)
+    assert_close(scale * X.mT @ X, A)
     assert_close(Y.mT @ Y, B)
+    (X, scale), (Z, one) = (
+        rows.input_root(w, reduce=reduce) for w in (torch.full((3,), 0.7), torch.tensor([0.7, 0.7, 0.8]))
+    )
+    assert X.shape == Z.shape
+    assert (scale != 1, one) == (True, 1.0), "equal weights take no pass over the inputs"
 
 
 def test_embedding_moments() -> None:
