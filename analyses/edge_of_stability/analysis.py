@@ -8,11 +8,11 @@ from analyses.assembly import cells_of, claims_of
 from analyses.assembly import data_hash as hash_of
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.figures import FIGURES
-from analyses.edge_of_stability.parts import PARTS
+from analyses.edge_of_stability.parts import PARTS, published
 from analyses.edge_of_stability.setting import ARGUMENTS, setting_of
 from analyses.part import Observations
 from curvlab.problems import DataUnavailable
-from curvlab.problems.images import IMAGE_SETS
+from curvlab.problems.images import IMAGE_SETS, load_images
 from curvlab.study import Analysis, Cell
 from curvlab.study import DataUnavailable as StudyDataUnavailable
 
@@ -22,9 +22,11 @@ def _network(cell: Cell) -> list[str]:
 
 
 def _data_hash(config: Config) -> str:
-    if config.problem not in IMAGE_SETS:
-        return hash_of(config.problem)
     try:
+        if config.published:
+            load_images(str(published.SETTING["problem"]))
+        if config.problem not in IMAGE_SETS:
+            return hash_of(config.problem)
         train = setting_of(Cell({"problem": config.problem, "seed": 0}), config).problem.train
     except DataUnavailable as error:
         raise StudyDataUnavailable(str(error)) from error
@@ -38,7 +40,7 @@ def _measure(cell: Cell, config: Config) -> Observations:
 def _resources(cell: Cell, config: Config) -> tuple[float, float]:
     part = PARTS[str(cell["part"])]
     if cell["problem"] != config.problem:
-        return part.seconds(config.width), 3e8
+        return part.seconds(config.width), 1e9 if part is published.PART else 3e8
     work = config.width**2 * (config.depth - 1) * config.samples * config.steps / (2 * 64**2 * 128 * 800)
     return part.seconds(config.width) * max(0.3, work), 5e8 + 8.0 * config.samples * (3072 + 60 * config.width)
 

@@ -80,6 +80,7 @@ def descend(
     batches: Callable[[int], Tensor | None] = lambda _: None,
     observe: Callable[[int, nn.Module], None] = lambda *_: None,
     before: Callable[[int], None] = lambda _: None,
+    until: Callable[[nn.Module], bool] = lambda _: False,
     checkpoint: Path | None = None,
 ) -> Run:
     """Train, and measure before chosen steps.
@@ -94,6 +95,7 @@ def descend(
         batches: samples that a step uses, by its number; all if None.
         observe: called before every step with its number and the model.
         before: called before every step with its number, such as a schedule.
+        until: asked at every measurement; the run ends there if it holds.
         checkpoint: where the run is saved every minute and taken up from; removed at its end.
 
     Cost: a gradient a step; a measurement takes two to four block products from the last eigenvectors.
@@ -118,7 +120,8 @@ def descend(
         if operator is not None:
             found = eigenpairs(operator, top, start=subspace, tolerance=TOLERANCE, block=top + GUARDS)
             subspace = found.subspace
-        if step == steps and found is None:
+        ended = step == steps or (step in chosen and until(model))
+        if ended and found is None:
             break
         if (samples := batches(step)) is not None:
             setting.gradient(model, samples)
@@ -129,6 +132,8 @@ def descend(
             moved = share(operator, found.vectors, flat(model) - here)
             values = tuple(float(value) for value in found.values)
             run.points.append(Point(step, values, float(found.residuals[0]), plain, moved))
+        if ended:
+            break
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import numpy as np
@@ -36,6 +37,10 @@ class Restricted(Operator):
         shapes = {name: operator.space.shapes[name] for name in names}
         self.operator, self.space = operator, ParameterSpace(shapes)
         self.dtype, self.device = operator.dtype, operator.device
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the whole operator."""
+        return self.operator.held()
 
     def matmat(self, block: torch.Tensor) -> torch.Tensor:
         """Multiply a block of vectors, embedded among zeros."""

@@ -9,6 +9,7 @@ derivative or batching rule, or another derivative than in reverse mode (`no_gra
 embedding), goes by double backward for good, one vector at a time; it says so once.
 
 Products are taken at the parameters that the model has when they are asked for: one operator serves along a training run.
+Where they stay the same, `held` lets double backward record the gradient once.
 
 Source: Pearlmutter 1994, Fast exact multiplication by the Hessian; Schraudolph 2002, Fast curvature matrix-vector
 products for second-order gradient descent.
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 from weakref import WeakSet
 
@@ -39,6 +41,9 @@ logger = logging.getLogger("curvlab")
 SWEEP = 16
 """Vectors in one sweep, by default."""
 _announced: WeakSet[nn.Module] = WeakSet()
+
+Product = Callable[[Sequence[Tensor]], Float[Tensor, " P"]]
+"""Multiplies one vector, given by parameter."""
 
 
 class DerivativeOperator(Operator):
@@ -76,7 +81,22 @@ class DerivativeOperator(Operator):
         self.objective = Objective(model, loss, data, parameters, output)
         self.space, self.dtype, self.device = self.objective.space, self.objective.dtype, self.objective.device
         self.sweep = sweep
+        self._recorded: list[Product] | None = None
         self.batched = batched and self._agrees()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold parameters and data: double backward records the gradient of a single batch once for all sweeps.
+
+        Memory: that of a gradient with its graph. Parameters that change nevertheless are an error of autograd's.
+        """
+        before = self._recorded
+        if before is None and self.objective.single:
+            self._recorded = []
+        try:
+            yield
+        finally:
+            self._recorded = before
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block of vectors. Cost per sweep of K vectors: one gradient, and about K more for the Hessian."""
@@ -91,7 +111,18 @@ class DerivativeOperator(Operator):
 
     def _by_backward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
         with torch.enable_grad():
-            return self.objective.total(lambda part: torch.stack(self._backward(part, vectors)))
+            return self.objective.total(lambda part: self._products(self._product(part), vectors))
+
+    def _product(self, part: Part) -> Product:
+        if self._recorded is None:
+            return self._record(part)
+        if not self._recorded:
+            self._recorded.append(self._record(part))
+        return self._recorded[0]
+
+    @staticmethod
+    def _products(product: Product, vectors: Parameters) -> Float[Tensor, "K P"]:
+        return torch.stack([product(vector) for vector in zip(*vectors.values(), strict=True)])
 
     def _agrees(self) -> bool:
         """Return whether the batched product of a random vector is that by double backward; says so if not."""
@@ -118,8 +149,8 @@ class DerivativeOperator(Operator):
         """Return the product of a batch with one vector, for `vmap`."""
 
     @abstractmethod
-    def _backward(self, part: Part, vectors: Parameters) -> list[Float[Tensor, " P"]]:
-        """Return the products of a batch with every vector, by reverse mode alone."""
+    def _record(self, part: Part) -> Product:
+        """Return the product of a batch with one vector, by reverse mode alone."""
 
     def _attached(self) -> Parameters:
         return {name: value.requires_grad_() for name, value in self.objective.parameters.items()}
@@ -137,10 +168,11 @@ class Hessian(DerivativeOperator):
 
         return product
 
-    def _backward(self, part: Part, vectors: Parameters) -> list[Float[Tensor, " P"]]:
+    def _record(self, part: Part) -> Product:
         at = self._attached()
-        gradient = _pull([part.value(at)], list(at.values()), create_graph=True)
-        return [_flattened(_pull(gradient, list(at.values()), seeds)) for seeds in zip(*vectors.values(), strict=True)]
+        inputs = list(at.values())
+        gradient = _pull([part.value(at)], inputs, create_graph=True)
+        return lambda vector: _flattened(_pull(gradient, inputs, vector))
 
 
 class GGN(DerivativeOperator):
@@ -186,7 +218,7 @@ class GGN(DerivativeOperator):
 
         return product
 
-    def _backward(self, part: Part, vectors: Parameters) -> list[Float[Tensor, " P"]]:
+    def _record(self, part: Part) -> Product:
         at = self._attached()
         inputs = list(at.values())
         z = part.output(at)
@@ -194,11 +226,12 @@ class GGN(DerivativeOperator):
         pulled = _pull([z], inputs, [seed], create_graph=True)
         end = z.detach().requires_grad_()
         slope = _pull([part.of_output(end)], [end], create_graph=True)
-        products = []
-        for vector in zip(*vectors.values(), strict=True):
+
+        def product(vector: Sequence[Tensor]) -> Float[Tensor, " P"]:
             change = _pull(pulled, [seed], vector)
-            products.append(_flattened(_pull([z], inputs, _pull(slope, [end], change))))
-        return products
+            return _flattened(_pull([z], inputs, _pull(slope, [end], change)))
+
+        return product
 
 
 def _pull(

@@ -1,12 +1,13 @@
 """Extreme eigenpairs of a symmetric operator: a block Krylov method with thick restarts, started from what is known.
 
     basis V, images AV     →  Rayleigh–Ritz: eigenpairs (θ, x) with x = Vs, s and θ of VᵀAV
-    residuals r = Ax − θx  →  those of the `block` leading Ritz pairs, if not converged, widen the basis
+    residuals r = Ax − θx  →  those of the wanted Ritz pairs that have not converged widen the basis
     basis full             →  it is cut down to the leading Ritz vectors, whose images come along
 
-From any block X this spans the block Krylov space of X, as block Lanczos does. But the images are kept and no recurrence
-is relied on, so that X may be the eigenvectors of a similar operator: one block product tells how good they still are,
-and the following ones improve on them. It is a block Davidson method without a preconditioner, and it is Krylov–Schur
+The first block X may be the eigenvectors of a similar operator: one block product tells how good they still are, and the
+following ones improve on those that are wanted, while the others keep theirs out of the way. Widening by all residuals
+of the block would span the block Krylov space of X, at almost twice the products. The images are kept and no recurrence is
+relied on. It is a block Davidson method without a preconditioner, and it is Krylov–Schur
 with full re-orthogonalisation when X is a Krylov space.
 
 For an operator that is symmetric in another inner product (`Operator.metric`), everything is orthogonal in that one.
@@ -92,9 +93,10 @@ def eigenpairs(
             The error of θ is at most the residual, and about its square over the distance to the other eigenvalues.
             Below `10·ε` of the operator's type it counts as that.
         start: result for this or a similar operator, or any vectors to start from; random ones if None.
-        block: vectors in one product, by default two more than are asked for. The distance of the wanted eigenvalues to
-            the first one beyond the block decides on the convergence, so a block as wide as a cluster passes over it;
-            and a block finds as many copies of a multiple eigenvalue as it is wide.
+        block: vectors in the first product and in `subspace`, by default two more than are asked for. From a good start
+            the distance of the wanted eigenvalues to the first one beyond the block decides on the convergence, so a
+            block as wide as a cluster passes over it; and a block finds as many copies of a multiple eigenvalue as it
+            is wide.
         max_products: products with single vectors after which the best pairs so far are returned.
 
     Raises:
@@ -123,22 +125,23 @@ def eigenpairs(
     width = min(operator.size, block or wanted + GUARDS)
     capacity = max(wanted, width) + BLOCKS * width
     basis = _Basis(operator, width, operator.size if operator.size <= SMALL * capacity else capacity)
-    basis.begin(start)
-    while True:
-        ritz = basis.ritz(which, max(wanted, width))
-        limit = max(tolerance, ROUND_OFF * torch.finfo(operator.dtype).eps) * ritz.largest
-        unconverged = ritz.norms > limit
-        if basis.spans_all:
-            unconverged = torch.zeros_like(unconverged)
-        complete = len(ritz.values) >= wanted and not bool(unconverged[:wanted].any())
-        if complete or basis.spans_all or basis.products >= max_products:
-            break
-        if basis.is_full:
-            basis.restart(ritz.coefficients)
-        if basis.products >= operator.size and operator.size <= DENSE:
-            basis.take_all()
-        else:
-            basis.widen(ritz.residuals[unconverged.to(operator.device)][:width])
+    with operator.held():
+        basis.begin(start)
+        while True:
+            ritz = basis.ritz(which, max(wanted, width))
+            limit = max(tolerance, ROUND_OFF * torch.finfo(operator.dtype).eps) * ritz.largest
+            unconverged = ritz.norms[:wanted] > limit
+            if basis.spans_all:
+                unconverged = torch.zeros_like(unconverged)
+            complete = len(ritz.values) >= wanted and not bool(unconverged.any())
+            if complete or basis.spans_all or basis.products >= max_products:
+                break
+            if basis.is_full:
+                basis.restart(ritz.coefficients)
+            if basis.products >= operator.size and operator.size <= DENSE:
+                basis.take_all()
+            else:
+                basis.widen(ritz.residuals[:wanted][unconverged.to(operator.device)][:width])
     found = _result(ritz, ~unconverged, min(wanted, len(ritz.values)), which, basis)
     if not bool(found.converged.all()):
         warnings.warn(

@@ -125,16 +125,20 @@ class Objective:
         return both[0], both[1:]
 
     @property
+    def single(self) -> bool:
+        """Whether the data are one batch."""
+        return hasattr(self.batches, "__len__") and len(self.batches) == 1
+
+    @property
     def _adds(self) -> bool:
         """Whether batches add up with weight 1."""
-        single = hasattr(self.batches, "__len__") and len(self.batches) == 1
         reduction = getattr(self.loss, "reduction", None)
-        if not single and reduction not in ("mean", "sum"):
+        if not self.single and reduction not in ("mean", "sum"):
             raise ValueError(
                 f"{_name(self.loss)} does not say how several batches merge. Give it an attribute reduction='mean' or "
                 "'sum', as the losses of torch.nn have it, or pass all data as one batch."
             )
-        return single or reduction == "sum"
+        return self.single or reduction == "sum"
 
     def _part(self, batch: Any) -> Part:
         if not isinstance(batch, tuple | list) or len(batch) != 2:

@@ -8,6 +8,7 @@ otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -53,6 +54,10 @@ class Operator(ABC):
     def project(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Project a block on the subspace that the operator lives on: all of it, unless M is singular."""
         return block
+
+    def held(self) -> AbstractContextManager[None]:
+        """Return a context within which the operator is not to change, so that products may share work."""
+        return nullcontext()
 
     def matvec(self, vector: Vector) -> Vector:
         """Multiply a vector, or a block of vectors, flat or by parameter name; the result has the form given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -145,6 +146,9 @@ class Preconditioned(Operator):
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
         return self._solve(self.operator.matmat(block))
+
+    def held(self) -> AbstractContextManager[None]:  # noqa: D102
+        return self.operator.held()
 
     def metric(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
         return _flat(self.preconditioner.matvec(block)) + self.damping * block

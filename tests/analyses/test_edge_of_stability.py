@@ -1,6 +1,7 @@
 """The edge-of-stability analysis: its command line on a small real instance, its measurements, and its power to refute."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import Point, Run, descend, flow
 from analyses.edge_of_stability.figures import FIGURES
 from analyses.edge_of_stability.optimisers import adam, momentum
-from analyses.edge_of_stability.parts import PARTS, chebyshev, losses, preconditioned, training
+from analyses.edge_of_stability.parts import PARTS, chebyshev, losses, preconditioned, published, training
 from analyses.edge_of_stability.setting import Setting, flat, setting_of
 from analyses.edge_of_stability.windows import Edge
 from curvlab.fisher import make
 from curvlab.rows import sqrt_fisher
 from curvlab.spectrum import Preconditioned
-from curvlab.study import Cell, Verdict, judge, main
+from curvlab.study import Cell, DataUnavailable, Verdict, judge, main
 from curvlab.study.measurements import normalise, tabulate
 from paper_figures.cohen_2021 import plateaus
 
@@ -57,7 +58,7 @@ def test_the_command_ends_with_verdicts_and_files(run: tuple[int, Path]) -> None
     assert code == 0
     assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
     table = pd.read_parquet(folder / "measurements.parquet")
-    assert set(table["part"]) == set(PARTS)
+    assert set(table["part"]) == set(PARTS) - {published.NAME}
     stored = json.loads((folder / "verdicts.json").read_text())
     assert not stored["failures"]
     outcomes = {verdict["claim"]: verdict["outcome"] for verdict in stored["verdicts"]}
@@ -318,3 +319,62 @@ def test_the_table_of_plateaus_has_a_row_a_run() -> None:
     table = plateaus(pd.DataFrame(rows))
     assert table[r"$\eta$"].tolist() == ["0.3", "0.5"]
     assert set(table["sharpness / threshold"]) == {r"$1.100 \pm 0.248$"}
+
+
+class TestPublishedRun:
+    """The run of the published code's README: its milestones are read as they are meant, and its cell works."""
+
+    def test_milestones_of_a_run_by_hand(self) -> None:
+        steps = range(0, 10_001, 50)
+        sharpness = [78.0 if step == 0 else 71.0 if step == 400 else 0.04 * max(step, 1900) for step in steps]
+        points = [Point(step, (min(s, 208.0), 1.0), 0.0, 1.0, 1.0) for step, s in zip(steps, sharpness, strict=True)]
+        run = Run(losses=[0.6 - 4e-5 * step for step in range(10_001)], points=points)
+        found = {name: milestone.read(run) for name, milestone in published.MILESTONES.items()}
+        expected = {
+            "first-sharpness": 78.0,
+            "first-loss": 0.6,
+            "loss-100": 0.596,
+            "dip": 71.0,
+            "passes-100": 2500.0,
+            "passes-135": 3400.0,
+            "crossing": 5000.0,
+            "loss-4500": 0.42,
+            "last-step": 10_000.0,
+            "last-loss": 0.2,
+        }
+        plateau = found.pop("plateau")
+        assert found == pytest.approx(expected)
+        assert 200.0 < plateau < 208.0
+
+    def test_what_is_not_reached_counts_as_late(self) -> None:
+        run = Run(losses=[0.6, 0.5], points=[Point(0, (50.0,), 0.0, 1.0, 1.0)])
+        assert published.MILESTONES["crossing"].read(run) == published.LIMIT
+
+    def test_a_milestone_that_is_missed_is_refuted(self) -> None:
+        config = replace(TINY, published=True)
+        claims = PARTS[published.NAME].claims(config)
+        (cell,) = PARTS[published.NAME].cells(config)
+        met = {name: milestone.value for name, milestone in published.MILESTONES.items()}
+        measured = met | {"crossing": 1.2 * met["crossing"], "dip": 0.95 * met["dip"]}
+        rows = [{"quantity": name, "value": value} for name, value in measured.items()]
+        table = tabulate({cell: normalise(cell, rows)})
+        outcomes = {verdict.claim: verdict.outcome for verdict in judge(claims, table)}
+        assert outcomes.pop("published-crossing") == "refuted"
+        assert set(outcomes.values()) == {"supported"}
+
+    def test_its_cell_ends_at_the_accuracy(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        tiny = {**published.SETTING, "problem": "digits", "width": 8, "samples": 20}
+        monkeypatch.setattr(published, "SETTING", tiny)
+        monkeypatch.setattr(published, "ACCURACY", 0.3)
+        config = replace(TINY, published=True, results=tmp_path)
+        (cell,) = published.PART.cells(config)
+        rows = published.PART.measure(cell, config)
+        last = next(row["value"] for row in rows if row["quantity"] == "last-step")
+        assert 0 < last < published.LIMIT
+        assert last % published.EVERY == 0
+
+    def test_missing_images_are_named(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
+        monkeypatch.setattr("pooch.retrieve", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+        with pytest.raises(DataUnavailable, match="cifar10"):
+            ANALYSIS.data_hash(replace(TINY, published=True))

@@ -84,7 +84,7 @@ class TestAgainstDense:
         assert found.products <= 3 * len(values)
 
     def test_restarts(self) -> None:
-        values = [0.97**i for i in range(400)]
+        values = [0.99**i for i in range(400)]
         A = matrix(values)
         for block in (1, 2, 7):
             found = eigenpairs(DenseOperator(A), 2, tolerance=1e-8, block=block)

@@ -422,3 +422,48 @@ class TestErrors:
             Fisher(network(), self.LOSS, samples(3), kind="mc")
         with pytest.raises(ValueError, match="Unknown kind 'empirial'"):
             Fisher(network(), HalfSquaredError(), samples(3), kind="empirial")
+
+
+class TestHeld:
+    """Within `held` double backward records the gradient once, and the products are the same."""
+
+    LOSS = nn.CrossEntropyLoss()
+
+    @pytest.mark.parametrize("kind", [Hessian, GGN])
+    def test_products_are_the_same_from_one_recording(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = samples(6)
+        operator = kind(network(), self.LOSS, data, batched=False)
+        block = torch.randn(3, operator.size, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+        expected = operator.matmat(block)
+        recorded = []
+        record = operator._record
+        monkeypatch.setattr(operator, "_record", lambda part: (recorded.append(part), record(part))[1])
+        with operator.held():
+            for _ in range(2):
+                assert_close(operator.matmat(block), expected)
+            with operator.held():
+                assert_close(operator.matmat(block[:1]), expected[:1])
+        assert len(recorded) == 1
+        with torch.no_grad():
+            next(iter(operator.objective.model.parameters())).mul_(1.5)
+        assert not torch.allclose(operator.matmat(block), expected)
+        assert len(recorded) == 2
+
+    def test_parameters_that_change_nevertheless_are_an_error(self) -> None:
+        operator = Hessian(network(), self.LOSS, samples(6), batched=False)
+        block = torch.ones(1, operator.size, dtype=DOUBLE)
+        with operator.held():
+            operator.matmat(block)
+            with torch.no_grad():
+                for parameter in operator.objective.model.parameters():
+                    parameter.mul_(1.5)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                operator.matmat(block)
+
+    def test_several_batches_are_passed_over_as_ever(self) -> None:
+        x, y = samples(6)
+        operator = Hessian(network(), self.LOSS, [(x[:4], y[:4]), (x[4:], y[4:])], batched=False)
+        whole = Hessian(network(), self.LOSS, (x, y), batched=False)
+        block = torch.ones(1, operator.size, dtype=DOUBLE)
+        with operator.held():
+            assert_close(operator.matmat(block), whole.matmat(block))

@@ -6,6 +6,7 @@ from analyses.edge_of_stability.parts import (
     flow,
     losses,
     preconditioned,
+    published,
     quadratic,
     schedules,
     structures,
@@ -23,5 +24,6 @@ PARTS: dict[str, Part] = {
         structures.PART,
         preconditioned.PART,
         chebyshev.PART,
+        published.PART,
     )
 }
