@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from analyses.edge_of_stability.setting import flat
+from analyses.edge_of_stability.setting import Setting, flat
+from curvlab.fisher import Structure
+from curvlab.optim import NaturalGradient
 from curvlab.spectrum import DiagonalPreconditioner, Operator, Preconditioned, Preconditioner
 from curvlab.theory import sharpness_threshold
 
@@ -68,42 +70,51 @@ def adam(model: nn.Module, eta: float) -> Optimiser:
     return Optimiser(steps, sharpness_threshold("heavy-ball", eta, BETAS[0]) / (1 - BETAS[0]), curvature)
 
 
-def preconditioned(
-    model: nn.Module, preconditioner: Preconditioner, damping: float, eta: float, renew: Callable[[], object] | None
-) -> Optimiser:
-    """Steps −η(P + ρI)⁻¹g.
-
-    Args:
-        model: is trained.
-        preconditioner: P.
-        damping: ρ.
-        eta: step size η.
-        renew: called before every step to bring P up to date; None for a frozen one.
-    """
-    steps = _Preconditioned(model, preconditioner, damping, eta, renew)
+def frozen(model: nn.Module, preconditioner: Preconditioner, damping: float, eta: float) -> Optimiser:
+    """Steps −η(P + ρI)⁻¹g with a P that stays as it is."""
+    steps = _Frozen(model, preconditioner, damping, eta)
     return Optimiser(steps, sharpness_threshold("gd", eta), lambda h: Preconditioned(h, preconditioner, damping))
 
 
-class _Preconditioned:
+def natural(model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float) -> Optimiser:
+    """Natural gradient: steps −η(F + ρI)⁻¹g with a structure of the exact Fisher, renewed at every step."""
+    steps = _Natural(model, setting, structure, damping, eta)
+    return Optimiser(steps, sharpness_threshold("gd", eta), lambda h: Preconditioned(h, structure, damping))
+
+
+class _Natural:
+    """`curvlab.optim.NaturalGradient` on the whole training set."""
+
+    def __init__(self, model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float) -> None:
+        self.model, self.setting = model, setting
+        self.steps = NaturalGradient(
+            model, setting.problem.loss, eta, structure=structure, kind="exact", damping=damping, decay=0.0
+        )
+
+    def step(self) -> None:
+        """Take a step."""
+        self.steps.step(lambda: self.setting.gradient(self.model)[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        return self.steps.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.steps.load_state_dict(state_dict)
+
+
+class _Frozen:
     """Preconditioned gradient descent without momentum."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        preconditioner: Preconditioner,
-        damping: float,
-        eta: float,
-        renew: Callable[[], object] | None,
-    ) -> None:
-        self.model, self.preconditioner, self.damping, self.eta, self.renew = model, preconditioner, damping, eta, renew
+    def __init__(self, model: nn.Module, preconditioner: Preconditioner, damping: float, eta: float) -> None:
+        self.model, self.preconditioner, self.damping, self.eta = model, preconditioner, damping, eta
 
     def step(self) -> None:
         """Take a step by the gradients that the parameters hold."""
         gradient: Float[Tensor, " P"] = torch.cat(
             [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
         )
-        if self.renew is not None:
-            self.renew()
         move = self.preconditioner.solve(gradient, self.damping)
         assert isinstance(move, Tensor)
         vector_to_parameters(flat(self.model) - self.eta * move, self.model.parameters())

@@ -18,7 +18,7 @@ from analyses.edge_of_stability import ANALYSIS, descent
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import Point, Run, descend, flow
 from analyses.edge_of_stability.figures import FIGURES
-from analyses.edge_of_stability.optimisers import adam, momentum
+from analyses.edge_of_stability.optimisers import adam, frozen, momentum, natural
 from analyses.edge_of_stability.parts import PARTS, chebyshev, losses, preconditioned, published, training
 from analyses.edge_of_stability.setting import Setting, flat, setting_of
 from analyses.edge_of_stability.windows import Edge
@@ -175,7 +175,7 @@ def test_preconditioned_steps_and_curvature_are_the_dense_ones(setting: Setting,
     model, structure, rho = setting.network(), make("kfac"), 0.05
     problem = setting.problem
     structure.update(sqrt_fisher(model, problem.loss, *problem.train))
-    optimiser = preconditioned.natural(model, setting, structure, rho, 0.3, live=live)
+    optimiser = natural(model, setting, structure, rho, 0.3) if live else frozen(model, structure, rho, 0.3)
     first = structure.to_dense()
     for step in range(2):
         here = setting.network()

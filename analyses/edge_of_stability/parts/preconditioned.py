@@ -10,7 +10,7 @@ from torch import nn
 
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import descend
-from analyses.edge_of_stability.optimisers import Optimiser, preconditioned
+from analyses.edge_of_stability.optimisers import frozen, natural
 from analyses.edge_of_stability.part import BAND, PAPER, REACHED, Part, cells_of, must_reach, of
 from analyses.edge_of_stability.parts.training import rows_of
 from analyses.edge_of_stability.setting import Setting, setting_of
@@ -55,24 +55,13 @@ def _layers(model: nn.Module) -> int:
     return sum(bool(list(module.parameters(recurse=False))) for module in model.modules())
 
 
-def natural(
-    model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float, *, live: bool
-) -> Optimiser:
-    """Return steps −η(F + ρI)⁻¹g of a structure with the exact Fisher's rows, renewed at every step if live."""
-
-    def renew() -> Structure:
-        return structure.update(sqrt_fisher(model, setting.problem.loss, *setting.problem.train))
-
-    return preconditioned(model, structure, damping, eta, renew if live else None)
-
-
 def _measure(cell: Cell, config: Config) -> Observations:
     setting, mode = setting_of(cell, config), str(cell["mode"])
     model, structure = setting.network(), make(str(cell["structure"]))
     structure.update(sqrt_fisher(model, setting.problem.loss, *setting.problem.train))
     damping = DAMPING[mode] * float(eigenpairs(StructureOperator(structure), 1, tolerance=1e-3).values[0])
     eta, live = ETA[mode], mode == LIVE
-    optimiser = natural(model, setting, structure, damping, eta, live=live)
+    optimiser = natural(model, setting, structure, damping, eta) if live else frozen(model, structure, damping, eta)
     measured = range(EVERY[mode] if live else 0, STEPS[mode] + 1, EVERY[mode])
 
     def observe(step: int, now: nn.Module) -> None:
@@ -104,7 +93,7 @@ def _beyond(
     rows: list[dict[str, object]] = []
     for factor in BEYOND:
         model.load_state_dict(start)
-        optimiser = natural(model, setting, structure, damping, factor * 2.0 / known, live=True)
+        optimiser = natural(model, setting, structure, damping, factor * 2.0 / known)
         run = descend(model, setting, optimiser, PROBE, ())
         change = log10(run.losses[-1] / run.losses[0]) if np.isfinite(run.losses[-1]) else np.inf
         diverged = {"status": f"diverged at step {run.diverged}"} if run.diverged is not None else {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import Run, descend
-from analyses.edge_of_stability.optimisers import Optimiser, adam, momentum, preconditioned
+from analyses.edge_of_stability.optimisers import Optimiser, adam, frozen, momentum
 from analyses.edge_of_stability.part import BAND, PAPER, REACHED, Part, cells_of, must_reach
 from analyses.edge_of_stability.setting import Setting, setting_of
 from analyses.edge_of_stability.windows import LONG, Edge
@@ -64,7 +64,7 @@ def optimiser_of(cell: Cell, config: Config, setting: Setting, model: nn.Module)
     for _ in range(config.steps // WARM_UP):
         setting.gradient(model)
         live.steps.step()
-    return preconditioned(model, DiagonalPreconditioner.adam(model, live.steps), 0.0, eta, None)
+    return frozen(model, DiagonalPreconditioner.adam(model, live.steps), 0.0, eta)
 
 
 def batch_of(setting: Setting, size: int, seed: int, step: int) -> Tensor | None:
