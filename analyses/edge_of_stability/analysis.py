@@ -47,7 +47,7 @@ def _resources(cell: Cell, config: Config) -> tuple[float, float]:
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="edge_of_stability",
-    version=1,
+    version=2,
     question=(
         "Does full-batch training sharpen until its optimiser is just stable, and stay there? And do natural gradient and its "
         "approximations have an edge of their own?"

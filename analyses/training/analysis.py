@@ -25,7 +25,7 @@ def _resources(cell: Cell, config: Config) -> tuple[float, float]:
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="training",
-    version=1,
+    version=2,
     question=(
         "Does natural gradient with a structure of the Fisher matrix need fewer steps than tuned first-order methods, and less "
         "time? What do single ingredients of K-FAC add, and does the optimiser keep the rates that the theory gives?"

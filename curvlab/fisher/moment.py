@@ -64,6 +64,11 @@ class Factor(ABC):
     def basis(self) -> Basis:
         """Eigenvectors that span the range."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """That of `regularised`."""
+
     @abstractmethod
     def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]:
         """Return `M + ρI` on and below the diagonal, or the diagonal alone of a diagonal moment."""
@@ -164,6 +169,13 @@ class Moment(Factor):
             self.matrix = self.matrix.tril() + self.matrix.tril(-1).mT
             self._mirrored = True
 
+    @property
+    def shape(self) -> torch.Size:  # noqa: D102
+        if self.matrix is not None:
+            return self.matrix.shape
+        assert self.root is not None
+        return torch.Size((len(self.root), *2 * self.root.shape[2:]))
+
     def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:  # noqa: D102
         matrix = self.dense() if self.matrix is None else self.matrix / self._divisor
         matrix.diagonal(dim1=1, dim2=2).add_(damping[:, None])
@@ -242,6 +254,10 @@ class DiagonalMoment(Factor):
     def basis(self) -> Basis:  # noqa: D102
         values = self.average.value[None]
         return Basis(values, None, values == 0)
+
+    @property
+    def shape(self) -> torch.Size:  # noqa: D102
+        return self.average.value[None].shape
 
     def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d"]:  # noqa: D102
         return self.average.value[None] + damping[:, None]

@@ -96,7 +96,7 @@ class Processes:
 
     def inverses(self, wanted: Sequence[tuple[Factor, Tensor]]) -> list[Tensor]:
         """Invert factors as `curvlab.fisher.moment.inverses`, each in one process and shared, costs spread evenly."""
-        shapes = [factor.regularised(rho).shape for factor, rho in wanted]
+        shapes = [factor.shape for factor, _ in wanted]
         owners = _spread([shape[-1] ** 3 for shape in shapes], self.size)
         mine = iter(inverses([pair for pair, owner in zip(wanted, owners, strict=True) if owner == self.rank]))
         found = []
