@@ -5,6 +5,7 @@ factors or engines. Rows are ordered `(v, n)`, v = (c, x) outermost; columns fol
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ CLASSES = 3
 def outputs(model: nn.Module, inputs: Any, pick: Callable[[Any], Tensor] = lambda z: z) -> Tensor:
     """Return the picked output `[N, C, *]`."""
     args, kwargs = unpack(inputs)
-    with torch.no_grad(), attributes_kept(model):
+    with torch.no_grad(), attributes_kept(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
         return pick(model(*args, **kwargs))
 
 
@@ -57,7 +59,8 @@ def dense_jacobian(model: nn.Module, inputs: Any, pick: Callable[[Any], Tensor] 
     args, kwargs = unpack(inputs)
     z = outputs(model, inputs, pick)
     N, V = z.shape[0], z[0].numel()
-    with attributes_kept(model):
+    with attributes_kept(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
         by_name = jacrev(lambda parameters: pick(functional_call(model, parameters, args, kwargs)))(trainable(model))
     columns = [by_name[name].reshape(N, V, -1) for name in trainable(model)]
     return torch.cat(columns, dim=-1).transpose(0, 1).reshape(V * N, -1)

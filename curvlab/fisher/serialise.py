@@ -23,6 +23,7 @@ def pack_rows(rows: Rows) -> dict[str, Any]:
                 "name": layer.name,
                 "units": layer.layout.units,
                 "parameters": {slot.name: list(slot.shape) for slot in layer.layout.slots},
+                "input_first": {slot.name: slot.input_first for slot in layer.layout.slots},
                 "factors": list(layer.factors),
             }
             for layer in rows.layers
@@ -43,7 +44,8 @@ def unpack_rows(packed: dict[str, Any]) -> Rows:
     layers = []
     for layer in packed["layers"]:
         shapes = {name: torch.Size(shape) for name, shape in layer["parameters"].items()}
-        layers.append(_FORMS[layer["form"]].of(layer["name"], Layout.of(layer["units"], shapes), *layer["factors"]))
+        layout = Layout.of(layer["units"], shapes, layer["input_first"])
+        layers.append(_FORMS[layer["form"]].of(layer["name"], layout, *layer["factors"]))
     return Rows(
         layers=tuple(layers),
         space=ParameterSpace({name: torch.Size(shape) for name, shape in packed["shapes"].items()}),

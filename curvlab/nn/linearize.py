@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.modes import randomness
 
 
 class Linearized(nn.Module):
@@ -95,7 +94,7 @@ def linearize(model: nn.Module) -> Linearized:
             normalisation or dropout in training mode), cannot be copied, or has a parameter or submodule
             called `base`, which would hide the frozen model.
     """
-    noisy = [name or type(model).__name__ for name, module in model.named_modules() if _noisy(module)]
+    noisy = [name or type(model).__name__ for name, module in model.named_modules() if randomness(module)]
     if noisy:
         raise UnsupportedModel(
             f"linearize: {', '.join(noisy)} in training mode: batch statistics or dropout make the output "
@@ -126,10 +125,3 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _noisy(module: nn.Module) -> bool:
-    """Return whether a module's output in its present mode depends on chance or on batch statistics."""
-    dropout = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
-    drops = isinstance(dropout, float) and dropout > 0.0
-    return module.training and (drops or isinstance(module, _NormBase))

@@ -38,9 +38,9 @@ from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
 from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.loss import LOSSES, Kind
+from curvlab.rows.owners import Owner, owners_of
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Nodes
-from curvlab.rows.sweep import Owner, owners_of
 
 
 class Preconditioner:

@@ -1,109 +1,79 @@
 """The autograd engine: rows of any architecture by hooks and batched reverse passes.
 
-The forward pass records, for every layer in the table, its input and the edge of the graph at its output; one batched
-`torch.autograd.grad` then brings the seeds to those edges. Parameters whose owner has no rule, or whose owner's forward
-pass did not run exactly once, get dense rows per sample by `torch.func` (functorch, now part of torch).
+The forward pass records, for every layer in the table, its inputs and the edge of the graph at its output; one batched
+`torch.autograd.grad` then brings the seeds to those edges. Parameters that are used elsewhere, or in a layer whose
+inputs have no sample axis in front, get dense rows per sample by `torch.func` (functorch, now part of torch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_map, tree_map_only
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.layer import DenseRows, LayerRows
-from curvlab.rows.modules import rule_for
+from curvlab.rows.owners import Owner, decomposing, owners_of
 from curvlab.rows.products import chunks
+from curvlab.rows.record import Recorder, form
 from curvlab.rows.samples import Samples
-from curvlab.rows.sweep import (
-    Arguments,
-    Owner,
-    PickOutput,
-    Seed,
-    Swept,
-    call,
-    in_parameter_order,
-    owners_of,
-    select_output,
-)
+from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output
+
+logger = logging.getLogger("curvlab")
 
 MESSAGES = 8
 """Elements of messages along the edges of a graph relative to those of the largest output of a layer, at a guess."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One forward pass of a layer: its input, and the shape and edge of its output (none without a gradient)."""
-
-    x: Tensor
-    shape: torch.Size
-    edge: GradientEdge | None
-
-
-class _Recorder:
-    """Records the forward passes of modules."""
-
-    def __init__(self) -> None:
-        self.calls: dict[nn.Module, list[_Call]] = {}
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        edge = get_gradient_edge(output) if output.requires_grad else None
-        self.calls.setdefault(module, []).append(_Call(x.detach(), output.shape, edge))
-
-    def only_call(self, module: nn.Module) -> _Call | None:
-        """Return a module's forward pass if there was exactly one."""
-        calls = self.calls.get(module, [])
-        return calls[0] if len(calls) == 1 else None
-
-
-@contextmanager
-def _recording(owners: list[Owner]) -> Iterator[_Recorder]:
-    """Hook the owners, ahead of the user's own hooks, which may change an output."""
-    recorder = _Recorder()
-    handles = [o.module.register_forward_hook(recorder, prepend=True, with_kwargs=True) for o in owners]
-    try:
-        yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, samples: Samples) -> Swept:
-    """Propagate the seeds through the model and keep the rows factored.
+def sweep(
+    model: nn.Module,
+    arguments: Arguments,
+    pick: PickOutput,
+    seed: Seed,
+    samples: Samples,
+    without: Collection[str] = (),
+) -> Swept:
+    """Propagate the seeds through the model and keep the rows factored, but for parameters named in `without`.
 
     Raises:
         UnsupportedModel: naming the layer and the remedy.
     """
     owners = owners_of(model)
-    ruled = [owner for owner in owners if rule_for(owner.module) is not None and not owner.tied]
-    with torch.enable_grad(), _recording(ruled) as recorder:
-        chosen = samples.choose(call(model, arguments, pick))
-        z = samples.lay_out(chosen)
-    seeds = seed(chosen.detach())
-    once = [
-        (owner, made)
-        for owner in ruled
-        if (made := recorder.only_call(owner.module)) is not None and samples.cover(len(made.x))
-    ]
-    factored = {owner.name for owner, _ in once}
-    others = [owner for owner in owners if owner.name not in factored]
-    edges = [made.edge for _, made in once]
-    if samples.interact:
-        largest = max((made.shape.numel() for _, made in once), default=1)
-        gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
-    else:
-        gradients = _backward(z, edges, seeds)
-        dense = dense_rows(model, arguments, pick, seeds, others)
-    layers = [_factored_rows(owner, made, g, seeds, samples) for (owner, made), g in zip(once, gradients, strict=True)]
+    recorder = Recorder([o for o in owners if o.ruled and not set(without) & set(o.names.values())])
+    with decomposing(model, owners), differentiable_attention():
+        handles = recorder.hook()
+        try:
+            with torch.enable_grad():
+                chosen = samples.choose(call(model, arguments, pick))
+                z = samples.lay_out(chosen)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seeds = seed(chosen.detach())
+        factored = recorder.calls(samples, seeds.shape[1])
+        others = [owner for owner in owners if owner not in factored]
+        calls = list(dict.fromkeys(made for own in factored.values() for made in own))
+        edges = [made.edge for made in calls]
+        if samples.interact:
+            largest = max((made.shape.numel() for made in calls), default=1)
+            gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
+        else:
+            gradients = _backward(z, edges, seeds)
+            dense = dense_rows(model, arguments, pick, seeds, others)
+    at = {
+        made: seeds.new_zeros(len(seeds), *made.shape) if g is None else g
+        for made, g in zip(calls, gradients, strict=True)
+    }
+    layers = [form(owner, {made: at[made] for made in own}, samples) for owner, own in factored.items()]
     return Swept(chosen.detach(), seeds, in_parameter_order(model, [*layers, *dense]))
 
 
@@ -126,7 +96,7 @@ def backward_over_graphs(
     Those take a reverse pass a graph, which for one graph is the same. Memory `R·P` of them.
     """
     parts = list(parts)
-    parameters = [owner.module._parameters[local] for owner in others for local in owner.names]
+    parameters: list[Tensor] = [getattr(owner.module, local) for owner in others for local in owner.names]
 
     def bring(z: Tensor, to: Sequence[GradientEdge | Tensor | None], seeds: Tensor) -> list[Tensor | None]:
         found = [_backward(z, to, seeds[part], keep=True) for part in parts]
@@ -141,28 +111,41 @@ def backward_over_graphs(
     rows = {
         name: torch.stack([seeds.new_zeros(len(seeds), *p.shape) if g is None else g for g in gradients], dim=1)
         for name, p, gradients in zip(names, parameters, zip(*found, strict=True), strict=True)
-        if p is not None
     }
     return first[: len(edges)], [_as_dense(owner, rows, seeds) for owner in others]
 
 
-def _factored_rows(owner: Owner, made: _Call, g: Tensor | None, seeds: Tensor, samples: Samples) -> LayerRows:
-    V, N = seeds.shape[:2]
-    if samples.grouping(made.x) is None and len(made.x) != N:
-        raise UnsupportedModel(
-            f"The input of layer {owner.name!r} has {len(made.x)} entries along its first axis, but the model's "
-            f"output has {N} samples. Keep the sample as the first axis of every layer's input; where samples are the "
-            "nodes of a graph, say with nodes= which of them carry rows."
-        )
-    return samples.form(owner, made.x, seeds.new_zeros(V, *made.shape) if g is None else g)
-
-
 def dense_rows(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: list[Owner]
+    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
 ) -> list[LayerRows]:
-    """Rows of single samples by `torch.func`, for parameters without a factored form. Memory `R·P` of those."""
+    """Rows of single samples, for parameters without a factored form. Memory `R·P` of those.
+
+    All samples at once by `torch.func`, or one after the other if it cannot vectorise the model.
+
+    Raises:
+        UnsupportedModel: if the model cannot be called on single samples.
+    """
     if not owners:
         return []
+    names = ", ".join(name for owner in owners for name in owner.names.values())
+    try:
+        rows = _vectorised(model, arguments, pick, seeds, owners)
+    except Exception as error:
+        logger.info("Rows of %s by one sample after the other, as torch.func failed: %s", names, error)
+        try:
+            rows = _one_by_one(model, arguments, pick, seeds, owners)
+        except Exception as failure:
+            raise UnsupportedModel(
+                f"The parameters {names} have no factored rows, and dense ones could not be formed by calling the model "
+                f"on single samples: {failure}"
+            ) from failure
+    return [_as_dense(owner, rows, seeds) for owner in owners]
+
+
+def _vectorised(
+    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+) -> dict[str, Tensor]:
+    """Return gradients `[V, N, *shape]` by name."""
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     names = [name for owner in owners for name in owner.names.values()]
 
@@ -177,16 +160,27 @@ def dense_rows(
         return rows
 
     sample_axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, arguments)
-    try:
-        rows = vmap(of_sample, in_dims=(sample_axes, 1))(arguments, seeds)
-    except Exception as error:
-        raise UnsupportedModel(
-            f"The parameters {', '.join(names)} have no factored rows, and torch.func could not form dense ones: "
-            f"{error}"
-        ) from error
-    return [
-        _as_dense(owner, {name: rows[name].transpose(0, 1) for name in owner.layout.names}, seeds) for owner in owners
-    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        found: dict[str, Tensor] = vmap(of_sample, in_dims=(sample_axes, 1))(arguments, seeds)
+    return {name: rows.transpose(0, 1) for name, rows in found.items()}
+
+
+def _one_by_one(
+    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+) -> dict[str, Tensor]:
+    """Return gradients `[V, N, *shape]` by name."""
+    parameters: dict[str, Tensor] = {
+        name: getattr(owner.module, local) for owner in owners for local, name in owner.names.items()
+    }
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for n in range(seeds.shape[1]):
+        args, kwargs = tree_map_only(Tensor, itemgetter(slice(n, n + 1)), arguments)
+        with torch.enable_grad():
+            z = select_output(model(*args, **kwargs), pick)[0]
+        for (name, p), g in zip(parameters.items(), _backward(z, list(parameters.values()), seeds[:, n]), strict=True):
+            found[name].append(seeds.new_zeros(len(seeds), *p.shape) if g is None else g)
+    return {name: torch.stack(rows, dim=1) for name, rows in found.items()}
 
 
 def _as_dense(owner: Owner, rows: dict[str, Tensor], seeds: Tensor) -> LayerRows:

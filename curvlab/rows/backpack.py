@@ -18,6 +18,10 @@ from backpack.core.derivatives.basederivatives import BaseDerivatives
 from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
 from backpack.core.derivatives.conv1d import Conv1DDerivatives
 from backpack.core.derivatives.conv2d import Conv2DDerivatives
+from backpack.core.derivatives.conv3d import Conv3DDerivatives
+from backpack.core.derivatives.conv_transpose1d import ConvTranspose1DDerivatives
+from backpack.core.derivatives.conv_transpose2d import ConvTranspose2DDerivatives
+from backpack.core.derivatives.conv_transpose3d import ConvTranspose3DDerivatives
 from backpack.core.derivatives.embedding import EmbeddingDerivatives
 from backpack.core.derivatives.linear import LinearDerivatives
 from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
@@ -30,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
+from curvlab.rows.owners import owners_of
 from curvlab.rows.products import distinct
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
@@ -39,7 +44,6 @@ from curvlab.rows.sweep import (
     Swept,
     call,
     in_parameter_order,
-    owners_of,
     structural_twin,
 )
 
@@ -93,6 +97,10 @@ _PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
     NTKLinear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
     nn.Conv1d: _KeepFactor(Conv1DDerivatives(), ("weight", "bias")),
     nn.Conv2d: _KeepFactor(Conv2DDerivatives(), ("weight", "bias")),
+    nn.Conv3d: _KeepFactor(Conv3DDerivatives(), ("weight", "bias")),
+    nn.ConvTranspose1d: _KeepFactor(ConvTranspose1DDerivatives(), ("weight", "bias")),
+    nn.ConvTranspose2d: _KeepFactor(ConvTranspose2DDerivatives(), ("weight", "bias")),
+    nn.ConvTranspose3d: _KeepFactor(ConvTranspose3DDerivatives(), ("weight", "bias")),
     nn.BatchNorm1d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),
     nn.BatchNorm2d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),
     nn.Embedding: _KeepFactor(EmbeddingDerivatives(), ("weight",)),
@@ -188,7 +196,10 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     extension = _RowsExtension()
     with torch.no_grad():
         extension.propagate(chain, _seeds_at(chain[-1].output, z, seeds))
-    layers = [samples.form(owner, *extension.kept[owner.module]) for owner in owners_of(twin)]
+    layers = []
+    for owner in owners_of(twin):
+        (site,), (x, g) = owner.sites, extension.kept[owner.module]
+        layers.append(samples.form(site, (x,), g))
     return Swept(chosen.detach(), seeds, in_parameter_order(model, layers))
 
 

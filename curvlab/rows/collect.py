@@ -7,28 +7,36 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError, UnsupportedModel
+from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward_over_graphs, dense_rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
-from curvlab.rows.modules import rule_for
+from curvlab.rows.owners import Owner, decomposing
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Samples
-from curvlab.rows.sweep import Arguments, Owner, as_arguments, check_rows, in_parameter_order
+from curvlab.rows.sweep import (
+    Arguments,
+    as_arguments,
+    compare,
+    in_parameter_order,
+    refuse,
+    unfactored,
+    without_factors,
+)
 
 PROPORTIONAL = 1e-2
 """Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
@@ -43,16 +51,6 @@ class Draw:
     generator: torch.Generator | None = None
     share: Callable[[int, torch.device], tuple[int, int]] | None = None
     """Says where a number of samples start in a batch that several processes share, and how many it has."""
-
-
-@dataclass
-class _Call:
-    """One forward pass of a layer, with the gradient at its output once a backward pass has brought it."""
-
-    x: Tensor
-    shape: torch.Size
-    edge: GradientEdge
-    gradient: Tensor | None = None
 
 
 class Collector(AbstractContextManager["Collector"]):
@@ -92,32 +90,34 @@ class Collector(AbstractContextManager["Collector"]):
         """Whether there were no gradients to add to when the loss was called."""
         self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
         self._samples = samples or Samples()
-        self._handles: list[RemovableHandle] = []
-        self._calls: dict[str, list[_Call]] = {}
+        self._leave = ExitStack()
+        self._recorder = Recorder([owner for owner in owners if owner.ruled], self._on_layer, self._is_watching)
+        self._factored: dict[Owner, list[Call]] = {}
         self._arguments: Arguments | None = None
         self._z: Tensor | None = None
         self._targets: Tensor | None = None
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
-        self._swept: dict[str, Tensor] = {}
+        self._swept: dict[Call, Tensor] = {}
         self._sweeping = False
 
     def __enter__(self) -> Collector:
-        self._handles = [
+        self._leave.enter_context(decomposing(self._model, self._owners))
+        if self._draw is not None and (self._draw.kind != "mc" or self._draw.samples > 1):
+            self._leave.enter_context(differentiable_attention())
+        handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
             self._loss.register_forward_pre_hook(self._on_loss),
+            *self._recorder.hook(),
         ]
-        for owner in self._owners:
-            if rule_for(owner.module) is not None and not owner.tied:
-                hook = partial(self._on_layer, self._calls.setdefault(owner.name, []))
-                self._handles.append(owner.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        for handle in handles:
+            self._leave.callback(handle.remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._leave.close()
         if kind is None:
             self._finish()
 
@@ -128,12 +128,11 @@ class Collector(AbstractContextManager["Collector"]):
         assert self._targets is not None
         return self._arguments, self._targets
 
-    @property
-    def _watching(self) -> bool:
+    def _is_watching(self) -> bool:
         return torch.is_grad_enabled() and not self._sweeping
 
     def _on_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._watching:
+        if not self._is_watching():
             return
         if self._arguments is not None:
             raise StateError(
@@ -142,23 +141,16 @@ class Collector(AbstractContextManager["Collector"]):
             )
         self._arguments = as_arguments(args)[0], as_arguments(kwargs)[1]
 
-    def _on_layer(
-        self, calls: list[_Call], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        if not (self._watching and output.requires_grad):
-            return
-        x = args[0] if args else next(iter(kwargs.values()))
-        made = _Call(x.detach(), output.shape, get_gradient_edge(output))
-        calls.append(made)
-
+    def _on_layer(self, call: Call, output: Tensor) -> None:
         def take(gradient: Tensor) -> None:
             if not self._sweeping:
-                made.gradient = gradient.detach()
+                call.gradient = gradient.detach()
 
-        output.register_hook(take)
+        if output.requires_grad:
+            output.register_hook(take)
 
     def _on_loss(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._watching:
+        if not self._is_watching():
             return
         if self._z is not None or self._arguments is None:
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
@@ -167,6 +159,7 @@ class Collector(AbstractContextManager["Collector"]):
         names = self._space().shapes
         self.cleared = all(p.grad is None for name, p in self._model.named_parameters() if name in names)
         self._terms = self._samples.terms(self._loss, self._z.detach(), self._targets)
+        self._take_factored()
         self._sweeping = True
         try:
             self._seed(self._samples.lay_out(self._z), self._terms)
@@ -183,18 +176,29 @@ class Collector(AbstractContextManager["Collector"]):
         if self._check or not scales:
             self._swept = self._sweep(z, seeds)
         self._dense_layers = self._dense(z, seeds)
-        if self._check:
-            names = self._space().shapes
-            parameters = {name: p for name, p in self._model.named_parameters() if name in names}
-            layers = [self._rows(owner, call, self._swept[owner.name]) for owner, call in self._once().items()]
-            check_rows(parameters, z, seeds, [*layers, *self._dense_layers])
+        if self._check and (wrong := self._wrong(z, seeds)):
+            with without_factors(self._model, wrong):
+                self._take_factored()
+                self._dense_layers = self._dense(z, seeds)
+                refuse(self._wrong(z, seeds))
+
+    def _take_factored(self) -> None:
+        apart = unfactored(self._model)
+        found = self._recorder.calls(self._samples, self._count())
+        self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
+
+    def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
+        """Return the parameters whose rows do not add up to the gradient."""
+        names = self._space().shapes
+        parameters = {name: p for name, p in self._model.named_parameters() if name in names}
+        return compare(parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])[0]
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
         if draw.kind == "mc":
             assert draw.generator is not None
             share = None if draw.share is None else draw.share(len(z), z.device)
             return terms.sampled(draw.samples, draw.generator, joint=True, share=share)
-        samples = len(z) if self._samples.interact else next((c.shape[0] for c in self._once().values()), len(z))
+        samples = len(z) if self._samples.interact else self._count()
         if len(z) != samples:
             raise ValueError(
                 f"The loss takes {len(z)} outputs of {samples} samples. Rows of kind {draw.kind!r} need the positions of "
@@ -202,27 +206,36 @@ class Collector(AbstractContextManager["Collector"]):
             )
         return terms.empirical() if draw.kind == "empirical" else identity_seeds(flat_outputs(z.detach()))
 
-    def _once(self) -> dict[Owner, _Call]:
-        """The owners that were called once, and their calls."""
-        return {o: calls[0] for o in self._owners if len(calls := self._calls.get(o.name, [])) == 1}
+    def _count(self) -> int:
+        """Return the number of samples, of which an output may have several positions."""
+        first = next((x for x in tree_leaves(self._arguments) if isinstance(x, Tensor) and x.ndim), self._z)
+        assert first is not None
+        return len(first)
 
-    def _sweep(self, z: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+    def _calls(self) -> list[Call]:
+        """The calls of all factored layers, each once."""
+        return list(dict.fromkeys(call for calls in self._factored.values() for call in calls))
+
+    def _sweep(self, z: Tensor, seeds: Tensor) -> dict[Call, Tensor]:
         """Bring seeds to the layers' outputs."""
-        once, several = self._once(), len(seeds) > 1
-        if not once:
+        calls, several = self._calls(), len(seeds) > 1
+        if not calls:
             return {}
         found = torch.autograd.grad(
             z,
-            [call.edge for call in once.values()],
+            [call.edge for call in calls if call.edge is not None],
             seeds if several else seeds[0],
             is_grads_batched=several,
             retain_graph=True,
             allow_unused=True,
         )
         return {
-            owner.name: seeds.new_zeros(len(seeds), *call.shape) if g is None else g if several else g[None]
-            for (owner, call), g in zip(once.items(), found, strict=True)
+            call: seeds.new_zeros(len(seeds), *call.shape) if g is None else g if several else g[None]
+            for call, g in zip(calls, found, strict=True)
         }
+
+    def _factored_layers(self) -> list[LayerRows]:
+        return [self._rows(owner, self._swept) for owner in self._factored]
 
     def _finish(self) -> None:
         if self._z is None or self._terms is None:
@@ -235,38 +248,38 @@ class Collector(AbstractContextManager["Collector"]):
         upstream, self._z.grad = self._samples.lay_out(self._z.grad), None
         if self._draw is not None and not self._swept:
             factor = self._sample_factor(self._terms, upstream)
-            self._swept = {o.name: _scaled(_gradient(call), factor)[None] for o, call in self._once().items()}
+            self._swept = {call: _scaled(_gradient(call, upstream), factor)[None] for call in self._calls()}
         if self._draw is not None:
-            layers = [self._rows(owner, call, self._swept[owner.name]) for owner, call in self._once().items()]
-            self.rows = self._whole(self._draw, self._terms, [*layers, *self._dense_layers])
+            self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
 
     def summand(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.
 
-        They share their inputs with `rows`. None for a layer that was not called once.
+        They share their inputs with `rows`. None for a layer without factored rows.
         """
-        owner, call = next(((o, c) for o, c in self._once().items() if name in o.names.values()), (None, None))
-        if owner is None or call is None:
+        owner = next((o for o in self._factored if name in o.names.values()), None)
+        if owner is None or self._z is None:
             return None
-        layer = self._rows(owner, call, _gradient(call)[None])
+        layer = self._rows(owner, {call: _gradient(call, self._z)[None] for call in self._factored[owner]})
         mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
         return layer if mine is None else layer._with_factors(*mine.factors[:-1], layer.factors[-1])
 
     def _dense(self, z: Tensor, seeds: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""
         assert self._arguments is not None
-        once = self._once()
-        left = [owner for owner in self._owners if owner not in once]
+        left = [owner for owner in self._owners if owner not in self._factored]
         if not left:
             return []
         if self._samples.interact:
             return backward_over_graphs(z, [], seeds, left, [slice(None)])[1]
-        try:
-            return dense_rows(self._model, self._arguments, None, seeds, left)
-        except UnsupportedModel as error:
+        if len(z) != self._count():
             names = tuple(name for owner in left for name in owner.names.values())
-            raise UnsupportedModel(f"{error} Or leave them to the plain gradient: plain={names}.") from error
+            raise UnsupportedModel(
+                f"The parameters {', '.join(names)} have no factored rows, and the loss takes {len(z)} outputs of "
+                f"{self._count()} samples. Call it on [N, C, T], or leave them to the plain gradient: plain={names}."
+            )
+        return dense_rows(self._model, self._arguments, None, seeds, left)
 
     def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row `√(w/count) s`."""
@@ -300,11 +313,12 @@ class Collector(AbstractContextManager["Collector"]):
         root = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
         return (_multiple(terms, upstream) * root).to(rows.dtype)
 
-    def _rows(self, owner: Owner, call: _Call, g: Float[Tensor, "V N ..."]) -> LayerRows:
+    def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         """Form a layer's rows in the type of its parameters, whatever autocast computed in."""
-        dtype = next(owner.module.parameters(recurse=False)).dtype
-        x = call.x.to(dtype) if call.x.is_floating_point() else call.x
-        return self._samples.form(owner, x, g.to(dtype))
+        dtype = getattr(owner.module, next(iter(owner.names))).dtype
+        for call in self._factored[owner]:
+            call.inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in call.inputs)
+        return form(owner, {call: gradients[call].to(dtype) for call in self._factored[owner]}, self._samples)
 
     def _space(self) -> ParameterSpace:
         names = {name for owner in self._owners for name in owner.names.values()}
@@ -335,9 +349,9 @@ def _multiple(terms: LossTerms, upstream: Tensor) -> float:
     return kappa
 
 
-def _gradient(call: _Call) -> Tensor:
+def _gradient(call: Call, like: Tensor) -> Tensor:
     """Return the gradient at a layer's output, zero if none arrived."""
-    return call.x.new_zeros(call.shape) if call.gradient is None else call.gradient
+    return like.new_zeros(call.shape) if call.gradient is None else call.gradient
 
 
 def _scaled(gradient: Float[Tensor, "N ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:

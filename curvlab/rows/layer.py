@@ -1,8 +1,9 @@
 """The rows of one layer, kept factored.
 
 Index notation: `v` output row of a sample, `n` sample, `t` position that shares the weights (1 for a dense layer on
-vectors, H·W for a convolution, the sequence length), `q` group of a grouped convolution, `o` output channel of a group,
-`i` input feature of a group (the last one is the bias). Row `(v, n)` of a layer is the `[units, width]` matrix
+vectors, H·W for a convolution, the sequence length; those of all its calls for a layer that is used several times), `q`
+group of a grouped convolution, `o` output channel of a group, `i` input feature of a group (the last one is the bias).
+Row `(v, n)` of a layer is the `[units, width]` matrix
 
     KroneckerRows   Σ_t g[v,n,t,q,o] a[n,t,q,i]       Linear, convolutions; unit = (q, o)
     EmbeddingRows   Σ_t g[v,n,t,i] 1[index[n,t] = u]  Embedding; unit = u, a row of the table

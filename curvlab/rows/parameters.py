@@ -5,6 +5,9 @@ matrix of shape `[units, width]`: a row holds what belongs to one unit. For `Lin
 matrix is `[out, in + 1]`, the last column being the bias; for `LayerNorm(c)` it is `[c, 2]`, columns scale and shift;
 for `Embedding(n, d)` it is `[n, d]`; a bare parameter is one row. Flattened, units outermost, the matrix is the layer's
 *block vector* `[P_l]`.
+
+Weights of transposed convolutions, `[Q·I, O, *kernel]` for Q groups, are stored with their inputs first; their units are
+output channels `(q, o)` nevertheless.
 """
 
 from __future__ import annotations
@@ -24,12 +27,39 @@ Vector = Parameters | Tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """The columns `[start, stop)` of a layer's matrix that one parameter fills."""
+    """The columns `[start, stop)` of a layer's matrix that one parameter fills.
+
+    Attributes:
+        name: the parameter.
+        shape: its shape.
+        start: its first column.
+        stop: the column after its last one.
+        input_first: number of groups of a parameter `[groups·inputs, outputs, …]`, 0 for one with its units first.
+    """
 
     name: str
     shape: torch.Size
     start: int
     stop: int
+    input_first: int = 0
+
+    def columns(self, value: Float[Tensor, "... P_s"], units: int) -> Float[Tensor, "... units width"]:
+        """Lay out the parameter, or tensors of its shape behind leading axes, as columns of the layer's matrix."""
+        lead = value.shape[: value.ndim - len(self.shape)]
+        if self.input_first:
+            value = value.reshape((*lead, self.input_first, -1, self.shape[1], self.shape[2:].numel())).transpose(
+                -3, -2
+            )
+        return value.reshape((*lead, units, self.stop - self.start))
+
+    def parameter(self, matrix: Float[Tensor, "... units width"]) -> Tensor:
+        """Take the parameter from the layer's matrix."""
+        lead, value = matrix.shape[:-2], matrix[..., self.start : self.stop]
+        if self.input_first:
+            value = value.reshape((*lead, self.input_first, self.shape[1], -1, self.shape[2:].numel())).transpose(
+                -3, -2
+            )
+        return value.reshape((*lead, *self.shape))
 
 
 @dataclass(frozen=True)
@@ -41,12 +71,14 @@ class Layout:
     slots: tuple[Slot, ...]
 
     @classmethod
-    def of(cls, units: int, parameters: Mapping[str, torch.Size]) -> Layout:
+    def of(
+        cls, units: int, parameters: Mapping[str, torch.Size], input_first: Mapping[str, int] | None = None
+    ) -> Layout:
         """Lay parameters side by side, in order; each must have a multiple of `units` elements."""
         slots, start = [], 0
         for name, shape in parameters.items():
             stop = start + shape.numel() // units
-            slots.append(Slot(name, shape, start, stop))
+            slots.append(Slot(name, shape, start, stop, (input_first or {}).get(name, 0)))
             start = stop
         return cls(units, start, tuple(slots))
 
@@ -62,15 +94,12 @@ class Layout:
 
     def split(self, block: Float[Tensor, "... P_l"]) -> dict[str, Tensor]:
         """Cut block vectors into parameters, keeping leading axes."""
-        lead = block.shape[:-1]
-        matrix = block.reshape(*lead, self.units, self.width)
-        return {s.name: matrix[..., s.start : s.stop].reshape((*lead, *s.shape)) for s in self.slots}
+        matrix = block.reshape(*block.shape[:-1], self.units, self.width)
+        return {slot.name: slot.parameter(matrix) for slot in self.slots}
 
     def join(self, parameters: Parameters) -> Float[Tensor, "K P_l"]:
         """Assemble block vectors from parameters that carry one leading axis."""
-        columns = [
-            parameters[s.name].reshape(parameters[s.name].shape[0], self.units, s.stop - s.start) for s in self.slots
-        ]
+        columns = [slot.columns(parameters[slot.name], self.units) for slot in self.slots]
         return torch.cat(columns, dim=-1).flatten(1)
 
     def restrict(self, names: Iterable[str]) -> tuple[Layout, list[int]]:
@@ -78,7 +107,8 @@ class Layout:
         names = set(names)
         kept = [s for s in self.slots if s.name in names]
         columns = [column for s in kept for column in range(s.start, s.stop)]
-        return Layout.of(self.units, {s.name: s.shape for s in kept}), columns
+        shapes = {s.name: s.shape for s in kept}
+        return Layout.of(self.units, shapes, {s.name: s.input_first for s in kept}), columns
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_seeds
+from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
@@ -35,16 +36,18 @@ from curvlab.rows.sweep import (
     as_arguments,
     call,
     check_finite,
-    check_sweep,
+    differentiable_recurrence,
     left_as_found,
+    refuse,
     structural_twin,
-    trainable,
+    unfactored,
+    without_factors,
+    wrong_rows,
 )
 
 logger = logging.getLogger("curvlab")
 
 Engine = Literal["auto", "backpack", "autograd"]
-_ENGINES = {"backpack": backpack.sweep, "autograd": autograd.sweep}
 _announced: WeakSet[nn.Module] = WeakSet()
 
 
@@ -437,12 +440,26 @@ def _checked_sweep(
 ) -> Swept:
     chosen = _choose(model, pick, engine, once_for)
     arguments, samples = reading
-    with left_as_found(model):
-        swept = _ENGINES[chosen](model, arguments, pick, seed, samples)
+
+    def forward() -> Tensor:
+        with differentiable_recurrence(model):
+            return samples.lay_out(samples.choose(call(model, arguments, pick)))
+
+    def sweep() -> tuple[Swept, tuple[str, ...]]:
+        if chosen == "backpack":
+            swept = backpack.sweep(model, arguments, pick, seed, samples)
+        else:
+            swept = autograd.sweep(model, arguments, pick, seed, samples, unfactored(once_for))
         check_finite(swept)
-        check_sweep(
-            model, lambda: samples.lay_out(samples.choose(call(model, arguments, pick))), swept, chosen, once_for
-        )
+        return swept, wrong_rows(model, forward, swept, chosen, once_for)
+
+    with left_as_found(model):
+        swept, wrong = sweep()
+        if wrong and chosen == "autograd":
+            with without_factors(once_for, wrong):
+                swept, wrong = sweep()
+                refuse(wrong)
+        refuse(wrong)
     return swept
 
 

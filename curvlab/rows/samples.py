@@ -24,8 +24,8 @@ from curvlab.nn import GraphNetwork
 from curvlab.rows.grouping import Grouping
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import LossTerms, flat_outputs, loss_terms
-from curvlab.rows.modules import rule_for
-from curvlab.rows.sweep import Arguments, Owner
+from curvlab.rows.modules import Inputs, Site, rule_for
+from curvlab.rows.sweep import Arguments
 
 NodeChoice = Tensor | Callable[[Any], Tensor] | None
 """Which nodes carry rows: a mask over all nodes, indices, or a function that chooses them given the inputs."""
@@ -53,16 +53,16 @@ class Samples:
         """Take the loss of chosen outputs apart, in the layout of rows; see `loss_terms`."""
         return loss_terms(loss, z, targets)
 
-    def form(self, owner: Owner, x: Tensor, g: Tensor) -> LayerRows:
-        """Form the rows of a layer from its input and the rows at its output, of entries along the first axis."""
-        rule, grouping = rule_for(owner.module), self.grouping(x)
+    def form(self, site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+        """Form the rows of a layer from its inputs and the rows at its output, of entries along the first axis."""
+        rule, grouping = rule_for(site.module), self.grouping(inputs[0])
         assert rule is not None
-        rows = rule.rows(owner.module, owner.name, owner.layout, owner.names, x, g)
+        rows = rule.rows(site, inputs, g)
         return rows if grouping is None else rows.group(grouping)
 
-    def cover(self, entries: int) -> bool:  # noqa: ARG002
-        """Whether it is known to which samples the entries along a layer's first axis belong."""
-        return True
+    def fit(self, x: Tensor, count: int) -> bool:
+        """Whether it is known to which of a number of samples the entries along the first axis of an input belong."""
+        return x.ndim > 0 and len(x) == count
 
     def grouping(self, x: Tensor) -> Grouping | None:  # noqa: ARG002
         """Return the samples of the entries along the first axis of a layer's input; None if they are the samples."""
@@ -133,6 +133,10 @@ class Nodes(Samples):
         z, weight, score = (self.lay_out(part) for part in (terms.z, terms.weight, terms.score))
         return replace(terms, z=z, weight=weight, score=score)
 
+    def fit(self, x: Tensor, count: int) -> bool:  # noqa: ARG002
+        """Return True: all entries belong to the one sample."""
+        return True
+
     def grouping(self, x: Tensor) -> Grouping:
         """Return one sample."""
         return Grouping(torch.zeros(len(x), dtype=torch.long, device=x.device), 1)
@@ -169,9 +173,9 @@ class Graphs(Samples):
             )
         return z
 
-    def cover(self, entries: int) -> bool:
+    def fit(self, x: Tensor, count: int) -> bool:  # noqa: ARG002
         """Whether the entries can be graphs, nodes or edges."""
-        return entries == self.count or entries in self.tables
+        return len(x) == self.count or len(x) in self.tables
 
     def grouping(self, x: Tensor) -> Grouping | None:
         """Return the graphs of nodes or edges."""

@@ -1,9 +1,9 @@
-"""What the two engines share: owners of parameters, inputs and outputs, and the check of a sweep."""
+"""What the two engines share: inputs and outputs, what a sweep leaves behind, and its check."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.modules import RULES, Names, layout_of, rule_for, supported_layers
-from curvlab.rows.parameters import Layout
+from curvlab.rows.owners import trainable
 
 Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
 """Chooses the rows to propagate back, given the model's output."""
@@ -27,29 +26,6 @@ PickOutput = Callable[[Any], Tensor] | str | int | None
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
-
-
-@dataclass(frozen=True, eq=False)
-class Owner:
-    """A module with trainable parameters of its own.
-
-    Attributes:
-        module: the module.
-        name: its name in the model, empty for the model itself.
-        names: local names of its trainable parameters to their names in the model; a tied parameter is listed by its
-            first owner only.
-        tied: whether another module uses one of its parameters, too.
-    """
-
-    module: nn.Module
-    name: str
-    names: Names
-    tied: bool
-
-    @property
-    def layout(self) -> Layout:
-        """How the parameters are laid out in units."""
-        return layout_of(self.module, self.names)
 
 
 @dataclass(frozen=True)
@@ -65,84 +41,6 @@ class Swept:
     output: Float[Tensor, "L C ..."]
     seeds: Float[Tensor, "V N C ..."]
     layers: tuple[LayerRows, ...]
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters, in `named_parameters()` order; raises `UnsupportedModel` if there are none."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise UnsupportedModel("The model has no trainable parameter: set requires_grad on those to analyse.")
-    return parameters
-
-
-def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] = ()) -> list[Owner]:
-    """List the modules that own trainable parameters, in the order of the parameters.
-
-    Args:
-        model: any module.
-        fixed: whether to refuse modules in training mode that make the model random or let samples interact.
-        without: names of parameters to leave out.
-
-    Raises:
-        UnsupportedModel: if a torch.nn module without a rule owns one, or a module cannot be treated in its mode.
-    """
-    names = {id(p): name for name, p in trainable(model).items() if name not in without}
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users[id(parameter)] = users.get(id(parameter), 0) + 1
-    found: list[Owner] = []
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if fixed:
-            _check_mode(module, name)
-        _check_settings(module, name)
-        own = {k: p for k, p in module._parameters.items() if p is not None and id(p) in names}
-        fresh = {k: names[id(p)] for k, p in own.items() if id(p) not in seen}
-        if not own:
-            continue
-        _check_supported(module, name)
-        seen.update(id(p) for p in own.values())
-        if fresh:
-            tied = len(fresh) < len(own) or any(users[id(p)] > 1 for p in own.values())
-            found.append(Owner(module, name, fresh, tied))
-    return found
-
-
-def _check_mode(module: nn.Module, name: str) -> None:
-    normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    if (normalises or drops) and module.training:
-        raise UnsupportedModel(
-            f"{type(module).__name__} {name!r} is in training mode, so the model is not a fixed function of each "
-            "sample. Call model.eval() first."
-        )
-    if normalises and module.running_mean is None:
-        raise UnsupportedModel(
-            f"{type(module).__name__} {name!r} has no running statistics, so samples interact and rows per sample do "
-            "not exist. Build it with track_running_stats=True."
-        )
-
-
-def _check_settings(module: nn.Module, name: str) -> None:
-    rule = rule_for(module)
-    if rule is not None and rule.check is not None:
-        rule.check(module, name)
-
-
-def _check_supported(module: nn.Module, name: str) -> None:
-    from_torch = type(module).__module__.startswith("torch.nn.modules")
-    covered = isinstance(module, tuple(RULES)) or type(module) in (
-        nn.Module,
-        nn.ParameterList,
-        nn.ParameterDict,
-    )
-    if from_torch and not covered:
-        raise UnsupportedModel(
-            f"Layer {name!r} is a {type(module).__name__}, for which curvlab has no rule. Freeze it with "
-            f"requires_grad_(False), or use one of: {', '.join(supported_layers())}, bare parameters."
-        )
 
 
 def structural_twin(model: nn.Module, trained: Mapping[str, bool] | None = None) -> nn.Module:
@@ -240,6 +138,17 @@ def call(model: nn.Module, arguments: Arguments, pick: PickOutput) -> Float[Tens
     return z
 
 
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Keep recurrent networks from cuDNN, which has no derivative of them in eval mode."""
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled and not any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
 def in_parameter_order(model: nn.Module, layers: Iterable[LayerRows]) -> tuple[LayerRows, ...]:
     """Sort layers by their first parameter."""
     order = {name: i for i, name in enumerate(trainable(model))}
@@ -260,48 +169,80 @@ def check_finite(swept: Swept) -> None:
 
 
 _checked: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_unfactored: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
-def check_sweep(
+def unfactored(model: nn.Module) -> frozenset[str]:
+    """Return the parameters that are used outside their layers, as far as a check has found them."""
+    return _unfactored.get(model, frozenset())
+
+
+@contextmanager
+def without_factors(model: nn.Module, wrong: Sequence[str]) -> Iterator[None]:
+    """Remember that rows of these parameters do not follow from their layers, if a second attempt succeeds without.
+
+    Raises:
+        UnsupportedModel: naming them, if it does not.
+    """
+    before = unfactored(model)
+    _unfactored[model] = before | set(wrong)
+    try:
+        yield
+    except UnsupportedModel:
+        _unfactored[model] = before
+        refuse(wrong)
+
+
+def wrong_rows(
     model: nn.Module,
     forward: Callable[[], Float[Tensor, "N C ..."]],
     swept: Swept,
     engine: str,
     once_for: nn.Module,
-) -> None:
+) -> tuple[str, ...]:
     """Compare random combinations of rows with one reverse pass, once for a model (`once_for`) and shape.
 
-    One pass catches sequence-first inputs, reshaped batches, weights that are used twice, and samples that interact.
+    One pass catches sequence-first inputs, reshaped batches, weights that are used elsewhere, and samples that interact.
 
-    Raises:
-        UnsupportedModel: naming the layers whose rows are wrong.
+    Returns:
+        The parameters whose rows are wrong.
     """
     parameters = trainable(model)
     key = (
         engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training,
-        tuple(layer.factors[0].shape for layer in swept.layers),
+        tuple((layer.name, layer.factors[0].shape) for layer in swept.layers),
     )  # fmt: skip
     if key in _checked.setdefault(once_for, set()):
-        return
+        return ()
     with torch.enable_grad():
         z = forward()
-    if check_rows(parameters, z, swept.seeds, swept.layers):
+    wrong, told = compare(parameters, z, swept.seeds, swept.layers)
+    if told and not wrong:
         _checked[once_for].add(key)
+    return wrong
 
 
-def check_rows(
+def refuse(wrong: Sequence[str]) -> None:
+    """Raise `UnsupportedModel` if there are parameters whose rows are wrong."""
+    if wrong:
+        raise UnsupportedModel(
+            f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
+            "first axis of the model's inputs and outputs is not the sample (sequence-first inputs, reshaped batches), or "
+            "the model is random. Make the first axis the sample; where samples are the nodes of a graph, say with "
+            "nodes= which of them carry rows."
+        )
+
+
+def compare(
     parameters: Mapping[str, Tensor],
     z: Float[Tensor, "M C ..."],
     seeds: Float[Tensor, "V M C ..."],
     layers: Sequence[LayerRows],
-) -> bool:
+) -> tuple[tuple[str, ...], bool]:
     """Compare random combinations of rows with one reverse pass through a graph, which is kept.
 
     Returns:
-        Whether that told anything: not if all seeds are zero.
-
-    Raises:
-        UnsupportedModel: naming the layers whose rows are wrong.
+        The parameters whose rows are wrong, and whether that told anything: not if all seeds are zero.
     """
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(layers[0].shape, generator=generator, dtype=torch.float64).to(z)
@@ -323,12 +264,4 @@ def check_rows(
             error = float((value - expected[name]).norm())
             if not error <= round_off + eps**0.5 * float(expected[name].norm()):
                 wrong.append(name)
-    if wrong:
-        raise UnsupportedModel(
-            f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
-            "first axis of the layer's input is not the sample (sequence-first inputs, reshaped batches, positions "
-            "shared by all samples), or a weight is used outside its layer's forward pass, or the model is random. "
-            "Make the first axis the sample and call each layer on a whole batch; where samples are the nodes of a graph, "
-            "say with nodes= which of them carry rows."
-        )
-    return bool(cotangent.any())
+    return tuple(wrong), bool(cotangent.any())

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.loss import Kind
+from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Engine
-from curvlab.rows.sweep import PickOutput, trainable
+from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.objective import Data, batches_of
 from curvlab.spectrum.operator import Operator, RowsOperator
 from curvlab.spectrum.selection import choose, restricted

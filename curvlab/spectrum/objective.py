@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import RandomSampler
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.modes import randomness
 from curvlab.rows.loss import LOSSES, loss_terms
+from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
-from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, left_as_found, select_output, trainable
+from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, left_as_found, select_output
 from curvlab.spectrum.selection import choose
 
 Data = Sequence[Any] | Iterable[Sequence[Any]]
@@ -198,9 +198,7 @@ class Objective:
     def _suspects(self) -> str:
         """Say what makes two passes differ, and the remedy."""
         noisy = [
-            f"{type(module).__name__} {name!r}"
-            for name, module in self.model.named_modules()
-            if module.training and isinstance(module, _DropoutNd | _NormBase)
+            f"{type(module).__name__} {name!r}" for name, module in self.model.named_modules() if randomness(module)
         ]
         shuffled = isinstance(getattr(self.batches, "sampler", None), RandomSampler)
         found = [f"{', '.join(noisy)} in training mode: call model.eval() first."] if noisy else []

@@ -36,7 +36,9 @@ from curvlab.rows import Rows, jacobian, sqrt_fisher
 from curvlab.rows.loss import loss_terms
 
 KINDS = ("exact", "ggn", "mc", "empirical")
-DENSE_LAYERS = (nn.Linear, NTKLinear, nn.Conv1d, nn.Conv2d)
+TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | TRANSPOSED
+DENSE_LAYERS = nn.Linear | NTKLinear | CONVOLUTIONS
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -250,7 +252,12 @@ def reference(
 def layer_reference(model: nn.Module, module: nn.Module, inputs: Any, V: int, places: list[Tensor]) -> LayerReference:
     weight = getattr(module, "weight", None)
     units = 1 if weight is None else weight.shape[0]
-    at = torch.cat([place.view(units, -1) for place in places], dim=1)
+    if isinstance(module, TRANSPOSED | nn.LayerNorm | nn.RMSNorm):
+        units = getattr(module, "out_channels", weight.numel())
+    shapes = [p.shape for p in module.parameters(recurse=False) if p.requires_grad]
+    at = torch.cat(
+        [units_first(module, p.view(s), s).reshape(units, -1) for p, s in zip(places, shapes, strict=True)], 1
+    )
     if isinstance(module, DENSE_LAYERS):
         return LayerReference(at, *dense_factors(model, module, inputs, V))
     if isinstance(module, nn.Embedding):
@@ -279,15 +286,25 @@ def probe(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> tuple[Ten
     return x, y, torch.stack([derivative[n, :, n] for n in range(len(y))]).detach()
 
 
+def units_first(module: nn.Module, values: Tensor, shape: torch.Size) -> Tensor:
+    """Bring the output channels of a parameter, the last axes of some values, to the front of these axes."""
+    if not isinstance(module, TRANSPOSED) or len(shape) == 1:
+        return values
+    lead = values.shape[: values.ndim - len(shape)]
+    per_group = values.reshape(*lead, module.groups, -1, *shape[1:]).movedim(len(lead) + 2, len(lead) + 1)
+    return per_group.flatten(len(lead), len(lead) + 1)
+
+
 def dense_factors(model: nn.Module, module: nn.Module, inputs: Any, V: int) -> tuple[Tensor, Tensor]:
     x, y, G = probe(model, module, inputs, V)
-    N, axis = len(y), 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else y.ndim - 1
+    N, axis = len(y), 1 if isinstance(module, CONVOLUTIONS) else y.ndim - 1
     units = y.shape[axis]
     own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     jacobian = jacrev(lambda p: functional_call(module, p, (x,)))(own)
     columns = []
     for name, parameter in own.items():
-        full = jacobian[name].movedim(axis, y.ndim - 1).reshape(N, -1, units, units, parameter[0].numel())
+        by_unit = units_first(module, jacobian[name], parameter.shape).movedim(axis, y.ndim - 1)
+        full = by_unit.reshape(N, -1, units, units, parameter.numel() // units)
         columns.append(full.diagonal(dim1=2, dim2=3).movedim(-1, 2))
     groups = getattr(module, "groups", 1)
     a = torch.cat(columns, dim=-1)[:, :, :: units // groups]

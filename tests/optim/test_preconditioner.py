@@ -199,12 +199,20 @@ def test_modules_and_parameters_can_keep_their_plain_gradient() -> None:
         Preconditioner(model, loss, plain=("0", "2", "4"))
 
 
-def test_layers_without_rows_can_be_left_plain() -> None:
+def test_layers_that_cannot_be_called_on_single_samples_can_be_left_plain() -> None:
+    class Whole(nn.Module):
+        def __init__(self, N: int) -> None:
+            super().__init__()
+            self.scale, self.N = nn.Parameter(torch.ones(6)), N
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(self.N, 6) * self.scale
+
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3)).double()
     x, y = data()
-    with pytest.raises(UnsupportedModel, match="'1' is a PReLU"):
-        Preconditioner(model, nn.CrossEntropyLoss())
+    model = nn.Sequential(nn.Linear(4, 6), Whole(len(x)), nn.Linear(6, 3)).double()
+    with pytest.raises(UnsupportedModel, match=r"1\.scale have no factored rows"):
+        run(Preconditioner(model, nn.CrossEntropyLoss()), x, y)
     pre = Preconditioner(model, nn.CrossEntropyLoss(), plain=("1",))
     run(pre, x, y)
     pre.precondition()

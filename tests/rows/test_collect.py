@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import LAYERS
 from oracle import (
     ARCHITECTURES,
     DOUBLE,
@@ -24,8 +25,8 @@ from torch.nn import functional as F
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.rows import sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.owners import owners_of
 from curvlab.rows.samples import Nodes
-from curvlab.rows.sweep import owners_of
 
 PLAIN = [a for a in ARCHITECTURES if a.output is None and a.name != "one-output"]
 
@@ -86,6 +87,11 @@ def check(case: Architecture, losses: LossCase, kind: str, reduction: str) -> No
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_rows_of_every_architecture(case: Architecture, kind: str) -> None:
     check(case, loss_case("half"), kind, "mean")
+
+
+@pytest.mark.parametrize("case", [a for a in LAYERS if a.output is None], ids=lambda case: case.name)
+def test_rows_of_every_layer(case: Architecture) -> None:
+    check(case, loss_case("half"), "exact", "mean")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import layer_case
 from oracle import (
     ARCHITECTURES,
     LOSSES,
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from curvlab.nn import Linearized, linearize
 from curvlab.rows import jacobian, sqrt_fisher
 
-CASES = [pytest.param(a, id=a.name) for a in ARCHITECTURES]
+CASES = [pytest.param(a, id=a.name) for a in [*ARCHITECTURES, layer_case("encoder"), layer_case("lstm-all")]]
 
 
 def moved(model: nn.Module, seed: int = 3) -> Linearized:

@@ -7,6 +7,7 @@ import backpack
 import pytest
 import torch
 from backpack.context import CTX
+from layer_cases import layer_case
 from oracle import ARCHITECTURES, CLASSES, Architecture, architecture, assert_close, dense_jacobian, mlp, vectors
 from torch import Tensor, nn
 
@@ -14,7 +15,9 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import linearize
 from curvlab.rows import jacobian, sqrt_fisher
 
-CASES = [pytest.param(a, engine, id=f"{a.name}-{engine}") for a in ARCHITECTURES for engine in a.engines]
+NAMES = ("self-attention", "encoder", "lstm", "cells", "shared-table", "weight-norm", "language-model")
+MODELS = [*ARCHITECTURES, *(layer_case(name) for name in NAMES)]
+CASES = [pytest.param(a, engine, id=f"{a.name}-{engine}") for a in MODELS for engine in a.engines]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -154,8 +157,9 @@ def test_models_that_differentiate_with_respect_to_their_input() -> None:
             return torch.autograd.grad(energy, x, create_graph=True)[0]
 
     model, x = Force().double(), vectors(4)(3).requires_grad_()
-    with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight"):
-        jacobian(model, x)
+    parameters = list(model.parameters())
+    expected = [torch.autograd.grad(z, parameters, retain_graph=True) for z in model(x).T.flatten()]
+    assert_close(jacobian(model, x).dense(), torch.stack([torch.cat([g.flatten() for g in row]) for row in expected]))
     assert x.grad is None
 
 
@@ -212,3 +216,24 @@ def test_models_are_not_kept_alive() -> None:
         gc.collect()
         assert gone() is None
         assert rows.P == 43
+
+
+@pytest.mark.parametrize("name", ["encoder", "lstm-all", "cross-attention"])
+def test_decomposed_layers_are_put_back(name: str) -> None:
+    """Also after an error, with torch's fast path as it was, and the model still works under `torch.func`."""
+    model, inputs = layer_case(name).make(N=2)
+    unchanged, before = photograph(model), model(inputs)
+    assert torch.backends.mha.get_fastpath_enabled()
+    rows = jacobian(model, inputs)
+    with pytest.raises(ValueError, match="needs targets of the output's shape"):
+        sqrt_fisher(model, nn.MSELoss(), inputs, torch.zeros(2, 1))
+    unchanged()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.equal(model(inputs), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+    v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    _, pull = torch.func.vjp(lambda p: torch.func.functional_call(model, p, (inputs,)), values)
+    cotangent = torch.linspace(-1, 1, before.numel(), dtype=before.dtype).view(before.shape)
+    product = sum(float((g * v[name]).sum()) for name, g in pull(cotangent)[0].items())
+    assert abs(float(rows.matvec(v) @ cotangent.T.flatten()) - product) < 1e-9 * (1 + abs(product))

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CLASSES, architecture, chain, freeze, mlp
+from oracle import CLASSES, architecture, assert_close, chain, dense_jacobian, freeze, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import jacobian, sqrt_fisher
+from curvlab.rows.layer import DenseRows, KroneckerRows
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -33,40 +34,87 @@ class Wrapped(nn.Module):
 
 class TestLayers:
     @pytest.mark.parametrize(
-        ("layer", "x"),
+        ("layer", "use", "message"),
         [
-            (nn.GroupNorm(2, 4), torch.randn(3, 4)),
-            (nn.PReLU(), torch.randn(3, 4)),
-            (nn.Bilinear(2, 2, 2), torch.randn(3, 4)),
-            (nn.GRU(4, 2), torch.randn(3, 4)),
-            (nn.ConvTranspose1d(2, 2, 2), torch.randn(3, 2, 4)),
-            (nn.Conv3d(2, 2, 1), torch.randn(3, 2, 4, 4, 4)),
-            (nn.MultiheadAttention(4, 2), torch.randn(3, 4)),
-            (nn.EmbeddingBag(4, 2), torch.randint(4, (3, 2))),
+            (nn.LazyLinear(2), nn.Module.__call__, r"layer\.weight, layer\.bias have no shape yet: call the model"),
+            (nn.EmbeddingBag(4, 2, mode="max"), nn.Module.__call__, "EmbeddingBag 'layer' has mode 'max'.*Use 'sum'"),
+            (nn.EmbeddingBag(4, 2, max_norm=1.0), nn.Module.__call__, "EmbeddingBag 'layer' uses max_norm"),
+            (
+                nn.EmbeddingBag(4, 2),
+                lambda layer, x: layer(x[:, 0], torch.arange(len(x))),
+                r"'layer' was called on one axis with offsets.*indices \[N, T\]",
+            ),
+            (
+                nn.GRU(1, 2),
+                lambda layer, x: layer(nn.utils.rnn.pack_sequence([x[..., None] / 3]))[1][0],
+                "GRU was called on a PackedSequence.*padded sequences.*weights of the loss",
+            ),
+            (nn.LSTM(1, 2), lambda layer, x: layer(x.flatten()[:, None] / 3)[0], "LSTM was called on .* sample axis"),
+            (nn.RNNCell(2, 2), lambda layer, x: layer(x[0] / 3)[None], r"RNNCell was called .* \[N, features\]"),
+            (
+                nn.MultiheadAttention(2, 1),
+                lambda layer, x: layer(x / 3, x / 3, x / 3)[0],
+                r"MultiheadAttention was called on an input without a sample axis.*\[N, T, E\]",
+            ),
+            (
+                nn.MultiheadAttention(2, 1),
+                lambda layer, x: layer(*3 * [x[None] / 3], is_causal=True)[0],
+                "is_causal=True without attn_mask.*with its mask",
+            ),
         ],
-        ids=lambda value: type(value).__name__,
     )
-    def test_layers_without_a_rule(self, layer: nn.Module, x: Tensor) -> None:
-        model = nn.ModuleDict({"inner": layer})
-        message = rf"Layer 'inner' is a {type(layer).__name__}, for which curvlab has no rule.*use one of: Linear, "
+    def test_what_a_layer_does_not_cover(
+        self, layer: nn.Module, use: Callable[[nn.Module, Tensor], Any], message: str
+    ) -> None:
         with pytest.raises(UnsupportedModel, match=message):
-            jacobian(model, x)
+            jacobian(Wrapped(layer, use), torch.randint(4, (2, 2)))
 
-    def test_a_frozen_layer_without_a_rule_is_no_obstacle(self) -> None:
-        model = chain(nn.GroupNorm(2, 4), nn.Linear(4, 2))
-        assert jacobian(freeze(model, "0.weight", "0.bias"), torch.randn(3, 4)).P == 10
+    @pytest.mark.parametrize(
+        "layer",
+        [nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2]), nn.SyncBatchNorm(4).eval()],
+        ids=lambda layer: type(layer).__name__,
+    )
+    def test_layers_without_a_rule_get_dense_rows(self, layer: nn.Module) -> None:
+        def use(layer: nn.Module, x: Tensor) -> Tensor:
+            return layer.log_prob(x) if isinstance(layer, nn.AdaptiveLogSoftmaxWithLoss) else layer(x)
+
+        model, x = Wrapped(layer, use).double(), torch.randn(3, 4, dtype=torch.float64)
+        rows = jacobian(model, x)
+        assert {type(found) for found in rows.layers} <= {DenseRows, KroneckerRows}
+        assert_close(rows.dense(), dense_jacobian(model, x))
 
     def test_nothing_to_analyse(self) -> None:
         model, x = model_and_inputs()
         with pytest.raises(UnsupportedModel, match="no trainable parameter: set requires_grad"):
             jacobian(model.requires_grad_(False), x)
 
-    @pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5)])
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.BatchNorm1d(4),
+            nn.BatchNorm1d(4, affine=False),
+            nn.InstanceNorm1d(3, track_running_stats=True),
+            nn.Dropout(0.5),
+            nn.RReLU(),
+            nn.GRU(4, 4, num_layers=2, dropout=0.2),
+            nn.MultiheadAttention(4, 2, dropout=0.2),
+            nn.utils.spectral_norm(nn.Linear(4, 4)),
+        ],
+        ids=lambda layer: type(layer).__name__,
+    )
     def test_training_mode(self, layer: nn.Module) -> None:
         model = chain(nn.Linear(4, 4), layer, nn.Linear(4, 2))
         with pytest.raises(UnsupportedModel, match=rf"{type(layer).__name__} '1' is in training mode.*model.eval\(\)"):
             jacobian(model, torch.randn(3, 4))
-        assert jacobian(model.eval(), torch.randn(3, 4)).R == 6
+        if not isinstance(layer, nn.GRU | nn.MultiheadAttention):
+            assert jacobian(model.eval(), torch.randn(3, 4)).R == 6
+
+    def test_parametrisations_in_training_mode(self) -> None:
+        model = chain(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+        u = model[0].parametrizations.weight[0]._u.clone()
+        with pytest.raises(UnsupportedModel, match=r"_SpectralNorm .* power iteration\. Call model\.eval\(\)"):
+            jacobian(model, torch.randn(3, 4))
+        assert torch.equal(model[0].parametrizations.weight[0]._u, u)
 
     def test_dropout_of_nothing_may_train(self) -> None:
         assert jacobian(chain(nn.Linear(4, 4), nn.Dropout(0.0)), torch.randn(3, 4)).P == 20
@@ -105,31 +153,28 @@ class TestLayers:
 
 
 class TestSamples:
-    """Models whose rows per sample would be wrong are caught by the check of the first sweep."""
+    """The check of the first sweep finds layers whose rows do not follow from their own inputs; the model decides."""
 
-    def test_sequence_first_inputs(self) -> None:
-        class Sequence(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer = nn.Linear(4, 3)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.layer(x.transpose(0, 1)).mean(0)
-
-        with pytest.raises(
-            UnsupportedModel, match=r"'layer' has 5 entries along its first axis.*2 samples.*first axis"
-        ):
-            jacobian(Sequence(), torch.randn(2, 5, 4))
-        with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight.*sequence-first"):
-            jacobian(Sequence(), torch.randn(5, 5, 4))
-
-    def test_reshaped_batches(self) -> None:
-        def reshaped(layer: nn.Module, x: Tensor) -> Tensor:
-            return layer(x.reshape(-1, 4)).reshape(len(x), -1)
-
-        model = Wrapped(nn.Linear(4, 3), reshaped)
-        with pytest.raises(UnsupportedModel, match=r"'layer' has 10 entries along its first axis, .* has 2 samples"):
-            jacobian(model, torch.randn(2, 5, 4))
+    @pytest.mark.parametrize(
+        ("layer", "use"),
+        [
+            (nn.Linear(4, 3), lambda layer, x: layer(x.transpose(0, 1)).mean(0)),
+            (nn.Linear(4, 3), lambda layer, x: layer(x.reshape(-1, 4)).reshape(len(x), -1)),
+            (nn.Embedding(6, 3), lambda layer, x: (layer(torch.arange(5)) * x[..., :1]).sum(1)),
+            (nn.Linear(4, 4, bias=False), lambda layer, x: layer(torch.tanh(F.linear(x, layer.weight))).mean(1)),
+        ],
+        ids=["sequence-first", "reshaped", "positions-shared-by-all", "used-outside-its-layer"],
+    )
+    @pytest.mark.parametrize("N", [2, 5])
+    def test_layers_without_a_sample_axis_of_their_own(
+        self, layer: nn.Module, use: Callable[[nn.Module, Tensor], Tensor], N: int
+    ) -> None:
+        """Also where another axis has by chance as many entries as there are samples."""
+        model, x = Wrapped(layer, use).double(), torch.randn(N, 5, 4, dtype=torch.float64)
+        for _ in range(2):
+            rows = jacobian(model, x)
+            assert isinstance(rows.layers[0], DenseRows)
+            assert_close(rows.dense(), dense_jacobian(model, x))
 
     @pytest.mark.parametrize("mix", [lambda h: h - h.mean(0), lambda h: h.flip(0), lambda h: h.softmax(0)])
     def test_interacting_samples(self, mix: Callable[[Tensor], Tensor]) -> None:
@@ -148,18 +193,6 @@ class TestSamples:
 
         with pytest.raises(UnsupportedModel, match=r"gradient of scale\. Either samples interact"):
             jacobian(Centred(), torch.randn(5, 4))
-
-    def test_a_weight_used_outside_its_layer(self) -> None:
-        model = Wrapped(nn.Linear(4, 4, bias=False), lambda layer, x: layer(torch.tanh(F.linear(x, layer.weight))))
-        with pytest.raises(UnsupportedModel, match=r"gradient of layer\.weight.*outside its layer's forward pass"):
-            jacobian(model, torch.randn(5, 4))
-
-    def test_positions_shared_by_all_samples(self) -> None:
-        model = Wrapped(nn.Embedding(6, 3), lambda layer, x: (layer(torch.arange(5)) * x[..., None]).sum(1))
-        with pytest.raises(UnsupportedModel, match="'layer' has 5 entries along its first axis"):
-            jacobian(model, torch.randn(4, 5))
-        with pytest.raises(UnsupportedModel, match=r"layer\.weight.*positions shared by all samples"):
-            jacobian(model, torch.randn(5, 5))
 
     def test_a_random_model(self) -> None:
         model = Wrapped(nn.Linear(4, 3), lambda layer, x: layer(x) * torch.rand(()))
@@ -196,7 +229,7 @@ class TestSamples:
         with pytest.raises(UnsupportedModel, match="samples interact"):
             jacobian(model, torch.randn(2, 4))
 
-    def test_torch_func_cannot_form_rows(self) -> None:
+    def test_models_that_torch_func_cannot_vectorise(self) -> None:
         class Branching(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -205,8 +238,23 @@ class TestSamples:
             def forward(self, x: Tensor) -> Tensor:
                 return x * self.scale if x.sum() > 0 else x * self.scale**2
 
-        with pytest.raises(UnsupportedModel, match=r"The parameters scale have no factored rows, and torch\.func"):
-            jacobian(Branching(), torch.randn(5, 4))
+        model = Branching()
+        x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+        assert_close(jacobian(model, x).dense(), torch.cat([row.diag() for row in x])[[0, 4, 1, 5, 2, 6, 3, 7]])
+        with pytest.raises(UnsupportedModel, match=r"gradient of scale\. Either samples interact"):
+            jacobian(model, torch.cat([x, -x]).requires_grad_(False))
+
+    def test_models_that_cannot_be_called_on_single_samples(self) -> None:
+        class Whole(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x.view(5, 4) * self.scale
+
+        with pytest.raises(UnsupportedModel, match=r"The parameters scale have no factored rows.*single samples"):
+            jacobian(Whole(), torch.randn(5, 4))
 
 
 class TestOutputs:

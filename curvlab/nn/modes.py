@@ -1,0 +1,36 @@
+"""Modules that are not a fixed function of each sample as they stand."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+
+def randomness(module: nn.Module) -> str | None:
+    """Say what makes a module's output in its present mode depend on chance, on the batch or on earlier calls, if any."""
+    if not module.training:
+        return None
+    if _drop_rate(module) > 0:
+        return "it drops at random"
+    if isinstance(module, nn.RReLU) and module.lower < module.upper:
+        return "it draws slopes at random"
+    if isinstance(module, _BatchNorm):
+        return "it normalises by the statistics of the batch"
+    if isinstance(module, _NormBase) and module.track_running_stats:
+        return "every call changes its running statistics"
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return "every call takes a step of power iteration"
+    return None
+
+
+def _drop_rate(module: nn.Module) -> float:
+    rate = 0.0
+    if isinstance(module, _DropoutNd):
+        rate = module.p
+    elif isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1):
+        rate = module.dropout
+    return rate

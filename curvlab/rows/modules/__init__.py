@@ -1,0 +1,126 @@
+"""The table of supported layers: how a module's inputs and back-propagated rows become `LayerRows`.
+
+A new layer is one entry of `RULES`: its exact forward pass (a subclass that overrides `forward` is not covered), how
+its parameters are laid out in units, and how its rows follow from its inputs and from the rows at its output; or of
+`COMPOSITES`, for a module that consists of linear maps. Both engines read this table, and so do the tests and the
+documentation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from curvlab.nn import NTKLinear
+from curvlab.rows.modules.attention import ATTENTION
+from curvlab.rows.modules.composite import Composite, Project, Projection, decomposed
+from curvlab.rows.modules.convolution import CONVOLUTION, TRANSPOSED_CONVOLUTION
+from curvlab.rows.modules.elementwise import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, PRELU, RMS_NORM
+from curvlab.rows.modules.linear import BILINEAR, INPUT_FIRST_LINEAR, LINEAR
+from curvlab.rows.modules.lookup import EMBEDDING, EMBEDDING_BAG
+from curvlab.rows.modules.recurrent import CELL, RECURRENT
+from curvlab.rows.modules.rule import Inputs, Names, Rule, Site
+from curvlab.rows.parameters import Layout
+
+__all__ = [
+    "COMPOSITES",
+    "RULES",
+    "Composite",
+    "Inputs",
+    "Names",
+    "Project",
+    "Projection",
+    "Rule",
+    "Site",
+    "composite_for",
+    "decomposed",
+    "layout_of",
+    "rule_for",
+    "supported_layers",
+]
+
+Entry = TypeVar("Entry", Rule, Composite)
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: LINEAR,
+    NTKLinear: LINEAR,
+    nn.Bilinear: BILINEAR,
+    nn.Conv1d: CONVOLUTION,
+    nn.Conv2d: CONVOLUTION,
+    nn.Conv3d: CONVOLUTION,
+    nn.ConvTranspose1d: TRANSPOSED_CONVOLUTION,
+    nn.ConvTranspose2d: TRANSPOSED_CONVOLUTION,
+    nn.ConvTranspose3d: TRANSPOSED_CONVOLUTION,
+    nn.BatchNorm1d: BATCH_NORM,
+    nn.BatchNorm2d: BATCH_NORM,
+    nn.BatchNorm3d: BATCH_NORM,
+    nn.InstanceNorm1d: INSTANCE_NORM,
+    nn.InstanceNorm2d: INSTANCE_NORM,
+    nn.InstanceNorm3d: INSTANCE_NORM,
+    nn.GroupNorm: GROUP_NORM,
+    nn.LayerNorm: LAYER_NORM,
+    nn.RMSNorm: RMS_NORM,
+    nn.PReLU: PRELU,
+    nn.Embedding: EMBEDDING,
+    nn.EmbeddingBag: EMBEDDING_BAG,
+}
+
+COMPOSITES: dict[type[nn.Module], Composite] = {
+    nn.MultiheadAttention: ATTENTION,
+    nn.LSTM: RECURRENT,
+    nn.GRU: RECURRENT,
+    nn.RNN: RECURRENT,
+    nn.LSTMCell: CELL,
+    nn.GRUCell: CELL,
+    nn.RNNCell: CELL,
+}
+
+_ELSEWHERE = {
+    ("torch_geometric.nn.dense.linear", "Linear"): LINEAR,
+    ("transformers.pytorch_utils", "Conv1D"): INPUT_FIRST_LINEAR,
+}
+"""Layers of libraries that are looked up where their user has imported them: importing them here would cost seconds."""
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """Return the rule of a module, or None if its forward pass or its parameters are not those in the table."""
+    return _entry(_rules(), module) if module._parameters.keys() <= {"weight", "bias"} else None
+
+
+def composite_for(module: nn.Module) -> Composite | None:
+    """Return how a module is decomposed, or None if it is not, or its forward pass is not that in the table."""
+    return _entry(COMPOSITES, module)
+
+
+def _entry(table: Mapping[type[nn.Module], Entry], module: nn.Module) -> Entry | None:
+    for kind, entry in table.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module):
+            return entry
+    return None
+
+
+def _rules() -> Mapping[type[nn.Module], Rule]:
+    loaded = {
+        getattr(library, name): rule
+        for (path, name), rule in _ELSEWHERE.items()
+        if (library := sys.modules.get(path)) is not None
+    }
+    return {**RULES, Projection: LINEAR, **loaded}
+
+
+def supported_layers() -> list[str]:
+    """Return the names of the layers in the table."""
+    return [kind.__name__ for kind in (*RULES, *COMPOSITES)]
+
+
+def layout_of(module: nn.Module, names: Names) -> Layout:
+    """Lay out a module's trainable parameters; a module without a rule forms one unit."""
+    rule = rule_for(module)
+    shapes = {name: getattr(module, local).shape for local, name in names.items()}
+    if rule is None:
+        return Layout.of(1, shapes)
+    groups = {names["weight"]: rule.input_first(module)} if rule.input_first and "weight" in names else None
+    return Layout.of(rule.units(module), shapes, groups)

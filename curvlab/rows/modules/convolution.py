@@ -1,0 +1,68 @@
+"""Convolutions and transposed convolutions: linear maps of unfolded inputs.
+
+The input of a convolution at output position s are the entries `stride·s + dilation·k` of the padded input, k over the
+kernel. A transposed convolution is that of stride 1 with a flipped kernel on the input with `stride − 1` zeros between
+its entries, padded by `dilation·(kernel − 1) − padding`.
+
+Source: Grosse & Martens 2016, section 3; Dumoulin & Visin 2016, section 4 (transposed convolutions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from curvlab.rows.layer import KroneckerRows, LayerRows
+from curvlab.rows.modules.rule import Inputs, Rule, Site, augmented
+
+
+def _convolution(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+    module: Any = site.module
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(inputs[0], module._reversed_padding_repeated_twice, mode=mode)
+    return _on_patches(site, _patches(padded, module.kernel_size, module.stride, module.dilation), g)
+
+
+def _transposed_convolution(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+    module: Any = site.module
+    kernel, dilation = module.kernel_size, module.dilation
+    stuffed, outputs = _stuffed(inputs[0], module.stride), g.shape[3:]
+    padding: list[int] = []
+    for size, out, k, d, p in zip(stuffed.shape[2:], outputs, kernel, dilation, module.padding, strict=True):
+        before = d * (k - 1) - p
+        padding = [before, out + d * (k - 1) - before - size, *padding]
+    patches = _patches(F.pad(stuffed, padding), kernel, (1,) * len(kernel), dilation)
+    return _on_patches(site, patches.flip(tuple(range(-len(kernel), 0))), g)
+
+
+def _stuffed(x: Float[Tensor, "N C ..."], stride: Sequence[int]) -> Float[Tensor, "N C ..."]:
+    """Put `stride − 1` zeros between the entries along every axis."""
+    sizes = [s * (size - 1) + 1 for size, s in zip(x.shape[2:], stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
+    stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+    return stuffed
+
+
+def _patches(
+    x: Float[Tensor, "N C ..."], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Float[Tensor, "N C ..."]:
+    """Return a view `[N, C, *positions, *kernel]` of what a kernel sees at every position."""
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return x
+
+
+def _on_patches(site: Site, patches: Float[Tensor, "N C ..."], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
+    (V, N), groups, axes = g.shape[:2], site.module.groups, g.ndim - 3
+    assert isinstance(groups, int)
+    a = patches.movedim(1, 1 + axes).reshape(N, g.shape[3:].numel(), groups, -1)
+    rows = g.reshape(V, N, groups, g.shape[2] // groups, -1).permute(0, 1, 4, 2, 3)
+    return KroneckerRows(site.name, site.layout, augmented(a, site.names), rows)
+
+
+CONVOLUTION = Rule(lambda m: m.out_channels, _convolution)
+TRANSPOSED_CONVOLUTION = Rule(lambda m: m.out_channels, _transposed_convolution, input_first=lambda m: m.groups)

@@ -1,0 +1,35 @@
+"""Layers on vectors: linear maps, and bilinear ones, which are linear in the products of their inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvlab.nn import NTKLinear
+from curvlab.rows.layer import KroneckerRows, LayerRows
+from curvlab.rows.modules.rule import Inputs, Rule, Site, augmented
+
+
+def _linear(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+    module, x = site.module, inputs[0]
+    scales = (module.weight_scale, module.bias_scale) if isinstance(module, NTKLinear) else (1.0, 1.0)
+    return _on_vectors(site, x * scales[0], g, scales[1])
+
+
+def _bilinear(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+    left, right = inputs
+    return _on_vectors(site, torch.einsum("...i,...j->...ij", left, right).flatten(-2), g)
+
+
+def _on_vectors(site: Site, x: Tensor, g: Tensor, bias_scale: float = 1.0) -> LayerRows:
+    """Return the rows of a layer on the last axis; axes between the first and the last are positions."""
+    V, N = g.shape[:2]
+    T = x.shape[1:-1].numel()
+    a = augmented(x.reshape(N, T, 1, x.shape[-1]), site.names, bias_scale)
+    return KroneckerRows(site.name, site.layout, a, g.reshape(V, N, T, 1, g.shape[-1]))
+
+
+LINEAR = Rule(lambda m: m.weight.shape[0], _linear)
+INPUT_FIRST_LINEAR = Rule(lambda m: m.weight.shape[1], _linear, input_first=lambda _: 1)
+"""For a weight `[in, out]`, as in GPT-2."""
+BILINEAR = Rule(lambda m: m.out_features, _bilinear)

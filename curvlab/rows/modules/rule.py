@@ -1,0 +1,72 @@
+"""What a rule is, and what rules have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.rows.layer import DenseRows, LayerRows
+from curvlab.rows.parameters import Layout
+
+Names = Mapping[str, str]
+"""Local names of a module's trainable parameters (`weight`) to their names in the model (`0.weight`)."""
+
+Inputs = tuple[Tensor, ...]
+"""The tensors that a module was called on, in the order of its signature."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module through whose forward pass parameters are used.
+
+    Attributes:
+        module: the module.
+        name: its name in the model, empty for the model itself.
+        names: local names of its trainable parameters to their names in the model, a tied parameter's first one.
+        layout: how they are laid out in units.
+    """
+
+    module: nn.Module
+    name: str
+    names: Names
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the rows of a kind of module are formed.
+
+    Attributes:
+        units: number of units of a module (output channels, scale-shift pairs, table rows).
+        rows: `(site, inputs, g [V, N, *output])` to the rows of one call.
+        check: raises `UnsupportedModel` for settings that the rule does not cover, if there are any.
+        input_first: number of groups of a weight `[groups·inputs, outputs, …]`; units come first if None.
+    """
+
+    units: Callable[[Any], int]
+    rows: Callable[[Site, Inputs, Tensor], LayerRows]
+    check: Callable[[Any, str], None] | None = None
+    input_first: Callable[[Any], int] | None = None
+
+
+def augmented(a: Tensor, names: Names, bias_scale: float = 1.0) -> Tensor:
+    """Drop the input's columns if the weight is frozen, append the bias' column if the bias is not."""
+    columns = [a] if "weight" in names else []
+    if "bias" in names:
+        columns.append(a.new_full((*a.shape[:-1], 1), bias_scale))
+    return torch.cat(columns, dim=-1)
+
+
+def scale_shift(site: Site, normalised: Float[Tensor, "N T U"], g: Float[Tensor, "V N T U"]) -> LayerRows:
+    """Return the rows of an elementwise scale and shift."""
+    columns = []
+    if "weight" in site.names:
+        columns.append((g * normalised).sum(2))
+    if "bias" in site.names:
+        columns.append(g.sum(2))
+    return DenseRows(site.name, site.layout, torch.stack(columns, dim=-1))

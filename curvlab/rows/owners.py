@@ -1,0 +1,158 @@
+"""Which module owns a parameter, which modules use it, and which are not fixed functions of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from curvlab.errors import UnsupportedModel
+from curvlab.nn.modes import randomness
+from curvlab.rows.modules import (
+    Composite,
+    Names,
+    Project,
+    Projection,
+    Site,
+    composite_for,
+    decomposed,
+    layout_of,
+    rule_for,
+)
+from curvlab.rows.parameters import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Owner:
+    """A module with trainable parameters of its own, which form one block.
+
+    Attributes:
+        module: the module, or the stand-in for a linear map inside one.
+        name: its name in the model, empty for the model itself.
+        names: local names of its trainable parameters to their names in the model; a tied parameter is listed by its
+            first owner only.
+        layout: how these are laid out in units.
+        sites: the modules that use any of them, itself included.
+    """
+
+    module: nn.Module
+    name: str
+    names: Names
+    layout: Layout
+    sites: Sequence[Site]
+
+    @property
+    def tied(self) -> bool:
+        """Whether another module uses one of its parameters, too, or it uses one of another."""
+        return len(self.sites) > 1 or any(site.names != self.names for site in self.sites)
+
+    @property
+    def ruled(self) -> bool:
+        """Whether all modules that use its parameters have rules."""
+        return all(rule_for(site.module) is not None for site in self.sites)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters, in `named_parameters()` order.
+
+    Raises:
+        UnsupportedModel: if there are none, or a lazy module has not made its own yet.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise UnsupportedModel("The model has no trainable parameter: set requires_grad on those to analyse.")
+    unborn = [name for name, p in parameters.items() if isinstance(p, UninitializedParameter)]
+    if unborn:
+        raise UnsupportedModel(f"{', '.join(unborn)} have no shape yet: call the model on a batch first.")
+    return parameters
+
+
+def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] = ()) -> list[Owner]:
+    """List the modules that own trainable parameters, in the order of the parameters.
+
+    Args:
+        model: any module.
+        fixed: whether to refuse modules in training mode that make the model random or let samples interact.
+        without: names of parameters to leave out.
+
+    Raises:
+        UnsupportedModel: if a module cannot be treated in its mode or with its options.
+    """
+    names = {id(p): name for name, p in trainable(model).items() if name not in without}
+    for name, module in model.named_modules():
+        if fixed:
+            _check_mode(module, name)
+        rule = rule_for(module)
+        if rule is not None and rule.check is not None:
+            rule.check(module, name)
+    sites = list(_sites(model, names))
+    found: list[Owner] = []
+    taken: set[str] = set()
+    for site in sites:
+        fresh = {local: name for local, name in site.names.items() if name not in taken}
+        taken |= set(fresh.values())
+        if fresh:
+            users = [user for user in sites if not set(fresh.values()).isdisjoint(user.names.values())]
+            found.append(Owner(site.module, site.name, fresh, layout_of(site.module, fresh), users))
+    return found
+
+
+def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[Site]:
+    """Yield the modules that hold parameters with given names by id; a composite one in place of what it bypasses."""
+    bypassed: set[tuple[str, str]] = set()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for part, stand_in in _projections(module).items():
+            inside = {prefix + path: local for local, path in stand_in.locals.items()}
+            bypassed |= {(path.rpartition(".")[0], path.rpartition(".")[2]) for path in inside}
+            own = {k: names[id(p)] for k in stand_in.locals if id(p := getattr(stand_in, k)) in names}
+            if own:
+                yield Site(stand_in, prefix + part, own, layout_of(stand_in, own))
+        left = {
+            k: names[id(p)]
+            for k, p in module._parameters.items()
+            if p is not None and id(p) in names and (name, k) not in bypassed
+        }
+        if left:
+            yield Site(module, name, left, layout_of(module, left))
+
+
+def _projections(module: nn.Module) -> Project:
+    composite = composite_for(module)
+    return {} if composite is None else composite.projections(module)
+
+
+@contextmanager
+def decomposing(model: nn.Module, owners: Iterable[Owner]) -> Iterator[None]:
+    """Run composite modules in decomposed form, with the stand-ins of owners where there are any."""
+    known = {
+        (site.module.owner, site.module.part): site.module
+        for owner in owners
+        for site in owner.sites
+        if isinstance(site.module, Projection)
+    }
+    pairs: list[tuple[Composite, Project]] = []
+    for module in model.modules():
+        composite = composite_for(module)
+        if composite is not None:
+            project = composite.projections(module)
+            pairs.append((composite, {part: known.get((module, part), own) for part, own in project.items()}))
+    with decomposed(pairs):
+        yield
+
+
+def _check_mode(module: nn.Module, name: str) -> None:
+    reason = randomness(module)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} {name!r} is in training mode, so the model is not a fixed function of each "
+            f"sample: {reason}. Call model.eval() first."
+        )
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} {name!r} has no running statistics, so samples interact and rows per sample do "
+            "not exist. Build it with track_running_stats=True."
+        )

@@ -1,0 +1,142 @@
+"""Forward passes of the layers that own parameters, and the rows that they make together.
+
+A layer that ran several times, and layers that share a parameter, are one layer at more positions: the row of a block
+is the sum over all calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
+from curvlab.rows.modules import Inputs, Site
+from curvlab.rows.owners import Owner
+from curvlab.rows.parameters import Layout
+from curvlab.rows.samples import Samples
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward pass of a module.
+
+    Attributes:
+        site: the module.
+        inputs: the tensors that it was called on.
+        shape: shape of its output.
+        edge: edge of the graph at its output, None without a gradient.
+        gradient: gradient at its output, once a backward pass of the user has brought it.
+    """
+
+    site: Site
+    inputs: Inputs
+    shape: torch.Size
+    edge: GradientEdge | None
+    gradient: Tensor | None = None
+
+
+class Recorder:
+    """Records the forward passes of the modules that use the parameters of some owners.
+
+    Args:
+        owners: those for which all these modules have rules.
+        made: called with every call and its output, before anything else sees the output.
+        watching: whether a call counts.
+    """
+
+    def __init__(
+        self,
+        owners: Sequence[Owner],
+        made: Callable[[Call, Tensor], None] | None = None,
+        watching: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._owners = owners
+        self._made, self._watching = made, watching
+        self._calls: dict[Site, list[Call]] = {site: [] for owner in owners for site in owner.sites}
+
+    def hook(self) -> list[RemovableHandle]:
+        """Hook the modules, ahead of the user's own hooks, which may change an output."""
+        return [
+            site.module.register_forward_hook(partial(self._on_call, site), prepend=True, with_kwargs=True)
+            for site in self._calls
+        ]
+
+    def _on_call(
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        if not self._watching():
+            return
+        named = signature(module.forward).bind(*args, **kwargs).arguments if kwargs else dict(enumerate(args))
+        inputs = tuple(x.detach() for x in named.values() if isinstance(x, Tensor))
+        call = Call(site, inputs, output.shape, get_gradient_edge(output) if output.requires_grad else None)
+        self._calls[site].append(call)
+        if self._made is not None:
+            self._made(call, output)
+
+    def calls(self, samples: Samples, count: int) -> dict[Owner, list[Call]]:
+        """Return the calls of every owner that can be factored: with samples on the first axis of its inputs.
+
+        Args:
+            samples: what a sample is.
+            count: their number N.
+        """
+        found = {owner: [call for site in owner.sites for call in self._calls[site]] for owner in self._owners}
+        return {
+            owner: calls
+            for owner, calls in found.items()
+            if calls and all(samples.fit(call.inputs[0], count) for call in calls)
+        }
+
+
+def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples) -> LayerRows:
+    """Form the rows of an owner from the rows `[V, N, *output]` at the outputs of its calls."""
+    parts = [samples.form(call.site, call.inputs, g) for call, g in gradients.items()]
+    if len(parts) == 1:
+        (rows,) = parts
+        return rows if rows.layout == owner.layout else rows.restrict(owner.layout.names)
+    return _as_positions(owner, parts) or _as_sum(owner, parts)
+
+
+def _as_positions(owner: Owner, parts: Sequence[LayerRows]) -> LayerRows | None:
+    """Append the positions of all calls, if these have one kind of factored rows and an equal number of positions each."""
+    kronecker = [part for part in parts if isinstance(part, KroneckerRows) and part.lengths is None]
+    if len(kronecker) == len(parts) and len({(part.layout.units, part.a.shape[2]) for part in kronecker}) == 1:
+        a = torch.cat([_columns(part, owner.layout) for part in kronecker], dim=1)
+        return KroneckerRows(owner.name, owner.layout, a, torch.cat([part.g for part in kronecker], dim=2))
+    tables = [part for part in parts if isinstance(part, EmbeddingRows) and part.lengths is None]
+    if len(tables) == len(parts):
+        index = torch.cat([part.index for part in tables], dim=1)
+        return EmbeddingRows(owner.name, owner.layout, index, torch.cat([part.g for part in tables], dim=2))
+    return None
+
+
+def _columns(part: KroneckerRows, layout: Layout) -> Float[Tensor, "N T Q I"]:
+    """Bring inputs to the columns of a layout, zero where it has parameters that the call did not use."""
+    slots = {slot.name: slot for slot in part.layout.slots}
+    columns = [
+        part.a[..., slots[slot.name].start : slots[slot.name].stop]
+        if slot.name in slots
+        else part.a.new_zeros(*part.a.shape[:-1], slot.stop - slot.start)
+        for slot in layout.slots
+    ]
+    return torch.cat(columns, dim=-1)
+
+
+def _as_sum(owner: Owner, parts: Sequence[LayerRows]) -> DenseRows:
+    """Add up formed rows. Memory `R·P_l`."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.layout.split(part.dense()).items():
+            if name in owner.layout.names:
+                total[name] = total[name] + value if name in total else value
+    joined = owner.layout.join(total)
+    return DenseRows(owner.name, owner.layout, joined.view(*parts[0].shape, owner.layout.units, owner.layout.width))

@@ -1,0 +1,114 @@
+"""Models of the transformers library, built from small configurations: keyword inputs and structured outputs."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import DOUBLE, assert_close, trainable
+from torch import Tensor, nn
+
+from curvlab.fisher import make
+from curvlab.rows import jacobian, sqrt_fisher
+from curvlab.rows.layer import KroneckerRows
+
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """Import the library without torchvision, which does not import beside every build of torch."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setitem(sys.modules, "torchvision", None)
+        found = pytest.importorskip("transformers", reason="transformers is not installed")
+        assert found.GPT2LMHeadModel
+        assert found.ViTForImageClassification
+    return found
+
+
+def gpt2(library: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = library.GPT2Config(
+        vocab_size=7, n_positions=5, n_embd=4, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    lengths = torch.tensor([5, 3, 4])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    return library.GPT2LMHeadModel(config), {"input_ids": torch.randint(7, (SAMPLES, 5)), "attention_mask": mask}
+
+
+def vit(library: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = library.ViTConfig(
+        hidden_size=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=6,
+        image_size=4,
+        patch_size=2,
+        num_channels=2,
+        num_labels=3,
+    )
+    return library.ViTForImageClassification(config), {"pixel_values": torch.randn(SAMPLES, 2, 4, 4, dtype=DOUBLE)}
+
+
+def last_axis_second(found: Any) -> Tensor:
+    return found.logits.mT
+
+
+CASES = {"gpt2": (gpt2, last_axis_second), "vit": (vit, "logits")}
+
+
+def gradients(model: nn.Module, z: Tensor) -> Tensor:
+    """Return J in row order `(c, x, n)`, by one reverse pass a row."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = z.flatten(1).T.flatten()
+    found = [torch.autograd.grad(row, parameters, retain_graph=True, materialize_grads=True) for row in rows]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in found])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_and_what_they_leave_behind(transformers: Any, name: str) -> None:
+    torch.manual_seed(0)
+    build: Callable[[Any], tuple[nn.Module, dict[str, Tensor]]] = CASES[name][0]
+    model, inputs = build(transformers)
+    model = model.double().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rows = jacobian(model, inputs, output=CASES[name][1])
+    z = model(**inputs).logits
+    z = z.mT if name == "gpt2" else z
+    assert_close(rows.dense(), gradients(model, z))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
+    factored = [layer.name for layer in rows.layers if isinstance(layer, KroneckerRows)]
+    expected = {
+        "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+        "vit": ["q_proj", "fc1", "classifier"],
+    }
+    assert all(any(layer.endswith(part) for layer in factored) for part in expected[name])
+
+
+def test_a_language_model_end_to_end(transformers: Any) -> None:
+    """Rows of the loss on shifted tokens, where the padding is ignored; the Fisher matrix has their trace."""
+    torch.manual_seed(1)
+    model, inputs = gpt2(transformers)
+    model = model.double().eval()
+    labels = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)[:, 1:]
+    loss = nn.CrossEntropyLoss()
+
+    def shifted(found: Any) -> Tensor:
+        return found.logits[:, :-1].mT
+
+    rows = sqrt_fisher(model, loss, inputs, labels, "empirical", output=shifted)
+    z = shifted(model(**inputs))
+    values = nn.CrossEntropyLoss(reduction="none")(z, labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    squares = sum(
+        sum(float(g.square().sum()) for g in torch.autograd.grad(value, parameters, retain_graph=True))
+        for value in values[labels >= 0]
+    )
+    structure = make("kfac").update(rows)
+    assert abs(float(make("diagonal").update(rows).trace()) * rows.count - squares) < 1e-9 * squares
+    assert structure.space.size == sum(p.numel() for p in trainable(model).values())
+    step = structure.solve(torch.ones(structure.space.size, dtype=DOUBLE), 0.1)
+    assert bool(step.isfinite().all())
