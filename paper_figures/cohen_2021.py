@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 
 from analyses.drawing import Layout, take
@@ -48,6 +50,12 @@ PAPER = Paper(
             ANALYSIS.command, [[panels.flow_sharpness, panels.flow_distance]], claims=("flow-",), height=2.5
         ),
         "structures": FIGURES["structures"],
+        "published": Layout(
+            f"{ANALYSIS.command} --published",
+            [[partial(panels.published, quantity=name) for name in ("loss", "sharpness")]],
+            claims=("published-",),
+            height=2.5,
+        ),
     },
     tables={"plateaus": plateaus},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 
 from analyses.drawing import DASHED, NEUTRAL, NotStored, level, note, take
 from analyses.edge_of_stability.part import BAND
+from analyses.edge_of_stability.parts import published as readme
 from analyses.edge_of_stability.parts.losses import CE
 from curvlab.study import style
 from curvlab.study.inference import Summary
@@ -226,3 +228,19 @@ def batch_sizes(axes: Axes, measurements: pd.DataFrame) -> None:
     style.log_ticks(axes, sorted(int(batch) for batch in table["batch"].unique()))
     threshold(axes, 2 / float(table["eta"].iloc[0]))
     axes.set(xlabel="batch size (samples)", ylabel=r"late sharpness $\lambda_{\max}(H)$")
+
+
+def published(axes: Axes, measurements: pd.DataFrame, *, quantity: Literal["loss", "sharpness"]) -> None:
+    """Loss or sharpness of the README's run against step, with points read off the published figures (open diamonds)."""
+    table = take(measurements, readme.NAME, quantity).sort_values("step")
+    axes.plot(table["step"], table["value"], color=COLOURS[0], linewidth=1.0, label="this run", zorder=2)
+    points = readme.LOSS if quantity == "loss" else readme.SHARPNESS
+    axes.plot(
+        list(points), list(points.values()), linestyle="none", marker="D", markersize=4, markerfacecolor="white",
+        markeredgecolor=COLOURS[1], label="published", zorder=3,
+    )  # fmt: skip
+    if quantity == "sharpness":
+        threshold(axes, 2 / readme.ETA, label=r"$2/\eta$")
+    axes.set_ylim(bottom=0)
+    name = "training loss" if quantity == "loss" else r"sharpness $\lambda_{\max}(H)$"
+    axes.set(xlabel="step", ylabel=name, title=rf"CIFAR-10, 5000 images, $\eta={readme.ETA:g}$")

@@ -30,6 +30,9 @@ LIMIT = 12_000
 """Steps after which the run ends anyhow; a milestone that was not reached by then counts as reached there."""
 READING = 0.1
 """Relative deviation up to which a milestone counts as met: they are read off figures, and the initialisation is another."""
+SHARPNESS = {0: 78.0, 450: 71.0, 2100: 100.0, 3000: 135.0, 4350: 200.0, 9050: 208.0}
+LOSS = {0: 0.60, 100: 0.41, 4500: 0.20, 9050: 0.11}
+"""Points of the published curves, by step."""
 SETTING: Mapping[str, str | int | float] = {
     "problem": "cifar10-5k",
     "network": "fc-tanh",
