@@ -2,6 +2,6 @@
 
 from curvlab.compare import compare
 from curvlab.nn import linearize
-from curvlab.rows import Rows, jacobian, sqrt_fisher
+from curvlab.rows import Rows, gram, jacobian, sqrt_fisher
 
-__all__ = ["Rows", "compare", "jacobian", "linearize", "sqrt_fisher"]
+__all__ = ["Rows", "compare", "gram", "jacobian", "linearize", "sqrt_fisher"]

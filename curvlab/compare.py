@@ -16,6 +16,7 @@ from curvlab.fisher import STRUCTURES, Full, Structure
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.loss import Kind
+from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
 from curvlab.rows.upstream import output_gradient
@@ -24,7 +25,7 @@ from curvlab.rows.upstream import output_gradient
 def compare(
     model: nn.Module,
     loss: nn.Module,
-    data: tuple[Any, Tensor],
+    data: tuple[Any, Any],
     structures: Sequence[str] | Mapping[str, Structure] = tuple(STRUCTURES),
     damping: Sequence[Damping] = ("rel:1e-6", "rel:1e-3"),
     *,
@@ -71,10 +72,10 @@ def compare(
     Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
     """
     inputs, targets = data
-    exact = sqrt_fisher(model, loss, inputs, targets, "exact", nodes=nodes, output=output)
+    exact = sqrt_fisher(model, loss, inputs, targets, "ggn" if kind == "ggn" else "exact", nodes=nodes, output=output)
     own = (
         exact
-        if kind == "exact"
+        if kind in ("exact", "ggn")
         else sqrt_fisher(
             model, loss, inputs, targets, kind, samples=samples, generator=generator, nodes=nodes, output=output
         )
@@ -83,7 +84,16 @@ def compare(
     gradient = exact.jacobian().rmatvec(u)
     projector = _projector(exact)
     reference = Full().update(exact)
-    wanted = {rho: reference.lift(exact.dual(u), rho) for rho in damping}
+    coefficients = exact.dual(u)
+    lifts = _agree(exact, exact.rmatvec(coefficients), gradient)
+
+    def step_of(structure: Structure, rho: Damping) -> Vector:
+        """Return the step, by `lift` where the gradient lies in the range of the structure's rows."""
+        return (
+            structure.lift(coefficients, rho) if lifts and structure.rows is exact else structure.solve(gradient, rho)
+        )
+
+    wanted = {rho: step_of(reference, rho) for rho in damping}
     table = []
     for name, structure in _chosen(structures).items():
         started = time.perf_counter()
@@ -94,7 +104,7 @@ def compare(
         rank = int((values > exact.P * torch.finfo(values.dtype).eps * values.max()).sum())
         for rho in damping:
             started = time.perf_counter()
-            step = structure.lift(exact.dual(u), rho) if own is exact else structure.solve(gradient, rho)
+            step = step_of(structure, rho)
             seconds = built + time.perf_counter() - started
             absolute_rho = absolute(rho, structure.largest_eigenvalue)
             response = structure.response(exact, rho) * structure.count
@@ -133,11 +143,17 @@ def _projector(exact: Rows) -> Float[Tensor, "R R"]:
     """Projector on the rows' directions that the loss weighs."""
     assert exact.factor is not None
     within = exact.factor.projector()
-    C, X, N = within.shape[:3]
-    out = within.new_zeros(C, X, N, C, X, N)
-    x, n = torch.arange(X, device=within.device)[:, None], torch.arange(N, device=within.device)
-    out[:, x, n, :, x, n] = within.permute(1, 2, 0, 3)
-    return out.view(C * X * N, C * X * N)
+    V, N, _ = within.shape
+    out = within.new_zeros(V, N, V, N)
+    n = torch.arange(N, device=within.device)
+    out[:, n, :, n] = within.transpose(0, 1)
+    return out.view(V * N, V * N)
+
+
+def _agree(rows: Rows, a: Any, b: Any) -> bool:
+    """Whether two vectors agree to half of the digits: the gradient, and what rows that may lack some of it make of it."""
+    x, y = rows.space.flatten(a), rows.space.flatten(b)
+    return bool((x - y).norm() <= torch.finfo(rows.dtype).eps ** 0.5 * y.norm())
 
 
 def _cosine(rows: Rows, a: Any, b: Any) -> float:

@@ -17,7 +17,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
-from curvlab.nn import HalfSquaredError, NodesLast, Propagation, ntk_mlp
+from curvlab.nn import GaussianNLL, HalfSquaredError, NodesLast, Propagation, ntk_mlp
 
 DOUBLE = torch.float64
 CLASSES = 3
@@ -79,10 +79,12 @@ def dense_ggn(J: Tensor, loss: nn.Module, z: Tensor, targets: Tensor) -> Tensor:
     return rows.T @ H @ rows
 
 
-def unreduced(loss: nn.Module) -> nn.Module:
+def unreduced(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss with one value a term."""
     if isinstance(loss, HalfSquaredError):
         return nn.MSELoss(reduction="none")
+    if isinstance(loss, GaussianNLL):
+        return lambda z, y: F.gaussian_nll_loss(z, y, loss.variance.expand_as(z), reduction="none")
     single = copy.copy(loss)
     single.reduction = "none"
     return single
@@ -93,6 +95,9 @@ def term_weights(loss: nn.Module, z: Tensor, targets: Tensor) -> Tensor:
     if isinstance(loss, nn.CrossEntropyLoss):
         classes = z.shape[1]
         weight = torch.ones(classes, dtype=z.dtype) if loss.weight is None else loss.weight
+        if targets.is_floating_point():
+            smoothed = (1 - loss.label_smoothing) * targets + loss.label_smoothing / classes
+            return torch.einsum("c,nc...->n...", weight, smoothed).unsqueeze(1)
         counted = targets != loss.ignore_index
         own = weight[torch.where(counted, targets, 0)]
         smooth = loss.label_smoothing
@@ -556,6 +561,14 @@ def fractions(z: Tensor) -> Tensor:
     return torch.rand_like(z)
 
 
+def distributions(z: Tensor) -> Tensor:
+    return torch.randn_like(z).softmax(1)
+
+
+def counts(z: Tensor) -> Tensor:
+    return torch.randint(5, z.shape).to(z.dtype)
+
+
 def ramp(C: int, extra: int = 0) -> Tensor:
     """Return weights 0.5, 1.0, 1.5, … over the classes, with trailing axes to broadcast."""
     return (0.5 * torch.arange(1, C + 1, dtype=DOUBLE)).view(C, *(1,) * extra)
@@ -571,13 +584,16 @@ LOSSES: list[LossCase] = [
     LossCase(
         "ce-all", nn.CrossEntropyLoss, labels_with_ignored, ("weight",), {"ignore_index": -1, "label_smoothing": 0.1}
     ),
+    LossCase("ce-soft", nn.CrossEntropyLoss, distributions, ("weight",), {"label_smoothing": 0.1}),
+    LossCase("gaussian", GaussianNLL, real_targets, ("variance",)),
+    LossCase("poisson", nn.PoissonNLLLoss, counts, options={"full": True}),
     LossCase("bce", nn.BCEWithLogitsLoss, binary),
     LossCase("bce-soft", nn.BCEWithLogitsLoss, fractions),
     LossCase("bce-weight", nn.BCEWithLogitsLoss, binary, ("weight",)),
     LossCase("bce-pos", nn.BCEWithLogitsLoss, binary, ("pos_weight",)),
     LossCase("bce-all", nn.BCEWithLogitsLoss, fractions, ("weight", "pos_weight")),
 ]
-"""All supported losses with their options."""
+"""All losses whose Hessian is the Fisher matrix, with their options."""
 
 
 def loss_case(name: str) -> LossCase:

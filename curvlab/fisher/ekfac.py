@@ -5,7 +5,7 @@ Source: George et al. 2018.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,6 +92,7 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     """
 
     adds = False
+    passes = 2
     linear = _LinearEKFAC
     embedding = _EmbeddingEKFAC
 
@@ -116,13 +117,11 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
             if isinstance(block, _Corrected):
                 block.correct(batch)
 
-    def _fit(self, sweep: Callable[[], Iterable[Rows]]) -> None:
-        self._factors_only = True
-        super()._fit(sweep)
-        self._factors_only = False
-        decay = 0.0
-        for rows in sweep():
-            self._correct(batches_of(self._blocks, rows, decay))
-            decay = 1.0
-        if decay == 0:
-            raise ValueError("EKFAC goes over the data twice: pass a list or a DataLoader, not an iterator.")
+    def _absorb(self, rows: Rows, number: int, *, first: bool) -> None:
+        """Add a batch to the factors in the first pass, to the corrections in their basis in the second."""
+        if number == 0:
+            self._factors_only = True
+            super()._absorb(rows, number, first=first)
+            self._factors_only = False
+        else:
+            self._correct(batches_of(self._blocks, rows, 0.0 if first else 1.0))

@@ -8,7 +8,7 @@ import torch
 
 from curvlab.rows import Rows
 from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
-from curvlab.rows.loss import OutputFactor
+from curvlab.rows.loss import restored
 from curvlab.rows.parameters import Layout, ParameterSpace
 
 _FORMS: dict[str, type[LayerRows]] = {form.__name__: form for form in (KroneckerRows, EmbeddingRows, DenseRows)}
@@ -35,7 +35,7 @@ def pack_rows(rows: Rows) -> dict[str, Any]:
         "reduction": rows.reduction,
         "sample_weights": rows.sample_weights,
         "jacobian": None if rows._jacobian is None else pack_rows(rows._jacobian),
-        "factor": None if rows.factor is None else (rows.factor.scale, rows.factor.root),
+        "factor": None if rows.factor is None else rows.factor.state(),
     }
 
 
@@ -55,5 +55,5 @@ def unpack_rows(packed: dict[str, Any]) -> Rows:
         reduction=packed["reduction"],
         sample_weights=packed["sample_weights"],
         _jacobian=None if packed["jacobian"] is None else unpack_rows(packed["jacobian"]),
-        factor=None if packed["factor"] is None else OutputFactor(*packed["factor"]),
+        factor=None if packed["factor"] is None else restored(packed["factor"]),
     )

@@ -19,7 +19,7 @@ def natural_gradient_step(
     model: nn.Module,
     loss: nn.Module,
     inputs: Any,
-    targets: Tensor,
+    targets: Any,
     *,
     damping: Damping = 0.0,
     metric: nn.Module | None = None,

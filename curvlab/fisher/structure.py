@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
 from math import inf, log
 from operator import mul
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 from curvlab.errors import NotPositiveDefinite, OutsideRange, StateError, unknown_name
 from curvlab.fisher.block import Batch, Block, RunningAverage, Total
 from curvlab.fisher.damping import Damping, absolute
+from curvlab.fisher.fitting import Checkpoint, Fitting, identity
 from curvlab.fisher.serialise import pack_rows, unpack_rows
 from curvlab.fisher.system import prepare
 from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.rows.batches import as_batches
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, OutputFactor
+from curvlab.rows.loss import Kind, OutputFactor, Scaling
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.rows import Engine
 from curvlab.rows.samples import NodeChoice
@@ -72,6 +75,8 @@ class Structure(ABC):
     summary: ClassVar[str]
     averages: ClassVar[bool] = False
     """Whether the state are averages of layers' moments, which take any decay and stay defined where samples interact."""
+    passes: ClassVar[int] = 1
+    """How often `fit` goes over the data."""
     adds: ClassVar[bool] = False
     """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
 
@@ -119,6 +124,9 @@ class Structure(ABC):
         nodes: NodeChoice = None,
         output: PickOutput = None,
         engine: Engine = "auto",
+        progress: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: float = 60.0,
         **options: Any,
     ) -> Own:
         """Return the structure of a whole data set; one batch and many batches give the same.
@@ -134,10 +142,16 @@ class Structure(ABC):
             nodes: see `curvlab.sqrt_fisher`; a function chooses anew in every batch.
             output: see `curvlab.sqrt_fisher`.
             engine: see `curvlab.sqrt_fisher`.
+            progress: whether to show it, on stderr.
+            checkpoint: file that keeps the state, so that a fit that was interrupted goes on when it is called again, and
+                ends in the same state to the last bit. It stays when the fit is done.
+            checkpoint_every: seconds between two writings.
             options: the structure's own.
 
         Raises:
-            ValueError: if the data are empty, or cannot be passed as often as needed.
+            ValueError: if the data are empty, cannot be passed as often as needed, or differ between passes.
+            StateError: if the checkpoint is that of another fit, or cannot be written.
+            UnsupportedModel: see `curvlab.sqrt_fisher`; for dropout and batch normalisation in training mode, too.
         """
         structure = cls(**options)
 
@@ -156,24 +170,22 @@ class Structure(ABC):
                 engine=engine,
             )
 
-        pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
-        batches: Any = [data] if pair else data
-        start = None if generator is None else generator.get_state()
-
-        def sweep() -> Iterator[Rows]:
-            if generator is not None and start is not None:
-                generator.set_state(start)
-            return (rows_of(batch) for batch in batches)
-
-        structure._fit(sweep)
+        kept = None
+        if checkpoint is not None:
+            same = identity(structure, model, loss, kind, samples)
+            kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
+        Fitting(structure, rows_of, as_batches(data), generator, kept, progress).run()
         return structure
 
-    def _fit(self, sweep: Callable[[], Iterable[Rows]]) -> None:
-        """Accumulate a data set; `sweep` starts a pass over its batches."""
-        for rows in sweep():
-            self.update(rows, 1.0)
-        if not self._history:
-            raise ValueError("The data hold no batch.")
+    def _absorb(self, rows: Rows, number: int, *, first: bool) -> None:  # noqa: ARG002
+        """Add a batch of a data set.
+
+        Args:
+            rows: of the batch.
+            number: of the pass over the data, from 0.
+            first: whether the batch is the first of its pass.
+        """
+        self.update(rows, 1.0)
 
     def update(self: Own, rows: Rows, decay: float = 0.0, *, total: Total | None = None) -> Own:
         """Decay the state and add the rows of a batch.
@@ -457,7 +469,7 @@ class Structure(ABC):
     def _coefficients(self, right: Rows) -> OutputFactor | None:
         """Return C with `right = C·S` for the rows S that `lift` speaks of, None if it is not of the simple form."""
         if right is self.rows:
-            return OutputFactor(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device))
+            return Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device))
         return self.rows.coefficients(right)
 
     def to_dense(self) -> Float[Tensor, "P P"]:

@@ -37,7 +37,7 @@ from curvlab.optim.hyper import Hyper, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
 from curvlab.rows.collect import Collector, Draw
-from curvlab.rows.loss import LOSSES, Kind
+from curvlab.rows.loss import Kind, check_loss
 from curvlab.rows.owners import Owner, owners_of
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Nodes
@@ -85,8 +85,7 @@ class Preconditioner:
     ) -> None:
         if kind not in get_args(Kind):
             raise unknown_name("kind", kind, get_args(Kind))
-        if type(loss) not in LOSSES:
-            raise UnsupportedModel(f"{type(loss).__name__} is not one of {', '.join(k.__name__ for k in LOSSES)}.")
+        check_loss(loss)
         self.model, self.loss = model, loss
         self.structure = make(structure) if isinstance(structure, str) else structure
         self.kind: Kind = kind

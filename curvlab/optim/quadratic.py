@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,7 @@ class Batch:
     model: nn.Module
     loss: nn.Module
     arguments: Arguments
-    targets: Tensor
+    targets: Any
 
     def outputs(self, parameters: Named) -> Tensor:
         """Run the model at other parameters."""
@@ -59,7 +60,7 @@ class Batch:
             moving = {name: here[name] for name in direction}
             with torch.no_grad():
                 z, u = jvp(partial(self._moved, here), (moving,), (dict(direction),))[:2]
-            factor = loss_terms(self.loss, z, self.targets).exact()
+            factor = loss_terms(self.loss, z, self.targets).root()
             weighted.append(factor.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())
         stacked = torch.stack(weighted)
         products: Tensor = stacked @ stacked.T

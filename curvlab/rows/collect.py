@@ -95,7 +95,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._factored: dict[Owner, list[Call]] = {}
         self._arguments: Arguments | None = None
         self._z: Tensor | None = None
-        self._targets: Tensor | None = None
+        self._targets: Any = None
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
         self._swept: dict[Call, Tensor] = {}
@@ -122,10 +122,9 @@ class Collector(AbstractContextManager["Collector"]):
             self._finish()
 
     @property
-    def seen(self) -> tuple[Arguments, Tensor]:
+    def seen(self) -> tuple[Arguments, Any]:
         """What the model and the loss were called on."""
         assert self._arguments is not None
-        assert self._targets is not None
         return self._arguments, self._targets
 
     def _is_watching(self) -> bool:
@@ -171,6 +170,7 @@ class Collector(AbstractContextManager["Collector"]):
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
         if self._draw is None:
             return
+        terms.check(self._draw.kind)
         seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape)
         scales = self._draw.kind == "empirical" and terms.z.shape[2] == 1 and _even(terms)
         if self._check or not scales:
@@ -300,13 +300,16 @@ class Collector(AbstractContextManager["Collector"]):
         )
         if rows.kind != "jacobian":
             return rows
-        factor = terms.exact().to(rows.dtype)
+        factor = terms.root().to(rows.dtype)
         weighted = tuple(layer.map_rows(factor.apply) for layer in rows.layers)
         base = replace(rows, count=1.0, reduction="none", sample_weights=torch.ones_like(rows.sample_weights))
         return replace(rows, layers=weighted, kind=draw.kind, _jacobian=base, factor=factor)
 
     def _coefficients(self, rows: Rows, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " R"] | None:
         if rows.factor is not None:
+            # The gradient may lie outside the range of a Hessian that is no Fisher matrix.
+            if not terms.likelihood.exact:
+                return None
             return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
         if rows.kind == "mc" or not _even(terms):
             return None
@@ -314,11 +317,7 @@ class Collector(AbstractContextManager["Collector"]):
         return (_multiple(terms, upstream) * root).to(rows.dtype)
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
-        """Form a layer's rows in the type of its parameters, whatever autocast computed in."""
-        dtype = getattr(owner.module, next(iter(owner.names))).dtype
-        for call in self._factored[owner]:
-            call.inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in call.inputs)
-        return form(owner, {call: gradients[call].to(dtype) for call in self._factored[owner]}, self._samples)
+        return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples)
 
     def _space(self) -> ParameterSpace:
         names = {name for owner in self._owners for name in owner.names.values()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -49,15 +49,20 @@ class Samples:
         """Bring chosen outputs into the layout of rows."""
         return z
 
-    def terms(self, loss: nn.Module, z: Float[Tensor, "N C ..."], targets: Tensor) -> LossTerms:
+    def terms(self, loss: nn.Module, z: Float[Tensor, "N C ..."], targets: Any) -> LossTerms:
         """Take the loss of chosen outputs apart, in the layout of rows; see `loss_terms`."""
         return loss_terms(loss, z, targets)
 
     def form(self, site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
-        """Form the rows of a layer from its inputs and the rows at its output, of entries along the first axis."""
+        """Form the rows of a layer from its inputs and the rows at its output, of entries along the first axis.
+
+        They are in the type of the layer's parameters, whatever autocast computed in.
+        """
         rule, grouping = rule_for(site.module), self.grouping(inputs[0])
         assert rule is not None
-        rows = rule.rows(site, inputs, g)
+        dtype = getattr(site.module, next(iter(site.names))).dtype
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        rows = rule.rows(site, inputs, g.to(dtype))
         return rows if grouping is None else rows.group(grouping)
 
     def fit(self, x: Tensor, count: int) -> bool:
@@ -118,20 +123,18 @@ class Nodes(Samples):
         """Make the nodes an extra axis, behind those that there are, so that rows are in the order `(c, x, n)`."""
         return flat_outputs(z).permute(1, 2, 0).flatten(1)[None]
 
-    def terms(self, loss: nn.Module, z: Float[Tensor, "L C ..."], targets: Tensor) -> LossTerms:
+    def terms(self, loss: nn.Module, z: Float[Tensor, "L C ..."], targets: Any) -> LossTerms:
         """Take the loss of the chosen nodes apart.
 
         Raises:
             ValueError: the targets are not those of the chosen nodes, and as `loss_terms`.
         """
-        if not _is_sample(z) and targets.ndim and len(targets) != len(z):
+        if not _is_sample(z) and isinstance(targets, Tensor) and targets.ndim and len(targets) != len(z):
             raise ValueError(
                 f"There are {len(targets)} targets for {len(z)} chosen nodes; pass those of the chosen nodes, "
                 "targets[nodes]."
             )
-        terms = loss_terms(loss, z, targets)
-        z, weight, score = (self.lay_out(part) for part in (terms.z, terms.weight, terms.score))
-        return replace(terms, z=z, weight=weight, score=score)
+        return loss_terms(loss, z, targets).relaid(self.lay_out)
 
     def fit(self, x: Tensor, count: int) -> bool:  # noqa: ARG002
         """Return True: all entries belong to the one sample."""

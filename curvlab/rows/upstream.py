@@ -18,7 +18,7 @@ def output_gradient(
     model: nn.Module,
     loss: nn.Module,
     inputs: Any,
-    targets: Tensor,
+    targets: Any,
     *,
     nodes: NodeChoice = None,
     output: PickOutput = None,

@@ -29,9 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
-from curvlab.errors import UnsupportedModel
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.rows.loss import LOSSES
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.objective import Data, Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
@@ -200,12 +198,9 @@ class GGN(DerivativeOperator):
         batched: bool = True,
         sweep: int = SWEEP,
     ) -> None:
-        if kind == "exact" and type(loss) not in LOSSES:
-            raise UnsupportedModel(
-                f"The Hessian of {type(loss).__name__} is not known to be a Fisher matrix. Use kind='ggn', or one of: "
-                f"{', '.join(known.__name__ for known in LOSSES)}."
-            )
         super().__init__(model, loss, data, parameters=parameters, output=output, batched=batched, sweep=sweep)
+        if kind == "exact":
+            self.objective.check_fisher()
 
     def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
         at = self.objective.parameters

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import RandomSampler
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.modes import randomness
+from curvlab.rows.batches import as_batches, shuffles
 from curvlab.rows.loss import LOSSES, loss_terms
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
@@ -124,6 +124,20 @@ class Objective:
         both = self.total(self._value_and_gradient)
         return both[0], both[1:]
 
+    def check_fisher(self) -> None:
+        """Refuse a loss whose Hessian at the outputs is not known to be a Fisher matrix.
+
+        Raises:
+            UnsupportedModel: for such a loss.
+        """
+        if not isinstance(self.loss, nn.Module):
+            raise UnsupportedModel(
+                f"The Hessian of {_name(self.loss)} is not known to be a Fisher matrix. Use kind='ggn'."
+            )
+        with torch.no_grad(), left_as_found(self.model):
+            part = self._part(next(iter(self.batches)))
+            loss_terms(self.loss, part.output({}), part.targets).check("exact")
+
     @property
     def single(self) -> bool:
         """Whether the data are one batch."""
@@ -200,7 +214,7 @@ class Objective:
         noisy = [
             f"{type(module).__name__} {name!r}" for name, module in self.model.named_modules() if randomness(module)
         ]
-        shuffled = isinstance(getattr(self.batches, "sampler", None), RandomSampler)
+        shuffled = shuffles(self.batches)
         found = [f"{', '.join(noisy)} in training mode: call model.eval() first."] if noisy else []
         found += ["The loader shuffles: use shuffle=False."] if shuffled else []
         return " ".join(found or ["Model, loss or data are random, or keep a state: make them deterministic."])
@@ -212,14 +226,12 @@ def batches_of(data: Data) -> Any:
     Raises:
         ValueError: for an iterator, which can be passed once only.
     """
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
-        return [data]
     if isinstance(data, Iterator):
         raise ValueError(
             f"The data are a {type(data).__name__}, which can be passed once only; every product needs a pass. Use a "
             "DataLoader, or list(…)."
         )
-    return data
+    return as_batches(data)
 
 
 def _name(loss: Loss) -> str:

@@ -397,9 +397,11 @@ def _structural_zeros(rows: Rows) -> int:
     """Count the directions of row space to which the loss gives no weight."""
     if rows.factor is None:
         return rows.shape[0] * int((rows.sample_weights == 0).sum())
-    scale, root = rows.factor.scale, rows.factor.root
-    weighed = scale != 0 if root is None else scale * root != 0
-    redundant = 0 if root is None else int(weighed.any(0).sum())
+    weighed = rows.factor.weighed
+    redundant = 0
+    for at, null in rows.factor.nulls:
+        C, N, X = null.shape
+        redundant += int(weighed[at].view(C, X, N).any(0).sum())
     return redundant + int((~weighed).sum())
 
 

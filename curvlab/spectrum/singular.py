@@ -148,24 +148,24 @@ class Directions:
 
     def __init__(self, layers: Layers, factor: OutputFactor | None) -> None:
         self.alive = ~zero_rows(layers)
-        self._null: Tensor | None = None
-        if factor is not None and factor.root is not None:
-            C, N, X = factor.root.shape
-            root = factor.root.double().transpose(1, 2) * self.alive.view(C, X, N)
-            self._null = root / root.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        self._nulls: list[tuple[slice, Float[Tensor, "C X N"]]] = []
+        for at, null in () if factor is None else factor.nulls:
+            C, N, X = null.shape
+            vectors = null.double().transpose(1, 2) * self.alive[at].view(C, X, N)
+            self._nulls.append((at, vectors / vectors.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)))
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return int(self.alive.sum()) - (0 if self._null is None else int(self._null.any(0).sum()))
+        return int(self.alive.sum()) - sum(int(vectors.any(0).sum()) for _, vectors in self._nulls)
 
     def project(self, coefficients: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
         """Project on them."""
-        kept = coefficients * self.alive.flatten()
-        if self._null is None:
-            return kept
-        block = kept.view(self._null.shape)
-        return (block - self._null * (self._null * block).sum(0)).flatten()
+        kept = coefficients.view(self.alive.shape) * self.alive
+        for at, vectors in self._nulls:
+            block = kept[at].view(vectors.shape)
+            kept[at] = (block - vectors * (vectors * block).sum(0)).flatten(0, 1)
+        return kept.flatten()
 
 
 def zero_rows(layers: Layers) -> Bool[Tensor, "V N"]:

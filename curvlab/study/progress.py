@@ -1,19 +1,19 @@
-"""Progress through the cells: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress through cells, or other pieces of work: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from curvlab.study.cells import Cell
 from curvlab.study.units import duration
 
 SECONDS_BETWEEN_LINES = 5.0
 
-Advance = Callable[[Cell, str, bool], None]
-"""Called after each cell with what became of it and whether that is trouble, which is always shown."""
+Advance = Callable[[Hashable, str, bool], None]
+"""Called after each cell, shown by its `str`, with what became of it and whether that is trouble, which is always shown."""
 
 
 def say(console: Console, text: str) -> None:
@@ -22,21 +22,24 @@ def say(console: Console, text: str) -> None:
 
 
 @contextmanager
-def progress(console: Console, costs: Mapping[Cell, float], quiet: bool) -> Iterator[Advance]:
-    """Report the progress on ``console`` through cells that are expected to take ``costs`` (in any unit)."""
+def progress(console: Console, costs: Mapping[Any, float], quiet: bool, *, unit: str = "cells") -> Iterator[Advance]:
+    """Report the progress on ``console`` through cells that are expected to take ``costs`` (in any unit).
+
+    Whatever can be told apart and shown by its `str` will do for a cell; ``unit`` says what they are called.
+    """
     if quiet:
         yield lambda cell, outcome, trouble: None  # noqa: ARG005
     elif console.is_terminal:
         columns = (
             BarColumn(),
-            TextColumn("{task.fields[done]} of {task.fields[cells]} cells,"),
+            TextColumn("{task.fields[done]} of {task.fields[cells]} " + unit + ","),
             TimeRemainingColumn(compact=True),
             TextColumn("left  {task.description}", markup=False),
         )
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=sum(costs.values()), done=0, cells=len(costs))
 
-            def advance(cell: Cell, outcome: str, trouble: bool) -> None:
+            def advance(cell: Hashable, outcome: str, trouble: bool) -> None:
                 bar.update(task, advance=costs[cell], description=str(cell), done=bar.tasks[0].fields["done"] + 1)
                 if trouble:
                     say(console, f"{cell}: {outcome}")
@@ -46,7 +49,7 @@ def progress(console: Console, costs: Mapping[Cell, float], quiet: bool) -> Iter
         yield _lines(console, costs)
 
 
-def _lines(console: Console, costs: Mapping[Cell, float]) -> Advance:
+def _lines(console: Console, costs: Mapping[Any, float]) -> Advance:
     """A line for the first and the last cell, for one in trouble, and otherwise one every few seconds.
 
     The time left follows from the pace since the first cell, before which everything has to get going.
@@ -57,7 +60,7 @@ def _lines(console: Console, costs: Mapping[Cell, float]) -> Advance:
     first_elapsed, first_spent = 0.0, 0.0
     printed = -SECONDS_BETWEEN_LINES
 
-    def advance(cell: Cell, outcome: str, trouble: bool) -> None:
+    def advance(cell: Hashable, outcome: str, trouble: bool) -> None:
         nonlocal done, spent, printed, first_elapsed, first_spent
         done += 1
         spent += costs[cell]

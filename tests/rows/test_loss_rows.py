@@ -27,8 +27,7 @@ from torch.nn import functional as F
 import curvlab.rows
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, sqrt_fisher
-from curvlab.rows import loss as loss_rows
-from curvlab.rows.loss import identity_seeds, loss_terms
+from curvlab.rows.loss import identity_seeds, likelihood, loss_terms
 
 NETWORKS = {"[N, C]": "mlp", "[N, C, X]": "conv1d-grid", "[N, C, H, W]": "conv2d-grid"}
 REDUCTIONS = ("mean", "sum")
@@ -142,11 +141,11 @@ def test_classes_are_drawn_with_their_probabilities() -> None:
     """A grid of uniform numbers hits every class as often as its probability says."""
     p = torch.tensor([[0.1, 0.0, 0.6, 0.3], [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)[..., None]
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = loss_rows.classes_at(p, grid[:, None, None].expand(1000, 2, 1))
+    drawn = likelihood.classes_at(p, grid[:, None, None].expand(1000, 2, 1))
     for n in range(2):
         assert drawn[:, n, 0].bincount(minlength=4).tolist() == [round(1000 * q) for q in p[n, :, 0].tolist()]
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)[:, None, None].expand(2, 2, 1)
-    assert loss_rows.classes_at(p, edges)[:, :, 0].tolist() == [[0, 1], [3, 1]]
+    assert likelihood.classes_at(p, edges)[:, :, 0].tolist() == [[0, 1], [3, 1]]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -172,7 +171,7 @@ def test_mean_of_mc_is_exact(case: LossCase, network: str, reduction: str, monke
     C = z.shape[1]
     exact = fisher(sqrt_fisher(model, loss, x, y))
     if isinstance(loss, nn.CrossEntropyLoss):
-        monkeypatch.setattr(loss_rows, "classes_at", lambda _, u: torch.arange(C)[:, None, None].expand(u.shape))
+        monkeypatch.setattr(likelihood, "classes_at", lambda _, u: torch.arange(C)[:, None, None].expand(u.shape))
         rows = sqrt_fisher(model, loss, x, y, kind="mc", samples=C, generator=generator())
         p = z.softmax(1).reshape(2, C, -1)
         probability = p.permute(1, 2, 0).flatten()
@@ -227,7 +226,7 @@ def test_a_generator_determines_the_draws(name: str) -> None:
 @pytest.mark.parametrize("kind", ["exact", "empirical", "mc"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_class_weight_two_is_a_duplicated_sample(kind: Any, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_rows, "classes_at", lambda _, u: torch.full(u.shape, 2))
+    monkeypatch.setattr(likelihood, "classes_at", lambda _, u: torch.full(u.shape, 2))
     model, x = architecture("mlp").make(N=4)
     y = torch.tensor([0, 1, 2, 0])
     twice = nn.CrossEntropyLoss(torch.tensor([2.0, 1.0, 1.0], dtype=x.dtype), reduction=reduction)
@@ -325,7 +324,7 @@ def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
     z = outputs(model, x)
     N, C, X = z.shape
     loss, y = case.make(z, "mean")
-    factor = loss_terms(loss, z, y).exact()
+    factor = loss_terms(loss, z, y).root()
     applied = factor.apply(identity_seeds(z)).view(C, X, N, C, X)
     A = torch.diagonal(applied, dim1=1, dim2=4).permute(3, 1, 0, 2)
     inverse = torch.linalg.pinv(A, rtol=1e-12)
@@ -334,10 +333,13 @@ def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
     if isinstance(loss, nn.CrossEntropyLoss):
         u = u - z.softmax(1).permute(1, 2, 0) * u.sum(1, keepdim=True)
         reached = u * (A.abs().sum((2, 3)) > 0)
-    dual = factor.dual(u)
+    dual = factor.dual(u.view(2, C * X, N)).view(u.shape)
     assert_close(torch.einsum("xnkc,bkxn->bcxn", A, dual), reached)
     assert_close(dual, torch.einsum("xnck,bcxn->bkxn", inverse, reached))
-    assert_close(factor.projector(), torch.einsum("xnkc,xncd->kxnd", A, inverse))
+    within = torch.zeros(C, X, N, C, X, dtype=z.dtype)
+    for k in range(X):
+        within[:, k, :, :, k] = (A[k] @ inverse[k]).transpose(0, 1)
+    assert_close(factor.projector(), within.view(C * X, N, C * X))
 
 
 def test_coefficients_need_every_output_to_carry_weight() -> None:

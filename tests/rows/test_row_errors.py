@@ -346,13 +346,19 @@ class TestLosses:
             with pytest.raises(error, match=message):
                 sqrt_fisher(model, loss, x, targets, kind)  # type: ignore[arg-type]
 
-    def test_unknown_losses(self) -> None:
-        class Mine(nn.MSELoss):
-            pass
-
-        known = "Use one of: MSELoss, HalfSquaredError, CrossEntropyLoss, BCEWithLogitsLoss"
-        self.refuse(UnsupportedModel, f"L1Loss is not a loss.*{known}", nn.L1Loss(), torch.zeros(4, CLASSES))
-        self.refuse(UnsupportedModel, "Mine is not a loss", Mine(), torch.zeros(4, CLASSES))
+    @pytest.mark.parametrize(
+        ("loss", "remedy"),
+        [
+            (nn.L1Loss(), "Use HuberLoss or SmoothL1Loss"),
+            (nn.GaussianNLLLoss(), r"Use curvlab\.nn\.GaussianNLL\(variance=…\)"),
+            (nn.NLLLoss(), "Leave out the model's log-softmax and use CrossEntropyLoss on its logits"),
+            (nn.KLDivLoss(), "use CrossEntropyLoss on its logits, with class probabilities as targets"),
+            (nn.CTCLoss(), r"Use curvlab\.nn\.PerSample"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_losses_without_rows(self, loss: nn.Module, remedy: str) -> None:
+        self.refuse(UnsupportedModel, f"{type(loss).__name__} has no rows.*{remedy}", loss, torch.zeros(4, CLASSES))
 
     def test_no_reduction(self) -> None:
         message = "CrossEntropyLoss has reduction='none'; a Fisher matrix needs 'mean' or 'sum'"
@@ -368,8 +374,10 @@ class TestLosses:
         self.refuse(ValueError, message, nn.CrossEntropyLoss(), LABELS[:, None])
 
     def test_class_probabilities(self) -> None:
-        targets = torch.full((4, CLASSES), 1 / CLASSES)
-        self.refuse(UnsupportedModel, "class probabilities .* pass class indices", nn.CrossEntropyLoss(), targets)
+        message = r"class probabilities of the output's shape \(4, 3\), got \(4,\), or class indices as integers"
+        self.refuse(ValueError, message, nn.CrossEntropyLoss(), torch.ones(4))
+        negative = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [1.2, -0.2, 0.0], [0.5, 0.5, 0.0]])
+        self.refuse(ValueError, "at least 0, which sample 2 has not", nn.CrossEntropyLoss(), negative)
 
     @pytest.mark.parametrize("label", [3, -1])
     def test_labels_out_of_range(self, label: int) -> None:

@@ -24,6 +24,8 @@ def transformers() -> Any:
         warnings.simplefilter("ignore")
         patch.setitem(sys.modules, "torchvision", None)
         found = pytest.importorskip("transformers", reason="transformers is not installed")
+        # Another library may have asked before.
+        found.utils.is_torchvision_available.cache_clear()
         assert found.GPT2LMHeadModel
         assert found.ViTForImageClassification
     return found

@@ -408,8 +408,8 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"cross_entropy does not say how several batches merge\. Give it an attr"):
             Hessian(network(), nn.functional.cross_entropy, batches)
         zeros = [(torch.zeros_like(a), torch.zeros(3, 3, dtype=DOUBLE)) for a, _ in batches]
-        with pytest.raises(ValueError, match="The divisor of SmoothL1Loss on a batch cannot be told"):
-            Hessian(nn.Linear(4, 3, bias=False).double(), nn.SmoothL1Loss(), zeros)
+        with pytest.raises(ValueError, match="The divisor of L1Loss on a batch cannot be told"):
+            Hessian(nn.Linear(4, 3, bias=False).double(), nn.L1Loss(), zeros)
 
     def test_models_without_trainable_parameters(self) -> None:
         with pytest.raises(UnsupportedModel, match="no trainable parameter"):

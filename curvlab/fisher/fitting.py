@@ -1,0 +1,228 @@
+"""Passes over a data set: with progress, and with checkpoints from which an interrupted fit goes on.
+
+A checkpoint holds the structure's state after some batch, the state of the generator and fingerprints of the batches seen.
+A fit that finds one checks that model, loss, options and data are those of the interrupted fit, skips the batches that are
+done without a sweep, and ends in the same state to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from curvlab.errors import StateError
+from curvlab.rows import Rows
+from curvlab.rows.batches import shuffles
+from curvlab.study import storage
+from curvlab.study.faults import UsageError
+from curvlab.study.progress import progress
+
+if TYPE_CHECKING:
+    from curvlab.fisher.structure import Structure
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often the state is written.
+
+    Attributes:
+        path: of the file, which is replaced as a whole.
+        every: seconds between two writings; the last state of every pass is written, too.
+        identity: what has to be the same when a fit goes on, by name.
+    """
+
+    path: Path
+    every: float
+    identity: Mapping[str, str]
+
+
+@dataclass
+class Position:
+    """How far a fit has come.
+
+    Attributes:
+        number: of the pass, from 0.
+        done: batches of this pass.
+        seen: fingerprints of the batches of the first pass.
+    """
+
+    number: int = 0
+    done: int = 0
+    seen: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Fitting:
+    """Goes over the data as often as a structure needs it.
+
+    Attributes:
+        structure: takes the rows.
+        rows_of: forms those of a batch.
+        batches: the data.
+        generator: of draws; every pass starts from its present state.
+        checkpoint: None to keep none.
+        shows: whether to show progress, on stderr.
+    """
+
+    structure: Structure
+    rows_of: Callable[[Any], Rows]
+    batches: Any
+    generator: torch.Generator | None
+    checkpoint: Checkpoint | None
+    shows: bool
+
+    def run(self) -> None:
+        """Fit.
+
+        Raises:
+            ValueError: the data are empty, shuffled, differ between passes, or lack a length where progress is asked for.
+            StateError: a checkpoint is of another fit.
+        """
+        self._check()
+        self._start = None if self.generator is None else self.generator.get_state()
+        self._at = Position()
+        self._written = time.monotonic()
+        if self.checkpoint is not None and self.checkpoint.path.exists():
+            self._restore(self.checkpoint)
+        passes = self.structure.passes
+        steps = {f"batch {k + 1} of pass {n + 1}": 1.0 for n in range(passes) for k in range(self._length())}
+        labels = iter(steps)
+        with progress(Console(stderr=True), steps, not self.shows, unit="batches") as advance:
+            for number in range(passes):
+                found = 0
+                for batch in self._new_batches(number):
+                    found += 1
+                    if batch is not None:
+                        self.structure._absorb(self.rows_of(batch), number, first=self._at.done == 0)
+                        self._at.done += 1
+                        self._write(whenever=False)
+                    if self.shows:
+                        advance(next(labels), "skipped" if batch is None else "done", False)
+                self._check_found(number, found)
+                if number == self._at.number:
+                    self._write(whenever=True)
+                    if number + 1 < passes:
+                        self._at.number, self._at.done = number + 1, 0
+
+    def _length(self) -> int:
+        if not self.shows:
+            return 0
+        if not hasattr(self.batches, "__len__"):
+            raise ValueError("progress=True needs data with a length, such as a list or a DataLoader.")
+        return len(self.batches)
+
+    def _check(self) -> None:
+        several = self.structure.passes > 1
+        why = f"{type(self.structure).__name__} goes over the data twice" if several else "A checkpoint skips batches"
+        if several and isinstance(self.batches, Iterator):
+            raise ValueError(f"{why}: pass a list or a DataLoader, not an iterator.")
+        if (several or self.checkpoint is not None) and shuffles(self.batches):
+            raise ValueError(f"{why}, and the loader shuffles, so passes would differ: use shuffle=False.")
+
+    def _new_batches(self, number: int) -> Iterator[Any]:
+        """Yield the batches of a pass, None for one that is done."""
+        if number < self._at.number:
+            yield from [None] * len(self._at.seen)
+            return
+        if self.generator is not None and self._at.done == 0 and self._start is not None:
+            self.generator.set_state(self._start)
+        done = self._at.done
+        compared = self.checkpoint is not None or self.structure.passes > 1
+        for index, batch in enumerate(self.batches):
+            if compared:
+                self._compare(number, index, fingerprint(batch))
+            yield None if index < done else batch
+
+    def _compare(self, number: int, index: int, found: str) -> None:
+        seen = self._at.seen
+        if number == 0 and index == len(seen):
+            seen.append(found)
+        elif index >= len(seen) or seen[index] != found:
+            raise ValueError(
+                f"Batch {index} of pass {number + 1} is not what it was before: the data are shuffled, augmented at random, or "
+                "others. Use a loader that gives the same batches in the same order every time."
+            )
+
+    def _check_found(self, number: int, found: int) -> None:
+        if found == 0:
+            raise ValueError("The data hold no batch.")
+        if number == self._at.number and found < max(self._at.done, len(self._at.seen)):
+            raise ValueError(f"Pass {number + 1} ended after {found} batches; there were {len(self._at.seen)} before.")
+
+    def _write(self, *, whenever: bool) -> None:
+        if self.checkpoint is None or not (whenever or time.monotonic() - self._written >= self.checkpoint.every):
+            return
+        content = {
+            "identity": dict(self.checkpoint.identity),
+            "number": self._at.number,
+            "done": self._at.done,
+            "seen": self._at.seen,
+            "start": self._start,
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "state": self.structure.state_dict(),
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        try:
+            storage.write(self.checkpoint.path, buffer.getvalue())
+        except UsageError as error:
+            raise StateError(
+                f"checkpoint={str(self.checkpoint.path)!r} cannot be written: {error.__cause__}."
+            ) from error
+        self._written = time.monotonic()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        content = torch.load(checkpoint.path, weights_only=True)
+        for name, value in checkpoint.identity.items():
+            if content["identity"].get(name) != value:
+                raise StateError(
+                    f"{str(checkpoint.path)!r} is the checkpoint of another fit: {name} differs. Delete it, or choose another "
+                    "path."
+                )
+        self._at = Position(content["number"], content["done"], content["seen"])
+        self._start = content["start"]
+        if self.generator is not None:
+            self.generator.set_state(content["generator"])
+        self.structure.load_state_dict(content["state"])
+
+
+def identity(structure: Structure, model: nn.Module, loss: nn.Module, kind: str, samples: int) -> dict[str, str]:
+    """Return what tells fits apart, by what to call it in messages."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "the structure": f"{structure.key} {dict(structure.options)}",
+        "the model's state": fingerprint({name: tensor.detach() for name, tensor in tensors}),
+        "the loss": fingerprint([(type(module).__name__, _settings(module)) for module in loss.modules()]),
+        "the kind of rows": f"{kind} {samples}",
+    }
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the tensors and plain attributes of a module."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | None)}
+    return {**plain, **dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+
+
+def fingerprint(batch: Any) -> str:
+    """Return a digest of all tensors and numbers in a batch. Cost: one pass over them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves(batch.to_dict() if hasattr(batch, "to_dict") else batch):
+        if isinstance(leaf, Tensor):
+            plain = leaf.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif hasattr(leaf, "to_dict"):
+            digest.update(fingerprint(leaf).encode())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()

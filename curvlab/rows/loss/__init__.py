@@ -1,0 +1,77 @@
+"""Losses: what their terms are, the output Hessian's square root, sampled and empirical rows at the model's output.
+
+table     one reader a loss of one target tensor
+composed  multiples, and sums over different outputs
+own       any other loss that says how it is reduced, by automatic differentiation
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import UnsupportedModel
+from curvlab.nn import MultiTask, Scaled
+from curvlab.rows.loss.composed import multi_task, scaled
+from curvlab.rows.loss.factor import OutputFactor, Scaling, restored
+from curvlab.rows.loss.own import WRAP, own_terms
+from curvlab.rows.loss.table import READERS, REMEDIES, Reader
+from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_seeds
+
+__all__ = [
+    "LOSSES",
+    "Kind",
+    "LossTerms",
+    "OutputFactor",
+    "Scaling",
+    "check_loss",
+    "flat_outputs",
+    "identity_seeds",
+    "loss_terms",
+    "restored",
+]
+
+
+def check_loss(loss: nn.Module) -> None:
+    """Refuse a loss for which there are no rows, whatever its outputs and targets are.
+
+    Raises:
+        UnsupportedModel: with the remedy.
+    """
+    if type(loss) in REMEDIES:
+        raise UnsupportedModel(f"{type(loss).__name__} has no rows. {REMEDIES[type(loss)]}")
+    if type(loss) not in LOSSES and getattr(loss, "reduction", None) is None:
+        raise UnsupportedModel(f"{type(loss).__name__} does not say whether it is a mean or a sum over samples. {WRAP}")
+
+
+def loss_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
+    """Take a loss module apart at given outputs and targets.
+
+    Args:
+        loss: a module whose exact type stands in `LOSSES`, or any twice-differentiable one with an attribute `reduction`.
+        z: outputs `[N, C, …]`.
+        targets: as the loss takes them.
+
+    Raises:
+        UnsupportedModel: if the loss or its reduction is not covered; see also `own_terms`.
+        ValueError: if targets do not fit or are not finite, or if weights are negative.
+    """
+    check_loss(loss)
+    if isinstance(targets, Tensor) and targets.is_floating_point() and not torch.isfinite(targets).all():
+        sample = int((~torch.isfinite(targets)).reshape(len(targets), -1).any(1).nonzero()[0])
+        raise ValueError(f"The targets are not finite, first at sample {sample}.")
+    terms = LOSSES.get(type(loss), own_terms)(loss, z, targets)
+    if bool((terms.weight < 0).any()):
+        raise ValueError(f"{type(loss).__name__} has negative weights, so the curvature has no square root.")
+    return terms
+
+
+LOSSES: dict[type[nn.Module], Reader] = {
+    **READERS,
+    Scaled: partial(scaled, read=loss_terms),
+    MultiTask: partial(multi_task, read=loss_terms),
+}
+"""The losses whose terms are known in closed form."""

@@ -1,0 +1,285 @@
+"""Λ^{1/2} at the output, which turns rows of J into rows of S.
+
+Λ is block-diagonal with one block a position (n, x) of the output. `A`, with `AᵀA = Λ`, is kept in the form that a loss
+gives it:
+
+    Scaling          A = diag(s)                       element-wise losses
+    SoftmaxRoot      A = s diag(√p)(I − 1pᵀ)           K = C rows a position, one of which is redundant
+    Eigenfactor      A = diag(s) Vᵀ                    any other Hessian, by its eigenvectors
+    Blocks           one of these for every task       sums of losses on different outputs
+
+Rows `(v, n)` with v = (c, x), x innermost, keep their order; row k of a position takes the place of output k.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Own = TypeVar("Own", bound="PositionFactor")
+
+Null = tuple[slice, Tensor]
+"""Some of the rows v, and unit vectors `[C, N, X]` over them, one a position, that no row of S reaches."""
+
+
+class OutputFactor(ABC):
+    """A matrix A at every position of the output, with `AᵀA = Λ`."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """`(V, N)`: rows a sample, samples."""
+
+    @abstractmethod
+    def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V N ..."]:
+        """Weight rows of J."""
+
+    @abstractmethod
+    def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:
+        """Return the shortest c with `Aᵀc = u`, for a softmax with u reduced to entries that sum to zero.
+
+        Directions without weight, which no c reaches, are dropped.
+        """
+
+    @abstractmethod
+    def projector(self) -> Float[Tensor, "V N V"]:
+        """Return the projector on the range of A for every sample."""
+
+    @property
+    @abstractmethod
+    def weighed(self) -> Bool[Tensor, "V N"]:
+        """Which rows are not zero for want of weight."""
+
+    @property
+    def nulls(self) -> tuple[Null, ...]:
+        """Directions of row space that vanish although no row does."""
+        return ()
+
+    def inverse(self) -> OutputFactor | None:
+        """Return the factor that turns S back into J, or None if some direction has no weight or there is no such form."""
+        return None
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> OutputFactor:
+        """Convert to another floating-point type."""
+
+    @abstractmethod
+    def joined(self, others: Sequence[Any], scales: Sequence[float]) -> OutputFactor:
+        """Append the samples of other factors of this form; each factor is multiplied by a number."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return the content in plain containers, for `restored`."""
+
+
+@dataclass(frozen=True)
+class PositionFactor(OutputFactor):
+    """A factor of one form at all positions; the samples are the axis before the last of every tensor.
+
+    Attributes:
+        scale: s, `[C, N, X]`.
+    """
+
+    scale: Float[Tensor, "C N X"]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        C, N, X = self.scale.shape
+        return C * X, N
+
+    @abstractmethod
+    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        """Multiply with A but for its scale; C is the number of outputs."""
+
+    def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V N ..."]:  # noqa: D102
+        C, N, X = self.scale.shape
+        split = self._mix(rows.reshape(C, X, N, *rows.shape[2:]))
+        return (split * _spread(self.scale, split)).flatten(0, 1)
+
+    def projector(self) -> Float[Tensor, "V N V"]:  # noqa: D102
+        C, N, X = self.scale.shape
+        found = self.scale.new_zeros(C, X, N, C, X)
+        at = torch.arange(X, device=found.device)
+        found[:, at, :, :, at] = self._within().permute(3, 0, 2, 1)
+        return found.view(C * X, N, C * X)
+
+    def _within(self) -> Float[Tensor, "C K N X"]:
+        """Return the projector on the range of A at every position."""
+        return torch.diag_embed((self.scale != 0).to(self.scale).movedim(0, -1)).permute(2, 3, 0, 1)
+
+    @property
+    def weighed(self) -> Bool[Tensor, "V N"]:  # noqa: D102
+        return (self.scale != 0).transpose(1, 2).flatten(0, 1)
+
+    def to(self: Own, dtype: torch.dtype) -> Own:  # noqa: D102
+        return replace(self, **{name: value.to(dtype) for name, value in self._tensors().items()})
+
+    def joined(self: Own, others: Sequence[Own], scales: Sequence[float]) -> Own:  # noqa: D102
+        parts = [replace(part, scale=part.scale * by) for part, by in zip((self, *others), scales, strict=True)]
+        joined = {name: torch.cat([part._tensors()[name] for part in parts], dim=-2) for name in self._tensors()}
+        return replace(self, **joined)
+
+    def state(self) -> dict[str, Any]:  # noqa: D102
+        return {"form": type(self).__name__, **self._tensors()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True)
+class Scaling(PositionFactor):
+    """A = diag(s)."""
+
+    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        return split
+
+    def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
+        return _over(u, self.scale.transpose(1, 2).flatten(0, 1))
+
+    def inverse(self) -> Scaling | None:  # noqa: D102
+        return None if bool((self.scale == 0).any()) else Scaling(self.scale.reciprocal())
+
+
+@dataclass(frozen=True)
+class SoftmaxRoot(PositionFactor):
+    """A = s diag(√p)(I − 1pᵀ), the rows of which at a position satisfy `Σ_k √p_k S_k = 0`.
+
+    Attributes:
+        root: √p, `[C, N, X]`.
+    """
+
+    root: Float[Tensor, "C N X"]
+
+    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        root = _spread(self.root, split)
+        return (split - (root.square() * split).sum(0)) * root
+
+    def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
+        C, N, X = self.root.shape
+        split = u.reshape(-1, C, X, N)
+        root = self.root.transpose(1, 2)
+        split = split - root.square() * split.sum(1, keepdim=True)
+        return _over(split, self.scale.transpose(1, 2) * root).flatten(1, 2)
+
+    def _within(self) -> Float[Tensor, "C K N X"]:
+        weighted = (self.scale != 0).to(self.scale)
+        eye = torch.eye(len(self.scale), dtype=self.scale.dtype, device=self.scale.device)[:, :, None, None]
+        return weighted * (eye - self.root[:, None] * self.root)
+
+    @property
+    def weighed(self) -> Bool[Tensor, "V N"]:  # noqa: D102
+        return (self.scale * self.root != 0).transpose(1, 2).flatten(0, 1)
+
+    @property
+    def nulls(self) -> tuple[Null, ...]:  # noqa: D102
+        return ((slice(0, self.shape[0]), self.root),)
+
+
+@dataclass(frozen=True)
+class Eigenfactor(PositionFactor):
+    """A = diag(s) Vᵀ with the eigenvectors V and the roots s of the eigenvalues of Λ.
+
+    Attributes:
+        basis: Vᵀ, `[K, C, N, X]` with K = C.
+    """
+
+    basis: Float[Tensor, "C K N X"]
+
+    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        return torch.einsum("kcnx,cxn...->kxn...", self.basis, split)
+
+    def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
+        C, N, X = self.scale.shape
+        turned = torch.einsum("kcnx,bcxn->bkxn", self.basis, u.reshape(-1, C, X, N))
+        return _over(turned, self.scale.transpose(1, 2)).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Blocks(OutputFactor):
+    """Factors of different losses on different outputs.
+
+    Attributes:
+        parts: the rows v of each, and its factor.
+        total: V; rows that belong to no part are zero.
+    """
+
+    parts: tuple[tuple[slice, OutputFactor], ...]
+    total: int
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.total, self.parts[0][1].shape[1]
+
+    def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V N ..."]:  # noqa: D102
+        out = torch.zeros_like(rows)
+        for at, part in self.parts:
+            out[at] = part.apply(rows[at])
+        return out
+
+    def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
+        out = torch.zeros_like(u)
+        for at, part in self.parts:
+            out[:, at] = part.dual(u[:, at])
+        return out
+
+    def projector(self) -> Float[Tensor, "V N V"]:  # noqa: D102
+        found = [part.projector() for _, part in self.parts]
+        out = found[0].new_zeros(*self.shape, self.total)
+        for (at, _), block in zip(self.parts, found, strict=True):
+            out[at, :, at] = block
+        return out
+
+    @property
+    def weighed(self) -> Bool[Tensor, "V N"]:  # noqa: D102
+        out = torch.zeros(self.shape, dtype=torch.bool, device=self.parts[0][1].weighed.device)
+        for at, part in self.parts:
+            out[at] = part.weighed
+        return out
+
+    @property
+    def nulls(self) -> tuple[Null, ...]:  # noqa: D102
+        return tuple(
+            (slice(at.start + rows.start, at.start + rows.stop), null)
+            for at, part in self.parts
+            for rows, null in part.nulls
+        )
+
+    def to(self, dtype: torch.dtype) -> Blocks:  # noqa: D102
+        return replace(self, parts=tuple((at, part.to(dtype)) for at, part in self.parts))
+
+    def joined(self, others: Sequence[Blocks], scales: Sequence[float]) -> Blocks:  # noqa: D102
+        columns = zip(*(other.parts for other in (self, *others)), strict=True)
+        parts = [(same[0][0], same[0][1].joined([part for _, part in same[1:]], scales)) for same in columns]
+        return replace(self, parts=tuple(parts))
+
+    def state(self) -> dict[str, Any]:  # noqa: D102
+        parts = [(at.start, at.stop, part.state()) for at, part in self.parts]
+        return {"form": "Blocks", "parts": parts, "total": self.total}
+
+
+FORMS: dict[str, type[PositionFactor]] = {form.__name__: form for form in (Scaling, SoftmaxRoot, Eigenfactor)}
+
+
+def restored(state: dict[str, Any]) -> OutputFactor:
+    """Return the factor whose `state` is given."""
+    content = dict(state)
+    form = content.pop("form")
+    if form != "Blocks":
+        return FORMS[form](**content)
+    parts = tuple((slice(start, stop), restored(part)) for start, stop, part in content["parts"])
+    return Blocks(parts, content["total"])
+
+
+def _spread(weight: Float[Tensor, "C N X"], split: Float[Tensor, "C X N ..."]) -> Tensor:
+    return weight.transpose(1, 2).reshape(*split.shape[:3], *(1,) * (split.ndim - 3))
+
+
+def _over(u: Tensor, scale: Tensor) -> Tensor:
+    """Divide where there is something to divide by; 0 elsewhere."""
+    return torch.where(scale != 0, u / torch.where(scale != 0, scale, 1), 0)

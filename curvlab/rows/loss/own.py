@@ -1,0 +1,152 @@
+"""Any twice-differentiable loss of one output tensor, by automatic differentiation.
+
+The loss says by its attribute `reduction` whether it is a mean or a sum. A copy with reduction="sum" has to add up over
+samples, which is checked: samples are told apart by the binary digits of their indices, so that any two fall into different
+halves of the batch for some digit. A mean's divisor is the ratio of the copy's gradient to the loss's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from curvlab.errors import UnsupportedModel
+from curvlab.rows.loss.likelihood import Computed
+from curvlab.rows.loss.table import reduction_of
+from curvlab.rows.loss.terms import LossTerms
+
+Value = Callable[[Tensor, Any], Tensor]
+
+NEARBY = 1e-2
+"""How far outputs are moved where the gradient of a loss vanishes."""
+
+WRAP = (
+    "Wrap a function that returns one value a sample: curvlab.nn.PerSample(function, reduction='mean'), called as "
+    "function(outputs, targets)."
+)
+
+
+def own_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
+    """Take any loss apart; its terms are samples, all positions of a sample together.
+
+    Raises:
+        UnsupportedModel: if the loss does not follow its attribute `reduction`, couples samples, or is linear in the
+            outputs.
+        ValueError: if the divisor of a mean cannot be told, or the Hessian is not finite.
+        NotPositiveDefinite: see `Computed`, when rows are formed.
+
+    Cost: `2 log₂ N` evaluations of the loss with gradients, and C·X more for a Hessian `[N, C·X, C·X]`.
+    """
+    reduction = reduction_of(loss)
+    name, total = _name(loss), _as_sum(loss)
+    slope = _gradient(total, z, targets)
+    _check_additive(name, total, z, targets, slope)
+    N, D = len(z), z[0].numel()
+
+    def hessian() -> Float[Tensor, "N DD 1"]:
+        H = _hessian(name, total, z, targets)
+        if not bool(H.any()) and bool(slope.any()):
+            raise UnsupportedModel(f"{name} is linear in the outputs, so it has no curvature and no rows.")
+        return H.reshape(N, D * D, 1)
+
+    return LossTerms(
+        name=name,
+        likelihood=Computed(hessian),
+        z=z.reshape(N, D, 1),
+        weight=z.new_ones(N, 1, 1),
+        score=slope.reshape(N, D, 1),
+        count=_divisor(loss, name, total, z, targets) if reduction == "mean" else 1.0,
+        reduction=reduction,
+    )
+
+
+def _name(loss: nn.Module) -> str:
+    name = type(loss).__name__
+    return f"{name}({inner})" if isinstance(inner := getattr(loss, "name", None), str) else name
+
+
+def _as_sum(loss: nn.Module) -> Value:
+    """Return the sum over samples that a loss is the mean of, or the loss; past its hooks."""
+    summed = copy.copy(loss)
+    try:
+        summed.reduction = "sum"  # type: ignore[assignment]
+    except AttributeError as error:
+        raise UnsupportedModel(f"The attribute reduction of {type(loss).__name__} cannot be set. {WRAP}") from error
+    value: Value = summed.forward
+    return value
+
+
+def _gradient(value: Value, z: Tensor, targets: Any) -> Tensor:
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        (found,) = torch.autograd.grad(value(at, targets), at, allow_unused=True, materialize_grads=True)
+    return found
+
+
+def _hessian(name: str, value: Value, z: Tensor, targets: Any) -> Float[Tensor, "N D D"]:
+    """Return the Hessian of every sample, by products with one output of all samples at a time."""
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(value(at, targets), at, create_graph=True, materialize_grads=True)
+        flat = slope.reshape(len(z), -1)
+        if not flat.requires_grad:
+            return flat.new_zeros(*flat.shape, flat.shape[1])
+        columns = [
+            torch.autograd.grad(column.sum(), at, retain_graph=True, materialize_grads=True)[0] for column in flat.T
+        ]
+    H = torch.stack(columns, dim=1).reshape(*flat.shape, -1)
+    broken = (~H.isfinite()).flatten(1).any(1)
+    if bool(broken.any()):
+        raise ValueError(
+            f"The Hessian of {name} is not finite, first at sample {int(broken.nonzero()[0])}: a function there has no "
+            "second derivative or overflows."
+        )
+    return (H + H.mT) / 2
+
+
+def _check_additive(name: str, total: Value, z: Tensor, targets: Any, slope: Tensor) -> None:
+    N = len(z)
+    tolerance = torch.finfo(z.dtype).eps ** 0.5 * float(slope.norm())
+    for part in _halves(N, z.device):
+        alone = _gradient(total, z[part], _of(targets, part, N))
+        if not float((alone - slope[part]).norm()) <= tolerance:
+            raise UnsupportedModel(
+                f"{name} is not a sum over samples: the gradient at some samples changes when others leave the batch, or "
+                f"its attribute reduction='sum' has no effect. Rows a sample do not exist for samples that a loss couples. {WRAP}"
+            )
+
+
+def _halves(N: int, device: torch.device) -> Iterator[Int[Tensor, " M"]]:
+    """Yield both halves of a batch for every binary digit of the indices; for one sample, that sample twice."""
+    index = torch.arange(N, device=device)
+    if N == 1:
+        yield index.repeat(2)
+    for digit in range((N - 1).bit_length()):
+        bit = (index >> digit) & 1
+        yield index[bit == 0]
+        yield index[bit == 1]
+
+
+def _of(targets: Any, part: Int[Tensor, " M"], N: int) -> Any:
+    """Take the targets of some samples: of every tensor whose first axis is the sample."""
+    return tree_map_only(Tensor, lambda y: y[part.to(y.device)] if y.ndim and len(y) == N else y, targets)
+
+
+def _divisor(loss: nn.Module, name: str, total: Value, z: Tensor, targets: Any) -> float:
+    """Return the ratio of sum to mean, which is the same at all outputs: where all gradients vanish, it is told nearby."""
+    for at in (z, z + NEARBY):
+        both, mean = _gradient(total, at, targets), _gradient(loss.forward, at, targets)
+        if bool(mean.any()):
+            ratio = float((both * both).sum() / (both * mean).sum())
+            distance = float((both - ratio * mean).norm())
+            if 0 < ratio < float("inf") and distance <= torch.finfo(z.dtype).eps ** 0.5 * float(both.norm()):
+                return ratio
+    raise ValueError(
+        f"The divisor of {name} on a batch cannot be told from its sum and its mean. Use reduction='sum', or: {WRAP}"
+    )

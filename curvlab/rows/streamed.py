@@ -1,0 +1,218 @@
+"""The Gram matrix of more rows than memory holds.
+
+Samples are cut into chunks. As many chunks as fit stay in memory, a panel; rows of all later chunks are formed once more
+for every panel, multiplied with it and forgotten:
+
+    panel       chunks 0 … k       products among themselves
+    for every later chunk          rows, product with the panel
+    next panel  chunks k+1 …       and so on
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, isqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from curvlab.rows.loss import Kind
+from curvlab.rows.loss.terms import weightless
+from curvlab.rows.rows import Engine, Rows, jacobian, sqrt_fisher
+from curvlab.rows.rows import gram as product
+from curvlab.rows.sweep import PickOutput
+from curvlab.study.progress import progress as showing
+from curvlab.study.units import size
+
+UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+"""Binary logarithms of the units in which memory is given."""
+
+PROBED = 2
+"""Samples of which the rows are formed to tell how large those of others are."""
+
+
+def gram(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: nn.Module | None = None,
+    kind: Kind = "exact",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    memory: int | str = "1GiB",
+    out: Float[Tensor, "R R"] | None = None,
+    output: PickOutput = None,
+    engine: Engine = "auto",
+    progress: bool = False,
+) -> Float[Tensor, "R R"]:
+    """Return `J Jᵀ`, or `S Sᵀ` if there is a loss, within a given memory beside the result.
+
+    It equals `curvlab.jacobian(model, inputs).gram()`, or that of `curvlab.sqrt_fisher` for all data at once, to rounding.
+
+    Args:
+        model: any module whose samples do not interact, as in `curvlab.jacobian`.
+        data: inputs; with a loss a pair (inputs, targets). The first axis of every tensor in them is the sample.
+        loss: as in `curvlab.sqrt_fisher`; rows of J if None.
+        kind: as in `curvlab.sqrt_fisher`; has a meaning with a loss only.
+        samples: as in `curvlab.sqrt_fisher`.
+        generator: as in `curvlab.sqrt_fisher`; draws do not depend on `memory`.
+        memory: workspace, in bytes or as "2GiB". Half of it holds rows between uses, a quarter rows that are being formed, a
+            quarter their products. Layers applied at several positions take up to three tensors of 2²⁵ elements more.
+        out: where to write the result, e.g. a memory-mapped tensor; allocated if None.
+        output: as in `curvlab.jacobian`.
+        engine: as in `curvlab.jacobian`.
+        progress: whether to show it, on stderr.
+
+    Raises:
+        ValueError: for data that do not fit the above, targets without weight, or an `out` of another shape or type.
+        MemoryError: if the rows of one sample do not fit.
+
+    Cost: the products of `Rows.gram`, and `(B + 1)/2` sweeps over the data, B being the size of all rows over half of the
+    workspace, rounded up.
+    """
+    chunks = _Chunks(model, loss, data, kind, samples, generator, output, engine)
+    first = chunks.probe()
+    V, dtype = first.shape[0], first.dtype
+    R, budget = V * chunks.total, as_bytes(memory)
+    step, panel = _plan(first, budget, chunks.total)
+    if out is None:
+        out = torch.empty(R, R, dtype=dtype, device=first.device)
+    elif out.shape != (R, R) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, [{R}, {R}] and {dtype}; it is {list(out.shape)} and {out.dtype}.")
+    view = out.view(V, chunks.total, V, chunks.total)
+    parts = [slice(k, min(k + step, chunks.total)) for k in range(0, chunks.total, step)]
+    terms = torch.zeros(chunks.total, dtype=torch.float64)
+    last = len(parts)
+    work = {_label(p, k): float(min(k - p, panel) + 1) for p in range(0, last, panel) for k in range(p, last)}
+    with showing(Console(stderr=True), work, not progress, unit="chunks") as advance:
+        for start in range(0, last, panel):
+            held: list[Rows] = []
+            for k, part in enumerate(parts[start:], start):
+                rows = chunks.rows(part)
+                terms[part] = rows.terms / (part.stop - part.start)
+                for other, earlier in zip(parts[start:], held, strict=False):
+                    block = product(earlier.layers, rows.layers).view(*earlier.shape, *rows.shape)
+                    view[:, other, :, part] = block
+                    view[:, part, :, other] = block.permute(2, 3, 0, 1)
+                if k < start + panel:
+                    view[:, part, :, part] = rows.gram().view(*rows.shape, *rows.shape)
+                    held.append(rows)
+                advance(_label(start, k), "done", False)
+    if first.reduction == "mean":
+        _merge(view, terms, parts)
+    return out
+
+
+def _label(panel: int, chunk: int) -> str:
+    return f"chunk {chunk + 1} of the panel from {panel + 1}"
+
+
+def as_bytes(memory: int | str) -> int:
+    """Read an amount of memory, such as "512MiB".
+
+    Raises:
+        ValueError: it is not a positive number of bytes.
+    """
+    found = re.fullmatch(r"([0-9.]+) *([KMGT]iB|B)", str(memory).strip()) if isinstance(memory, str) else None
+    amount = float(found[1]) * 2.0 ** UNITS[found[2]] if found else memory
+    if isinstance(amount, str) or not amount >= 1:
+        raise ValueError(
+            f"memory is a number of bytes or text such as '2GiB' (units {', '.join(UNITS)}), got {memory!r}."
+        )
+    return int(amount)
+
+
+def bytes_of(rows: Rows) -> int:
+    """Return the memory of the factors of rows."""
+    return sum(factor.numel() * factor.element_size() for layer in rows.layers for factor in layer.factors)
+
+
+def _plan(first: Rows, budget: int, total: int) -> tuple[int, int]:
+    """Return the samples of a chunk, and the chunks of a panel."""
+    V, N = first.shape
+    each = ceil(bytes_of(first) / N)
+    # While rows of S are formed there are those of J, too, and twice as much in the sweep.
+    forming = budget // (4 * 4 * each)
+    multiplying = isqrt(budget // (4 * 2 * first.layers[0].factors[-1].element_size())) // V
+    step = min(total, forming, multiplying)
+    if step < 1:
+        needed = max(16 * each, 8 * V**2 * first.layers[0].factors[-1].element_size())
+        raise MemoryError(
+            f"The rows of one sample take {size(each)}, so memory must be at least {size(needed)}; it is {size(budget)}."
+        )
+    return step, max(1, budget // (2 * step * each))
+
+
+def _merge(view: Float[Tensor, "V N V N"], terms: Float[Tensor, " N"], parts: Sequence[slice]) -> None:
+    """Turn means over chunks into the mean over all samples: S of a chunk by √(terms of it / terms of all)."""
+    whole = float(terms.sum())
+    if whole == 0:
+        raise weightless()
+    scale = torch.cat([(terms[part].sum() / whole).sqrt().expand(part.stop - part.start) for part in parts]).to(view)
+    view *= scale
+    view *= scale[:, None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """Rows of some of the samples, as often as they are asked for."""
+
+    model: nn.Module
+    loss: nn.Module | None
+    data: Any
+    kind: Kind
+    samples: int
+    generator: torch.Generator | None
+    output: PickOutput
+    engine: Engine
+
+    def __post_init__(self) -> None:
+        if self.loss is not None and not (isinstance(self.data, tuple | list) and len(self.data) == 2):
+            raise ValueError(f"With a loss, data are a pair (inputs, targets), got a {type(self.data).__name__}.")
+        lengths = {len(tensor) for tensor in self._tensors()}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(
+                f"The first axis of every tensor in the data must be the sample, but their lengths are {sorted(lengths)}."
+            )
+        if self.generator is not None:
+            object.__setattr__(self, "_start", self.generator.get_state())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (leaf for leaf in tree_flatten(self.data)[0] if isinstance(leaf, Tensor))
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return len(next(self._tensors()))
+
+    def probe(self) -> Rows:
+        """Return rows of a few samples."""
+        return self.rows(slice(0, min(PROBED, self.total)))
+
+    def rows(self, part: slice) -> Rows:
+        """Return the rows of some samples, without those of J behind them."""
+        chosen = tree_map_only(Tensor, lambda tensor: tensor[part], self.data)
+        if self.loss is None:
+            return jacobian(self.model, chosen, output=self.output, engine=self.engine)
+        if self.generator is not None:
+            self.generator.set_state(self._start)  # type: ignore[attr-defined]
+        inputs, targets = chosen
+        rows = sqrt_fisher(
+            self.model,
+            self.loss,
+            inputs,
+            targets,
+            self.kind,
+            samples=self.samples,
+            generator=self.generator,
+            share=(part.start, self.total),
+            output=self.output,
+            engine=self.engine,
+        )
+        return replace(rows, _jacobian=None)

@@ -1,0 +1,94 @@
+"""Half-precision models and autocast: rows in the type that is asked for, with the error that is stated."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import curvlab
+from curvlab.fisher import STRUCTURES
+from curvlab.rows import Rows, sqrt_fisher
+
+Made = tuple[nn.Module, Tensor]
+
+
+def perceptron() -> Made:
+    layers = nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5)
+    return nn.Sequential(*layers), torch.randn(12, 20)
+
+
+def convolution() -> Made:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)), torch.randn(12, 3, 6, 6)
+
+
+def normalised() -> Made:
+    return nn.Sequential(nn.Linear(20, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 5)), torch.randn(12, 20)
+
+
+NETWORKS: dict[str, Callable[[], Made]] = {"mlp": perceptron, "conv": convolution, "norm": normalised}
+LABELS = torch.arange(12) % 5
+HALF = 4e-3
+
+
+def network(name: str) -> Made:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NETWORKS[name]()
+
+
+def error(gram: Tensor, reference: Tensor) -> float:
+    return float((gram.double() - reference).norm() / reference.norm())
+
+
+def rows_of(model: nn.Module, x: Tensor, kind: str, **how: Any) -> Rows:
+    generator = torch.Generator().manual_seed(0) if kind == "mc" else None
+    return sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind, generator=generator, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bfloat16_models_and_autocast(name: str, kind: str, dtype: torch.dtype) -> None:
+    model, x = network(name)
+    reference = rows_of(copy.deepcopy(model).double(), x.double(), kind).gram()
+    half = copy.deepcopy(model).bfloat16()
+    rows = rows_of(half, x.bfloat16(), kind, dtype=dtype)
+    assert rows.dtype == rows.sample_weights.dtype == dtype
+    assert HALF / 20 < error(rows.gram(), reference) < 3 * HALF
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = rows_of(model, x, kind, dtype=dtype)
+    assert cast.dtype == dtype
+    assert HALF / 20 < error(cast.gram(), reference) < 3 * HALF
+    single = rows_of(model, x, kind, dtype=dtype)
+    assert error(single.gram(), reference) < 1e-6
+    J = curvlab.jacobian(half, x.bfloat16(), dtype=dtype)
+    assert J.dtype == dtype
+    if kind == "exact":
+        assert torch.equal(J.dense(), rows.jacobian().dense())
+
+
+def test_rows_of_a_half_model_are_in_its_type_unless_another_is_asked_for() -> None:
+    model, x = network("mlp")
+    assert rows_of(copy.deepcopy(model).bfloat16(), x.bfloat16(), "exact").dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        for kind in ("exact", "mc", "empirical"):
+            assert rows_of(model, x, kind).dtype == torch.float32
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_structures_of_half_precision_models(key: str, autocast: bool) -> None:
+    """Damped solves with rows of a half-precision sweep in float32 stay within its round-off over the damping."""
+    model, x = network("mlp")
+    made = model if autocast else copy.deepcopy(model).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        rows = rows_of(made, x if autocast else x.bfloat16(), "exact", dtype=torch.float32)
+    exact = rows_of(copy.deepcopy(model).double(), x.double(), "exact")
+    got, expected = STRUCTURES[key]().update(rows), STRUCTURES[key]().update(exact)
+    g = torch.randn(exact.P, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solved = got.solve(g.float(), "rel:0.1")
+    assert error(solved, expected.solve(g, "rel:0.1")) < 6 * HALF  # type: ignore[arg-type]

@@ -1,0 +1,100 @@
+"""Gram matrices in chunks against those of all rows at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import architecture, assert_close, loss_case, outputs
+from torch import nn
+
+import curvlab
+from curvlab.nn import HalfSquaredError, MultiTask, Task
+from curvlab.rows.streamed import as_bytes, bytes_of
+
+
+def budgets(rows: curvlab.Rows) -> list[int]:
+    """Bytes for all samples in one chunk, several chunks in one panel, and several panels."""
+    each = -(-bytes_of(rows) // rows.shape[1])
+    return [1 << 30, 16 * each * 4, 16 * each]
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "conv1d-grid", "embedding", "bare", "attention"])
+def test_jacobians(name: str) -> None:
+    model, x = architecture(name).make(N=11)
+    J = curvlab.jacobian(model, x)
+    for memory in budgets(J):
+        streamed = curvlab.gram(model, x, memory=memory)
+        assert_close(streamed, J.gram(), 1e-13)
+        assert torch.equal(streamed, streamed.T)
+
+
+@pytest.mark.parametrize("kind", ["exact", "ggn", "mc", "empirical"])
+@pytest.mark.parametrize("name", ["ce-all", "mse", "bce-all"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_of_a_loss(name: str, reduction: str, kind: Any) -> None:
+    """The mean is over all samples, whatever the chunks are; draws do not depend on them."""
+    model, x = architecture("conv1d-grid").make(N=9)
+    loss, y = loss_case(name).make(outputs(model, x), reduction)
+    how: dict[str, Any] = {"kind": kind}
+    if kind == "mc":
+        how |= {"samples": 2}
+
+    def source() -> dict[str, Any]:
+        return {"generator": torch.Generator().manual_seed(1)} if kind == "mc" else {}
+
+    S = curvlab.sqrt_fisher(model, loss, x, y, **how, **source())
+    for memory in budgets(S):
+        assert_close(curvlab.gram(model, (x, y), loss=loss, memory=memory, **how, **source()), S.gram(), 1e-13)
+
+
+def test_chunks_without_targets_that_count() -> None:
+    model, x = architecture("mlp").make(N=6)
+    y = torch.tensor([-100, -100, -100, 0, 1, -100])
+    S = curvlab.sqrt_fisher(model, nn.CrossEntropyLoss(), x, y)
+    streamed = curvlab.gram(model, (x, y), loss=nn.CrossEntropyLoss(), memory=budgets(S)[-1])
+    assert_close(streamed, S.gram(), 1e-13)
+    with pytest.raises(ValueError, match="No target carries weight"):
+        curvlab.gram(model, (x, torch.full((6,), -100)), loss=nn.CrossEntropyLoss(), memory=budgets(S)[-1])
+
+
+def test_results_go_where_they_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = architecture("mlp").make(N=10)
+    out = torch.full((30, 30), torch.nan, dtype=torch.float64)
+    assert curvlab.gram(model, x, out=out, memory=budgets(curvlab.jacobian(model, x))[-1], progress=True) is out
+    assert_close(out, curvlab.jacobian(model, x).gram(), 1e-13)
+    shown = capsys.readouterr().err
+    assert "[1/12] chunk 1 of the panel from 1: done" in shown
+    assert "[12/12] chunk 10 of the panel from 9: done" in shown
+
+
+def test_inputs_and_targets_of_any_structure() -> None:
+    model, inputs = architecture("dict").make(N=5)
+    inputs = {name: value for name, value in inputs.items() if name != "flag"}
+    J = curvlab.jacobian(model, inputs)
+    assert_close(curvlab.gram(model, inputs, memory=budgets(J)[-1]), J.gram(), 1e-13)
+    loss = MultiTask(
+        {"a": Task(HalfSquaredError("sum"), slice(0, 2)), "b": Task(nn.MSELoss(reduction="sum"), slice(2, 3))}
+    )
+    z = outputs(model, inputs)
+    y = {"a": (z[:, :2] + 1, torch.arange(5) > 1), "b": z[:, 2:]}
+    S = curvlab.sqrt_fisher(model, loss, inputs, y)
+    assert_close(curvlab.gram(model, (inputs, y), loss=loss, memory=budgets(S)[-1]), S.gram(), 1e-13)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    model, x = architecture("mlp").make(N=6)
+    with pytest.raises(MemoryError, match=r"rows of one sample take .*memory must be at least .* it is 100 B"):
+        curvlab.gram(model, x, memory=100)
+    with pytest.raises(ValueError, match=r"out must be contiguous, \[18, 18\] and torch\.float64; it is \[17, 17\]"):
+        curvlab.gram(model, x, out=torch.zeros(17, 17, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"data are a pair \(inputs, targets\), got a Tensor"):
+        curvlab.gram(model, x, loss=nn.MSELoss())
+    with pytest.raises(ValueError, match=r"their lengths are \[5, 6\]"):
+        curvlab.gram(model, (x, x[:5]), loss=nn.MSELoss())
+
+
+def test_amounts_of_memory() -> None:
+    assert [as_bytes(text) for text in ("512B", "1.5KiB", "2 GiB", 77)] == [512, 1536, 2**31, 77]
+    for wrong in ("2GB", "lots", "", 0, "0B"):
+        with pytest.raises(ValueError, match="memory is a number of bytes or text such as '2GiB'"):
+            as_bytes(wrong)
