@@ -1,7 +1,7 @@
-"""Modules that the theory is written for: NTK, two-layer and graph networks, the half squared error, linearisation."""
+"""Modules that the theory is written for: NTK, two-layer and graph networks, losses, linearisation."""
 
 from curvlab.nn.linearize import Linearized, linearize
-from curvlab.nn.losses import HalfSquaredError
+from curvlab.nn.losses import HalfSquaredError, WeightedCrossEntropy
 from curvlab.nn.ntk import ACTIVATIONS, Erf, NTKLinear, ntk_mlp
 from curvlab.nn.propagation import GraphNetwork, NodesLast, Propagation, gcn
 from curvlab.nn.two_layer import TwoLayer
@@ -16,6 +16,7 @@ __all__ = [
     "NodesLast",
     "Propagation",
     "TwoLayer",
+    "WeightedCrossEntropy",
     "gcn",
     "linearize",
     "ntk_mlp",

@@ -20,7 +20,7 @@ position v-ordered as (k, x), x innermost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
-from curvlab.nn import HalfSquaredError
+from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
 
 Kind = Literal["exact", "ggn", "mc", "empirical"]
 
@@ -172,8 +172,11 @@ class LossTerms:
             rows = noise[:, start : start + N].to(self.z.device) * (scaled * self._curvature().sqrt())
         return rows if joint else _one_row_a_position(rows)
 
-    def empirical(self) -> Float[Tensor, "V N C X"]:
-        """Return the scaled gradients of the loss terms."""
+    def empirical(self, *, joint: bool = False) -> Float[Tensor, "V N C X"]:
+        """Return the scaled gradients of the loss terms, or if `joint` those of samples: w_i s_i/√count over positions."""
+        if joint:
+            row: Tensor = self.weight * self.score / self.count**0.5
+            return row[None]
         return _one_row_a_position(((self.weight / self.count).sqrt() * self.score)[None])
 
     def _curvature(self) -> Float[Tensor, "N C X"]:
@@ -304,6 +307,18 @@ def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     )
 
 
+def _weighted_cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
+    assert isinstance(loss, WeightedCrossEntropy)
+    terms = _cross_entropy(nn.CrossEntropyLoss(), z, targets)
+    if loss.weights.shape != targets.shape:
+        raise ValueError(
+            f"WeightedCrossEntropy has weights of shape {tuple(loss.weights.shape)} for targets of shape "
+            f"{tuple(targets.shape)}; it needs one for each."
+        )
+    weight = loss.weights.to(z).view_as(terms.weight)
+    return replace(terms, weight=weight, count=float(loss.weights.sum()))
+
+
 def _bernoulli(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     assert isinstance(loss, nn.BCEWithLogitsLoss)
     y = _same_shape(loss, z, targets)
@@ -326,5 +341,6 @@ LOSSES: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor], LossTerms]] 
     nn.MSELoss: _squared,
     HalfSquaredError: _squared,
     nn.CrossEntropyLoss: _cross_entropy,
+    WeightedCrossEntropy: _weighted_cross_entropy,
     nn.BCEWithLogitsLoss: _bernoulli,
 }
