@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from analyses.part import C, Part
-from curvlab.problems import DataUnavailable, Problem, ProblemError, resolve
+from curvlab.problems import GRAPHS, DataUnavailable, Problem, ProblemError, resolve, swept_arguments
 from curvlab.study import Cell, Claim, UsageError
 from curvlab.study import DataUnavailable as StudyDataUnavailable
 
@@ -35,12 +36,12 @@ def data_hash(spec: str, **arguments: object) -> str:
     """Return a digest of a problem's training and test data.
 
     Raises:
-        UsageError: the problem does not exist.
+        UsageError: the problem does not exist, or not with these arguments.
         DataUnavailable: of `curvlab.study`: its data are absent.
     """
     try:
         problem: Problem = resolve(spec, **arguments)
-    except ProblemError as error:
+    except ValueError as error:
         raise _usage(error) from error
     except DataUnavailable as error:
         raise StudyDataUnavailable(str(error)) from error
@@ -50,5 +51,15 @@ def data_hash(spec: str, **arguments: object) -> str:
     return digest.hexdigest()
 
 
-def _usage(error: ProblemError) -> UsageError:
+def classifies_nodes(spec: str) -> bool:
+    """Whether the inputs of a problem are nodes of a graph, so that no other network can be built on them."""
+    return spec.removesuffix("-gcn") in GRAPHS
+
+
+def squared(spec: str) -> dict[str, Any]:
+    """Return the argument by which a problem that classifies by default has a half squared error; none if it has one."""
+    return {"loss": "half-squared"} if swept_arguments(spec).get("loss") == "cross-entropy" else {}
+
+
+def _usage(error: ValueError) -> UsageError:
     return UsageError(f"--problem: {error}")

@@ -45,3 +45,9 @@ def slope_by_seed(table: pd.DataFrame, against: str = "width") -> pd.DataFrame:
 def needs_several_widths(table: pd.DataFrame) -> str | None:
     """Say that a slope needs more than one width."""
     return None if len(set(table["width"])) > 1 else "A slope against width needs at least two widths (--widths)."
+
+
+def difference_by_seed(table: pd.DataFrame, column: str, first: object, second: object) -> pd.DataFrame:
+    """Estimate by the value where a column is `first` minus the one where it is `second`, seed by seed."""
+    wide = table.pivot_table("value", "seed", column)
+    return (wide[first] - wide[second]).rename("value").reset_index()

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
+from analyses.assembly import squared
 from analyses.jacobian_rank.config import Config
 from curvlab.problems import Problem, resolve
 from curvlab.rows import Rows
@@ -98,6 +99,7 @@ def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
     if wanted.get("width") == 0:
         del wanted["width"]
     spec = str(cell.coordinates.get("problem", config.problem))
+    wanted = squared(spec) | wanted
     return _setting(spec, config.device, config.dtype, tuple(sorted(wanted.items())))
 
 

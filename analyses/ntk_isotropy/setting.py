@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import curvlab
+from analyses.assembly import squared
 from analyses.ntk_isotropy.config import Config
 from curvlab import theory
 from curvlab.fisher import STRUCTURES, LayerWise, Structure
@@ -70,8 +71,8 @@ class Setting:
 
     @property
     def samples(self) -> int:
-        """N."""
-        return self.jacobian.shape[1]
+        """N, nodes of a graph included, although they are one sample of its rows."""
+        return len(self.inputs)
 
     @property
     def depth(self) -> int:
@@ -207,6 +208,7 @@ def make(structure: str, depth: int) -> Structure:
 def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
     """Return the setting of a cell; the last one is kept, so that neighbouring cells share it."""
     wanted: dict[str, Any] = {name: cell[name] for name in ARGUMENTS if name in cell.coordinates} | overrides
+    wanted = squared(config.problem) | wanted
     if wanted.get("width") == 0:
         del wanted["width"]
     return _setting(config.problem, config.device, config.dtype, tuple(sorted(wanted.items())))

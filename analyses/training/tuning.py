@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from analyses.part import Observations
+from analyses.stored import stored_or_measured
 from analyses.training.config import Config
 from analyses.training.methods import METHODS, described
 from analyses.training.race import TUNING_SEED, race
 from curvlab.study import Cell
 from curvlab.study.cache import CellCache
 from curvlab.study.execution import Plan
-from curvlab.study.measurements import Row, normalise
+from curvlab.study.measurements import Row
 
 NAME = "tuning"
 
@@ -58,16 +59,8 @@ def best(runs: Sequence[Sequence[Row]]) -> int:
 @lru_cache(maxsize=64)
 def chosen(method: str, config: Config) -> int:
     """Return the index of a method's configuration; tuning runs come from the cache of cells, or are made here."""
-    cache = cache_of(config)
-    runs: list[list[Row]] = []
-    for index in range(config.configurations):
-        cell = cell_of(method, index)
-        rows = None if config.fresh else cache.load(cell)
-        if rows is None:
-            rows = normalise(cell, measure(cell, config))
-            cache.store(cell, rows)
-        runs.append(rows)
-    return best(runs)
+    cells = [cell_of(method, index) for index in range(config.configurations)]
+    return best(stored_or_measured(cache_of(config), cells, measure, config))
 
 
 @lru_cache(maxsize=4)

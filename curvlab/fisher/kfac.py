@@ -13,6 +13,7 @@ g is the gradient of the total loss at a position, and sums A over all positions
 
 With `empirical` rows, inputs that `curvlab.nn.Propagation` has aggregated and `factored_damping="equal"` this is the
 preconditioner of Izadi et al. 2020 for L labelled nodes, ω their number: unlabelled nodes enter A with unit weight.
+`curvlab.optim` then collects one row a sample, its whole gradient; where loss terms have weights, only that is g.
 
 Source: Martens & Grosse 2015; Grosse & Martens 2016 (convolutions); Eschenhagen et al. 2023 (expand and reduce);
 Izadi et al. 2020 (graphs).
@@ -77,6 +78,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     ) -> None:
         super().__init__()
         self._config = KroneckerOptions(sharing, factored_damping, max_block, rtol, invert_every)
+        self.joins_positions = sharing == "gradient"
 
     @property
     def options(self) -> Mapping[str, object]:

@@ -80,6 +80,9 @@ class Structure(ABC):
     adds: ClassVar[bool] = False
     """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
 
+    joins_positions: bool = False
+    """Whether only the sum of a sample's rows is used, so that one row, its whole gradient, says as much."""
+
     def __init_subclass__(cls, key: str | None = None, summary: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if key is not None:

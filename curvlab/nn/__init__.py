@@ -1,7 +1,7 @@
 """Modules that the theory is written for: NTK, two-layer and graph networks, losses, linearisation."""
 
 from curvlab.nn.linearize import Linearized, linearize
-from curvlab.nn.losses import GaussianNLL, HalfSquaredError, PerSample, Scaled
+from curvlab.nn.losses import GaussianNLL, HalfSquaredError, PerSample, Scaled, WeightedCrossEntropy
 from curvlab.nn.ntk import ACTIVATIONS, Erf, NTKLinear, ntk_mlp
 from curvlab.nn.propagation import GraphNetwork, NodesLast, Propagation, gcn
 from curvlab.nn.tasks import MultiTask, Task
@@ -22,6 +22,7 @@ __all__ = [
     "Scaled",
     "Task",
     "TwoLayer",
+    "WeightedCrossEntropy",
     "gcn",
     "linearize",
     "ntk_mlp",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -44,6 +44,43 @@ class HalfSquaredError(nn.Module):
     def extra_repr(self) -> str:
         """Return the reduction."""
         return f"reduction={self.reduction!r}"
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy of classes with a weight for every sample, divided by their sum: Σ_n w_n ℓ_n / Σ_n w_n.
+
+    A sample of weight 0 stays in place without counting, as do unlabelled nodes of a graph. The weights may be replaced from
+    one call to the next, so that samples gain weight during training.
+
+    Attributes:
+        weights: w.
+
+    Args:
+        weights: not negative, of the samples in their order.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Float[Tensor, " N"]) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def forward(self, outputs: Float[Tensor, "N C"], targets: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+        """Return the loss of logits and classes.
+
+        Raises:
+            ValueError: There is not one weight a sample.
+        """
+        if len(self.weights) != len(outputs):
+            raise ValueError(
+                f"WeightedCrossEntropy has {len(self.weights)} weights for {len(outputs)} samples; it needs one each."
+            )
+        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return self.weights @ losses / self.weights.sum()
+
+    def extra_repr(self) -> str:
+        """Return the number of samples."""
+        return f"{len(self.weights)} samples"
 
 
 class GaussianNLL(nn.Module):

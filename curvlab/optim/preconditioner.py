@@ -152,7 +152,8 @@ class Preconditioner:
         coupled = bool(self._coupled())
         processes = Processes.present()
         share = None if processes is None else processes.share
-        draw = Draw(self.kind, self.samples, self._generator, share) if self.due else None
+        joint = self.structure.joins_positions
+        draw = Draw(self.kind, self.samples, self._generator, share, joint) if self.due else None
         collector = Collector(
             self.model,
             self.loss,
@@ -220,11 +221,9 @@ class Preconditioner:
                 "Curvature is due and nothing was collected: run the forward and backward pass within `collect()`."
             )
         passes, self._passes = self._passes, []
-        due = self.due
-        given = (
-            {n: p.grad for n, p in self.parameters.items() if p.grad is not None} if gradients is None else gradients
-        )
-        complete = {n: given[n] if n in given else torch.zeros_like(p) for n, p in self.parameters.items()}
+        due, parameters = self.due, self.parameters
+        given = {n: p.grad for n, p in parameters.items() if p.grad is not None} if gradients is None else gradients
+        complete = {n: given[n] if n in given else torch.zeros_like(p) for n, p in parameters.items()}
         rows = [found.rows for found in passes if found.rows is not None]
         seen = [*complete.values(), *(f for r in rows for layer in r.layers for f in layer.factors)]
         looks = due or seen[0].device.type == "cpu"

@@ -51,6 +51,8 @@ class Draw:
     generator: torch.Generator | None = None
     share: Callable[[int, torch.device], tuple[int, int]] | None = None
     """Says where a number of samples start in a batch that several processes share, and how many it has."""
+    joint: bool = False
+    """Whether an `empirical` row is a sample's whole gradient, √count times its share, and not that of one loss term."""
 
 
 class Collector(AbstractContextManager["Collector"]):
@@ -172,7 +174,7 @@ class Collector(AbstractContextManager["Collector"]):
             return
         terms.check(self._draw.kind)
         seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape)
-        scales = self._draw.kind == "empirical" and terms.z.shape[2] == 1 and _even(terms)
+        scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
         if self._check or not scales:
             self._swept = self._sweep(z, seeds)
         self._dense_layers = self._dense(z, seeds)
@@ -204,7 +206,9 @@ class Collector(AbstractContextManager["Collector"]):
                 f"The loss takes {len(z)} outputs of {samples} samples. Rows of kind {draw.kind!r} need the positions of "
                 "a sample on an axis of their own: call the loss on [N, C, T], or use kind='mc'."
             )
-        return terms.empirical() if draw.kind == "empirical" else identity_seeds(flat_outputs(z.detach()))
+        if draw.kind == "empirical":
+            return terms.empirical(joint=draw.joint)
+        return identity_seeds(flat_outputs(z.detach()))
 
     def _count(self) -> int:
         """Return the number of samples, of which an output may have several positions."""
@@ -282,10 +286,16 @@ class Collector(AbstractContextManager["Collector"]):
         return dense_rows(self._model, self._arguments, None, seeds, left)
 
     def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
-        """Return what turns a sample's gradient `κ w s/count` into its row `√(w/count) s`."""
+        """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, joint, `w s/√count`."""
+        if self._joint:
+            return terms.weight.new_full((len(terms.weight),), terms.count**0.5 / _multiple(terms, upstream))
         weight = terms.weight[:, 0, 0]
         kappa = _multiple(terms, upstream)
         return torch.where(weight > 0, (terms.count / torch.where(weight > 0, weight, 1)).sqrt() / kappa, 0)
+
+    @property
+    def _joint(self) -> bool:
+        return self._draw is not None and self._draw.kind == "empirical" and self._draw.joint
 
     def _whole(self, draw: Draw, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         samples = layers[0].shape[1]
@@ -311,6 +321,8 @@ class Collector(AbstractContextManager["Collector"]):
             if not terms.likelihood.exact:
                 return None
             return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
+        if self._joint:
+            return rows.sample_weights.new_full((rows.R,), _multiple(terms, upstream) / terms.count**0.5)
         if rows.kind == "mc" or not _even(terms):
             return None
         root = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian
 
-from curvlab.nn import HalfSquaredError
+from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
 
 
 @given(
@@ -43,3 +43,14 @@ def test_unknown_reduction_is_refused():
 
 def test_repr_names_the_reduction():
     assert repr(HalfSquaredError("sum")) == "HalfSquaredError(reduction='sum')"
+
+
+def test_weighted_cross_entropy_is_torchs_with_samples_repeated():
+    z, y = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    counts = torch.tensor([2, 1, 0, 3])
+    loss = WeightedCrossEntropy(counts.double())
+    expected = torch.nn.functional.cross_entropy(z.repeat_interleave(counts, 0), y.repeat_interleave(counts))
+    torch.testing.assert_close(loss(z, y), expected)
+    assert repr(loss) == "WeightedCrossEntropy(4 samples)"
+    with pytest.raises(ValueError, match="4 weights for 3 samples"):
+        loss(z[:3], y[:3])

@@ -1,6 +1,7 @@
 """Rows on graphs, whose nodes interact: against `torch.func.jacrev` on the model as a whole."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from oracle import CLASSES, DOUBLE, assert_close, dense_ggn, trainable
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch_geometric.data import Batch, Data
+from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn import (
     GATConv,
     GCNConv,
@@ -76,6 +78,24 @@ class Jumping(nn.Module):
         for _ in range(2):
             h.append(h[-1] + torch.tanh(self.again(h[-1], edge_index)))
         return self.last(self.jump(h))
+
+
+def sampled(x: Tensor, edge_index: Tensor, seeds: Tensor, *, fan_out: int, hops: int) -> Data:
+    """Sample up to `fan_out` incoming edges of every node that is reached, hop by hop, as neighbour samplers do."""
+    generator, nodes, kept = torch.Generator().manual_seed(0), seeds.tolist(), []
+    front = list(nodes)
+    for _ in range(hops):
+        reached = []
+        for node in front:
+            edges = (edge_index[1] == node).nonzero()[:, 0]
+            edges = edges[torch.randperm(len(edges), generator=generator)[:fan_out]]
+            kept += edges.tolist()
+            reached += [int(source) for source in edge_index[0, edges] if int(source) not in nodes + reached]
+        nodes += dict.fromkeys(reached)
+        front = list(dict.fromkeys(reached))
+    local = torch.full((len(x),), -1)
+    local[torch.tensor(nodes)] = torch.arange(len(nodes))
+    return Data(x=x[nodes], edge_index=local[edge_index[:, kept]], batch_size=len(seeds))
 
 
 class OfData(nn.Module):
@@ -270,6 +290,34 @@ class TestStructures:
         assert_close(lifted, torch.linalg.solve(damped, rows.dense().T @ u))
         J = rows.jacobian().dense()
         assert_close(structure.response(rows.jacobian(), 0.1), J @ torch.linalg.solve(damped, J.T) / 3)
+
+    @pytest.mark.parametrize("engine", ["auto", "autograd"])
+    def test_seed_nodes_of_a_sampled_subgraph(self, engine: Any) -> None:
+        """What a neighbour sampler gives: seed nodes first, then their sampled neighbours, edges renumbered."""
+        x, edge_index = random_graph(20, 60)
+        seeds = torch.tensor([11, 4, 7])
+        batch = sampled(x, edge_index, seeds, fan_out=2, hops=2)
+        assert len(seeds) < batch.num_nodes < 20
+        assert torch.equal(batch.x[: len(seeds)], x[seeds])
+        model, y = OfData().to(DOUBLE), torch.tensor([0, 2, 1])
+        rows = sqrt_fisher(
+            model, nn.CrossEntropyLoss(), batch, y, nodes=lambda data: torch.arange(data.batch_size), engine=engine
+        )
+        J = of_nodes(model, (batch,), torch.arange(len(seeds)))
+        z = model(batch).detach()[: len(seeds)]
+        assert_close(rows.dense().T @ rows.dense(), dense_ggn(J, nn.CrossEntropyLoss(), z, y))
+        assert_close(jacobian(model, batch, nodes=torch.arange(len(seeds)), engine=engine).dense(), J)
+
+    def test_seed_nodes_of_the_neighbour_loader(self) -> None:
+        """The same with torch-geometric's own loader."""
+        if not any(find_spec(name) for name in ("pyg_lib", "torch_sparse")):
+            pytest.skip("NeighborLoader needs the compiled package pyg-lib or torch-sparse")
+        x, edge_index = random_graph(20, 60)
+        data = Data(x=x, edge_index=edge_index, y=torch.arange(20) % CLASSES)
+        model = OfData().to(DOUBLE)
+        for batch in NeighborLoader(data, num_neighbors=[2, 2], batch_size=3, input_nodes=torch.tensor([11, 4, 7, 2])):
+            rows = jacobian(model, batch, nodes=lambda one: torch.arange(one.batch_size))
+            assert_close(rows.dense(), of_nodes(model, (batch,), torch.arange(batch.batch_size)))
 
     @pytest.mark.parametrize("sharing", ["expand", "reduce", "gradient"])
     def test_kfac_over_nodes(self, sharing: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from analyses.assembly import classifies_nodes
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import descend
 from analyses.edge_of_stability.optimisers import frozen, natural
@@ -42,8 +43,9 @@ COVERED = ("full", "block-diagonal")
 
 
 def _cells(config: Config) -> list[Cell]:
+    few = {} if classifies_nodes(config.problem) else {"samples": SAMPLES}
     points = [
-        {"structure": structure, "mode": mode, "samples": SAMPLES, "loss": "half-squared"}
+        {"structure": structure, "mode": mode, "loss": "half-squared"} | few
         for structure in config.preconditioners
         for mode in (FROZEN, LIVE)
     ]

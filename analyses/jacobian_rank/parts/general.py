@@ -17,7 +17,7 @@ from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend, excess, follow, inspect, natural
 from analyses.jacobian_rank.part import PAPER, Part, cells_of
 from analyses.jacobian_rank.parts.training import EASY
-from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.jacobian_rank.setting import Setting, flat, setting_of
 from analyses.part import TOLERANCE_FACTOR, Observations, where
 from curvlab import theory
 from curvlab.fisher import Full, natural_gradient_step
@@ -107,7 +107,8 @@ def _function_space(start: np.ndarray, y: np.ndarray, eta: float) -> np.ndarray:
 
 def _newton(setting: Setting) -> dict[str, object]:
     """One step in the metric of the loss itself on the linearised network, against Newton's step on the outputs."""
-    labels = (setting.problem.train[1] > 0).to(setting.inputs)
+    targets = setting.problem.train[1]
+    labels = (targets > 0).to(targets)
     model = linearize(setting.problem.model)
 
     def direction(now: nn.Module) -> Mapping[str, Tensor]:
@@ -115,7 +116,7 @@ def _newton(setting: Setting) -> dict[str, object]:
 
     before, after = descend(model, setting, direction, 1.0, 1)
     p = 1 / (1 + np.exp(-before))
-    step = (p - labels[:, 0].numpy(force=True)) / (p * (1 - p))
+    step = (p - flat(labels).numpy(force=True)) / (p * (1 - p))
     error = float(np.abs(after - (before - step)).max() / np.abs(step).max())
     weights = float((p * (1 - p)).max() / (p * (1 - p)).min())
     condition = weights * float(setting.eigenvalues[-1] / setting.eigenvalues[0])

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from analyses.estimates import by_seed
 from analyses.jacobian_rank.config import Config
@@ -44,16 +46,22 @@ def _measure(cell: Cell, config: Config) -> Observations:
     term = theory.complexity_term(setting.targets.numpy(force=True), setting.gram.numpy(force=True))
     model = copy.deepcopy(setting.problem.model)
     descend(model, setting, natural(Full(), setting), ETA, STEPS)
-    x, y = setting.problem.test
-    wrong = (outputs(model, x).sign() != y[:, 0].sign()).double().mean()
     return [
         {"quantity": "complexity", "value": term},
-        {"quantity": "test_error", "value": float(wrong)},
+        {"quantity": "test_error", "value": _test_error(model, *setting.problem.test)},
         {
             "quantity": "train_residual",
             "value": float(np.linalg.norm(outputs(model, setting.inputs) - setting.targets)),
         },
     ]
+
+
+def _test_error(model: nn.Module, x: Tensor, y: Float[Tensor, "N C"]) -> float:
+    """Share of samples of which one output has the wrong sign, or of several another one than the target's is largest."""
+    with torch.no_grad():
+        z = model(x)
+    wrong = z.argmax(1) != y.argmax(1) if y.shape[1] > 1 else z[:, 0].sign() != y[:, 0].sign()
+    return float(wrong.double().mean())
 
 
 def _claims(config: Config) -> list[Claim]:  # noqa: ARG001

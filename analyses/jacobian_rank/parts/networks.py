@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analyses.assembly import classifies_nodes
 from analyses.estimates import by_seed, identities, slope_by_seed, worst_by_seed
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import contraction, excess, follow, inspect, natural, squared_residuals
@@ -42,6 +43,8 @@ DRIFT_EXPECTED: dict[str, tuple[Expectation, str]] = {
 
 
 def _cells(config: Config) -> list[Cell]:
+    if classifies_nodes(config.problem):
+        return []
     points = [
         {
             "network": network,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import curvlab
+from analyses.assembly import classifies_nodes
 from analyses.estimates import at_largest_width, by_seed, identities, slope_by_seed
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
@@ -40,11 +41,14 @@ def _cells(config: Config) -> list[Cell]:
         for activation in config.activation
         for width in config.swept_widths
     ]
+    graph = classifies_nodes(config.problem)
     points += [
         {"network": "own", "inputs": inputs, "width": smallest, "activation": activation}
         for activation in config.activation
-        for inputs in (DUPLICATED, PARALLEL)
+        for inputs in ((DUPLICATED,) if graph else (DUPLICATED, PARALLEL))
     ]
+    if graph:
+        return cells_of(NAME, config, points)
     points += [
         {"network": "own", "inputs": NEAR, "angle": angle, "width": config.swept_widths[-1], "activation": activation}
         for activation in config.activation

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 import curvlab
+from analyses.assembly import classifies_nodes
 from analyses.estimates import identities, worst_by_seed
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import DIVERGED, descend, follow, gradient, inspect, natural, squared_residuals
@@ -44,6 +45,8 @@ def _structures(config: Config) -> list[str]:
 
 
 def _cells(config: Config) -> list[Cell]:
+    if classifies_nodes(config.problem):
+        return []
     at = {"width": config.swept_widths[0], "activation": config.activation[0]}
     points = [
         {**at, "network": network, "structure": structure} for network in TRAINED for structure in _structures(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import curvlab
+from analyses.assembly import classifies_nodes
 from analyses.estimates import identities, least_by_seed
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.part import PAPER, Part, cells_of
@@ -20,7 +21,7 @@ NAME = "inputs"
 
 
 def _cells(config: Config) -> list[Cell]:
-    if "kfac" not in config.structures or "width" not in config.takes:
+    if "kfac" not in config.structures or "width" not in config.takes or classifies_nodes(config.problem):
         return []
     return cells_of(NAME, config, [{"inputs": inputs} for inputs in ("raw", "forster", "narrow")])
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import curvlab
+from analyses.assembly import classifies_nodes
 from analyses.estimates import least_by_seed, worst_by_seed
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.part import PAPER, Part, cells_of
@@ -21,7 +22,7 @@ NAME = "positivity"
 def _cells(config: Config) -> list[Cell]:
     points = [{"inputs": "distinct", "width": width} for width in config.swept_widths]
     points.append({"inputs": "duplicated"})
-    if "width" in config.takes:
+    if "width" in config.takes and not classifies_nodes(config.problem):
         points.append({"inputs": "narrow"})
     return cells_of(NAME, config, points)
 

@@ -1,24 +1,20 @@
 """Seconds of a step of every method, and with the steps of the judged runs the seconds to both targets.
 
 The runs themselves are not timed, since worker processes share the machine. One cell a seed times all methods' steps in one
-process, on one thread, in turn, so that whatever slows the machine slows all; on the CPU in processor time, which does not
-run while another process has the core (caches and memory are still shared), elsewhere on the clock, synchronised.
+process, in turn; as many at once as there are between rare inversions, so that these fall into every round.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
+from analyses.clock import now, seconds_per_step
 from analyses.part import Observations
 from analyses.training.comparison import SECONDS
 from analyses.training.config import Config
-from analyses.training.methods import Method, Optimiser
+from analyses.training.methods import INVERT_EVERY, Method, Optimiser
 from analyses.training.part import Part
 from analyses.training.parts.judging import (
     KFAC_PAPER,
@@ -37,31 +33,11 @@ from curvlab.study import Cell, Claim, Inequality
 from curvlab.study.storage import digest
 
 NAME = "timing"
-WARM_UP = 3
-ROUND = 10
-"""Steps that are timed: as many as there are between rare inversions, so that each layer's falls among them once."""
 
 
 def _cells(config: Config) -> list[Cell]:
     field = digest([method.name for method in entrants(config)])[:8]
     return [Cell({"part": NAME, "field": field, "seed": seed}) for seed in range(config.seeds)]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _now(device: str) -> float:
-    if torch.device(device).type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _steps(method: Method, start: Problem, config: Config, seed: int) -> Callable[[int], float]:
@@ -79,9 +55,9 @@ def _steps(method: Method, start: Problem, config: Config, seed: int) -> Callabl
         nonlocal problem, optimiser, taken
         batches = [batch(problem, config.task, seed, taken + step) for step in range(steps)]
         taken += steps
-        since = _now(config.device)
+        since = now(config.device)
         finite = [take_step(problem, optimiser, data) for data in batches]
-        spent = _now(config.device) - since
+        spent = now(config.device) - since
         if not all(finite):
             problem, optimiser = begin()
         return spent
@@ -90,14 +66,13 @@ def _steps(method: Method, start: Problem, config: Config, seed: int) -> Callabl
 
 
 def _measure(cell: Cell, config: Config) -> Observations:
-    with _one_thread():
-        seed = int(cell["seed"])
-        start = problem_of(config, seed)
-        runs = {method.name: _steps(method, start, config, seed) for method in entrants(config)}
-        for run in runs.values():
-            run(WARM_UP)
-        spent = {name: run(ROUND) / ROUND for name, run in runs.items()}
-    return [{"quantity": SECONDS, "method": name, "value": seconds} for name, seconds in spent.items()]
+    seed = int(cell["seed"])
+    start = problem_of(config, seed)
+    runs = {method.name: _steps(method, start, config, seed) for method in entrants(config)}
+    return [
+        {"quantity": SECONDS, "method": name, "value": seconds}
+        for name, seconds in seconds_per_step(runs, INVERT_EVERY, rounds=1).items()
+    ]
 
 
 def _claims(config: Config) -> list[Claim]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
-from curvlab.nn import GaussianNLL, HalfSquaredError
+from curvlab.nn import GaussianNLL, HalfSquaredError, WeightedCrossEntropy
 from curvlab.rows.loss.likelihood import Elementwise, Independent, Likelihood, PoissonRate, Probability, Softmax
 from curvlab.rows.loss.terms import LossTerms, Reduction, flat_outputs
 
@@ -140,6 +141,18 @@ def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     )
 
 
+def _weighted_cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
+    assert isinstance(loss, WeightedCrossEntropy)
+    terms = _cross_entropy(nn.CrossEntropyLoss(), z, targets)
+    if loss.weights.shape != targets.shape:
+        raise ValueError(
+            f"WeightedCrossEntropy has weights of shape {tuple(loss.weights.shape)} for targets of shape "
+            f"{tuple(targets.shape)}; it needs one for each."
+        )
+    weight = loss.weights.to(z).view_as(terms.weight)
+    return replace(terms, name="WeightedCrossEntropy", weight=weight, count=float(loss.weights.sum()))
+
+
 def _probabilities(_: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the target's share in every class `[N, C, X]`, and which positions count."""
     if targets.shape != z.shape:
@@ -212,6 +225,7 @@ READERS: dict[type[nn.Module], Reader] = {
     nn.HuberLoss: _huber,
     nn.SmoothL1Loss: _smooth_l1,
     nn.CrossEntropyLoss: _cross_entropy,
+    WeightedCrossEntropy: _weighted_cross_entropy,
     nn.BCEWithLogitsLoss: _bernoulli,
     nn.BCELoss: _probability,
     nn.PoissonNLLLoss: _poisson,

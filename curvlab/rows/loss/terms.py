@@ -114,8 +114,11 @@ class LossTerms:
         rows = self.likelihood.draw(Draws(samples, generator, share)) * scale
         return rows if joint else _one_row_a_position(rows)
 
-    def empirical(self) -> Float[Tensor, "V N C X"]:
-        """Return the scaled gradients of the loss terms."""
+    def empirical(self, *, joint: bool = False) -> Float[Tensor, "V N C X"]:
+        """Return the scaled gradients of the loss terms, or if `joint` those of samples: w_i s_i/√count over positions."""
+        if joint:
+            row: Tensor = self.weight * self.score / self._divisor**0.5
+            return row[None]
         return _one_row_a_position(((self.weight / self._divisor).sqrt() * self.score)[None])
 
     def relaid(self, lay: Lay) -> LossTerms:

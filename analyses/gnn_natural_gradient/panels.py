@@ -1,0 +1,240 @@
+"""The panels of the figures of natural gradient on graphs, each one relation between stored measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analyses.drawing import DASHED, NEUTRAL, NotStored, groups, hollow, level, note, take
+from analyses.gnn_natural_gradient.part import ACCURACY, BEST_EPOCH, VALIDATION_LOSS
+from analyses.gnn_natural_gradient.parts.accuracy import CURVE, HEADLINE_QUANTITY, Choice
+from analyses.gnn_natural_gradient.parts.kronecker import STAGES
+from analyses.gnn_natural_gradient.parts.timing import SECONDS
+from analyses.gnn_natural_gradient.recipe import ADAM, METHODS
+from curvlab.study import style
+from curvlab.study.inference import Summary
+
+LOOKS: Mapping[str, str] = {"sgd": "full", "sgd-kfac": "ekfac", "adam": "gradient-descent", "adam-kfac": "kfac"}
+"""Looks of the methods."""
+COMBINATIONS: Mapping[str, tuple[str, str]] = {
+    "plain": ("gradient-descent", r"Adam, $\lambda$ in loss"),
+    "loss": ("unit-wise", r"K-FAC, $\lambda$ in loss"),
+    "fisher": ("block-diagonal", r"K-FAC, $\lambda$ in Fisher"),
+    "both": ("kfac", r"K-FAC, $\lambda$ in both"),
+}
+SHADES = ("block-tridiagonal", "diagonal", "layer-wise", "ekfac", "full", "gradient-descent")
+"""Looks of the powers γ, in turn."""
+TEST = "test accuracy (%)"
+SHOWN = (1, 2, 5, 10, 20, 50, 100, 200)
+"""Epochs of a curve that are drawn."""
+
+
+def _title(method: str) -> str:
+    return METHODS[method].title
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    return [method for method in METHODS if (table["method"] == method).any()]
+
+
+def _first_split(table: pd.DataFrame) -> pd.DataFrame:
+    kept: pd.DataFrame = table[table["split"] == table["split"].iloc[0]]
+    return kept
+
+
+def _by_method(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw a quantity of every method, published recipe filled and selected one hollow."""
+    methods = _methods(table)
+    for place, method in enumerate(methods):
+        for choice, shift in (("published", -3.0), ("selected", 3.0)):
+            shown = table[(table["method"] == method) & (table["choice"] == choice)].assign(place=place)
+            if shown.empty:
+                continue
+            points = style.measured(axes, shown, "place", LOOKS[method], shift=shift, label="")
+            if choice == "selected":
+                hollow(points)
+    axes.set_xticks(range(len(methods)), [_title(method).replace(", ", ",\n") for method in methods])
+    axes.set_xlim(-0.5, len(methods) - 0.5)
+
+
+def accuracy(axes: Axes, measurements: pd.DataFrame, *, split: str | None = None) -> None:
+    """Test accuracy of every method, filled as published and hollow as selected; the published accuracy as a line."""
+    where = {} if split is None else {"split": split}
+    table = take(measurements, "accuracy", ACCURACY, **where)
+    split = str(table["split"].iloc[0])
+    _by_method(axes, table[table["split"] == split])
+    try:
+        headline = float(take(measurements, "accuracy", HEADLINE_QUANTITY, split=split)["value"].iloc[0])
+    except NotStored:
+        pass
+    else:
+        level(axes, headline)
+        note(axes, -0.45, headline, f"published {headline:g}", va="bottom", xytext=(0, 1))
+    axes.margins(y=0.15)
+    axes.set(ylabel=TEST, title=f"{split} split; hollow: selected")
+
+
+def epochs(axes: Axes, measurements: pd.DataFrame, *, seconds: bool = False) -> None:
+    """Epochs or seconds to the lowest validation loss of every method."""
+    axes.set_yscale("log")
+    table = _first_split(take(measurements, "accuracy", BEST_EPOCH))
+    if seconds:
+        price = take(measurements, "timing", SECONDS).set_index(["method", "seed"])["value"]
+        at = pd.MultiIndex.from_frame(table[["method", "seed"]])
+        table = table.assign(value=table["value"].to_numpy() * price.reindex(at).to_numpy()).dropna(subset="value")
+    _by_method(axes, table)
+    axes.set(ylabel="seconds of training" if seconds else "epochs", title="to the lowest validation loss")
+
+
+def curves(axes: Axes, measurements: pd.DataFrame, *, quantity: str, choice: Choice) -> None:
+    """Validation loss or test accuracy along training."""
+    table = _first_split(take(measurements, "accuracy", f"{CURVE}_{quantity}", choice=choice))
+    table = table[table["epoch"].isin(SHOWN)]
+    style.log_ticks(axes, sorted(int(epoch) for epoch in table["epoch"].unique()))
+    methods = _methods(table)
+    for place, method in enumerate(methods):
+        shown = table[table["method"] == method]
+        style.measured(axes, shown, "epoch", LOOKS[method], label=_title(method), shift=2.4 * place - 3.6)
+    axes.margins(x=0.08)
+    loss = quantity == VALIDATION_LOSS
+    axes.set(xlabel="epoch", ylabel="validation loss (nat)" if loss else TEST, title=f"{choice} hyper-parameters")
+
+
+def unlabelled(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Test accuracy against γ with λ in the loss, in the Fisher matrix or in both; λ = 0 as lines of the same colour."""
+    table = take(measurements, "unlabelled", ACCURACY)
+    style.log_ticks(axes, sorted(table["gamma"].unique()))
+    axes.margins(x=0.15, y=0.12)
+    for place, (name, (look, label)) in enumerate(COMBINATIONS.items()):
+        shown = table[table["combination"] == name]
+        if not shown.empty:
+            style.measured(axes, shown, "gamma", look, label=label, shift=3.0 * place - 4.5)
+    none = take(measurements, "accuracy", ACCURACY, choice="published", split=table["split"].iloc[0])
+    ends = [float(table["gamma"].min()), float(table["gamma"].max())]
+    if ends[0] < ends[1]:
+        for method, look in (("adam", "gradient-descent"), ("adam-kfac", "kfac")):
+            mean = none.loc[none["method"] == method, "value"].mean()
+            label = rf"{_title(method)}, $\lambda=0$ (mean)"
+            axes.plot(ends, [mean] * 2, color=style.look(look).color, linestyle=":", linewidth=1.1, label=label)
+    axes.set(xlabel=r"power $\gamma$ of $\lambda=(e/E)^\gamma$", ylabel=TEST)
+
+
+def _with_published(measurements: pd.DataFrame, table: pd.DataFrame, optimiser: str, **at: float) -> pd.DataFrame:
+    """Add the published point, whose runs are in the part "accuracy"."""
+    split = table["split"].iloc[0]
+    base = take(measurements, "accuracy", ACCURACY, method=f"{optimiser}-kfac", choice="published", split=split)
+    return pd.concat([table, base.assign(**at)])
+
+
+def epsilon(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Test accuracy against damping, SGD and Adam."""
+    table = take(measurements, "sensitivity", ACCURACY, optimiser=("sgd", "adam"))
+    table = table[table["epsilon"].notna()]
+    if table.empty:
+        raise NotStored("sensitivity: epsilon")
+    axes.set_xscale("log")
+    for place, optimiser in enumerate(("sgd", "adam")):
+        shown = _with_published(measurements, table[table["optimiser"] == optimiser], optimiser, epsilon=ADAM.epsilon)
+        method = f"{optimiser}-kfac"
+        style.measured(axes, shown, "epsilon", LOOKS[method], label=_title(method), shift=3.0 * place - 1.5)
+    axes.set(xlabel=r"damping $\varepsilon$", ylabel=TEST)
+
+
+def refresh(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Test accuracy against the refresh interval."""
+    table = take(measurements, "sensitivity", ACCURACY, optimiser="adam")
+    table = table[table["refresh"].notna()]
+    if table.empty:
+        raise NotStored("sensitivity: refresh")
+    shown = _with_published(measurements, table, "adam", refresh=float(ADAM.refresh))
+    style.log_ticks(axes, sorted(shown["refresh"].unique()))
+    style.measured(axes, shown, "refresh", LOOKS["adam-kfac"], label=_title("adam-kfac"))
+    axes.margins(x=0.15)
+    axes.set(xlabel="refresh interval (epochs)", ylabel=TEST)
+
+
+def joint(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Test accuracy against damping for every power γ, unlabelled nodes in loss and Fisher matrix."""
+    table = take(measurements, "sensitivity", ACCURACY, optimiser="joint")
+    centre = take(measurements, "unlabelled", ACCURACY, combination="both")
+    table = pd.concat([table, centre.assign(epsilon=ADAM.epsilon)])
+    axes.set_xscale("log")
+    powers = list(groups(table, "gamma"))[: len(SHADES)]
+    for place, (gamma, shown) in enumerate(powers):
+        shift = 3.0 * (place - (len(powers) - 1) / 2)
+        style.measured(axes, shown, "epsilon", SHADES[place], label=rf"$\gamma={gamma:g}$", shift=shift)
+    axes.set(xlabel=r"damping $\varepsilon$", ylabel=TEST, title=r"$\lambda$ in both")
+
+
+CHANGES: Mapping[str, tuple[str, str]] = {
+    "adam wide": ("adam published", "64 units, Adam"),
+    "adam-kfac wide": ("adam-kfac published", "64 units, K-FAC"),
+    "not aggregated": ("adam-kfac published", "factor of $X$, not $\\hat{A}X$"),
+    "drawn labels": ("adam-kfac published", "labels drawn from the model"),
+}
+"""Arms that change one thing, what they are compared with, and their names."""
+
+
+def ablations(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Change of the test accuracy by one change of the recipe."""
+    table = take(measurements, "ablations", ACCURACY)
+    base = take(measurements, "accuracy", ACCURACY, choice="published", split=table["split"].iloc[0])
+    wide = pd.concat([table, base]).pivot_table("value", "seed", "arm")
+    present = [arm for arm, (other, _) in CHANGES.items() if {arm, other} <= set(wide.columns)]
+    for place, arm in enumerate(reversed(present)):
+        _across(axes, wide[arm] - wide[CHANGES[arm][0]], place)
+    axes.axvline(0.0, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
+    axes.set_yticks(range(len(present)), [CHANGES[arm][1] for arm in reversed(present)])
+    axes.set_ylim(-0.6, len(present) - 0.4)
+    axes.margins(x=0.15)
+    axes.set(xlabel="change of test accuracy (points)")
+
+
+def _across(axes: Axes, values: pd.Series[float], place: int) -> None:
+    """Draw the mean with its interval along x."""
+    summary = Summary.of(values.to_numpy(dtype=float))
+    low, high = summary.interval(0.95)
+    look = style.look("kfac")
+    axes.errorbar(
+        [summary.mean], [place], xerr=[[summary.mean - low], [high - summary.mean]], fmt=look.marker, color=look.color,
+        markeredgecolor="#333333", markeredgewidth=0.4, capsize=2, zorder=3,
+    )  # fmt: skip
+
+
+def cosines(axes: Axes, measurements: pd.DataFrame, *, space: str) -> None:
+    """Cosine of K-FAC's step and of the gradient with the step of the exact Fisher block."""
+    table = take(measurements, "kronecker", "cosine", space=space)
+    stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
+    for shift, direction, look, label in (
+        (-3.0, "gradient", "gradient-descent", "gradient"), (3.0, "kfac", "kfac", r"$A\otimes G$"),
+    ):  # fmt: skip
+        shown = table[table["direction"] == direction]
+        shown = shown.assign(place=shown["stage"].map(stages.index))
+        style.measured(axes, shown, "place", look, label=label, shift=shift)
+    level(axes, 1.0)
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_xlim(-0.5, len(stages) - 0.5)
+    axes.set(ylabel="cosine with the natural step", title=space)
+
+
+def errors(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Relative distance of A ⊗ G from the exact block of each layer, as it is (filled) and at its best multiple (hollow)."""
+    axes.set_yscale("log")
+    table = take(measurements, "kronecker", "error")
+    stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
+    for index, (layer, look) in enumerate(
+        zip(sorted(table["layer"].unique()), ("full", "block-diagonal"), strict=False)
+    ):
+        for quantity in ("error", "scaled_error"):
+            shown = take(measurements, "kronecker", quantity, layer=layer)
+            shown = shown.assign(place=shown["stage"].map(stages.index))
+            label = f"layer {index + 1}" if quantity == "error" else ""
+            points = style.measured(axes, shown, "place", look, label=label, shift=6.0 * index - 3.0)
+            if quantity == "scaled_error":
+                hollow(points)
+    level(axes, 1.0)
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_xlim(-0.5, len(stages) - 0.5)
+    axes.set(ylabel=r"$\|A\otimes G-F\|\,/\,\|F\|$", title="hollow: best multiple")

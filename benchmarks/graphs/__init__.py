@@ -1,0 +1,1 @@
+"""Cost of curvature on graphs: `python -m benchmarks.graphs`."""

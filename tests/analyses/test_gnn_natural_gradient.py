@@ -1,0 +1,275 @@
+"""Natural gradient on graphs: the method against dense matrices, the choice of recipes, and the command line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analyses.gnn_natural_gradient import ANALYSIS
+from analyses.gnn_natural_gradient.config import Config
+from analyses.gnn_natural_gradient.figures import FIGURES
+from analyses.gnn_natural_gradient.part import ACCURACY, VALIDATION, VALIDATION_LOSS, best_arm, worst_arm
+from analyses.gnn_natural_gradient.parts import PARTS, accuracy, kronecker, sensitivity, timing, unlabelled
+from analyses.gnn_natural_gradient.recipe import ADAM, METHODS, SGD, Recipe
+from analyses.gnn_natural_gradient.selection import best
+from analyses.gnn_natural_gradient.training import Run, Setting, setting_of, train
+from curvlab.fisher import KFAC
+from curvlab.study import Cell, judge
+from curvlab.study.measurements import Row, normalise, tabulate
+from paper_figures.izadi_2020 import PAPER, accuracies
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return setting_of("karate", "public", "cpu", "float64")
+
+
+def dense_operator(setting: Setting) -> Tensor:
+    """Return D^(−1/2)(A + I)D^(−1/2)."""
+    N = len(setting.labels)
+    adjacency = torch.eye(N, dtype=torch.float64)
+    adjacency[setting.graph.edge_index[1], setting.graph.edge_index[0]] += 1
+    degree = adjacency.sum(1)
+    return adjacency / torch.outer(degree, degree).sqrt()
+
+
+class Reference:
+    """The published algorithm on dense matrices, step by step, by plain gradient descent of rate one."""
+
+    def __init__(self, setting: Setting, model: nn.Module, recipe: Recipe) -> None:
+        self.setting, self.recipe = setting, recipe
+        self.P = dense_operator(setting)
+        self.weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        self.inverses: list[tuple[Tensor, Tensor]] = []
+
+    def step(self, epoch: int) -> None:
+        trains, labels, recipe = self.setting.trains, self.setting.labels, self.recipe
+        W1, b1, W2, b2 = self.weights
+        weight = (epoch / EPOCHS) ** recipe.gamma if recipe.gamma is not None else 0.0
+        x1 = self.P @ self.setting.features
+        h1 = x1 @ W1.T + b1
+        x2 = self.P @ h1.relu()
+        h2 = x2 @ W2.T + b2
+        losses = nn.functional.cross_entropy(h2, torch.where(trains, labels, h2.argmax(1)), reduction="none")
+        loss = losses[trains].mean() + (weight if recipe.in_loss else 0.0) * losses[~trains].mean()
+        grads = torch.autograd.grad(loss, [h1, h2, *self.weights])
+        labelled, others = int(trains.sum()), int((~trains).sum())
+        if (epoch - 1) % recipe.refresh == 0:
+            n = labelled + (weight if recipe.in_fisher else 0.0) * others
+            self.inverses = []
+            for x, g in ((x1, grads[0]), (x2, grads[1])):
+                bar = torch.cat([x.detach(), torch.ones(len(x), 1, dtype=x.dtype)], 1)
+                g = labelled * g
+                factors = (bar.T @ bar / n, g.T @ g / n)
+                self.inverses.append(
+                    tuple(torch.linalg.inv(f + recipe.epsilon**0.5 * torch.eye(len(f), dtype=f.dtype)) for f in factors)
+                )
+        with torch.no_grad():
+            for layer, (A, G) in enumerate(self.inverses):
+                W, b = self.weights[2 * layer : 2 * layer + 2]
+                dW, db = grads[2 + 2 * layer : 4 + 2 * layer]
+                step = G @ torch.cat([dW, db[:, None]], 1) @ A
+                W -= recipe.lr * step[:, :-1]
+                b -= recipe.lr * step[:, -1]
+
+
+@pytest.mark.parametrize("gamma", [None, 2.0])
+@pytest.mark.parametrize("in_loss", [True, False])
+@pytest.mark.parametrize("in_fisher", [True, False])
+def test_the_method_is_the_published_one(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, gamma: float | None, in_loss: bool, in_fisher: bool
+) -> None:
+    monkeypatch.setattr("analyses.gnn_natural_gradient.training.MOMENTUM", 0.0)
+    recipe = replace(SGD, lr=0.3, refresh=2, gamma=gamma, in_loss=in_loss, in_fisher=in_fisher)
+    run = Run(setting, recipe, 0, EPOCHS)
+    for module in run.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    reference = Reference(setting, run.model, recipe)
+    for epoch in range(1, EPOCHS + 1):
+        run.step()
+        reference.step(epoch)
+        for found, expected in zip(run.model.parameters(), reference.weights, strict=True):
+            torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_layers_before_their_aggregation_compute_the_same(setting: Setting) -> None:
+    """With zero biases; and features that are aggregated beforehand change nothing."""
+    nodes = torch.arange(len(setting.labels))
+    outputs = [setting.network(replace(ADAM, aggregated=way), 3).eval()(nodes) for way in (True, False)]
+    model = setting.network(ADAM, 3)
+    first, second = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
+    P = dense_operator(setting)
+    expected = P @ (P @ setting.features @ first.T).relu() @ second.T
+    for found in outputs:
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_seed_is_one_run_and_leaves_the_generator_alone(setting: Setting) -> None:
+    before = torch.get_rng_state()
+    first, again, other = (train(setting, ADAM, seed, 3).validation_loss for seed in (0, 0, 1))
+    assert first == again != other
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_divergence_is_a_status(setting: Setting) -> None:
+    trace = train(setting, replace(SGD, kfac=False, lr=1e200), 0, 30)
+    assert trace.status == "diverged"
+    assert len(trace.validation_loss) < 30
+
+
+def test_drawn_labels_and_width_are_other_runs(setting: Setting) -> None:
+    losses = {
+        name: train(setting, recipe, 0, 3).validation_loss[-1]
+        for name, recipe in {"base": ADAM, "mc": replace(ADAM, kind="mc"), "wide": replace(ADAM, width=64)}.items()
+    }
+    assert len(set(losses.values())) == 3
+
+
+def test_the_published_recipes_come_first() -> None:
+    first = {name: method.recipes[0] for name, method in METHODS.items()}
+    assert first["adam-kfac"] == Recipe()
+    assert first["adam"] == Recipe(kfac=False)
+    assert first["sgd-kfac"] == Recipe("sgd", weight_decay=0.0)
+    assert len({len(method.recipes) for method in METHODS.values()}) == 1
+    assert all(len(set(method.recipes)) == len(method.recipes) for method in METHODS.values())
+    assert accuracy.published("adam", Config(problem="cora"), "complete").width == 64
+    assert accuracy.published("adam-kfac", Config(problem="cora"), "public") == Recipe()
+
+
+def run_rows(validation: float, loss: float, status: str = "ok") -> list[Row]:
+    values = {VALIDATION: validation, VALIDATION_LOSS: loss}
+    return [{"quantity": f"tuning_{name}", "value": value, "status": status} for name, value in values.items()]
+
+
+def test_the_choice_is_by_validation_accuracy_then_loss_and_without_divergence() -> None:
+    a, b = [run_rows(80, 1.0), run_rows(60, 1.0)], [run_rows(70, 0.9), run_rows(70, 0.9)]
+    assert best([a, b]) == 1
+    assert best([a, [run_rows(71, 9.0), run_rows(70, 9.0)]]) == 1
+    assert best([a, [run_rows(99, 0.1), run_rows(99, 0.1, "diverged")]]) == 0
+
+
+def arm_table(values: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
+    """Validation accuracy, validation loss and test accuracy of arms at one seed."""
+    names = (VALIDATION, VALIDATION_LOSS, ACCURACY)
+    return pd.DataFrame(
+        [
+            {"arm": arm, "seed": 0, "quantity": name, "value": value}
+            for arm, found in values.items()
+            for name, value in zip(names, found, strict=True)
+        ]
+    )
+
+
+def test_arms_are_chosen_on_validation_data() -> None:
+    table = arm_table({"a": (80, 0.5, 10), "b": (80, 0.4, 20), "c": (70, 0.1, 99)})
+    assert best_arm(table, ["a", "b", "c"]) == "b"
+    assert worst_arm(table, ["a", "b", "c"]) == "c"
+    assert best_arm(table, ["a", "b", "c"], ACCURACY) == "c"
+
+
+def test_epochs_to_the_rivals_lowest_loss() -> None:
+    curves = {"x": [3.0, 1.0, 0.5], "y": [3.0, 2.0, 1.5]}
+    rows = [
+        {"arm": arm, "seed": 0, "epoch": epoch + 1, "quantity": "curve_validation_loss", "value": value}
+        for arm, curve in curves.items()
+        for epoch, value in enumerate(curve)
+    ]
+    table = pd.DataFrame(rows)
+    assert float(accuracy.reached_ratio(table, "x", "y", 100)["value"].iloc[0]) == pytest.approx(np.log10(2 / 3))
+    assert float(accuracy.reached_ratio(table, "y", "x", 100)["value"].iloc[0]) == pytest.approx(np.log10(100 / 3))
+
+
+def test_seconds_are_epochs_times_their_price() -> None:
+    rows = [{"arm": a, "seed": 0, "quantity": "best_epoch", "value": v} for a, v in (("x", 10.0), ("y", 40.0))]
+    rows += [{"method": m, "seed": 0, "quantity": timing.SECONDS, "value": v} for m, v in (("k", 2.0), ("p", 1.0))]
+    found = timing.seconds_to(pd.DataFrame(rows), ("k", "p"), ("x", "y"))
+    assert found["value"].tolist() == pytest.approx([np.log10(0.5)])
+
+
+def test_a_headline_accuracy_that_is_missed_is_refuted() -> None:
+    config = Config(problem="cora", seeds=3)
+    (claim,) = (c for c in ANALYSIS.claims(config) if c.id == "headline-published")
+    measured = {
+        Cell({"part": "accuracy", "arm": "adam-kfac published", "split": "public", "seed": seed}): [
+            {"quantity": ACCURACY, "value": value}
+        ]
+        for seed, value in enumerate((75.0, 75.5, 74.5))
+    }
+    assert judge([claim], tabulate({c: normalise(c, rows) for c, rows in measured.items()}))[0].outcome == "refuted"
+
+
+def test_a_wrong_kronecker_form_is_refuted(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_isolated", "_without_edges"):
+        row = pd.Series(getattr(kronecker, name)(setting, 0))
+        assert row["value"] <= row["tolerance"]
+    monkeypatch.setattr(kronecker, "izadi", lambda: KFAC(factored_damping=True))
+    row = pd.Series(kronecker._without_edges(setting, 0))
+    assert row["value"] > row["tolerance"]
+
+
+def test_options_are_checked() -> None:
+    for options, message in (
+        ({"problem": "kora"}, "Did you mean 'cora'"),
+        ({"splits": ("publik",)}, "Did you mean 'public'"),
+        ({"splits": ()}, "at least one"),
+        ({"configurations": 99}, "--configurations must be from 1"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"gammas": (0.0,)}, "--gammas must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Config(**options)
+
+
+def test_grids_share_the_published_point() -> None:
+    config = Config(seeds=1, epsilons=(0.01, 0.1), refreshes=(50,), gammas=(1.0,))
+    names = [arm.name for arm in sensitivity.arms(config)]
+    assert names == ["adam epsilon=0.1", "sgd epsilon=0.1", "ε=0.1 both γ=1"]
+    ids = {claim.id for claim in ANALYSIS.claims(config)}
+    assert {"sensitivity-joint", "sensitivity-epsilon-sgd", "selection-optimism"} <= ids
+    assert not ids & {"sensitivity-refresh", "sensitivity-gamma"}
+    assert not {claim.id for claim in unlabelled._claims(Config(gammas=()))}
+
+
+SMALL = (
+    "--seeds", "2", "--epochs", "6", "--configurations", "2", "--starts", "1", "--epsilons", "0.1", "--gammas", "1", "2",
+    "--refreshes", "4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    results = tmp_path_factory.mktemp("results")
+    line = [sys.executable, "-m", "analyses.gnn_natural_gradient", *SMALL, "--workers", "1", "--results", str(results)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    return done, results / "gnn_natural_gradient" / "latest"
+
+
+def test_the_command_ends_with_verdicts_and_files(command: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = command
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
+    table = pd.read_parquet(folder / "measurements.parquet")
+    assert set(table["part"]) == set(PARTS)
+    verdicts = {v["claim"]: v for v in json.loads((folder / "verdicts.json").read_text())["verdicts"]}
+    assert {verdicts[claim]["outcome"] for claim in ("kronecker-isolated", "kronecker-mlp")} == {"supported"}
+    assert all(verdict["estimate"] is not None for verdict in verdicts.values() if verdict["seeds"])
+
+
+def test_the_paper_is_drawn_from_stored_results(command: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    _, folder = command
+    table = pd.read_parquet(folder / "measurements.parquet")
+    verdicts = pd.DataFrame(json.loads((folder / "verdicts.json").read_text())["verdicts"])
+    for draw in PAPER.figures.values():
+        assert draw(table, verdicts).axes
+    rows = accuracies(table)
+    assert len(rows) == len(METHODS)

@@ -1,0 +1,85 @@
+"""The analyses of images and tables on a graph: one cell of every experiment, and what does not exist on nodes."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from analyses.assembly import classifies_nodes, squared
+from analyses.ntk_isotropy.config import Config as IsotropyConfig
+from analyses.ntk_isotropy.setting import Setting, setting_of
+from curvlab.problems import resolve
+from curvlab.study import Cell, UsageError
+
+KARATE = "karate-gcn"
+OPTIONS: Mapping[str, dict[str, Any]] = {
+    "ntk_isotropy": {"widths": (8, 16), "structures": ("full", "kfac")},
+    "jacobian_rank": {"samples": 4, "widths": (8, 16), "activation": ("relu",), "structures": ("full", "kfac")},
+    "spectrum": {"width": 8, "structures": ("full", "kfac"), "top": 2, "probes": 2, "lanczos": 8},
+    "edge_of_stability": {
+        "steps": 20, "every": 5, "etas": (0.3,), "structures": ("kfac",), "preconditioners": ("kfac",),
+    },
+}  # fmt: skip
+
+
+def cells_on_the_graph(name: str) -> list[Cell]:
+    """One cell of every experiment that runs on the graph itself, the smallest of its kind."""
+    analysis = import_module(f"analyses.{name}").ANALYSIS
+    config = analysis.config(problem=KARATE, seeds=1, **OPTIONS[name])
+    found: dict[tuple[object, ...], Cell] = {}
+    for cell in analysis.cells(config):
+        if cell.coordinates.get("problem", KARATE) == KARATE:
+            key = tuple(cell.coordinates.get(part) for part in ("part", "inputs", "labels"))
+            if key not in found or int(cell.coordinates.get("width", 0)) < int(found[key].coordinates.get("width", 0)):
+                found[key] = cell
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_experiment_runs_on_nodes(name: str) -> None:
+    analysis = import_module(f"analyses.{name}").ANALYSIS
+    config = analysis.config(problem=KARATE, seeds=1, **OPTIONS[name])
+    assert len(analysis.data_hash(config)) == 64
+    cells = cells_on_the_graph(name)
+    assert cells
+    for cell in cells:
+        rows = analysis.measure(cell, config)
+        assert all({"quantity", "value"} <= set(row) for row in rows), cell
+
+
+def test_experiments_on_other_networks_are_left_out() -> None:
+    parts = {name: {cell["part"] for cell in cells_on_the_graph(name)} for name in ("ntk_isotropy", "jacobian_rank")}
+    assert "inputs" not in parts["ntk_isotropy"]
+    assert not {"networks", "structures"} & parts["jacobian_rank"]
+    kinds = {cell.coordinates.get("inputs") for cell in cells_on_the_graph("jacobian_rank")}
+    assert kinds & {"duplicated", "parallel", "near"} == {"duplicated"}
+
+
+def test_kernels_of_a_graph_are_divided_by_its_nodes() -> None:
+    """The nodes are one sample of the rows; Θ = J Jᵀ/N is that of the loss all the same."""
+    cell = Cell({"part": "response", "width": 8, "depth": 2, "activation": "relu", "outputs": 0, "seed": 0})
+    setting = setting_of(cell, IsotropyConfig(problem=KARATE, widths=(8,)))
+    assert isinstance(setting, Setting)
+    model, x = setting.problem.model, setting.inputs
+    J = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)).T.flatten())(
+        {name: value.detach() for name, value in model.named_parameters()}
+    )
+    dense = torch.cat([part.flatten(1) for part in J.values()], dim=1)
+    torch.testing.assert_close(torch.as_tensor(setting.kernels.sum(0)), dense @ dense.T / len(x))
+    torch.testing.assert_close(setting.rows.gram(), dense @ dense.T / len(x))
+
+
+def test_graphs_are_known_by_name_and_squared_by_argument() -> None:
+    assert classifies_nodes("cora-gcn")
+    assert not classifies_nodes("digits")
+    assert squared(KARATE) == {"loss": "half-squared"}
+    assert squared("digits") == {}
+    assert resolve(KARATE, **squared(KARATE)).train[1].shape == (4, 4)
+
+
+def test_too_many_samples_are_an_error_of_usage() -> None:
+    analysis = import_module("analyses.jacobian_rank").ANALYSIS
+    with pytest.raises(UsageError, match="karate has 4 training nodes in the split 'public'; 40 were asked for"):
+        analysis.data_hash(analysis.config(problem=KARATE))
