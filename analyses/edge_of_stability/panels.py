@@ -243,4 +243,4 @@ def published(axes: Axes, measurements: pd.DataFrame, *, quantity: Literal["loss
         threshold(axes, 2 / readme.ETA, label=r"$2/\eta$")
     axes.set_ylim(bottom=0)
     name = "training loss" if quantity == "loss" else r"sharpness $\lambda_{\max}(H)$"
-    axes.set(xlabel="step", ylabel=name, title=rf"CIFAR-10, 5000 images, $\eta={readme.ETA:g}$")
+    axes.set(xlabel="step", ylabel=name, title="CIFAR-10, 5000 images")

@@ -337,7 +337,7 @@ class TestPublishedRun:
             "dip": 71.0,
             "passes-100": 2500.0,
             "passes-135": 3400.0,
-            "crossing": 5000.0,
+            "passes-200": 5000.0,
             "loss-4500": 0.42,
             "last-step": 10_000.0,
             "last-loss": 0.2,
@@ -348,18 +348,18 @@ class TestPublishedRun:
 
     def test_what_is_not_reached_counts_as_late(self) -> None:
         run = Run(losses=[0.6, 0.5], points=[Point(0, (50.0,), 0.0, 1.0, 1.0)])
-        assert published.MILESTONES["crossing"].read(run) == published.LIMIT
+        assert published.MILESTONES["passes-200"].read(run) == published.LIMIT
 
     def test_a_milestone_that_is_missed_is_refuted(self) -> None:
         config = replace(TINY, published=True)
         claims = PARTS[published.NAME].claims(config)
         (cell,) = PARTS[published.NAME].cells(config)
         met = {name: milestone.value for name, milestone in published.MILESTONES.items()}
-        measured = met | {"crossing": 1.2 * met["crossing"], "dip": 0.95 * met["dip"]}
+        measured = met | {"passes-200": 1.2 * met["passes-200"], "dip": 0.95 * met["dip"]}
         rows = [{"quantity": name, "value": value} for name, value in measured.items()]
         table = tabulate({cell: normalise(cell, rows)})
         outcomes = {verdict.claim: verdict.outcome for verdict in judge(claims, table)}
-        assert outcomes.pop("published-crossing") == "refuted"
+        assert outcomes.pop("published-passes-200") == "refuted"
         assert set(outcomes.values()) == {"supported"}
 
     def test_its_cell_ends_at_the_accuracy(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ MILESTONES: Mapping[str, Milestone] = {
     "dip": Milestone("The least sharpness of the first 1000 steps", 71.0, _least_until(1000)),
     "passes-100": Milestone("The step at which the sharpness passes 100", 2100.0, _passes(100.0)),
     "passes-135": Milestone("The step at which the sharpness passes 135", 3000.0, _passes(135.0)),
-    "crossing": Milestone("The step at which the sharpness crosses 2/η = 200", 4350.0, _passes(2 / ETA)),
+    "passes-200": Milestone("The step at which the sharpness crosses 2/η = 200", 4350.0, _passes(2 / ETA)),
     "loss-4500": Milestone("The loss at step 4500", 0.20, _loss_at(4500)),
     "plateau": Milestone("The mean sharpness after the crossing, between 203 and 213,", 208.0, _plateau),
     "last-step": Milestone(
