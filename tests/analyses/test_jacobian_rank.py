@@ -27,7 +27,7 @@ from curvlab.problems import Problem
 from curvlab.study import Cell, Verdict, judge
 from curvlab.study.measurements import normalise, tabulate
 
-SMALL = ("--widths", "64", "256", "--seeds", "3", "--samples", "12", "--structures", "full", "kfac")
+SMALL = ("--widths", "64", "256", "--seeds", "1", "--samples", "8", "--structures", "full", "kfac")
 IDENTITIES = (
     "rank-initial", "rank-duplicated", "rank-parallel", "rank-networks", "rank-layers", "rank-training", "rate-linear",
     "modes-damped", "kfac-leverages", "general-newton", "response-rank-full", "linearised-full", "linearised-kfac", "kept-full",

@@ -25,7 +25,6 @@ from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import poisson
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -155,6 +154,9 @@ class PoissonRate(Elementwise):
     is_drawn: ClassVar[bool] = True
 
     def draw(self, draws: Draws) -> Float[Tensor, "S N C X"]:  # noqa: D102
+        # Takes a second to import, which would be a third of curvlab's own.
+        from scipy.stats import poisson
+
         uniform = draws.of(torch.rand, self.rate)
         counts = poisson.ppf(uniform.double().cpu().numpy(), self.rate.double().cpu().numpy())
         return 1 - torch.as_tensor(counts).clamp_min(0).to(self.rate) / (self.rate + self.eps)
