@@ -19,6 +19,8 @@ NEEDS_SIGMA = "layer-wise"
 class Config(CommonOptions):
     """Options of the edge-of-stability analysis."""
 
+    seeds: int = 10
+    """Number of seeds; claims are judged on the intervals over them (unit: runs)."""
     problem: str = "digits"
     """An image set, such as cifar10-5k, with the network of --network; or module:function that returns a Problem."""
     network: str = "fc-tanh"
@@ -57,7 +59,7 @@ class Config(CommonOptions):
     """Structures that precondition training, renewed at every step and frozen."""
     steps: int = 800
     """Steps of a run (unit: steps)."""
-    every: int = 25
+    every: int = 35
     """Steps between measurements; an odd number sees both phases of an oscillation of period 2 (unit: steps)."""
     top: int = 2
     """Hessian eigenvalues that are followed."""

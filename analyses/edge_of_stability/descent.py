@@ -125,9 +125,11 @@ def descend(
             break
         if (samples := batches(step)) is not None:
             setting.gradient(model, samples)
-        here = flat(model)
-        optimiser.steps.step()
-        if operator is not None and found is not None:
+        if operator is None or found is None:
+            optimiser.steps.step()
+        else:
+            here = flat(model)
+            optimiser.steps.step()
             plain = share(operator, found.vectors, gradient) if operator.euclidean else None
             moved = share(operator, found.vectors, flat(model) - here)
             values = tuple(float(value) for value in found.values)
