@@ -20,7 +20,7 @@ class Config(CommonOptions):
     """Options of the edge-of-stability analysis."""
 
     seeds: int = 10
-    """Number of seeds; claims are judged on the intervals over them (unit: runs)."""
+    """How many random seeds to run; intervals and p-values are taken over them (unit: seeds)."""
     problem: str = "digits"
     """An image set, such as cifar10-5k, with the network of --network; or module:function that returns a Problem."""
     network: str = "fc-tanh"
