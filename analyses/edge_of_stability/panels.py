@@ -234,9 +234,9 @@ def published(axes: Axes, measurements: pd.DataFrame, *, quantity: Literal["loss
     """Loss or sharpness of the README's run against step, with points read off the published figures (open diamonds)."""
     table = take(measurements, readme.NAME, quantity).sort_values("step")
     axes.plot(table["step"], table["value"], color=COLOURS[0], linewidth=1.0, label="this run", zorder=2)
-    points = readme.LOSS if quantity == "loss" else readme.SHARPNESS
+    points = [m.point[1:] for m in readme.MILESTONES.values() if m.point is not None and m.point[0] == quantity]
     axes.plot(
-        list(points), list(points.values()), linestyle="none", marker="D", markersize=4, markerfacecolor="white",
+        *zip(*points, strict=True), linestyle="none", marker="D", markersize=4, markerfacecolor="white",
         markeredgecolor=COLOURS[1], label="published", zorder=3,
     )  # fmt: skip
     if quantity == "sharpness":

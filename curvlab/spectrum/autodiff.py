@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 from curvlab.nn.linearize import differentiable_attention
+from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
-from curvlab.spectrum.objective import Data, Loss, Objective, Parameters, Part
+from curvlab.spectrum.objective import Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
 
 logger = logging.getLogger("curvlab")

@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.rows.batches import Data
 from curvlab.rows.loss import Kind
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Engine
 from curvlab.rows.sweep import PickOutput
-from curvlab.spectrum.objective import Data, batches_of
+from curvlab.spectrum.objective import repeatable
 from curvlab.spectrum.operator import Operator, RowsOperator
 from curvlab.spectrum.selection import choose, restricted
 
@@ -61,7 +62,7 @@ class Fisher(Operator):
         engine: Engine = "auto",
     ) -> None:
         self.model, self.loss, self.kind, self.samples = model, loss, kind, samples
-        self.batches, self.pick, self.engine = batches_of(data), output, engine
+        self.batches, self.pick, self.engine = repeatable(data), output, engine
         self.generator = generator
         self._state = None if generator is None else generator.get_state()
         own = trainable(model)

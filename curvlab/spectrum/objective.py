@@ -7,7 +7,7 @@ divisor that the loss applied to the batch, and sums add. `Objective.total` does
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -19,15 +19,12 @@ from torch.func import functional_call
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.modes import randomness
-from curvlab.rows.batches import as_batches, shuffles
+from curvlab.rows.batches import Data, as_batches, shuffles
 from curvlab.rows.loss import LOSSES, loss_terms
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, left_as_found, select_output
 from curvlab.spectrum.selection import choose
-
-Data = Sequence[Any] | Iterable[Sequence[Any]]
-"""One pair (inputs, targets), or an iterable of pairs such as a DataLoader that can be passed over and over."""
 
 Loss = nn.Module | Callable[[Tensor, Any], Tensor]
 Parameters = dict[str, Tensor]
@@ -88,7 +85,7 @@ class Objective:
         output: PickOutput = None,
     ) -> None:
         self.model, self.loss, self.pick = model, loss, output
-        self.batches = batches_of(data)
+        self.batches = repeatable(data)
         own = trainable(model)
         self.names = choose(own, parameters)
         if not self.names:
@@ -220,7 +217,7 @@ class Objective:
         return " ".join(found or ["Model, loss or data are random, or keep a state: make them deterministic."])
 
 
-def batches_of(data: Data) -> Any:
+def repeatable(data: Data) -> Any:
     """Return the batches of data: a list of one pair, or what can be passed over and over.
 
     Raises:

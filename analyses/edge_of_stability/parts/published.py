@@ -30,9 +30,6 @@ LIMIT = 12_000
 """Steps after which the run ends anyhow; a milestone that was not reached by then counts as reached there."""
 READING = 0.1
 """Relative deviation up to which a milestone counts as met: they are read off figures, and the initialisation is another."""
-SHARPNESS = {0: 78.0, 450: 71.0, 2100: 100.0, 3000: 135.0, 4350: 200.0, 9050: 208.0}
-LOSS = {0: 0.60, 100: 0.41, 4500: 0.20, 9050: 0.11}
-"""Points of the published curves, by step."""
 SETTING: Mapping[str, str | int | float] = {
     "problem": "cifar10-5k",
     "network": "fc-tanh",
@@ -54,11 +51,13 @@ class Milestone:
         statement: what it is.
         value: as published.
         read: the same of a run.
+        point: the curve that it is on, "loss" or "sharpness", with the step and the height; None if on neither.
     """
 
     statement: str
     value: float
     read: Callable[[Run], float]
+    point: tuple[str, float, float] | None
 
 
 def _loss_at(step: int) -> Callable[[Run], float]:
@@ -83,20 +82,33 @@ def _plateau(run: Run) -> float:
     )
 
 
+def _at(curve: str, step: int, value: float, what: str, read: Callable[[Run], float]) -> Milestone:
+    """Return the height of a curve."""
+    return Milestone(what, value, read, (curve, step, value))
+
+
+def _passing(sharpness: float, step: int) -> Milestone:
+    """Return the step at which the sharpness passes a value."""
+    what = f"The step at which the sharpness passes {sharpness:g}"
+    return Milestone(what, step, _passes(sharpness), ("sharpness", step, sharpness))
+
+
 MILESTONES: Mapping[str, Milestone] = {
-    "first-sharpness": Milestone("The sharpness at the start", 78.0, lambda run: run.points[0].eigenvalues[0]),
-    "first-loss": Milestone("The loss at the start", 0.60, _loss_at(0)),
-    "loss-100": Milestone("The loss at step 100", 0.41, _loss_at(100)),
-    "dip": Milestone("The least sharpness of the first 1000 steps", 71.0, _least_until(1000)),
-    "passes-100": Milestone("The step at which the sharpness passes 100", 2100.0, _passes(100.0)),
-    "passes-135": Milestone("The step at which the sharpness passes 135", 3000.0, _passes(135.0)),
-    "passes-200": Milestone("The step at which the sharpness crosses 2/η = 200", 4350.0, _passes(2 / ETA)),
-    "loss-4500": Milestone("The loss at step 4500", 0.20, _loss_at(4500)),
-    "plateau": Milestone("The mean sharpness after the crossing, between 203 and 213,", 208.0, _plateau),
-    "last-step": Milestone(
-        "The step at which 99 % of the samples are fitted", 9050.0, lambda run: len(run.losses) - 1.0
+    "first-sharpness": _at(
+        "sharpness", 0, 78.0, "The sharpness at the start", lambda run: run.points[0].eigenvalues[0]
     ),
-    "last-loss": Milestone("The loss at that step", 0.11, lambda run: run.losses[-1]),
+    "first-loss": _at("loss", 0, 0.60, "The loss at the start", _loss_at(0)),
+    "loss-100": _at("loss", 100, 0.41, "The loss at step 100", _loss_at(100)),
+    "dip": _at("sharpness", 450, 71.0, "The least sharpness of the first 1000 steps", _least_until(1000)),
+    "passes-100": _passing(100.0, 2100),
+    "passes-135": _passing(135.0, 3000),
+    "passes-200": _passing(2 / ETA, 4350),
+    "loss-4500": _at("loss", 4500, 0.20, "The loss at step 4500", _loss_at(4500)),
+    "plateau": _at("sharpness", 9050, 208.0, "The mean sharpness after the crossing, between 203 and 213,", _plateau),
+    "last-step": Milestone(
+        "The step at which 99 % of the samples are fitted", 9050.0, lambda run: len(run.losses) - 1.0, None
+    ),
+    "last-loss": _at("loss", 9050, 0.11, "The loss at that step", lambda run: run.losses[-1]),
 }
 """What the README's figures show, by the end of the claim's id."""
 
