@@ -42,6 +42,8 @@ SMALL = 4
 """A space of at most so many bases is not worth a restart: the basis may fill it."""
 DENSE = 2048
 """A space of at most so many dimensions is taken whole once as many products have been spent on it."""
+ENOUGH = 0.1
+"""Unit vectors that keep so much of their square in every direction are orthogonal after one projection."""
 ROUND_OFF = 10
 """Residuals up to so many ε·max|θ| are round-off."""
 
@@ -128,9 +130,9 @@ def eigenpairs(
     with operator.held():
         basis.begin(start)
         while True:
-            ritz = basis.ritz(which, max(wanted, width))
+            ritz = basis.ritz(which, wanted)
             limit = max(tolerance, ROUND_OFF * torch.finfo(operator.dtype).eps) * ritz.largest
-            unconverged = ritz.norms[:wanted] > limit
+            unconverged = ritz.norms > limit
             if basis.spans_all:
                 unconverged = torch.zeros_like(unconverged)
             complete = len(ritz.values) >= wanted and not bool(unconverged.any())
@@ -141,8 +143,8 @@ def eigenpairs(
             if basis.products >= operator.size and operator.size <= DENSE:
                 basis.take_all()
             else:
-                basis.widen(ritz.residuals[:wanted][unconverged.to(operator.device)][:width])
-    found = _result(ritz, ~unconverged, min(wanted, len(ritz.values)), which, basis)
+                basis.widen(ritz.residuals[unconverged.to(operator.device)][:width])
+    found = _result(ritz, ~unconverged, which, basis)
     if not bool(found.converged.all()):
         warnings.warn(
             f"{int((~found.converged).sum())} of {wanted} eigenpairs have residuals above {limit:.2e}, up to "
@@ -162,7 +164,7 @@ class _Ritz:
         values: θ, in float64.
         coefficients: s, one a row, in the basis; of all Ritz vectors that a restart keeps.
         vectors: x, one a row.
-        residuals: `Ax − θx`.
+        residuals: `Ax − θx`, one a row.
         norms: of the residuals, in float64.
         largest: max|θ| over all Ritz values.
     """
@@ -221,11 +223,15 @@ class _Basis:
         order = _priority(which, self.count)
         leading = s[:, order].T.to(V)
         theta, kept = values[order[:number]], leading[:number]
-        vectors = kept @ V
-        residuals = kept @ W - theta.to(V)[:, None] * vectors
+        vectors = self.combine(kept)
+        residuals = (kept @ W).addcmul_(theta.to(V)[:, None], vectors, value=-1)
         duals = residuals if self.operator.euclidean else self.operator.metric(residuals)
         norms = (residuals * duals).sum(1).clamp_min(0).sqrt().double().cpu()
         return _Ritz(theta, leading, vectors, residuals, norms, float(values.abs().max()))
+
+    def combine(self, coefficients: Float[Tensor, "j b"]) -> Float[Tensor, "j P"]:
+        """Return vectors of the space that the basis spans."""
+        return coefficients @ self._vectors[: self.count]
 
     def widen(self, block: Float[Tensor, "K P"]) -> None:
         """Add what is new in a block, random vectors if nothing is."""
@@ -255,12 +261,13 @@ class _Basis:
         if not len(fresh):
             return False
         images = self.operator.matmat(fresh)
-        if not bool(images.isfinite().all()):
-            raise ValueError(f"A product with {self.operator!r} is not finite: check its parameters and data.")
         before, self.count = self.count, self.count + len(fresh)
         self._vectors[before : self.count], self._images[before : self.count] = fresh, images
-        self._duals[before : self.count] = self.operator.metric(fresh)
+        if not self.operator.euclidean:
+            self._duals[before : self.count] = self.operator.metric(fresh)
         cross = (self._duals[: self.count] @ images.T).double().cpu()
+        if not bool(cross.isfinite().all()):
+            raise ValueError(f"A product with {self.operator!r} is not finite: check its parameters and data.")
         cross[before:] = (cross[before:] + cross[before:].T) / 2
         self._projected[: self.count, before : self.count] = cross
         self._projected[before : self.count, : self.count] = cross.T
@@ -274,7 +281,9 @@ class _Basis:
         V, MV = self._vectors[: self.count], self._duals[: self.count]
         duals = self.operator.metric(block)
         squares = (block * duals).sum(1)
-        if bool((squares < -(self._eps**0.5) * block.norm(dim=1) * duals.norm(dim=1)).any()):
+        if bool((squares < 0).any()) and bool(
+            (squares < -(self._eps**0.5) * block.norm(dim=1) * duals.norm(dim=1)).any()
+        ):
             raise NotPositiveDefinite(
                 f"The inner product of {self.operator!r} is not positive: xᵀMx = {float(squares.min()):.3g} for some x. "
                 "Use a larger damping, or a positive preconditioner."
@@ -288,6 +297,8 @@ class _Basis:
             values, vectors = torch.linalg.eigh(gram)
             new = values > 10 * len(block) * self._eps
             block = (vectors[:, new] / values[new].sqrt()).T.to(block) @ block
+            if float(values.min()) > ENOUGH:
+                break
         return block
 
     @property
@@ -309,10 +320,10 @@ def _priority(which: Which, count: int) -> list[int]:
     return [ascending[i // 2] if i % 2 else ascending[-1 - i // 2] for i in ascending]
 
 
-def _result(ritz: _Ritz, converged: Bool[Tensor, " m"], wanted: int, which: Which, basis: _Basis) -> Eigenpairs:
-    order = torch.arange(wanted)
+def _result(ritz: _Ritz, converged: Bool[Tensor, " m"], which: Which, basis: _Basis) -> Eigenpairs:
+    order = torch.arange(len(ritz.values))
     if which == "both":
-        order = ritz.values[:wanted].argsort(descending=True)
+        order = ritz.values.argsort(descending=True)
     at = order.to(ritz.vectors.device)
     return Eigenpairs(
         values=ritz.values[order],
@@ -321,5 +332,5 @@ def _result(ritz: _Ritz, converged: Bool[Tensor, " m"], wanted: int, which: Whic
         converged=converged[order],
         products=basis.products,
         sweeps=basis.sweeps,
-        subspace=ritz.vectors,
+        subspace=basis.combine(ritz.coefficients[: max(len(order), basis.width)]),
     )
