@@ -21,6 +21,7 @@ from curvlab.fisher.block import Batch, Block, State, check_rtol, times
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.system import inverse_values
 from curvlab.fisher.unit_rows import is_plain, weighted_product
+from curvlab.rows.aligned import product
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
@@ -354,7 +355,9 @@ class LinearBlock(KroneckerBlock):
 
 def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Float[Tensor, "Q d d"]) -> Float[Tensor, "*K T Q d"]:
     """Multiply the rows of every group with a symmetric matrix."""
-    return (x.transpose(-3, -2) @ inverse).transpose(-3, -2) if len(inverse) > 1 else x @ inverse[0]
+    if len(inverse) > 1:
+        return (x.transpose(-3, -2) @ inverse).transpose(-3, -2)
+    return product(x.reshape(-1, x.shape[-1]), inverse[0]).view(x.shape)
 
 
 class EmbeddingBlock(KroneckerBlock):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from curvlab.fisher.block import RunningAverage, State, Total
 from curvlab.fisher.system import condition_limit
+from curvlab.rows.aligned import aligned, pitch
 
 PANELS = 4
 """Panels in which a symmetric product is done; four do five eighths of the whole one's work."""
@@ -134,7 +135,7 @@ class Moment(Factor):
             self.root = root if self.root is None else torch.cat([self.root * decay**0.5, root], dim=1)
         else:
             if self.matrix is None:
-                self.matrix = root.new_zeros(len(root), *2 * root.shape[2:])
+                self.matrix = _zeros(root)
                 if self.root is not None:
                     self._add(self.root, 0.0, 1.0)
                     self.root = None
@@ -148,8 +149,9 @@ class Moment(Factor):
         part = Moment(self.rtol)
         part.matrix = root.new_zeros(len(root), *2 * root.shape[2:])
         part._add(root, 0.0, scale)
-        found = total(part.matrix)
-        self.matrix = found if self.matrix is None else decay * self.matrix + found
+        if self.matrix is None:
+            self.matrix = _zeros(root)
+        self.matrix.mul_(decay).add_(total(part.matrix))
         self._mirrored = False
 
     def _add(self, root: Float[Tensor, "Q n d"], decay: float, scale: float) -> None:
@@ -166,7 +168,7 @@ class Moment(Factor):
         """Complete the matrix from what is on and below its diagonal."""
         assert self.matrix is not None
         if not self._mirrored:
-            self.matrix = self.matrix.tril() + self.matrix.tril(-1).mT
+            self.matrix.copy_(self.matrix.tril() + self.matrix.tril(-1).mT)
             self._mirrored = True
 
     @property
@@ -234,8 +236,12 @@ class Moment(Factor):
         assert root is None or isinstance(root, Tensor)
         assert matrix is None or isinstance(matrix, Tensor)
         assert isinstance(weight, float)
-        self.root, self.matrix = root, None if matrix is None else matrix.clone()
+        self.root, self.matrix = root, None if matrix is None else aligned(matrix.shape, matrix).copy_(matrix)
         self.weight, self._basis, self._mirrored = weight, None, True
+
+
+def _zeros(root: Float[Tensor, "Q n d"]) -> Float[Tensor, "Q d d"]:
+    return aligned((len(root), *2 * root.shape[2:]), root).zero_()
 
 
 class DiagonalMoment(Factor):
@@ -279,26 +285,40 @@ Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Tensor]]
 def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tensor]:
     """Return `(M + ρI)⁻¹` of several factors and ρ: `[Q, d, d]`, of a diagonal one `[Q, d]`.
 
-    Those of equal size are inverted in one batched call. Where a Cholesky factorisation fails or cannot be trusted, the
-    inverse comes from the eigenvectors.
+    Those that fill memory of the same width are continued to it and inverted in one batched call. Where a Cholesky
+    factorisation fails or cannot be trusted, the inverse comes from the eigenvectors.
 
     Cost: `d³/2` for a Cholesky factorisation and the inverse of its product.
     """
     found: list[Tensor] = [factor.regularised(rho) for factor, rho in wanted]
-    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, int, torch.dtype], list[int]] = defaultdict(list)
     for position, matrix in enumerate(found):
         if matrix.ndim == 2:
             found[position] = matrix.reciprocal()
         else:
-            alike[matrix.shape, matrix.dtype].append(position)
-    for positions in alike.values():
-        roots, info = torch.linalg.cholesky_ex(torch.stack([found[position] for position in positions]))
+            alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype].append(position)
+    for (_, width, _), positions in alike.items():
+        roots, info = torch.linalg.cholesky_ex(
+            torch.stack([_widened(found[position], width) for position in positions])
+        )
         pivots = roots.diagonal(dim1=-2, dim2=-1)
         trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
         safe = ((info == 0) & trusted).all(-1).tolist()
         for position, root, good in zip(positions, roots, safe, strict=True):
-            found[position] = torch.cholesky_inverse(root) if good else _inverse_by_eigenvectors(*wanted[position])
+            d = found[position].shape[-1]
+            found[position] = (
+                torch.cholesky_inverse(root)[..., :d, :d] if good else _inverse_by_eigenvectors(*wanted[position])
+            )
     return found
+
+
+def _widened(matrix: Float[Tensor, "Q d d"], width: int) -> Float[Tensor, "Q w w"]:
+    """Continue a matrix by a multiple of the unit matrix, the first pivot of its Cholesky factorisation."""
+    d = matrix.shape[-1]
+    wide = matrix.new_zeros(len(matrix), width, width)
+    wide[:, :d, :d] = matrix
+    wide.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
+    return wide
 
 
 def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from curvlab.rows.aligned import product
 from curvlab.rows.grouping import Grouping
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import add_pairs, add_product, chunks, pairs_cost
@@ -304,6 +305,8 @@ class KroneckerRows(SharedRows):
 
     def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
         g = self.g[0] if len(self.g) == 1 else self.g.sum(0)
+        if g.shape[2] == 1:
+            return product(g.flatten(0, 2).T, self.a.flatten(0, 2)).flatten()
         return torch.einsum("ntqo,ntqi->qoi", g, self.a).flatten()
 
     def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:  # noqa: D102

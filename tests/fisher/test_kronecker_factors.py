@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.nn import HalfSquaredError
-from curvlab.rows import jacobian, sqrt_fisher
+from curvlab.rows import Rows, jacobian, sqrt_fisher
 
 
 def factored_inverse(network: str, sharing: str, rho: float) -> Tensor:
@@ -156,3 +156,34 @@ def test_rank_tolerance_cuts_factors() -> None:
             solution = make(rtol=1e-5).update(rows).solve(v, 0.0)
         assert_close(solution, torch.tensor([2.0, 0.0], dtype=DOUBLE))
         assert make(rtol=1e-5).update(rows).eigvalsh().count_nonzero() == 1
+
+
+def test_wide_layers_in_padded_memory() -> None:
+    """Factors of 521 and 300 columns, done in panels and inverted in wider memory, are what they are without."""
+    samples, rho = 640, 0.03
+    model = nn.Linear(520, 300).double()
+    x, y = draw(samples, 520), draw(samples, 300)
+    generator = torch.Generator().manual_seed(0)
+
+    def rows_of_some(k: slice) -> Rows:
+        return sqrt_fisher(model, HalfSquaredError(), x[k], y[k], kind="mc", generator=generator)
+
+    rows = rows_of_some(slice(None))
+    for parts in ([rows], [rows_of_some(k) for k in (slice(0, 600), slice(600, None))]):
+        structure = cf.KFAC(factored_damping=True)
+        for k, part in enumerate(parts):
+            structure.update(part, decay=float(k > 0))
+        a = torch.cat([x, torch.ones(samples, 1, dtype=DOUBLE)], dim=1)
+        g = torch.cat([part.layers[0].factors[-1][0, :, 0, 0] * part.count**0.5 for part in parts])
+        A, B = a.T @ a / samples, g.T @ g / samples
+        pi = ((A.trace() / len(A)) / (B.trace() / len(B))).sqrt()
+        left = torch.linalg.inv(B + rho**0.5 / pi * torch.eye(len(B), dtype=DOUBLE))
+        right = torch.linalg.inv(A + rho**0.5 * pi * torch.eye(len(A), dtype=DOUBLE))
+        gradient = {name: draw(*p.shape) for name, p in model.named_parameters()}
+        joined = torch.cat([gradient["weight"], gradient["bias"][:, None]], dim=1)
+        found = structure.direction(gradient, rho)
+        assert_close(torch.cat([found["weight"], found["bias"][:, None]], dim=1), left @ joined @ right)
+    few = rows.layers[0].select(slice(0, 40))
+    direction = structure.direction(few.layout.split(few.total()), rho, lambda _: few)
+    expected = left @ few.dense().sum(0).view(300, 521) @ right
+    assert_close(torch.cat([direction["weight"], direction["bias"][:, None]], dim=1), expected)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlab.rows.aligned import aligned
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.parameters import Layout
 
@@ -56,10 +57,12 @@ class Rule:
 
 def augmented(a: Tensor, names: Names, bias_scale: float = 1.0) -> Tensor:
     """Drop the input's columns if the weight is frozen, append the bias' column if the bias is not."""
-    columns = [a] if "weight" in names else []
-    if "bias" in names:
-        columns.append(a.new_full((*a.shape[:-1], 1), bias_scale))
-    return torch.cat(columns, dim=-1)
+    kept = a if "weight" in names else a[..., :0]
+    if "bias" not in names:
+        return kept
+    columns = aligned((*a.shape[:-1], kept.shape[-1] + 1), a)
+    columns[..., :-1], columns[..., -1] = kept, bias_scale
+    return columns
 
 
 def scale_shift(site: Site, normalised: Float[Tensor, "N T U"], g: Float[Tensor, "V N T U"]) -> LayerRows:
