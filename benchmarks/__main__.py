@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.options import CommonOptions, command
 from benchmarks.peers import METHODS, MethodName, PeerName
-from benchmarks.runner import Entry, compare
+from benchmarks.runner import compare
 from benchmarks.tasks import TASKS, TaskName
 from benchmarks.worker import Request
 from curvlab.study.environment import environment
@@ -56,7 +56,7 @@ def _compare(options: Options, console: Console, progress: Console) -> int:
     return int(any(entry.wrong for entries in comparisons for entry in entries))
 
 
-def _run(task: TaskName, options: Options, console: Console, progress: Console) -> list[Entry]:
+def _run(task: TaskName, options: Options, console: Console, progress: Console) -> list[report.Line]:
     with progress.status(task) as status:
 
         def requests() -> Iterator[Request]:

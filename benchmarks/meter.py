@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.process import Machine
+
 _PROC = Path("/proc/self")
 
 
@@ -35,6 +37,14 @@ def timed(call: Callable[[], object], device: str) -> float:
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
+
+
+def repeated(call: Callable[[], object], machine: Machine) -> tuple[float, ...]:
+    """Time a call until there are enough times, or their sum is."""
+    seconds: list[float] = []
+    while len(seconds) < machine.repeats and sum(seconds) < machine.seconds:
+        seconds.append(timed(call, machine.device))
+    return tuple(seconds)
 
 
 def growth(call: Callable[[], object], device: str) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,24 @@ class Result:
 
     outcome: Outcome
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Timed(Result):
+    """What came of calls that were timed.
+
+    Attributes:
+        seconds: the timed calls.
+        peak_bytes: peak memory of a call, beyond what the process held before.
+    """
+
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        """Median time of a call in seconds."""
+        return statistics.median(self.seconds)
 
 
 Asked = TypeVar("Asked", bound=Machine)

@@ -13,7 +13,10 @@ from benchmarks import tables
 from benchmarks.peers import METHODS
 from benchmarks.runner import Entry
 from benchmarks.tasks import TASKS
+from benchmarks.worker import Measurement, Request
 from curvlab.study.units import size
+
+Line = Entry[Request, Measurement]
 
 LEGEND = (
     "Ratio: the time over that of the first line. Memory: the peak beyond what was held before. Share: the time that "
@@ -21,13 +24,13 @@ LEGEND = (
 )
 
 
-def heading(entries: Sequence[Entry]) -> str:
+def heading(entries: Sequence[Line]) -> str:
     """Say what one task computed, and on what."""
     request = entries[0].request
     return f"Gram matrix of a {TASKS[request.task].title}, {tables.setting(request, request.samples)}"
 
 
-def table(entries: Sequence[Entry], style: box.Box = box.SIMPLE_HEAD) -> Table:
+def table(entries: Sequence[Line], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one task; the first entry is what the others are compared with."""
     made = tables.empty(style, ["method"], ["seconds", "ratio", "memory", "error", "share"])
     for entry in entries:
@@ -35,7 +38,7 @@ def table(entries: Sequence[Entry], style: box.Box = box.SIMPLE_HEAD) -> Table:
     return made
 
 
-def _cells(entry: Entry, reference: Entry) -> list[str]:
+def _cells(entry: Line, reference: Line) -> list[str]:
     measured = entry.measurement
     if measured.outcome != "done":
         return [measured.outcome]
@@ -49,7 +52,7 @@ def _cells(entry: Entry, reference: Entry) -> list[str]:
     ]
 
 
-def notes(entries: Sequence[Entry]) -> list[str]:
+def notes(entries: Sequence[Line]) -> list[str]:
     """Say what stopped a method, and at which rate the machine multiplies matrices."""
     lines = tables.stopped((METHODS[entry.request.method].title, entry.measurement) for entry in entries)
     rates = [entry.measurement.matmul_rate for entry in entries if entry.measurement.matmul_rate is not None]
@@ -58,7 +61,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def save(path: Path, comparisons: Sequence[Sequence[Entry]], environment: dict[str, object]) -> None:
+def save(path: Path, comparisons: Sequence[Sequence[Line]], environment: dict[str, object]) -> None:
     """Write markdown or JSON, by the suffix of the path."""
     measurements = [[asdict(entry) for entry in entries] for entries in comparisons]
     sections = ((heading(entries), table(entries, box.MARKDOWN), notes(entries)) for entries in comparisons)

@@ -1,16 +1,17 @@
-"""Runs every method in a process of its own and compares the matrices."""
+"""Runs every method in a process of its own and compares what they computed."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
 
-from benchmarks.peers import METHODS, MethodName
-from benchmarks.process import in_own_process
+from benchmarks.peers import METHODS
+from benchmarks.process import Asked, Found, in_own_process
 from benchmarks.worker import Measurement, Request
 
 AGREEMENT = 1e-4
@@ -18,7 +19,7 @@ AGREEMENT = 1e-4
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[Asked, Found]):
     """One line of the comparison.
 
     Attributes:
@@ -28,8 +29,8 @@ class Entry:
             either is missing.
     """
 
-    request: Request
-    measurement: Measurement
+    request: Asked
+    measurement: Found
     error: float | None
 
     @property
@@ -39,26 +40,45 @@ class Entry:
         return self.measurement.outcome == "failed" or disagrees
 
 
-def compare(requests: Iterable[Request], timeout: float) -> Iterator[Entry]:
-    """Measure one after the other and compare with the first, which is the reference.
+def compare(requests: Iterable[Request], timeout: float) -> Iterator[Entry[Request, Measurement]]:
+    """Measure Gram matrices one after the other and compare with the first, which is the reference.
 
     Args:
         requests: one task by several methods.
         timeout: seconds after which a method is stopped.
     """
+    return compared("benchmarks.worker", requests, timeout, Measurement, _unscaled)
+
+
+def compared(
+    worker: str,
+    requests: Iterable[Asked],
+    timeout: float,
+    made: type[Found],
+    load: Callable[[Asked, Path], np.ndarray | None],
+) -> Iterator[Entry[Asked, Found]]:
+    """Measure one after the other and compare with the first, which is the reference.
+
+    Args:
+        worker: module that calls `serve`.
+        requests: one task by several methods.
+        timeout: seconds after which a method is stopped.
+        made: class of the measurement.
+        load: reads what a method computed from the folder of its process; None if it cannot be compared.
+    """
     reference = None
     for position, request in enumerate(requests):
         with tempfile.TemporaryDirectory() as folder:
-            measurement = in_own_process("benchmarks.worker", request, timeout, Path(folder), Measurement)
-            gram = _unscaled(request.method, Path(folder)) if measurement.outcome == "done" else None
-        reference = gram if position == 0 else reference
-        error = None if gram is None or reference is None else relative_error(gram, reference)
+            measurement = in_own_process(worker, request, timeout, Path(folder), made)
+            found = load(request, Path(folder)) if measurement.outcome == "done" else None
+        reference = found if position == 0 else reference
+        error = None if found is None or reference is None else relative_error(found, reference)
         yield Entry(request, measurement, error)
 
 
-def _unscaled(method: MethodName, folder: Path) -> np.ndarray:
+def _unscaled(request: Request, folder: Path) -> np.ndarray:
     gram: np.ndarray = np.load(folder / "gram.npy").astype(np.float64)
-    return gram / METHODS[method].scale
+    return gram / METHODS[request.method].scale
 
 
 def relative_error(found: np.ndarray, reference: np.ndarray) -> float:

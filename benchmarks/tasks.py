@@ -1,40 +1,47 @@
-"""The networks whose Gram matrices are timed."""
+"""The networks that are timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 TaskName = Literal["mlp", "lenet"]
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
-class Task:
-    """The Gram matrix `J Jᵀ` of a network with 10 outputs, in float32.
+class Task(Generic[Network]):
+    """A network with 10 outputs and its inputs, in float32.
 
     Attributes:
-        title: what is computed, for headings.
-        network: builds the network, a chain of modules.
+        title: the network in words.
+        network: builds it.
         input_shape: shape of one sample.
         samples: number of samples N.
     """
 
     title: str
-    network: Callable[[], nn.Sequential]
+    network: Callable[[], Network]
     input_shape: tuple[int, ...]
     samples: int
 
-    def build(self, samples: int, device: str) -> tuple[nn.Sequential, Float[Tensor, "N ..."]]:
+    def build(self, samples: int, device: str) -> tuple[Network, Float[Tensor, "N ..."]]:
         """Return the network and its inputs: the same numbers in every process and on every device."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network, inputs = self.network(), torch.randn(samples, *self.input_shape)
         return network.to(device), inputs.to(device)
+
+
+def random_labels(samples: int, device: str) -> Int[Tensor, " N"]:
+    """Return one of ten classes for every sample, the same in every process."""
+    return torch.randint(10, (samples,), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def _mlp() -> nn.Sequential:
@@ -56,7 +63,7 @@ def _lenet() -> nn.Sequential:
     )  # fmt: skip
 
 
-TASKS: dict[TaskName, Task] = {
+TASKS: dict[TaskName, Task[nn.Sequential]] = {
     "mlp": Task("784-1024-1024-10 ReLU MLP", _mlp, (784,), 128),
     "lenet": Task("LeNet on 28×28 images", _lenet, (1, 28, 28), 64),
 }

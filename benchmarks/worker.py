@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import meter
 from benchmarks.operations import matrix_products, operations
 from benchmarks.peers import METHODS, MethodName
-from benchmarks.process import Machine, Result, serve
+from benchmarks.process import Machine, Timed, serve
 from benchmarks.tasks import TASKS, TaskName
 
 
@@ -41,25 +41,16 @@ class Request(Machine):
 
 
 @dataclass(frozen=True)
-class Measurement(Result):
+class Measurement(Timed):
     """What came of it.
 
     Attributes:
-        seconds: the timed calls.
-        peak_bytes: peak memory of the calls.
         multiply_adds: what the method does of the factored form; None if it works otherwise.
         matmul_rate: largest rate among the task's matrix products, in multiply-adds a second.
     """
 
-    seconds: tuple[float, ...] = ()
-    peak_bytes: int = 0
     multiply_adds: int | None = None
     matmul_rate: float | None = None
-
-    @property
-    def median(self) -> float:
-        """Median time of a call in seconds."""
-        return statistics.median(self.seconds)
 
     @property
     def share(self) -> float | None:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
-from benchmarks import tables
+from benchmarks import fits, tables
 from benchmarks.graphs.methods import CLASSES, FEATURES, HIDDEN, METHODS
 from benchmarks.graphs.worker import Measurement, Request
 from curvlab.study.units import size
@@ -45,13 +44,9 @@ class Sweep:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
-    """Return the slope of log cost over log size, of the larger half of the sizes; None from fewer than three."""
-    usable = sorted((s, c) for s, c in zip(sizes, costs, strict=True) if c > 0)
-    upper = usable[-max(3, (len(usable) + 1) // 2) :]
-    if len(upper) < 3:
-        return None
-    x, y = np.log(np.array(upper)).T
-    return float(np.polyfit(x, y, 1)[0])
+    """Return the slope of log cost over log size; see `fits.exponent`."""
+    fitted = fits.exponent(sizes, costs)
+    return None if fitted is None else fitted.slope
 
 
 def heading(sweep: Sweep) -> str:

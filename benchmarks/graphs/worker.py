@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import meter
 from benchmarks.graphs.methods import METHODS, GraphName, MethodName, pubmed, random_graph
-from benchmarks.process import Machine, Result, serve
+from benchmarks.process import Machine, Timed, serve
 
 WARM_UP = (8, 16, 4)
 """Nodes, edges and labels of a graph on which is loaded what is loaded late."""
@@ -35,23 +34,14 @@ class Request(Machine):
 
 
 @dataclass(frozen=True)
-class Measurement(Result):
+class Measurement(Timed):
     """What came of it.
 
     Attributes:
-        seconds: the timed calls.
-        peak_bytes: peak memory of a call, beyond what the process held before.
         sizes: nodes, edges and labelled nodes.
     """
 
-    seconds: tuple[float, ...] = ()
-    peak_bytes: int = 0
     sizes: tuple[int, ...] = ()
-
-    @property
-    def median(self) -> float:
-        """Median time of a call in seconds."""
-        return statistics.median(self.seconds)
 
 
 def measure(request: Request, _: Path) -> Measurement:
@@ -65,11 +55,9 @@ def measure(request: Request, _: Path) -> Measurement:
         graph = random_graph(request.nodes, request.edges, request.labelled, request.device)
     compute = prepare(graph)
     peak = meter.growth(compute, request.device)
-    seconds: list[float] = []
-    while len(seconds) < request.repeats and sum(seconds) < request.seconds:
-        seconds.append(meter.timed(compute, request.device))
+    seconds = meter.repeated(compute, request)
     sizes = (len(graph.network.features), graph.edges, len(graph.nodes))
-    return Measurement(outcome="done", seconds=tuple(seconds), peak_bytes=peak, sizes=sizes)
+    return Measurement(outcome="done", seconds=seconds, peak_bytes=peak, sizes=sizes)
 
 
 if __name__ == "__main__":

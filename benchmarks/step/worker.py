@@ -25,7 +25,7 @@ from benchmarks.operations import Layer, layers_of
 from benchmarks.process import Machine, Result, serve
 from benchmarks.step.methods import METHODS, Batch, Method, MethodName, Rows, residual
 from benchmarks.step.plain import due
-from benchmarks.tasks import TASKS, Task, TaskName
+from benchmarks.tasks import TASKS, Task, TaskName, random_labels
 
 CHECKED_SAMPLES = 32
 """Samples of the batch on which directions are compared."""
@@ -140,14 +140,14 @@ def measure(request: Request) -> tuple[Measurement, Tensor]:
     return done, direction
 
 
-def build(task: Task, samples: int, device: str) -> Batch:
+def build(task: Task[nn.Sequential], samples: int, device: str) -> Batch:
     """Return a network and a batch with random labels, the same in every process."""
-    network, inputs = task.build(samples, device)
-    labels = torch.randint(10, (samples,), generator=torch.Generator().manual_seed(1))
-    return Batch(network, inputs, labels.to(device))
+    return Batch(*task.build(samples, device), random_labels(samples, device))
 
 
-def check(task: Task, method: Method, interval: int, samples: int, device: str) -> tuple[Tensor, float | None]:
+def check(
+    task: Task[nn.Sequential], method: Method, interval: int, samples: int, device: str
+) -> tuple[Tensor, float | None]:
     """Take some steps and return the last direction; in dual form with its residual.
 
     K-FAC's have the biases frozen: libraries differ in whether a bias shares its weight's block.

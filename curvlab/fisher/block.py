@@ -426,7 +426,9 @@ class RowBlock(Block):
         if coefficients is not None:
             V, N = self.layers[0].shape
             return coefficients.apply(self.system.solve(seen.T, damping).view(V, N, -1)).flatten(0, 1).T
-        return self.system.eigen.sandwich(seen, gram(right, self.layers), damping, lambda: gram(left, right))
+        same = all(x is y for x, y in zip(left, right, strict=True))
+        others = seen if same else gram(right, self.layers)
+        return self.system.sandwich(seen, others, damping, lambda: gram(left, right))
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
         return self._form(self.layers) if self.keeps_rows else self.average.value

@@ -142,10 +142,39 @@ class System:
         assert self._solver is not None
         return self._solver(rhs)
 
+    def sandwich(
+        self,
+        left: Float[Tensor, "*B Q n"],
+        right: Float[Tensor, "*B R n"],
+        damping: float,
+        direct: Callable[[], Float[Tensor, "*B Q R"]],
+    ) -> Float[Tensor, "*B Q R"]:
+        """Return `x (SᵀS + ρI)⁻¹ yᵀ` for `SSᵀ` this matrix; see `Eigen.sandwich`, which does it where `halves` cannot."""
+        halves = self.halves(left, right, damping)
+        if halves is None:
+            return self.eigen.sandwich(left, right, damping, direct)
+        x, y = halves
+        return ((direct() - x.mT @ y) / damping).to(left)
+
+    def halves(
+        self, left: Float[Tensor, "*B Q n"], right: Float[Tensor, "*B R n"], damping: float
+    ) -> tuple[Float[Tensor, "*B n Q"], Float[Tensor, "*B n R"]] | None:
+        """Return `L⁻¹Sxᵀ` and `L⁻¹Syᵀ` in float64 for `LLᵀ = K + ρI`, given `xSᵀ` and `ySᵀ`.
+
+        Then `x (SᵀS + ρI)⁻¹ yᵀ` is the difference of `xyᵀ` and their product, over ρ. It cancels to the round-off of
+        `xyᵀ` over ρ, as the part outside the span of S does in any form, so a factor in float64 of a matrix in float32
+        loses nothing more. None without damping, or if K is too ill-conditioned for its type.
+        """
+        if damping == 0:
+            return None
+        factor, failed = _cholesky(self.matrix.to(torch.float64, copy=True), damping)
+        if not _trusted(factor, failed, self.matrix.dtype):
+            return None
+        x = torch.linalg.solve_triangular(factor, left.double().mT, upper=False)
+        return x, x if left is right else torch.linalg.solve_triangular(factor, right.double().mT, upper=False)
+
     def _use_cholesky(self, damping: float, factor: Tensor, failed: Tensor) -> bool:
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
-        if bool(failed.any()) or not bool((condition < condition_limit(factor.dtype)).all()):
+        if not _trusted(factor, failed, factor.dtype):
             return False
         self.damping = damping
         self._solver = lambda rhs: torch.cholesky_solve(rhs.to(factor), factor).to(rhs)
@@ -195,6 +224,13 @@ def _cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     matrix.diagonal(dim1=-2, dim2=-1).add_(damping)
     factor, info = torch.linalg.cholesky_ex(matrix)
     return factor, info != 0
+
+
+def _trusted(factor: Tensor, failed: Tensor, dtype: torch.dtype) -> bool:
+    """Whether Cholesky factors exist, of matrices in some type that are well enough conditioned for it."""
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
+    return not bool(failed.any()) and bool((condition < condition_limit(dtype)).all())
 
 
 def prepare(systems: Iterable[System], damping: float) -> None:

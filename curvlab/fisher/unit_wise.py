@@ -125,14 +125,20 @@ class UnitBlock(RowBlock):
         if not self.keeps_rows:
             solved = self.system.solve(b.unit_stack().mT, damping)
             return (a.unit_stack() @ solved).sum(0)
-        left_stack, right_stack = a.unit_stack(), b.unit_stack()
+        left_stack = a.unit_stack()
+        right_stack = left_stack if a is b else b.unit_stack()
         x = self.roots.times(left_stack.transpose(0, 1))
         if stacked and coefficients is not None:
             V, N = self.layers[0].shape
             solved = self.system.solve(x, damping).sum(0)
             return coefficients.apply(solved.view(V, N, -1)).flatten(0, 1).T
-        y = self.roots.times(right_stack.transpose(0, 1))
-        return self.system.eigen.sandwich(x.mT, y.mT, damping, lambda: left_stack @ right_stack.mT).sum(0)
+        y = x if a is b else self.roots.times(right_stack.transpose(0, 1))
+        seen = x.mT
+        halves = self.system.halves(seen, seen if x is y else y.mT, damping)
+        if halves is None:
+            return self.system.eigen.sandwich(x.mT, y.mT, damping, lambda: left_stack @ right_stack.mT).sum(0)
+        direct = left_stack.transpose(0, 1).flatten(1) @ right_stack.transpose(0, 1).flatten(1).T
+        return ((direct - halves[0].flatten(0, 1).T @ halves[1].flatten(0, 1)) / damping).to(x)
 
     def _kernels(self, left: KroneckerRows, right: KroneckerRows, damping: float) -> Float[Tensor, "U N M"]:
         """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit, of inputs a' and a."""
@@ -148,8 +154,8 @@ class UnitBlock(RowBlock):
         x = (a @ roots.a.mT).repeat_interleave(O, dim=0) * s
         if torch.equal(b, roots.a) and bool(((roots.s > 0) | (g == 0).all(0)).all()):
             return self.system.solve(x.mT, damping).mT * torch.where(s > 0, 1 / torch.where(s > 0, s, 1), 0)
-        y = (b @ roots.a.mT).repeat_interleave(O, dim=0) * s
-        return self.system.eigen.sandwich(x, y, damping, lambda: (a @ b.mT).repeat_interleave(O, dim=0))
+        y = x if left is right else (b @ roots.a.mT).repeat_interleave(O, dim=0) * s
+        return self.system.sandwich(x, y, damping, lambda: (a @ b.mT).repeat_interleave(O, dim=0))
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
         dense: Tensor = torch.block_diag(*(self._form(self.layers) if self.keeps_rows else self.average.value))

@@ -29,10 +29,13 @@ from torch.nn import functional as F
 from curvlab.rows.aligned import product
 from curvlab.rows.grouping import Grouping
 from curvlab.rows.parameters import Layout
-from curvlab.rows.products import add_pairs, add_product, chunks, pairs_cost
+from curvlab.rows.products import add_pairs, add_product, cached, chunks, pairs_cost
 
 Own = TypeVar("Own", bound="LayerRows")
 Shared = TypeVar("Shared", bound="SharedRows")
+
+PAIRING_OVERHEAD = 2
+"""Time of a multiply-add of pairs of positions, whose products are small, relative to one of formed rows."""
 
 RowMap = Callable[[Tensor], Tensor]
 """A map of tensors `[V, N, …]` to `[W, N, …]`, linear in the row axis `v`."""
@@ -260,7 +263,7 @@ class KroneckerRows(SharedRows):
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ`.
 
-        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`. For `T > 1` it is the cheaper of forming the
+        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`. For `T > 1` it is the faster of forming the
         rows, `(R·T + S·U + R·S)·Q·O·I`, and of the pairs of positions, `Q·N·M·T·(U·I + W·O·(U + V))`.
         """
         if not isinstance(other, KroneckerRows):
@@ -269,7 +272,7 @@ class KroneckerRows(SharedRows):
             for q in range(self.a.shape[2]):
                 weight = self.a[:, 0, q] @ other.a[:, 0, q].T
                 add_product(out, self.g[:, :, 0, q], other.g[:, :, 0, q], weight, symmetric=other is self)
-        elif self._forming_cost(other) <= self._pairing_cost(other):
+        elif self._forming_cost(other) <= PAIRING_OVERHEAD * self._pairing_cost(other):
             self._add_formed_gram(out, other)
         else:
             self._add_pairwise_gram(out, other)
@@ -294,14 +297,29 @@ class KroneckerRows(SharedRows):
             alike = partial(_inner_products, self.a[:, :, q], other.a[:, :, q])
             add_pairs(out, self.g[:, :, :, q], other.g[:, :, :, q], alike, symmetric=other is self)
 
-    def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:  # noqa: D102
+    def matvec(self, block: Float[Tensor, "K P_l"]) -> Float[Tensor, "K R"]:
+        """Multiply. Cost `K·N·T·Q·O·(I + V)`, or that of forming the rows and `K·R·P_l` if less."""
+        if self._worth_forming(len(block)):
+            (V, N), K = self.shape, len(block)
+            pieces = [(block @ self.select(part).dense().T).view(K, V, -1) for part in chunks(N, V * self.size)]
+            return torch.cat(pieces, dim=2).flatten(1)
         Q, O, I = self.a.shape[2], self.g.shape[4], self.a.shape[3]  # noqa: E741
         moved = torch.einsum("ntqi,kqoi->kntqo", self.a, block.view(-1, Q, O, I))
         return torch.einsum("vntqo,kntqo->kvn", self.g, moved).flatten(1)
 
-    def rmatvec(self, coefficients: Float[Tensor, "K R"]) -> Float[Tensor, "K P_l"]:  # noqa: D102
-        combined = torch.einsum("kvn,vntqo->kntqo", coefficients.view(-1, *self.shape), self.g)
+    def rmatvec(self, coefficients: Float[Tensor, "K R"]) -> Float[Tensor, "K P_l"]:
+        """Combine. Cost as in `matvec`."""
+        (V, N), c = self.shape, coefficients.view(-1, *self.shape)
+        if self._worth_forming(len(c)):
+            parts = chunks(N, V * self.size)
+            return sum((c[:, :, part].flatten(1) @ self.select(part).dense() for part in parts), c.new_zeros(()))
+        combined = torch.einsum("kvn,vntqo->kntqo", c, self.g)
         return torch.einsum("kntqo,ntqi->kqoi", combined, self.a).flatten(1)
+
+    def _worth_forming(self, vectors: int) -> bool:
+        """Whether products with so many vectors cost less with the rows formed."""
+        V, T, I = self.shape[0], self.positions, self.a.shape[3]  # noqa: E741
+        return V * T * I + vectors * V * I < vectors * T * (I + V)
 
     def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
         g = self.g[0] if len(self.g) == 1 else self.g.sum(0)
@@ -322,11 +340,17 @@ class KroneckerRows(SharedRows):
         return torch.einsum("vntqo,ntqi->vnqoi", self.g, self.a).flatten(2).flatten(0, 1)
 
     def diagonal(self) -> Float[Tensor, " P_l"]:
-        """Return the diagonal of `SᵀS`. Cost `N·Q·(V·O + O·I)` for `T = 1`."""
-        if self.positions > 1:
-            return super().diagonal()
-        energy = self.g[:, :, 0].square().sum(0)
-        return torch.einsum("nqo,nqi->qoi", energy, self.a[:, 0].square()).flatten()
+        """Return the diagonal of `SᵀS`. Cost `N·Q·(V·O + O·I)` for `T = 1`, else `R·T·Q·O·I`, in chunks of samples."""
+        if self.positions == 1:
+            energy = self.g[:, :, 0].square().sum(0)
+            return torch.einsum("nqo,nqi->qoi", energy, self.a[:, 0].square()).flatten()
+        (V, N, _, Q, O), I = self.g.shape, self.a.shape[3]  # noqa: E741
+        total = self.g.new_zeros(Q, O, I)
+        for part in chunks(N, V * self.size, cached(self.g.device)):
+            g = self.g[:, part].permute(1, 3, 0, 4, 2).flatten(2, 3)
+            formed = (g @ self.a[part].transpose(1, 2)).square_()
+            total += formed.unflatten(2, (V, O)).sum((0, 2))
+        return total.flatten()
 
     def input_root(self, sample_weights: Float[Tensor, " N"], *, reduce: bool) -> tuple[Float[Tensor, "Q A I"], float]:
         """Return X and s with `s·XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""

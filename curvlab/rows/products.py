@@ -25,9 +25,14 @@ Block = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
 
 
-def chunks(total: int, elements_each: int) -> Iterator[slice]:
-    """Cut `range(total)` so that a chunk's intermediate tensor stays below `CHUNK_ELEMENTS`."""
-    step = max(1, CHUNK_ELEMENTS // max(1, elements_each))
+def cached(device: torch.device) -> int:
+    """Return how many elements of an intermediate tensor to form at once where a product is limited by memory traffic."""
+    return CACHE_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def chunks(total: int, elements_each: int, elements: int | None = None) -> Iterator[slice]:
+    """Cut `range(total)` so that a chunk's intermediate tensor stays below `elements`, by default `CHUNK_ELEMENTS`."""
+    step = max(1, (elements or CHUNK_ELEMENTS) // max(1, elements_each))
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
 
@@ -150,8 +155,7 @@ def add_pairs(
     """
     (V, N, T, O), (W, M, U, _) = left.shape, right.shape  # noqa: E741
     view = out.view(V, N, W, M)
-    elements = CACHE_ELEMENTS if left.device.type == "cpu" else CHUNK_ELEMENTS
-    side = max(1, isqrt(elements // (T * max(W * O, U))))
+    side = max(1, isqrt(cached(left.device) // (T * max(W * O, U))))
     parts = [slice(k, min(k + side, N)) for k in range(0, N, side)]
     others = parts if symmetric else [slice(k, min(k + side, M)) for k in range(0, M, side)]
     for i, n in enumerate(parts):
