@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
 from curvlab.rows.upstream import output_gradient
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def compare(
@@ -127,6 +129,8 @@ def compare(
                     "mib": _bytes(structure.state_dict()) / 2**20,
                 }
             )
+    import pandas as pd  # takes as long to import as all of curvlab
+
     return pd.DataFrame(table)
 
 

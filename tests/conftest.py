@@ -1,4 +1,4 @@
-"""What holds for every test: one thread a process, and no test fails because the machine is slow."""
+"""What holds for every test: types are checked, one thread a process, and no test fails because the machine is slow."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+import type_checks
 from hypothesis import HealthCheck, settings
+
+type_checks.install("curvlab")
 
 # As many processes as cores run the tests; more threads would wait for each other. The variable is for started processes.
 os.environ["OMP_NUM_THREADS"] = "1"

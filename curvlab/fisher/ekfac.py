@@ -14,7 +14,7 @@ from torch import Tensor
 from curvlab.fisher.block import Batch, RunningAverage, State
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import EmbeddingBlock, KroneckerBlock, KroneckerOptions, LinearBlock, Sharing
-from curvlab.fisher.structure import batches_of
+from curvlab.fisher.state import batches_of
 from curvlab.fisher.system import rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout

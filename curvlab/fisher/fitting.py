@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError
+from curvlab.fisher.state import State
 from curvlab.rows import Rows
 from curvlab.rows.batches import shuffles
 from curvlab.study import storage
 from curvlab.study.faults import UsageError
 from curvlab.study.progress import progress
-
-if TYPE_CHECKING:
-    from curvlab.fisher.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Fitting:
         shows: whether to show progress, on stderr.
     """
 
-    structure: Structure
+    structure: State
     rows_of: Callable[[Any], Rows]
     batches: Any
     generator: torch.Generator | None
@@ -196,7 +194,7 @@ class Fitting:
         self.structure.load_state_dict(content["state"])
 
 
-def identity(structure: Structure, model: nn.Module, loss: nn.Module, kind: str, samples: int) -> dict[str, str]:
+def identity(structure: State, model: nn.Module, loss: nn.Module, kind: str, samples: int) -> dict[str, str]:
     """Return what tells fits apart, by what to call it in messages."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {

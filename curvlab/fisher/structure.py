@@ -9,44 +9,36 @@ A structure is a list of blocks (`curvlab.fisher.block`). Vectors are parameters
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from itertools import accumulate
 from math import inf, log
-from operator import mul
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.errors import NotPositiveDefinite, OutsideRange, StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, RunningAverage, Total
+from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
+from curvlab.fisher.block import Block
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.fitting import Checkpoint, Fitting, identity
-from curvlab.fisher.serialise import pack_rows, unpack_rows
+from curvlab.fisher.state import State
 from curvlab.fisher.system import prepare
-from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.batches import as_batches
+from curvlab.rows.engine import Engine
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, OutputFactor, Scaling
-from curvlab.rows.parameters import ParameterSpace, Vector
-from curvlab.rows.rows import Engine
+from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
-from curvlab.study.environment import available_memory
-from curvlab.study.units import size
 
 Own = TypeVar("Own", bound="Structure")
 
 STRUCTURES: dict[str, type[Structure]] = {}
 """Every structure by its key; the options, the tests and the documentation read this."""
-
-WORTH_CHECKING = 1 << 28
-"""Bytes from which on an update looks first at how much memory there is."""
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""
@@ -65,54 +57,17 @@ class SolveInfo:
     outside: Float[Tensor, " K"]
 
 
-class Structure(ABC):
+class Structure(State):
     """An approximation of the Fisher matrix; subclasses say which blocks it has.
 
     Configuration is given at construction and frozen; the state comes from `update` or `fit`.
     """
-
-    key: ClassVar[str]
-    summary: ClassVar[str]
-    averages: ClassVar[bool] = False
-    """Whether the state are averages of layers' moments, which take any decay and stay defined where samples interact."""
-    passes: ClassVar[int] = 1
-    """How often `fit` goes over the data."""
-    adds: ClassVar[bool] = False
-    """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
-
-    joins_positions: bool = False
-    """Whether only the sum of a sample's rows is used, so that one row, its whole gradient, says as much."""
 
     def __init_subclass__(cls, key: str | None = None, summary: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if key is not None:
             cls.key, cls.summary = key, summary
             STRUCTURES[key] = cls
-
-    def __init__(self) -> None:
-        self._blocks: list[Block] = []
-        self._history: list[tuple[float, Rows]] = []  # batches, each with the decay of those before it
-        self._counts = RunningAverage()
-        self._merged: Rows | None = None
-        self._largest: float | None = None
-
-    @property
-    @abstractmethod
-    def options(self) -> Mapping[str, object]:
-        """The configuration, by the constructor's argument names."""
-
-    @abstractmethod
-    def _make_blocks(self, rows: Rows) -> list[Block]:
-        """Cut the parameters into blocks; every parameter belongs to exactly one."""
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        state = f"P={self.space.size}, blocks={len(self._blocks)}" if self._history else "not updated yet"
-        return f"{type(self).__name__}({'; '.join([options, state, *self._notes()])})"
-
-    def _notes(self) -> list[str]:
-        """Return what a reader of the repr should know about the state."""
-        return []
 
     @classmethod
     def fit(
@@ -179,150 +134,6 @@ class Structure(ABC):
             kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
         Fitting(structure, rows_of, as_batches(data), generator, kept, progress).run()
         return structure
-
-    def _absorb(self, rows: Rows, number: int, *, first: bool) -> None:  # noqa: ARG002
-        """Add a batch of a data set.
-
-        Args:
-            rows: of the batch.
-            number: of the pass over the data, from 0.
-            first: whether the batch is the first of its pass.
-        """
-        self.update(rows, 1.0)
-
-    def update(self: Own, rows: Rows, decay: float = 0.0, *, total: Total | None = None) -> Own:
-        """Decay the state and add the rows of a batch.
-
-        Args:
-            rows: rows of S.
-            decay: weight of the state so far: 0 replaces it, 1 accumulates a data set exactly, in between is a running
-                average. Sums of losses add at 1 and average otherwise.
-            total: sums a tensor over processes, each of which holds the rows of some samples of the batch; for K-FAC
-                and the diagonal, whose state are sums over samples.
-
-        Raises:
-            ValueError: if decay is not in [0, 1], or the rows are those of a Jacobian or of other parameters.
-            StateError: if a block that keeps rows cannot take this decay.
-            MemoryError: if the structure does not fit; the message says how large it is.
-        """
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay is a number in [0, 1], got {decay}.")
-        if rows.kind == "jacobian":
-            raise ValueError("A structure is built from rows of S (curvlab.sqrt_fisher), not of the Jacobian.")
-        if self._history:
-            self._check_fits(rows, decay)
-        else:
-            decay = 0.0
-        blocks = self._blocks or self._make_blocks(rows)
-        batches = batches_of(blocks, rows, decay, total)
-        self._check_memory(blocks, batches)
-        staying = [block.will_keep_rows(batch) for block, batch in zip(blocks, batches, strict=True)]
-        leaving = [
-            block for block, stays in zip(blocks, staying, strict=True) if decay and block.keeps_rows and not stays
-        ]
-        if leaving:
-            earlier = self.rows
-            for block in leaving:
-                block.leave_rows(1.0 if earlier.reduction == "sum" else earlier.terms)
-        self._blocks = blocks
-        self._update_blocks(batches)
-        kept = self._history if decay and any(staying) else []
-        self._history = [*kept, (decay, rows)][-(self._window or 0) :]
-        if kept:
-            self._counts = RunningAverage()
-        for step, batch in self._history if kept else [(decay, rows)]:
-            count = torch.tensor(batch.count, dtype=torch.float64)
-            self._counts.update(count if total is None else total(count), 1.0, step, additive=True)
-        self._merged = self._largest = None
-        return self
-
-    def _check_memory(self, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
-        """Raise `MemoryError` before an allocation that cannot succeed: matrices, and as much again to factorise them."""
-        elements = {block: block.elements(batch) for block, batch in zip(blocks, batches, strict=True)}
-        rows = batches[0].layers[0].factors[-1]
-        needed = 2 * sum(elements.values()) * rows.element_size()
-        if needed < WORTH_CHECKING:
-            return
-        available = available_memory(str(rows.device))
-        if available is not None and needed > available:
-            largest = max(elements, key=elements.__getitem__)
-            raise MemoryError(
-                f"The {self.key} structure needs {size(needed)} for its matrices and their factorisation, {size(available)} "
-                f"are available; the largest is that of {largest.name!r}. Use a structure of smaller blocks, such as 'kfac' "
-                "or 'diagonal', or fewer rows (kind='mc', smaller batches)."
-            )
-
-    def _check_fits(self, rows: Rows, decay: float) -> None:
-        last = self._history[-1][1]
-        if dict(rows.space.shapes) != dict(last.space.shapes):
-            raise ValueError("The rows belong to other parameters than the structure's state.")
-        if decay == 0:
-            return
-        for what in ("kind", "reduction"):
-            if getattr(rows, what) != getattr(last, what):
-                raise ValueError(
-                    f"Rows of {what} {getattr(rows, what)!r} cannot be added to a state of {what} "
-                    f"{getattr(last, what)!r}. Use decay=0 to start afresh."
-                )
-        if self._keeps_rows and rows.shape[0] != last.shape[0]:
-            raise ValueError(
-                f"Blocks that keep rows need as many rows a sample in every batch, got {last.shape[0]} and then "
-                f"{rows.shape[0]}. Use side='parameters'."
-            )
-
-    def _update_blocks(self, batches: list[Batch]) -> None:
-        for block, batch in zip(self._blocks, batches, strict=True):
-            block.update(batch)
-
-    @property
-    def _keeps_rows(self) -> bool:
-        return any(block.keeps_rows for block in self._blocks)
-
-    @property
-    def _window(self) -> int | None:
-        """Number of batches that rows are kept of, all if None."""
-        return None
-
-    @property
-    def updated(self) -> bool:
-        """Whether there is a state."""
-        return bool(self._history)
-
-    @property
-    def space(self) -> ParameterSpace:
-        """Names and shapes of the parameters.
-
-        Raises:
-            StateError: before the first update.
-        """
-        if not self._history:
-            raise StateError(f"{type(self).__name__} has no state yet: call update(rows) or use fit(…).")
-        return self._history[-1][1].space
-
-    @property
-    def count(self) -> float:
-        """Divisor that the loss applied to the data of the state.
-
-        Counts of batches add where batches do (decay 1) and are averaged in a running average; 1 for sums.
-        """
-        _ = self.space
-        return 1.0 if self._history[-1][1].reduction == "sum" else float(self._counts.value)
-
-    @property
-    def rows(self) -> Rows:
-        """The rows that `lift` speaks of: all rows of the state where blocks keep rows, else the last batch's."""
-        _ = self.space
-        if self._merged is None:
-            weights = list(accumulate((decay for decay, _ in reversed(self._history[1:])), mul, initial=1.0))[::-1]
-            # Sums of losses add up at decay 1 and are averaged otherwise, as their counts are.
-            scale = 1 / self._counts.weight if self._keeps_rows else 1.0
-            self._merged = merge([rows for _, rows in self._history], [scale * weight for weight in weights])
-            if self._window is None:
-                self._history = [(0.0, self._merged)]
-            for block in self._blocks:
-                if block.keeps_rows:
-                    block.set_rows(block.of(self._merged))
-        return self._merged
 
     def _damping(self, damping: Damping) -> float:
         _ = self.rows
@@ -523,39 +334,6 @@ class Structure(ABC):
                 return -inf
         return total
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, in containers that `torch.load(…, weights_only=True)` accepts; without configuration.
-
-        Raises:
-            StateError: before the first update.
-        """
-        _ = self.space
-        return {
-            "key": self.key,
-            "history": [(decay, pack_rows(rows)) for decay, rows in self._history],
-            "counts": self._counts.state(),
-            "blocks": [(repr(block), block.state()) for block in self._blocks],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state into a structure of the same class and configuration.
-
-        Raises:
-            ValueError: if the state is that of another structure, or its blocks are not those of this configuration.
-        """
-        if state["key"] != self.key:
-            raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
-        history = [(decay, unpack_rows(packed)) for decay, packed in state["history"]]
-        blocks = self._make_blocks(history[-1][1])
-        made, saved = [repr(block) for block in blocks], [name for name, _ in state["blocks"]]
-        if made != saved:
-            raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
-        for block, (_, content) in zip(blocks, state["blocks"], strict=True):
-            block.restore(content)
-        self._history, self._blocks = history, blocks
-        self._counts.restore(state["counts"])
-        self._merged = self._largest = None
-
 
 def make(key: str, **options: Any) -> Structure:
     """Return a structure by its key in `STRUCTURES`, with the options of its class.
@@ -570,9 +348,3 @@ def make(key: str, **options: Any) -> Structure:
         if name not in known:
             raise unknown_name(f"option of {key!r}", name, known)
     return STRUCTURES[key](**options)
-
-
-def batches_of(blocks: Iterable[Block], rows: Rows, decay: float, total: Total | None = None) -> list[Batch]:
-    """Cut rows into the shares of blocks."""
-    additive = rows.reduction == "sum"
-    return [Batch(block.of(rows), rows.terms, decay, additive, rows.sample_weights, total) for block in blocks]

@@ -1,53 +1,26 @@
-"""Rows of a whole model: the Jacobian J, and S with SᵀS the Fisher matrix.
+"""Rows of a whole model and their algebra.
 
     S = Λ^{1/2} J / √count
 
-One backward sweep gives both. Rows stay factored per layer (`curvlab.rows.layer`); a flattened row axis has R = V·N
-entries `(v, n)`, `v` outermost, in the same order in every layer and product.
+Rows stay factored per layer (`curvlab.rows.layer`); a flattened row axis has R = V·N entries `(v, n)`, `v` outermost, in
+the same order in every layer and product. `curvlab.rows.making` forms them.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
-from weakref import WeakSet
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvlab.errors import StateError, unknown_name
-from curvlab.nn import Linearized
-from curvlab.rows import autograd, backpack
+from curvlab.errors import StateError
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, LossTerms, OutputFactor, Scaling, flat_outputs, identity_seeds
-from curvlab.rows.owners import trainable
+from curvlab.rows.loss import OutputFactor, Scaling
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
-from curvlab.rows.samples import NodeChoice, Samples, samples_of
-from curvlab.rows.sweep import (
-    Arguments,
-    PickOutput,
-    Seed,
-    Swept,
-    as_arguments,
-    call,
-    check_finite,
-    differentiable_recurrence,
-    left_as_found,
-    refuse,
-    structural_twin,
-    unfactored,
-    without_factors,
-    wrong_rows,
-)
-
-logger = logging.getLogger("curvlab")
-
-Engine = Literal["auto", "backpack", "autograd"]
-_announced: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,234 +242,3 @@ def _merge_scales(parts: Sequence[Rows], weights: Sequence[float]) -> list[float
         total = sum(w * part.terms for w, part in zip(weights, parts, strict=True))
         return [(w * part.terms / total) ** 0.5 for w, part in zip(weights, parts, strict=True)]
     return [w**0.5 for w in weights]
-
-
-def jacobian(
-    model: nn.Module,
-    inputs: Any,
-    *,
-    nodes: NodeChoice = None,
-    output: PickOutput = None,
-    engine: Engine = "auto",
-    dtype: torch.dtype | None = None,
-) -> Rows:
-    """Return the rows of J, the Jacobian of the outputs with respect to the trainable parameters.
-
-    Row `(c, n)` is the gradient of output c of sample n, unscaled; extra output axes follow c, innermost last.
-
-    Args:
-        model: any module whose samples do not interact, or a graph network. It is left as it was found.
-        inputs: a tensor, a tuple (unpacked), a dict (keywords), or torch-geometric's `Data` or `Batch`, which the model is
-            called on. The first axis is the sample. In a batch of separate graphs with one output vector each, the graph
-            is; the batch is known by the names `edge_index` and `batch` of `Data`, of keywords or of the model's arguments.
-        nodes: for outputs `[N, C]` of the nodes of a graph, which interact: a mask or indices of those that carry rows, or a
-            function that chooses them given the inputs. Rows `(c, n)` of the L chosen nodes are `V = C·L` rows of one
-            sample, the graph, in the same order.
-        output: which tensor of a structured output to use: a key, an attribute, an index or a function.
-        engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture, "auto" for the
-            first that applies.
-        dtype: floating-point type of the rows and of all products with them; that of the parameters if None. The sweep is in
-            the model's own type, or in that of `torch.autocast`, whose round-off it keeps: relative errors of rows and Gram
-            matrices are a small multiple of 4e-3 for bfloat16, of 6e-8 for float32.
-
-    Raises:
-        UnsupportedModel: names the layer, the reason and the remedy.
-        ValueError: for no samples, non-finite outputs or an unknown engine.
-
-    Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
-    """
-    reading = read(model, inputs, nodes)
-    return _converted(_jacobian_rows(model, _sweep(model, reading, output, engine, _every_output(reading[1]))), dtype)
-
-
-def sqrt_fisher(
-    model: nn.Module,
-    loss: nn.Module,
-    inputs: Any,
-    targets: Any,
-    kind: Kind = "exact",
-    *,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-    share: tuple[int, int] | None = None,
-    nodes: NodeChoice = None,
-    output: PickOutput = None,
-    engine: Engine = "auto",
-    dtype: torch.dtype | None = None,
-) -> Rows:
-    """Return the rows of S, with `SᵀS` the Fisher matrix of the loss that is passed, its own factors included.
-
-    Args:
-        model: as in `jacobian`.
-        loss: one of `curvlab.rows.loss.LOSSES` with reduction "mean" or "sum", or any twice-differentiable loss of one
-            output tensor that has an attribute `reduction`, such as `curvlab.nn.PerSample(function)`.
-        inputs: as in `jacobian`.
-        targets: as the loss takes them; with `nodes=`, those of the chosen nodes.
-        kind: "exact" for the Fisher matrix of the model's own distribution (type 2, equal to the GGN for these losses);
-            "ggn" for the generalised Gauss-Newton matrix, also of losses whose Hessian depends on the targets and is no
-            Fisher matrix, which "exact" refuses; "mc" for a Monte-Carlo estimate of it; "empirical" for the
-            gradients with the given targets (type 1), one row a loss term.
-        samples: draws a loss term, for "mc".
-        generator: source of the draws, required for "mc".
-        share: where these samples start in a larger batch that is drawn in parts, and how many it has: with the generator in
-            one state for all parts, their draws are those of the whole. A part may lack targets that count.
-        nodes: as in `jacobian`.
-        output: as in `jacobian`.
-        engine: as in `jacobian`.
-        dtype: as in `jacobian`; the loss is taken apart in it, too.
-
-    Raises:
-        UnsupportedModel: as in `jacobian`, for a loss that is not covered, and for one that has no rows of this kind.
-        NotPositiveDefinite: for a loss of one's own with an indefinite Hessian at the outputs of some sample.
-        ValueError: for targets that do not fit the outputs, and for options that contradict each other.
-
-    Cost: as `jacobian` with V = C rows ("exact", "ggn"), `samples` rows ("mc") or one ("empirical") a position.
-
-    Source: `exact` and `empirical` as in Kunstner, Hennig & Balles 2019; count and weights as the loss applies them.
-    """
-    if kind not in get_args(Kind):
-        raise unknown_name("kind", kind, get_args(Kind))
-    if kind != "mc" and samples != 1:
-        raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}.")
-    reading = read(model, inputs, nodes)
-    first = next(iter(trainable(model).values()))
-
-    def terms_of(z: Tensor) -> LossTerms:
-        terms = reading[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, first.dtype)), targets)
-        terms.check(kind, part=share is not None)
-        return terms
-
-    base: Rows | None = None
-    factor: OutputFactor | None = None
-    if kind in ("exact", "ggn"):
-        swept = _sweep(model, reading, output, engine, _every_output(reading[1]))
-        base = _converted(_jacobian_rows(model, swept), dtype)
-        terms = terms_of(swept.output)
-        factor = terms.root()
-        layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
-    else:
-        draw = _sampler(kind, samples, generator, share)
-
-        def seed(z: Tensor) -> Tensor:
-            return draw(terms_of(z)).view(-1, *reading[1].lay_out(z).shape).to(z.dtype)
-
-        swept = _sweep(model, reading, output, engine, seed)
-        terms = terms_of(swept.output)
-        layers = tuple(layer if dtype is None else layer.to(dtype) for layer in swept.layers)
-    return Rows(
-        layers=layers,
-        space=_space(model),
-        kind=kind,
-        count=terms.count,
-        terms=terms.terms,
-        reduction=terms.reduction,
-        sample_weights=terms.sample_weights,
-        _jacobian=base,
-        factor=factor,
-    )
-
-
-def _every_output(samples: Samples) -> Seed:
-    def seed(z: Tensor) -> Tensor:
-        laid_out = samples.lay_out(z)
-        return identity_seeds(flat_outputs(laid_out)).view(-1, *laid_out.shape)
-
-    return seed
-
-
-def _sampler(
-    kind: Kind, samples: int, generator: torch.Generator | None, share: tuple[int, int] | None
-) -> Callable[[LossTerms], Tensor]:
-    if kind == "empirical":
-        return LossTerms.empirical
-    if generator is None:
-        raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
-    return lambda terms: terms.sampled(samples, generator, share=share)
-
-
-def _converted(rows: Rows, dtype: torch.dtype | None) -> Rows:
-    return rows if dtype is None else rows.to(dtype)
-
-
-def _space(model: nn.Module) -> ParameterSpace:
-    return ParameterSpace({name: parameter.shape for name, parameter in trainable(model).items()})
-
-
-def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
-    samples = swept.seeds.shape[1]
-    return Rows(
-        layers=swept.layers,
-        space=_space(model),
-        kind="jacobian",
-        count=1.0,
-        terms=float(samples),
-        reduction="none",
-        sample_weights=swept.output.new_ones(samples),
-    )
-
-
-Reading = tuple[Arguments, Samples]
-"""The model's arguments, and what a sample is in them."""
-
-
-def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
-    """Tell the arguments of a model, and what a sample is."""
-    arguments = as_arguments(inputs)
-    return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
-
-
-def _sweep(model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
-    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
-    if not isinstance(model, Linearized):
-        return _checked_sweep(model, reading, pick, engine, seed, model)
-    arguments, samples = reading
-    with torch.no_grad(), left_as_found(model.base):
-        z = samples.choose(call(model, arguments, pick))
-    base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
-    swept = _checked_sweep(base, reading, pick, engine, lambda _: seed(z), model)
-    return replace(swept, output=z)
-
-
-def _checked_sweep(
-    model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed, once_for: nn.Module
-) -> Swept:
-    chosen = _choose(model, pick, engine, once_for)
-    arguments, samples = reading
-
-    def forward() -> Tensor:
-        with differentiable_recurrence(model):
-            return samples.lay_out(samples.choose(call(model, arguments, pick)))
-
-    def sweep() -> tuple[Swept, tuple[str, ...]]:
-        if chosen == "backpack":
-            swept = backpack.sweep(model, arguments, pick, seed, samples)
-        else:
-            swept = autograd.sweep(model, arguments, pick, seed, samples, unfactored(once_for))
-        check_finite(swept)
-        return swept, wrong_rows(model, forward, swept, chosen, once_for)
-
-    with left_as_found(model):
-        swept, wrong = sweep()
-        if wrong and chosen == "autograd":
-            with without_factors(once_for, wrong):
-                swept, wrong = sweep()
-                refuse(wrong)
-        refuse(wrong)
-    return swept
-
-
-def _choose(model: nn.Module, pick: PickOutput, engine: Engine, announced_for: nn.Module) -> str:
-    if engine not in get_args(Engine):
-        raise unknown_name("engine", engine, get_args(Engine))
-    if engine != "auto":
-        return engine
-    reason = backpack.obstacle(model, pick)
-    if announced_for not in _announced:
-        _announced.add(announced_for)
-        if reason is None:
-            logger.info("Rows by the BackPACK engine: the model is a chain of modules that it knows.")
-        else:
-            logger.info("Rows by the autograd engine: %s.", reason)
-    return "autograd" if reason else "backpack"

@@ -22,9 +22,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from curvlab.rows.engine import Engine
 from curvlab.rows.loss import Kind
 from curvlab.rows.loss.terms import weightless
-from curvlab.rows.rows import Engine, Rows, jacobian, sqrt_fisher
+from curvlab.rows.making import jacobian, sqrt_fisher
+from curvlab.rows.rows import Rows
 from curvlab.rows.rows import gram as product
 from curvlab.rows.sweep import PickOutput
 from curvlab.study.progress import progress as showing

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlab.rows.engine import read
 from curvlab.rows.loss import flat_outputs
-from curvlab.rows.rows import read
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput, call, left_as_found
 

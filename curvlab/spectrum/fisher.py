@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.batches import Data
+from curvlab.rows.engine import Engine
 from curvlab.rows.loss import Kind
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
-from curvlab.rows.rows import Engine
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.objective import repeatable
 from curvlab.spectrum.operator import Operator, RowsOperator

@@ -3,26 +3,33 @@
 An analysis describes itself as an `Analysis` (a question, claims, cells, a measurement per cell, figures) and
 hands it to `main`, which gives it its command line, cache, statistics, results folder and exit code. This
 package knows nothing of curvature and imports nothing else of curvlab.
+
+A name is imported when it is first used: progress bars and files, which all of curvlab has from here, need no
+matplotlib and no pandas.
 """
 
-from curvlab.study.analysis import Analysis
-from curvlab.study.cells import Cell, Scalar
-from curvlab.study.claims import (
-    Claim,
-    Equivalence,
-    Failure,
-    Identity,
-    Inequality,
-    Verdict,
-    contradicts,
-    every_cell,
-    no_assumptions,
-)
-from curvlab.study.faults import DataUnavailable, MemoryShortage, StorageFull, StudyError, UsageError
-from curvlab.study.judge import judge
-from curvlab.study.options import CommonOptions, nearest
-from curvlab.study.results import Results, latest, load
-from curvlab.study.runner import main
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from curvlab.study.analysis import Analysis
+    from curvlab.study.cells import Cell, Scalar
+    from curvlab.study.claims import (
+        Claim,
+        Equivalence,
+        Failure,
+        Identity,
+        Inequality,
+        Verdict,
+        contradicts,
+        every_cell,
+        no_assumptions,
+    )
+    from curvlab.study.faults import DataUnavailable, MemoryShortage, StorageFull, StudyError, UsageError
+    from curvlab.study.judging import judge
+    from curvlab.study.options import CommonOptions, nearest
+    from curvlab.study.results import Results, latest, load
+    from curvlab.study.runner import main
 
 __all__ = [
     "Analysis",
@@ -50,3 +57,17 @@ __all__ = [
     "nearest",
     "no_assumptions",
 ]
+
+_MODULES = ("faults", "cells", "options", "claims", "judging", "results", "analysis", "runner")
+"""Where the names are defined, what is quick to import first."""
+
+
+if not TYPE_CHECKING:  # so that a name that does not exist is an error to static checkers
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):
+                if name in vars(module):
+                    globals()[name] = vars(module)[name]
+                    return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

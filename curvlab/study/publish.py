@@ -13,7 +13,7 @@ from curvlab.study.analysis import Analysis
 from curvlab.study.claims import Failure, Verdict
 from curvlab.study.execution import Measured, Plan
 from curvlab.study.faults import StudyError
-from curvlab.study.judge import judge
+from curvlab.study.judging import judge
 from curvlab.study.measurements import tabulate
 from curvlab.study.options import C, recorded
 from curvlab.study.results import (

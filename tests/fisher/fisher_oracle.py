@@ -222,6 +222,31 @@ def positions(model: nn.Module) -> dict[str, Tensor]:
     return places
 
 
+@dataclass(frozen=True)
+class Derivatives:
+    """Outputs of a model for one batch, and what its parameters and layers have to do with them, whatever the loss."""
+
+    z: Tensor
+    J: Tensor
+    layers: tuple[LayerReference, ...]
+    names: tuple[tuple[str, ...], ...]
+
+
+def derivatives(model: nn.Module, inputs: Any) -> Derivatives:
+    """Differentiate the outputs for one batch."""
+    z = outputs(model, inputs)
+    N, V = z.shape[0], z[0].numel()
+    J = dense_jacobian(model, inputs).view(V, N, -1).transpose(0, 1)
+    place, layers, names = positions(model), [], []
+    for prefix, module in model.named_modules():
+        own = [name for name in place if name.rpartition(".")[0] == prefix]
+        if own:
+            layers.append(layer_reference(model, module, inputs, V, [place[name] for name in own]))
+            names.append(tuple(own))
+    order = sorted(range(len(layers)), key=lambda k: int(layers[k].at.min()))
+    return Derivatives(z, J, tuple(layers[k] for k in order), tuple(names[k] for k in order))
+
+
 def reference(
     model: nn.Module,
     loss: nn.Module,
@@ -230,23 +255,14 @@ def reference(
     kind: str = "exact",
     seed: int = 0,
     samples: int = 1,
+    known: Derivatives | None = None,
 ) -> Reference:
-    """Compute everything for one batch."""
-    z = outputs(model, inputs)
-    N, V = z.shape[0], z[0].numel()
-    J = dense_jacobian(model, inputs).view(V, N, -1).transpose(0, 1)
-    omega = term_weights(loss, z, targets).reshape(N, -1, z[0, 0].numel()).mean(1).sum(1)
-    place, layers, names = positions(model), [], []
-    for prefix, module in model.named_modules():
-        own = [name for name in place if name.rpartition(".")[0] == prefix]
-        if own:
-            layers.append(layer_reference(model, module, inputs, V, [place[name] for name in own]))
-            names.append(tuple(own))
-    order = sorted(range(len(layers)), key=lambda k: int(layers[k].at.min()))
+    """Compute everything for one batch, but for the derivatives if they are known."""
+    found = derivatives(model, inputs) if known is None else known
+    z = found.z
+    omega = term_weights(loss, z, targets).reshape(len(z), -1, z[0, 0].numel()).mean(1).sum(1)
     moment = output_moment(loss, z, targets, kind, seed, samples)
-    return Reference(
-        J, moment, omega, tuple(layers[k] for k in order), tuple(names[k] for k in order), count_of(loss, z, targets)
-    )
+    return Reference(found.J, moment, omega, found.layers, found.names, count_of(loss, z, targets))
 
 
 def layer_reference(model: nn.Module, module: nn.Module, inputs: Any, V: int, places: list[Tensor]) -> LayerReference:
@@ -324,19 +340,38 @@ class Case:
     inputs: Any
     targets: Tensor
     kind: str
-    rows: Rows
-    reference: Reference
+    seed: int
     others: Any
+
+    @cached_property
+    def rows(self) -> Rows:
+        return rows_of(self.model, self.loss, self.inputs, self.targets, self.kind, self.seed)
+
+    @cached_property
+    def reference(self) -> Reference:
+        return reference(self.model, self.loss, self.inputs, self.targets, self.kind, self.seed)
 
     @cached_property
     def separate(self) -> Rows:
         """The Jacobian, swept on its own."""
         return jacobian(self.model, self.inputs)
 
-    @cached_property
+    @property
     def elsewhere(self) -> tuple[Rows, Tensor]:
         """The Jacobian of other samples, as rows and dense."""
-        return jacobian(self.model, self.others), dense_jacobian(self.model, self.others)
+        return jacobians(self.model, self.others)
+
+
+@cache
+def jacobians(model: nn.Module, inputs: Tensor) -> tuple[Rows, Tensor]:
+    return jacobian(model, inputs), dense_jacobian(model, inputs)
+
+
+@cache
+def network_case(network: str, N: int, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Make a network with inputs, and inputs of three other samples."""
+    model, inputs = NETWORKS[network].make(N + 3, seed)
+    return model, inputs[:N], inputs[N:]
 
 
 @cache
@@ -344,13 +379,9 @@ def case(
     network: str, loss: str = "ce", reduction: str = "mean", kind: str = "exact", N: int = 4, seed: int = 0
 ) -> Case:
     """Make a case; `others` are inputs of three other samples."""
-    model, inputs = NETWORKS[network].make(N + 3, seed)
-    inputs, others = inputs[:N], inputs[N:]
+    model, inputs, others = network_case(network, N, seed)
     module, targets = loss_case(loss).make(outputs(model, inputs), reduction, seed)
-    rows = rows_of(model, module, inputs, targets, kind, seed)
-    return Case(
-        model, module, inputs, targets, kind, rows, reference(model, module, inputs, targets, kind, seed), others
-    )
+    return Case(model, module, inputs, targets, kind, seed, others)
 
 
 def rows_of(

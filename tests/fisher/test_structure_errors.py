@@ -7,7 +7,7 @@ from oracle import DOUBLE, assert_close
 
 import curvlab.fisher as cf
 from curvlab.errors import IllConditioned, NotPositiveDefinite, OutsideRange, PartitionError, StateError
-from curvlab.fisher import structure as structure_module
+from curvlab.fisher import memory
 
 
 def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None:
@@ -214,7 +214,7 @@ def test_vectors_and_coefficients_must_fit() -> None:
 
 
 def test_what_does_not_fit_in_memory_says_its_size_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structure_module, "WORTH_CHECKING", 0)
+    monkeypatch.setattr(memory, "WORTH_CHECKING", 0)
     rows = case("mlp").rows
     for made, elements in [
         (cf.Full(side="parameters"), rows.P**2),
@@ -224,9 +224,9 @@ def test_what_does_not_fit_in_memory_says_its_size_first(monkeypatch: pytest.Mon
         (cf.UnitWise(side="parameters"), sum(layer.layout.units * layer.layout.width**2 for layer in rows.layers)),
     ]:
         needed = 16 * elements
-        monkeypatch.setattr(structure_module, "available_memory", lambda _, n=needed: n)
+        monkeypatch.setattr(memory, "available_memory", lambda _, n=needed: n)
         type(made)(**made.options).update(rows)
-        monkeypatch.setattr(structure_module, "available_memory", lambda _, n=needed: n - 1)
+        monkeypatch.setattr(memory, "available_memory", lambda _, n=needed: n - 1)
         with pytest.raises(MemoryError, match=rf"The {made.key} structure needs .* are available"):
             made.update(rows)
         assert not made.updated

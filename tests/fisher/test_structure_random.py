@@ -11,10 +11,12 @@ from fisher_oracle import (
     NETWORKS,
     SPECS,
     Case,
+    Derivatives,
     Reference,
     build,
     case,
     dense_structure,
+    derivatives,
     draw,
     kronecker_block,
     positions,
@@ -24,7 +26,7 @@ from fisher_oracle import (
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import DOUBLE, LOSSES, assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.rows import Rows
 
@@ -33,11 +35,17 @@ CUTS = st.lists(st.integers(1, SAMPLES - 1), max_size=3, unique=True).map(lambda
 
 
 @cache
+def derivatives_of(model: nn.Module, inputs: Tensor, start: int, stop: int) -> Derivatives:
+    return derivatives(model, inputs[start:stop])
+
+
+@cache
 def part(data: Case, start: int, stop: int) -> tuple[Rows, Reference]:
     x, y = data.inputs[start:stop], data.targets[start:stop]
+    known = derivatives_of(data.model, data.inputs, start, stop)
     return (
         rows_of(data.model, data.loss, x, y, data.kind, seed=start),
-        reference(data.model, data.loss, x, y, data.kind, seed=start),
+        reference(data.model, data.loss, x, y, data.kind, seed=start, known=known),
     )
 
 

@@ -1,0 +1,101 @@
+"""Sweeps of a model by one of two engines, its rows checked against a product with the Jacobian."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, Literal, get_args
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import unknown_name
+from curvlab.nn import Linearized
+from curvlab.rows import autograd, backpack
+from curvlab.rows.samples import NodeChoice, Samples, samples_of
+from curvlab.rows.sweep import (
+    Arguments,
+    PickOutput,
+    Seed,
+    Swept,
+    as_arguments,
+    call,
+    check_finite,
+    differentiable_recurrence,
+    left_as_found,
+    refuse,
+    structural_twin,
+    unfactored,
+    without_factors,
+    wrong_rows,
+)
+
+logger = logging.getLogger("curvlab")
+
+Engine = Literal["auto", "backpack", "autograd"]
+_announced: WeakSet[nn.Module] = WeakSet()
+
+Reading = tuple[Arguments, Samples]
+"""The model's arguments, and what a sample is in them."""
+
+
+def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
+    """Tell the arguments of a model, and what a sample is."""
+    arguments = as_arguments(inputs)
+    return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
+
+
+def sweep(model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
+    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
+    if not isinstance(model, Linearized):
+        return _checked_sweep(model, reading, pick, engine, seed, model)
+    arguments, samples = reading
+    with torch.no_grad(), left_as_found(model.base):
+        z = samples.choose(call(model, arguments, pick))
+    base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
+    swept = _checked_sweep(base, reading, pick, engine, lambda _: seed(z), model)
+    return replace(swept, output=z)
+
+
+def _checked_sweep(
+    model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed, once_for: nn.Module
+) -> Swept:
+    chosen = _choose(model, pick, engine, once_for)
+    arguments, samples = reading
+
+    def forward() -> Tensor:
+        with differentiable_recurrence(model):
+            return samples.lay_out(samples.choose(call(model, arguments, pick)))
+
+    def attempt() -> tuple[Swept, tuple[str, ...]]:
+        if chosen == "backpack":
+            swept = backpack.sweep(model, arguments, pick, seed, samples)
+        else:
+            swept = autograd.sweep(model, arguments, pick, seed, samples, unfactored(once_for))
+        check_finite(swept)
+        return swept, wrong_rows(model, forward, swept, chosen, once_for)
+
+    with left_as_found(model):
+        swept, wrong = attempt()
+        if wrong and chosen == "autograd":
+            with without_factors(once_for, wrong):
+                swept, wrong = attempt()
+                refuse(wrong)
+        refuse(wrong)
+    return swept
+
+
+def _choose(model: nn.Module, pick: PickOutput, engine: Engine, announced_for: nn.Module) -> str:
+    if engine not in get_args(Engine):
+        raise unknown_name("engine", engine, get_args(Engine))
+    if engine != "auto":
+        return engine
+    reason = backpack.obstacle(model, pick)
+    if announced_for not in _announced:
+        _announced.add(announced_for)
+        if reason is None:
+            logger.info("Rows by the BackPACK engine: the model is a chain of modules that it knows.")
+        else:
+            logger.info("Rows by the autograd engine: %s.", reason)
+    return "autograd" if reason else "backpack"

@@ -1,0 +1,189 @@
+"""The rows of a model: the Jacobian J, and S with SᵀS the Fisher matrix.
+
+    S = Λ^{1/2} J / √count
+
+One backward sweep gives both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import unknown_name
+from curvlab.rows.engine import Engine, read, sweep
+from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_seeds
+from curvlab.rows.owners import trainable
+from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.rows import Rows
+from curvlab.rows.samples import NodeChoice, Samples
+from curvlab.rows.sweep import PickOutput, Seed, Swept
+
+
+def jacobian(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    nodes: NodeChoice = None,
+    output: PickOutput = None,
+    engine: Engine = "auto",
+    dtype: torch.dtype | None = None,
+) -> Rows:
+    """Return the rows of J, the Jacobian of the outputs with respect to the trainable parameters.
+
+    Row `(c, n)` is the gradient of output c of sample n, unscaled; extra output axes follow c, innermost last.
+
+    Args:
+        model: any module whose samples do not interact, or a graph network. It is left as it was found.
+        inputs: a tensor, a tuple (unpacked), a dict (keywords), or torch-geometric's `Data` or `Batch`, which the model is
+            called on. The first axis is the sample. In a batch of separate graphs with one output vector each, the graph
+            is; the batch is known by the names `edge_index` and `batch` of `Data`, of keywords or of the model's arguments.
+        nodes: for outputs `[N, C]` of the nodes of a graph, which interact: a mask or indices of those that carry rows, or a
+            function that chooses them given the inputs. Rows `(c, n)` of the L chosen nodes are `V = C·L` rows of one
+            sample, the graph, in the same order.
+        output: which tensor of a structured output to use: a key, an attribute, an index or a function.
+        engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture, "auto" for the
+            first that applies.
+        dtype: floating-point type of the rows and of all products with them; that of the parameters if None. The sweep is in
+            the model's own type, or in that of `torch.autocast`, whose round-off it keeps: relative errors of rows and Gram
+            matrices are a small multiple of 4e-3 for bfloat16, of 6e-8 for float32.
+
+    Raises:
+        UnsupportedModel: names the layer, the reason and the remedy.
+        ValueError: for no samples, non-finite outputs or an unknown engine.
+
+    Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
+    """
+    reading = read(model, inputs, nodes)
+    return _converted(_jacobian_rows(model, sweep(model, reading, output, engine, _every_output(reading[1]))), dtype)
+
+
+def sqrt_fisher(
+    model: nn.Module,
+    loss: nn.Module,
+    inputs: Any,
+    targets: Any,
+    kind: Kind = "exact",
+    *,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    share: tuple[int, int] | None = None,
+    nodes: NodeChoice = None,
+    output: PickOutput = None,
+    engine: Engine = "auto",
+    dtype: torch.dtype | None = None,
+) -> Rows:
+    """Return the rows of S, with `SᵀS` the Fisher matrix of the loss that is passed, its own factors included.
+
+    Args:
+        model: as in `jacobian`.
+        loss: one of `curvlab.rows.loss.LOSSES` with reduction "mean" or "sum", or any twice-differentiable loss of one
+            output tensor that has an attribute `reduction`, such as `curvlab.nn.PerSample(function)`.
+        inputs: as in `jacobian`.
+        targets: as the loss takes them; with `nodes=`, those of the chosen nodes.
+        kind: "exact" for the Fisher matrix of the model's own distribution (type 2, equal to the GGN for these losses);
+            "ggn" for the generalised Gauss-Newton matrix, also of losses whose Hessian depends on the targets and is no
+            Fisher matrix, which "exact" refuses; "mc" for a Monte-Carlo estimate of it; "empirical" for the
+            gradients with the given targets (type 1), one row a loss term.
+        samples: draws a loss term, for "mc".
+        generator: source of the draws, required for "mc".
+        share: where these samples start in a larger batch that is drawn in parts, and how many it has: with the generator in
+            one state for all parts, their draws are those of the whole. A part may lack targets that count.
+        nodes: as in `jacobian`.
+        output: as in `jacobian`.
+        engine: as in `jacobian`.
+        dtype: as in `jacobian`; the loss is taken apart in it, too.
+
+    Raises:
+        UnsupportedModel: as in `jacobian`, for a loss that is not covered, and for one that has no rows of this kind.
+        NotPositiveDefinite: for a loss of one's own with an indefinite Hessian at the outputs of some sample.
+        ValueError: for targets that do not fit the outputs, and for options that contradict each other.
+
+    Cost: as `jacobian` with V = C rows ("exact", "ggn"), `samples` rows ("mc") or one ("empirical") a position.
+
+    Source: `exact` and `empirical` as in Kunstner, Hennig & Balles 2019; count and weights as the loss applies them.
+    """
+    if kind not in get_args(Kind):
+        raise unknown_name("kind", kind, get_args(Kind))
+    if kind != "mc" and samples != 1:
+        raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    reading = read(model, inputs, nodes)
+    first = next(iter(trainable(model).values()))
+
+    def terms_of(z: Tensor) -> LossTerms:
+        terms = reading[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, first.dtype)), targets)
+        terms.check(kind, part=share is not None)
+        return terms
+
+    base: Rows | None = None
+    factor: OutputFactor | None = None
+    if kind in ("exact", "ggn"):
+        swept = sweep(model, reading, output, engine, _every_output(reading[1]))
+        base = _converted(_jacobian_rows(model, swept), dtype)
+        terms = terms_of(swept.output)
+        factor = terms.root()
+        layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
+    else:
+        draw = _sampler(kind, samples, generator, share)
+
+        def seed(z: Tensor) -> Tensor:
+            return draw(terms_of(z)).view(-1, *reading[1].lay_out(z).shape).to(z.dtype)
+
+        swept = sweep(model, reading, output, engine, seed)
+        terms = terms_of(swept.output)
+        layers = tuple(layer if dtype is None else layer.to(dtype) for layer in swept.layers)
+    return Rows(
+        layers=layers,
+        space=_space(model),
+        kind=kind,
+        count=terms.count,
+        terms=terms.terms,
+        reduction=terms.reduction,
+        sample_weights=terms.sample_weights,
+        _jacobian=base,
+        factor=factor,
+    )
+
+
+def _every_output(samples: Samples) -> Seed:
+    def seed(z: Tensor) -> Tensor:
+        laid_out = samples.lay_out(z)
+        return identity_seeds(flat_outputs(laid_out)).view(-1, *laid_out.shape)
+
+    return seed
+
+
+def _sampler(
+    kind: Kind, samples: int, generator: torch.Generator | None, share: tuple[int, int] | None
+) -> Callable[[LossTerms], Tensor]:
+    if kind == "empirical":
+        return LossTerms.empirical
+    if generator is None:
+        raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
+    return lambda terms: terms.sampled(samples, generator, share=share)
+
+
+def _converted(rows: Rows, dtype: torch.dtype | None) -> Rows:
+    return rows if dtype is None else rows.to(dtype)
+
+
+def _space(model: nn.Module) -> ParameterSpace:
+    return ParameterSpace({name: parameter.shape for name, parameter in trainable(model).items()})
+
+
+def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
+    samples = swept.seeds.shape[1]
+    return Rows(
+        layers=swept.layers,
+        space=_space(model),
+        kind="jacobian",
+        count=1.0,
+        terms=float(samples),
+        reduction="none",
+        sample_weights=swept.output.new_ones(samples),
+    )
