@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, Block, RunningAverage, State, check_rtol
+from curvlab.fisher.block import Batch, Block, Relation, RunningAverage, State, check_rtol
 from curvlab.fisher.structure import Structure
 from curvlab.fisher.system import inverse_values, rank_tolerance
 from curvlab.fisher.unit_rows import weighted_product
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor
 
 
 class DiagonalBlock(Block):
@@ -56,7 +55,7 @@ class DiagonalBlock(Block):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        coefficients: OutputFactor | None,  # noqa: ARG002
+        relation: Relation,  # noqa: ARG002
     ) -> Float[Tensor, "Q R"]:
         return weighted_product(left[0], self._inverse(damping), right[0])
 

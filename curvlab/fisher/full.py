@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from curvlab.errors import PartitionError, unknown_name
-from curvlab.fisher.block import Block, RowBlock, RowSide, Side
+from curvlab.fisher.block import Block
+from curvlab.fisher.row_block import RowBlock, RowSide, Side
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Literal
 
-from curvlab.fisher.block import Block, RowBlock, RowSide
+from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.fisher.kronecker import (
     EmbeddingBlock,
@@ -36,6 +36,7 @@ from curvlab.fisher.kronecker import (
     Sharing,
 )
 from curvlab.fisher.moment import Invert, inverses
+from curvlab.fisher.row_block import RowBlock, RowSide
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows

@@ -17,15 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import unknown_name
-from curvlab.fisher.block import Batch, Block, State, check_rtol, times
+from curvlab.fisher.block import Batch, Block, Relation, State, check_rtol
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.system import inverse_values
 from curvlab.fisher.unit_rows import is_plain, weighted_product
 from curvlab.rows.aligned import product
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
-from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
+from curvlab.rows.side_by_side import times
 
 Sharing = Literal["expand", "reduce", "gradient"]
 
@@ -223,10 +223,10 @@ class KroneckerBlock(Block):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        coefficients: OutputFactor | None,
+        relation: Relation,
     ) -> Float[Tensor, "Q R"]:
         x, y = self.rotate(left[0]), self.rotate(right[0])
-        spanned = damping == 0 or self._complete or (coefficients is not None and self.spans(right[0]))
+        spanned = damping == 0 or self._complete or (relation.coefficients is not None and self.spans(right[0]))
         if not spanned and self._splits(damping):
             return times(left, self._solve_factors(right[0].dense(), damping)).T
         within = self._contract(x, y, damping)

@@ -27,14 +27,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import IllConditioned
-from curvlab.fisher.block import Block, RowBlock, RowSide, Side, combine, gram64, moment, null_energy, times
+from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.full import _RowStructure, partition_parts
+from curvlab.fisher.row_block import RowBlock, RowSide, Side, null_energy
 from curvlab.fisher.system import Eigen, System, condition_limit, rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
+from curvlab.rows.side_by_side import combine, gram64, moment, times
 
 Sigma = Sequence[Sequence[float]] | Callable[[int], Tensor]
 """Σ itself, or a function that returns Σ for a number of layers."""
@@ -208,16 +209,16 @@ class LayerWiseBlock(RowBlock):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        coefficients: OutputFactor | None,
+        relation: Relation,
     ) -> Float[Tensor, "Q R"]:
         if not self.keeps_rows:
-            return super().sandwich(left, right, damping, coefficients)
+            return super().sandwich(left, right, damping, relation)
         coordinates = self.coordinates(damping > 0)
         a = coordinates.of(self._crosses(left))
-        if coefficients is not None:
+        if relation.coefficients is not None:
             V, N = self.layers[0].shape
             identity = torch.eye(V * N, dtype=self._dtype, device=a.device)
-            b = coordinates.of_combination(coefficients.apply(identity.view(V, N, -1)).flatten(0, 1))
+            b = coordinates.of_combination(relation.coefficients.apply(identity.view(V, N, -1)).flatten(0, 1))
             return (a @ self._inverse(b, damping).T).to(self._dtype)
         b = coordinates.of(self._crosses(right))
         within = a @ self._inverse(b, damping).T

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
-from curvlab.fisher.block import Block
+from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.fitting import Checkpoint, Fitting, identity
 from curvlab.fisher.state import State
@@ -30,7 +30,7 @@ from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.batches import as_batches
 from curvlab.rows.engine import Engine
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, OutputFactor, Scaling
+from curvlab.rows.loss import Kind, Scaling
 from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
@@ -276,15 +276,17 @@ class Structure(State):
         for rows in (left, jacobian):
             if dict(rows.space.shapes) != dict(self.space.shapes):
                 raise ValueError("The rows belong to other parameters than the structure's state.")
-        coefficients = self._coefficients(jacobian)
-        products = [block.sandwich(block.of(left), block.of(jacobian), rho, coefficients) for block in self._blocks]
+        relation = self._relation(jacobian)
+        products = [block.sandwich(block.of(left), block.of(jacobian), rho, relation) for block in self._blocks]
         return torch.stack(products).sum(0) / self.count
 
-    def _coefficients(self, right: Rows) -> OutputFactor | None:
-        """Return C with `right = C·S` for the rows S that `lift` speaks of, None if it is not of the simple form."""
-        if right is self.rows:
-            return Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device))
-        return self.rows.coefficients(right)
+    def _relation(self, right: Rows) -> Relation:
+        """Return what rows have to do with the rows that `lift` speaks of."""
+        rows = self.rows
+        if right is rows:
+            return Relation(Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device)), None)
+        factor = rows.factor if rows.stems_from(right) else None
+        return Relation(None if factor is None else factor.inverse(), factor)
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Form F, in `named_parameters()` order. Memory `P²`."""

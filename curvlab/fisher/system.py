@@ -156,6 +156,20 @@ class System:
         x, y = halves
         return ((direct() - x.mT @ y) / damping).to(left)
 
+    def sandwich_sum(
+        self,
+        left: Float[Tensor, "B Q n"],
+        right: Float[Tensor, "B R n"],
+        damping: float,
+        direct: Callable[[], Float[Tensor, "B Q R"]],
+    ) -> Float[Tensor, "Q R"]:
+        """Return the sum of `sandwich` over a stack, whose subtrahend is one product."""
+        halves = self.halves(left, right, damping)
+        if halves is None:
+            return self.eigen.sandwich(left, right, damping, direct).sum(0)
+        x, y = (half.flatten(0, 1) for half in halves)
+        return ((direct().sum(0) - x.T @ y) / damping).to(left)
+
     def halves(
         self, left: Float[Tensor, "*B Q n"], right: Float[Tensor, "*B R n"], damping: float
     ) -> tuple[Float[Tensor, "*B n Q"], Float[Tensor, "*B n R"]] | None:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.fisher.block import Block, RowBlock
+from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.full import _RowStructure
+from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.system import System
 from curvlab.fisher.unit_rows import (
     PlainRoots,
@@ -22,7 +23,6 @@ from curvlab.fisher.unit_rows import (
 )
 from curvlab.rows import Rows
 from curvlab.rows.layer import KroneckerRows, LayerRows
-from curvlab.rows.loss import OutputFactor
 
 
 class UnitBlock(RowBlock):
@@ -116,7 +116,7 @@ class UnitBlock(RowBlock):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        coefficients: OutputFactor | None,
+        relation: Relation,
     ) -> Float[Tensor, "Q R"]:
         a, b = left[0], right[0]
         stacked = self.keeps_rows and isinstance(self.roots, StackedRoots)
@@ -127,18 +127,16 @@ class UnitBlock(RowBlock):
             return (a.unit_stack() @ solved).sum(0)
         left_stack = a.unit_stack()
         right_stack = left_stack if a is b else b.unit_stack()
-        x = self.roots.times(left_stack.transpose(0, 1))
-        if stacked and coefficients is not None:
-            V, N = self.layers[0].shape
-            solved = self.system.solve(x, damping).sum(0)
-            return coefficients.apply(solved.view(V, N, -1)).flatten(0, 1).T
-        y = x if a is b else self.roots.times(right_stack.transpose(0, 1))
-        seen = x.mT
-        halves = self.system.halves(seen, seen if x is y else y.mT, damping)
-        if halves is None:
-            return self.system.eigen.sandwich(x.mT, y.mT, damping, lambda: left_stack @ right_stack.mT).sum(0)
-        direct = left_stack.transpose(0, 1).flatten(1) @ right_stack.transpose(0, 1).flatten(1).T
-        return ((direct - halves[0].flatten(0, 1).T @ halves[1].flatten(0, 1)) / damping).to(x)
+        if relation.factor is not None and relation.coefficients is None and damping > 0:
+            products = left_stack @ right_stack.mT
+            own = products if a is b else right_stack @ right_stack.mT
+            system, x, y = self._behind(relation.factor, products, own)
+            return system.sandwich_sum(x, y, damping, lambda: products)
+        x = self.roots.times(left_stack.transpose(0, 1)).mT
+        if stacked and relation.coefficients is not None:
+            return relation.coefficients.columns(self.system.solve(x.mT, damping).sum(0).T)
+        y = x if a is b else self.roots.times(right_stack.transpose(0, 1)).mT
+        return self.system.sandwich_sum(x, y, damping, lambda: left_stack @ right_stack.mT)
 
     def _kernels(self, left: KroneckerRows, right: KroneckerRows, damping: float) -> Float[Tensor, "U N M"]:
         """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit, of inputs a' and a."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlab.errors import StateError
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor, Scaling
+from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
 
@@ -93,21 +93,14 @@ class Rows:
             )
         return self._jacobian
 
-    def coefficients(self, jacobian: Rows) -> OutputFactor | None:
-        """Return C with `rows = C·S` for rows that are S itself, or the Jacobian behind it if Λ is invertible; else None.
-
-        Cost: at most one pass over the factors of both.
-        """
-        if jacobian is self and self.factor is not None:
-            return Scaling(torch.ones(*self.shape, 1, dtype=self.dtype, device=self.device))
-        if self._jacobian is None or self.factor is None or self.shape != jacobian.shape:
-            return None
+    def stems_from(self, jacobian: Rows) -> bool:
+        """Whether these rows are S = A·J of a Jacobian J, A their `factor`. Cost: at most one pass over the rows of both."""
         own = self._jacobian
-        if own is not jacobian and not all(
+        if own is None or self.factor is None or self.shape != jacobian.shape:
+            return False
+        return own is jacobian or all(
             mine.same_as(theirs) for mine, theirs in zip(own.layers, jacobian.layers, strict=True)
-        ):
-            return None
-        return self.factor.inverse()
+        )
 
     def dual(self, u: Float[Tensor, "... R"]) -> Float[Tensor, "... R"]:
         """Return the shortest c with `Sᵀc = Jᵀu`, for exact rows: what `Structure.lift` takes for a step.

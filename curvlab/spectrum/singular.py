@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import NotPositiveDefinite
-from curvlab.fisher.block import combine, dense, gram64, moment, times
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.products import CHUNK_ELEMENTS, chunks
+from curvlab.rows.side_by_side import combine, dense, gram64, moment, times
 from curvlab.spectrum.lanczos import Product
 
 EPS = torch.finfo(torch.float64).eps

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from curvlab import sqrt_fisher
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, STRUCTURES, Full, Structure, make
-from curvlab.fisher.block import Block, RowBlock
+from curvlab.fisher.block import Block
 from curvlab.fisher.kronecker import KroneckerBlock
+from curvlab.fisher.row_block import RowBlock
 from curvlab.optim import Preconditioner
 from curvlab.optim.preconditioner import _masked
 

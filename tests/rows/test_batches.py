@@ -110,11 +110,13 @@ def test_jacobians_stack(name: str) -> None:
     assert (stacked.kind, stacked.count, stacked.terms) == ("jacobian", 1.0, 5.0)
 
 
-def test_coefficients_of_merged_rows() -> None:
+def test_the_inverse_factor_of_merged_rows() -> None:
     model, x = architecture("mlp").make(N=5)
     loss, y = loss_case("half").make(outputs(model, x), "mean")
     merged = in_batches(model, loss, x, y, (2, 3), "exact")
-    back = merged.coefficients(curvlab.rows.jacobian(model, x))
+    assert merged.stems_from(curvlab.rows.jacobian(model, x))
+    assert merged.factor is not None
+    back = merged.factor.inverse()
     assert back is not None
     assert_close(back.apply(merged.dense().view(*merged.shape, -1)).flatten(0, 1), merged.jacobian().dense())
 

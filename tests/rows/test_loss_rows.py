@@ -296,25 +296,24 @@ def test_saturated_outputs_have_finite_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["mse", "half", "bce-all", "ce"])
-def test_coefficients_bring_rows_back_to_the_jacobian(name: str) -> None:
+def test_the_inverse_factor_brings_rows_back_to_the_jacobian(name: str) -> None:
     model, x = architecture("conv1d-grid").make(N=3)
     loss, y = loss_case(name).make(outputs(model, x), "mean")
     rows = sqrt_fisher(model, loss, x, y)
     J = curvlab.rows.jacobian(model, x)
-    back = rows.coefficients(J)
+    assert rows.stems_from(J)
+    assert rows.factor is not None
+    back = rows.factor.inverse()
     if name == "ce":
         assert back is None
         return
     assert back is not None
     restored = back.apply(rows.dense().view(*rows.shape, -1))
     assert_close(restored.flatten(0, 1), J.dense())
-    same = rows.coefficients(rows.jacobian())
-    assert same is not None
-    assert torch.equal(same.scale, back.scale)
-    other = curvlab.rows.jacobian(model, x + 1)
-    assert rows.coefficients(other) is None
-    assert rows.coefficients(curvlab.rows.jacobian(model, x[:2])) is None
-    assert J.coefficients(J) is None
+    assert rows.stems_from(rows.jacobian())
+    for other in (rows, curvlab.rows.jacobian(model, x + 1), curvlab.rows.jacobian(model, x[:2])):
+        assert not rows.stems_from(other)
+    assert not J.stems_from(J)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -342,11 +341,12 @@ def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
     assert_close(factor.projector(), within.view(C * X, N, C * X))
 
 
-def test_coefficients_need_every_output_to_carry_weight() -> None:
+def test_the_inverse_factor_needs_every_output_to_carry_weight() -> None:
     model, x = architecture("mlp").make(N=2)
     loss = nn.BCEWithLogitsLoss(torch.tensor([1.0, 0.0, 1.0], dtype=x.dtype))
     rows = sqrt_fisher(model, loss, x, torch.zeros(2, 3, dtype=x.dtype))
-    assert rows.coefficients(rows.jacobian()) is None
+    assert rows.factor is not None
+    assert rows.factor.inverse() is None
 
 
 @pytest.mark.parametrize("weight", [ramp(CLASSES).view(1, CLASSES), torch.full((), 2.0)])

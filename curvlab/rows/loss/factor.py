@@ -40,6 +40,10 @@ class OutputFactor(ABC):
     def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V N ..."]:
         """Weight rows of J."""
 
+    def columns(self, x: Float[Tensor, "*B Q R"]) -> Float[Tensor, "*B Q R"]:
+        """Return `x Aᵀ`."""
+        return self.apply(x.movedim(-1, 0).unflatten(0, self.shape)).flatten(0, 1).movedim(0, -1)
+
     @abstractmethod
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:
         """Return the shortest c with `Aᵀc = u`, for a softmax with u reduced to entries that sum to zero.

@@ -52,7 +52,7 @@ class Draws:
     generator: torch.Generator
     share: tuple[int, int] | None = None
 
-    def of(self, how: Callable[..., Tensor], like: Float[Tensor, "N *rest"]) -> Float[Tensor, "S N *rest"]:
+    def of(self, how: Callable[..., Tensor], like: Float[Tensor, "N ..."]) -> Float[Tensor, "S N ..."]:
         """Return random numbers of the shape of a tensor, `how` being `torch.rand` or `torch.randn`."""
         N, *rest = like.shape
         start, total = self.share or (0, N)
