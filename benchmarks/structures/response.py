@@ -1,11 +1,11 @@
 """Responses `J (F + ρI)⁻¹ Jᵀ / N` of block-diagonal and unit-wise structures, F that of the mean cross-entropy.
 
 No library has them. Its user forms the rows of J, sample by sample, and does the rest in plain torch: with
-`F = Jᵀ Λ J`, Λ the output Hessian over N, and `H = J Jᵀ` of a block,
+`F = Jᵀ Λ J`, `Λ = AᵀA` the output Hessian over N, and `H = J Jᵀ` of a block,
 
-    J (F + ρI)⁻¹ Jᵀ = H (Λ H + ρI)⁻¹
+    J (F + ρI)⁻¹ Jᵀ = (H − H Aᵀ (A H Aᵀ + ρI)⁻¹ A H)/ρ
 
-costs one factorisation of `[R, R]` a block and loses no digits at small ρ. Units with fewer inputs than rows are solved
+costs one factorisation of `[R, R]` a block. Units with fewer inputs than rows are solved
 by the Cholesky factors of their `[width, width]` blocks. Only nngeometry's own block-diagonal matrix `PMatBlockDiag`
 forms `[P_l, P_l]`. No library has unit-wise blocks: nngeometry's `PMatQuasiDiag` keeps a unit's diagonal and its
 covariance with the bias.
@@ -59,7 +59,7 @@ def by_unit(form: Callable[[Batch], Form]) -> Prepare:
 
 
 Weigh = Callable[[Float[Tensor, "B R K"]], Float[Tensor, "B R K"]]
-"""Multiplies with Λ."""
+"""Multiplies with A."""
 
 
 def _prepare(form: Callable[[Batch], Form], response: Callable[[Rows, Weigh], Tensor]) -> Prepare:
@@ -67,7 +67,7 @@ def _prepare(form: Callable[[Batch], Form], response: Callable[[Rows, Weigh], Te
         rows = form(batch)
 
         def compute() -> Tensor:
-            weigh = _output_hessian(batch)
+            weigh = _output_root(batch)
             return torch.stack([response(J, weigh) for J in rows()]).sum(0) / len(batch.inputs)
 
         return compute
@@ -75,28 +75,32 @@ def _prepare(form: Callable[[Batch], Form], response: Callable[[Rows, Weigh], Te
     return prepare
 
 
-def _output_hessian(batch: Batch) -> Weigh:
+def _output_root(batch: Batch) -> Weigh:
     with torch.no_grad():
         p = batch.network(batch.inputs).softmax(1)
     N, C = p.shape
-    hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / N
-    return lambda x: torch.einsum("ncd,bdnk->bcnk", hessian, x.view(len(x), C, N, -1)).reshape(x.shape)
+    root = (p / N).sqrt()[:, :, None] * (torch.eye(C, dtype=p.dtype, device=p.device) - p[:, None])
+    return lambda x: torch.einsum("ncd,bdnk->bcnk", root, x.reshape(len(x), C, N, -1)).reshape(x.shape)
 
 
 def _on_rows(J: Float[Tensor, "U R width"], weigh: Weigh) -> Float[Tensor, "R R"]:
     H = J @ J.mT
-    damped = weigh(H)
-    damped.diagonal(dim1=1, dim2=2).add_(DAMPING)
-    solved: Tensor = torch.linalg.solve(damped.mT, H)
-    return solved.sum(0)
+    seen = weigh(H)
+    half = _half(weigh(seen.mT), seen)
+    return (H.sum(0) - half.T @ half) / DAMPING
 
 
 def _on_inputs(J: Float[Tensor, "U R width"], weigh: Weigh) -> Float[Tensor, "R R"]:
-    F = J.mT @ weigh(J)
-    F.diagonal(dim1=1, dim2=2).add_(DAMPING)
-    half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(F), J.mT, upper=False)
-    stacked = half.flatten(0, 1)
-    return stacked.T @ stacked
+    S = weigh(J)
+    half = _half(S.mT @ S, J.mT)
+    return half.T @ half
+
+
+def _half(matrix: Float[Tensor, "U n n"], right: Float[Tensor, "U n R"]) -> Float[Tensor, "Un R"]:
+    """Return `L⁻¹ right` of all units, `LLᵀ = matrix + ρI`."""
+    matrix.diagonal(dim1=1, dim2=2).add_(DAMPING)
+    half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), right, upper=False)
+    return half.flatten(0, 1)
 
 
 def _of_units(J: Rows, weigh: Weigh) -> Float[Tensor, "R R"]:

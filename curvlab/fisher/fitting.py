@@ -89,6 +89,7 @@ class Fitting:
         self._check()
         self._start = None if self.generator is None else self.generator.get_state()
         self._at = Position()
+        self._only: Rows | None = None
         self._written = time.monotonic()
         if self.checkpoint is not None and self.checkpoint.path.exists():
             self._restore(self.checkpoint)
@@ -101,7 +102,7 @@ class Fitting:
                 for batch in self._new_batches(number):
                     found += 1
                     if batch is not None:
-                        self.structure._absorb(self.rows_of(batch), number, first=self._at.done == 0)
+                        self.structure._absorb(self._rows(batch), number, first=self._at.done == 0)
                         self._at.done += 1
                         self._write(whenever=False)
                     if self.shows:
@@ -111,6 +112,14 @@ class Fitting:
                     self._write(whenever=True)
                     if number + 1 < passes:
                         self._at.number, self._at.done = number + 1, 0
+
+    def _rows(self, batch: Any) -> Rows:
+        """Form the rows of a batch, those of an only one once for all passes."""
+        if not (hasattr(self.batches, "__len__") and len(self.batches) == 1):
+            return self.rows_of(batch)
+        if self._only is None:
+            self._only = self.rows_of(batch)
+        return self._only
 
     def _length(self) -> int:
         if not self.shows:
@@ -132,7 +141,7 @@ class Fitting:
         if number < self._at.number:
             yield from [None] * len(self._at.seen)
             return
-        if self.generator is not None and self._at.done == 0 and self._start is not None:
+        if self.generator is not None and self._at.done == 0 and self._start is not None and self._only is None:
             self.generator.set_state(self._start)
         done = self._at.done
         compared = self.checkpoint is not None or self.structure.passes > 1

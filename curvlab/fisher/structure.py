@@ -126,6 +126,7 @@ class Structure(State):
                 nodes=nodes,
                 output=output,
                 engine=engine,
+                keep_jacobian=not structure.averages,
             )
 
         kept = None

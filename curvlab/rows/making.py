@@ -75,6 +75,7 @@ def sqrt_fisher(
     output: PickOutput = None,
     engine: Engine = "auto",
     dtype: torch.dtype | None = None,
+    keep_jacobian: bool = True,
 ) -> Rows:
     """Return the rows of S, with `SᵀS` the Fisher matrix of the loss that is passed, its own factors included.
 
@@ -96,6 +97,8 @@ def sqrt_fisher(
         output: as in `jacobian`.
         engine: as in `jacobian`.
         dtype: as in `jacobian`; the loss is taken apart in it, too.
+        keep_jacobian: whether `Rows.jacobian` is to return the J behind "exact" and "ggn" rows. If not, Λ^{1/2} is applied
+            at the outputs before the sweep and not to the rows of every layer after it: less time, and half the memory.
 
     Raises:
         UnsupportedModel: as in `jacobian`, for a loss that is not covered, and for one that has no rows of this kind.
@@ -121,21 +124,22 @@ def sqrt_fisher(
         return terms
 
     base: Rows | None = None
-    factor: OutputFactor | None = None
-    if kind in ("exact", "ggn"):
+    factor: OutputFactor | None
+    if kind in ("exact", "ggn") and keep_jacobian:
         swept = sweep(model, reading, output, engine, _every_output(reading[1]))
         base = _converted(_jacobian_rows(model, swept), dtype)
         terms = terms_of(swept.output)
         factor = terms.root()
         layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
     else:
-        draw = _sampler(kind, samples, generator, share)
+        draw = _weighted if kind in ("exact", "ggn") else _sampler(kind, samples, generator, share)
 
         def seed(z: Tensor) -> Tensor:
             return draw(terms_of(z)).view(-1, *reading[1].lay_out(z).shape).to(z.dtype)
 
         swept = sweep(model, reading, output, engine, seed)
         terms = terms_of(swept.output)
+        factor = terms.root() if kind in ("exact", "ggn") else None
         layers = tuple(layer if dtype is None else layer.to(dtype) for layer in swept.layers)
     return Rows(
         layers=layers,
@@ -148,6 +152,10 @@ def sqrt_fisher(
         _jacobian=base,
         factor=factor,
     )
+
+
+def _weighted(terms: LossTerms) -> Tensor:
+    return terms.root().apply(identity_seeds(terms.z).flatten(2))
 
 
 def _every_output(samples: Samples) -> Seed:

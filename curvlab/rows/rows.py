@@ -83,13 +83,14 @@ class Rows:
         """Return the Jacobian's rows from the sweep that gave these.
 
         Raises:
-            StateError: for "mc" and "empirical" rows, whose sweep did not visit every output.
+            StateError: for "mc" and "empirical" rows, whose sweep did not visit every output, and for rows that were made
+                without keeping it.
         """
         if self.kind == "jacobian":
             return self
         if self._jacobian is None:
             raise StateError(
-                f"Rows of kind {self.kind!r} do not determine the Jacobian; call curvlab.jacobian(model, inputs)."
+                f"These rows of kind {self.kind!r} do not hold the Jacobian; call curvlab.jacobian(model, inputs)."
             )
         return self._jacobian
 
@@ -211,11 +212,8 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         layers[0].scale(scales[0]).concatenate([x.scale(s) for x, s in zip(layers[1:], scales[1:], strict=True)])
         for layers in zip(*(part.layers for part in parts), strict=True)
     ]
-    base = factor = None
-    if all(part._jacobian is not None and part.factor is not None for part in parts):
-        base = merge([part.jacobian() for part in parts])
-        first_factor, *others = (part.factor for part in parts if part.factor is not None)
-        factor = first_factor.joined(others, scales)
+    bases = [part._jacobian for part in parts if part._jacobian is not None]
+    factors = [part.factor for part in parts if part.factor is not None]
     means = first.reduction == "mean"
     return Rows(
         layers=tuple(stacked),
@@ -225,8 +223,8 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         terms=sum(w * part.terms for w, part in zip(weights, parts, strict=True)),
         reduction=first.reduction,
         sample_weights=torch.cat([w * part.sample_weights for w, part in zip(weights, parts, strict=True)]),
-        _jacobian=base,
-        factor=factor,
+        _jacobian=merge(bases) if len(bases) == len(parts) else None,
+        factor=factors[0].joined(factors[1:], scales) if len(factors) == len(parts) else None,
     )
 
 

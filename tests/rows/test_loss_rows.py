@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvlab.rows
+from curvlab.errors import StateError
 from curvlab.nn import HalfSquaredError
-from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.loss import identity_seeds, likelihood, loss_terms
 
 NETWORKS = {"[N, C]": "mlp", "[N, C, X]": "conv1d-grid", "[N, C, H, W]": "conv2d-grid"}
@@ -381,3 +382,19 @@ def test_float32_targets_and_weights_with_a_float64_model() -> None:
     y = torch.zeros(3, 3)
     rows = sqrt_fisher(model, nn.BCEWithLogitsLoss(torch.ones(3)), x, y)
     assert rows.dtype == rows.sample_weights.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["exact", "ggn"])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_without_the_jacobian_are_the_same(case: LossCase, kind: Literal["exact", "ggn"]) -> None:
+    """Whether Λ^{1/2} is applied before the sweep or after it."""
+    model, x = architecture("conv1d-grid").make(N=3)
+    loss, y = case.make(outputs(model, x), "mean")
+    kept, alone = (sqrt_fisher(model, loss, x, y, kind, keep_jacobian=keep) for keep in (True, False))
+    assert_close(alone.dense(), kept.dense())
+    u = torch.randn(alone.R, dtype=x.dtype)
+    assert_close(alone.dual(u), kept.dual(u))
+    halves = [sqrt_fisher(model, loss, x, y, kind, keep_jacobian=keep) for keep in (True, False)]
+    assert_close(merge(halves).dual(torch.cat([u, u])), merge([kept, kept]).dual(torch.cat([u, u])))
+    with pytest.raises(StateError, match="jacobian"):
+        alone.jacobian()

@@ -335,7 +335,7 @@ class TestOptions:
         model, x = model_and_inputs()
         options: dict[str, Any] = {"generator": torch.Generator()} if kind == "mc" else {}
         rows = sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind, **options)
-        with pytest.raises(StateError, match=rf"kind '{kind}' do not determine the Jacobian; call curvlab\.jacobian"):
+        with pytest.raises(StateError, match=rf"kind '{kind}' do not hold the Jacobian; call curvlab\.jacobian"):
             rows.jacobian()
 
 
