@@ -40,6 +40,10 @@ class Relation:
     coefficients: OutputFactor | None
     factor: OutputFactor | None
 
+    def behind(self, damping: float) -> OutputFactor | None:
+        """Return A if a response is to be made of A and products of J with itself, without SSᵀ."""
+        return self.factor if self.coefficients is None and damping > 0 else None
+
 
 @dataclass(frozen=True)
 class Batch:

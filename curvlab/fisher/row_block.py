@@ -192,10 +192,10 @@ class RowBlock(Block):
         if relation.coefficients is not None:
             solved = self.system.solve(gram(left, self.layers).T, damping)
             return relation.coefficients.columns(solved.T)
-        if relation.factor is not None and damping > 0:
+        if (factor := relation.behind(damping)) is not None:
             products = gram(left, right)
             own = products if same else gram(right, right)
-            system, left_seen, right_seen = self._behind(relation.factor, products, own)
+            system, left_seen, right_seen = self._behind(factor, products, own)
             return system.sandwich(left_seen, right_seen, damping, lambda: products)
         seen = gram(left, self.layers)
         others = seen if same else gram(right, self.layers)

@@ -272,12 +272,15 @@ class Structure(State):
         Raises:
             ValueError: if the rows belong to other parameters.
         """
-        rho = self._damping(damping)
+        _ = self.rows
+        rho = absolute(damping, self.largest_eigenvalue)
         left = jacobian if test is None else test
         for rows in (left, jacobian):
             if dict(rows.space.shapes) != dict(self.space.shapes):
                 raise ValueError("The rows belong to other parameters than the structure's state.")
         relation = self._relation(jacobian)
+        if self.averages or relation.behind(rho) is None:
+            self._prepare(rho)
         products = [block.sandwich(block.of(left), block.of(jacobian), rho, relation) for block in self._blocks]
         return torch.stack(products).sum(0) / self.count
 

@@ -149,8 +149,8 @@ class System:
         damping: float,
         direct: Callable[[], Float[Tensor, "*B Q R"]],
     ) -> Float[Tensor, "*B Q R"]:
-        """Return `x (SᵀS + ρI)⁻¹ yᵀ` for `SSᵀ` this matrix; see `Eigen.sandwich`, which does it where `halves` cannot."""
-        halves = self.halves(left, right, damping)
+        """Return `x (SᵀS + ρI)⁻¹ yᵀ` for `SSᵀ` this matrix; see `Eigen.sandwich`, which does it where Cholesky cannot."""
+        halves = self._halves(left, right, damping)
         if halves is None:
             return self.eigen.sandwich(left, right, damping, direct)
         x, y = halves
@@ -164,25 +164,26 @@ class System:
         direct: Callable[[], Float[Tensor, "B Q R"]],
     ) -> Float[Tensor, "Q R"]:
         """Return the sum of `sandwich` over a stack, whose subtrahend is one product."""
-        halves = self.halves(left, right, damping)
+        halves = self._halves(left, right, damping)
         if halves is None:
             return self.eigen.sandwich(left, right, damping, direct).sum(0)
         x, y = (half.flatten(0, 1) for half in halves)
         return ((direct().sum(0) - x.T @ y) / damping).to(left)
 
-    def halves(
+    def _halves(
         self, left: Float[Tensor, "*B Q n"], right: Float[Tensor, "*B R n"], damping: float
     ) -> tuple[Float[Tensor, "*B n Q"], Float[Tensor, "*B n R"]] | None:
         """Return `L⁻¹Sxᵀ` and `L⁻¹Syᵀ` in float64 for `LLᵀ = K + ρI`, given `xSᵀ` and `ySᵀ`.
 
         Then `x (SᵀS + ρI)⁻¹ yᵀ` is the difference of `xyᵀ` and their product, over ρ. It cancels to the round-off of
         `xyᵀ` over ρ, as the part outside the span of S does in any form, so a factor in float64 of a matrix in float32
-        loses nothing more. None without damping, or if K is too ill-conditioned for its type.
+        loses nothing more. None without damping, and, with a warning, if K is too ill-conditioned for its type.
         """
         if damping == 0:
             return None
         factor, failed = _cholesky(self.matrix.to(torch.float64, copy=True), damping)
         if not _trusted(factor, failed, self.matrix.dtype):
+            self._warn(damping, "by an eigendecomposition")
             return None
         x = torch.linalg.solve_triangular(factor, left.double().mT, upper=False)
         return x, x if left is right else torch.linalg.solve_triangular(factor, right.double().mT, upper=False)
@@ -225,6 +226,9 @@ class System:
         if in_float64 or not self._use_cholesky(damping, *_cholesky(self.precise(), damping)):
             done = "by an eigendecomposition"
             self._use_eigen(damping)
+        self._warn(damping, done)
+
+    def _warn(self, damping: float, done: str) -> None:
         warnings.warn(
             f"{self.name}: condition number about {self.largest() / damping + 1:.1e} at damping {damping:.1e} is too "
             f"large for Cholesky in {str(self.matrix.dtype).removeprefix('torch.')}; solved {done}.",

@@ -14,7 +14,6 @@ from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.system import System
 from curvlab.fisher.unit_rows import (
     PlainRoots,
-    StackedRoots,
     UnitRoots,
     contract_units,
     is_plain,
@@ -119,7 +118,7 @@ class UnitBlock(RowBlock):
         relation: Relation,
     ) -> Float[Tensor, "Q R"]:
         a, b = left[0], right[0]
-        stacked = self.keeps_rows and isinstance(self.roots, StackedRoots)
+        stacked = self.keeps_rows and not is_plain(self.layers[0])
         if is_plain(a) and is_plain(b) and not stacked:
             return contract_units(a, self._kernels(a, b, damping), b)
         if not self.keeps_rows:
@@ -127,10 +126,10 @@ class UnitBlock(RowBlock):
             return (a.unit_stack() @ solved).sum(0)
         left_stack = a.unit_stack()
         right_stack = left_stack if a is b else b.unit_stack()
-        if relation.factor is not None and relation.coefficients is None and damping > 0:
+        if (factor := relation.behind(damping)) is not None:
             products = left_stack @ right_stack.mT
             own = products if a is b else right_stack @ right_stack.mT
-            system, x, y = self._behind(relation.factor, products, own)
+            system, x, y = self._behind(factor, products, own)
             return system.sandwich_sum(x, y, damping, lambda: products)
         x = self.roots.times(left_stack.transpose(0, 1)).mT
         if stacked and relation.coefficients is not None:
