@@ -376,7 +376,7 @@ def _inner_products(
 
 def _form(a: Float[Tensor, "N T I"], g: Float[Tensor, "V N T O"]) -> Float[Tensor, "V N P"]:
     """Form the rows of one group."""
-    return torch.einsum("vnto,nti->vnoi", g, a).flatten(2)
+    return torch.einsum("vnto,nti->vnoi", g, a).flatten(2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
