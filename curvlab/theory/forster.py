@@ -94,8 +94,9 @@ def forster_transform(
             return ForsterTransform(total / np.linalg.norm(total, ord=2), deviation, iteration)
         if np.linalg.cond(matrix) > _COLLAPSED:
             break
-        whitening = axes.T / values @ axes
+        whitening = axes.T * (values[0] / values) @ axes
         rows, matrix = _normalised(rows @ whitening), matrix @ whitening
+        matrix /= np.linalg.norm(matrix, ord=2)
     crowded = values**2 > (count / dimension) * (1 + tolerance)
     held = int((np.linalg.norm(rows @ axes[crowded].T, axis=1) > 1 - 1e-3).sum())
     raise ValueError(

@@ -4,7 +4,7 @@ from inspect import unwrap
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from curvlab import theory
@@ -20,6 +20,7 @@ def published_iteration(points, iterations):
     return Z
 
 
+@example(dimension=2, surplus=2.0, decay=3.0, seed=31803)  # of two close directions, after thousands of iterations
 @given(dimension=st.integers(1, 8), surplus=st.floats(1.3, 6), decay=st.floats(0, 3), seed=st.integers(0, 10**6))
 @settings(max_examples=40)
 def test_transformed_points_are_isotropic_unit_vectors(dimension, surplus, decay, seed):
