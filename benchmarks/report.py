@@ -14,7 +14,6 @@ from benchmarks.peers import METHODS
 from benchmarks.runner import Entry
 from benchmarks.tasks import TASKS
 from benchmarks.worker import Measurement, Request
-from curvlab.study.units import size
 
 Line = Entry[Request, Measurement]
 
@@ -34,22 +33,11 @@ def table(entries: Sequence[Line], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one task; the first entry is what the others are compared with."""
     made = tables.empty(style, ["method"], ["seconds", "ratio", "memory", "error", "share"])
     for entry in entries:
-        made.add_row(METHODS[entry.request.method].title, *_cells(entry, entries[0]))
+        measured = entry.measurement
+        share = None if measured.outcome != "done" else measured.share
+        cells = tables.cells(measured, entries[0].measurement, entry.error)
+        made.add_row(METHODS[entry.request.method].title, *cells, *([] if share is None else [f"{share:.0%}"]))
     return made
-
-
-def _cells(entry: Line, reference: Line) -> list[str]:
-    measured = entry.measurement
-    if measured.outcome != "done":
-        return [measured.outcome]
-    ratio = measured.median / reference.measurement.median if reference.measurement.seconds else None
-    return [
-        f"{measured.median:.4g}",
-        "–" if ratio is None else f"{ratio:.3g}×",
-        size(measured.peak_bytes),
-        "–" if entry.error is None else f"{entry.error:.1e}",
-        "" if measured.share is None else f"{measured.share:.0%}",
-    ]
 
 
 def notes(entries: Sequence[Line]) -> list[str]:

@@ -10,8 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.process import Machine, Result
+from benchmarks.process import Machine, Result, Timed
 from curvlab.study.storage import write, write_json
+from curvlab.study.units import size
 
 FORMATS = (".md", ".json")
 """Suffixes of files that a comparison can be written to."""
@@ -34,6 +35,19 @@ def empty(style: box.Box, words: Sequence[str], numbers: Sequence[str]) -> Table
     for header in numbers:
         made.add_column(header, justify="right")
     return made
+
+
+def cells(measured: Timed, reference: Timed, error: float | None) -> list[str]:
+    """Write down seconds, their ratio to those of a reference, memory and error, or what stopped the method."""
+    if measured.outcome != "done":
+        return [measured.outcome]
+    ratio = measured.median / reference.median if reference.seconds else None
+    return [
+        f"{measured.median:.4g}",
+        "–" if ratio is None else f"{ratio:.3g}×",
+        size(measured.peak_bytes),
+        "–" if error is None else f"{error:.1e}",
+    ]
 
 
 def stopped(results: Iterable[tuple[str, Result]]) -> list[str]:

@@ -15,7 +15,6 @@ from benchmarks.runner import Entry
 from benchmarks.structures.methods import QUANTITIES, TITLES
 from benchmarks.structures.tasks import TASKS
 from benchmarks.structures.worker import Request
-from curvlab.study.units import size
 
 Line = Entry[Request, Timed]
 
@@ -39,21 +38,8 @@ def table(lines: Sequence[Line], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one quantity of one task; the first line is what the others are compared with."""
     made = tables.empty(style, ["method"], ["seconds", "ratio", "memory", "error"])
     for line in lines:
-        made.add_row(TITLES[line.request.method], *_cells(line, lines[0]))
+        made.add_row(TITLES[line.request.method], *tables.cells(line.measurement, lines[0].measurement, line.error))
     return made
-
-
-def _cells(line: Line, reference: Line) -> list[str]:
-    measured = line.measurement
-    if measured.outcome != "done":
-        return [measured.outcome]
-    ratio = measured.median / reference.measurement.median if reference.measurement.seconds else None
-    return [
-        f"{measured.median:.3g}",
-        "–" if ratio is None else f"{ratio:.2f}×",
-        size(measured.peak_bytes),
-        "–" if line.error is None else f"{line.error:.1e}",
-    ]
 
 
 def notes(lines: Sequence[Line]) -> list[str]:

@@ -129,7 +129,7 @@ def test_files_hold_the_comparison(tmp_path):
     text = (tmp_path / "structures.md").read_text().splitlines()
     assert text[0] == "## K-FAC, exact rows, fit and solve: LeNet on 28×28 images, N = 2, float32, cpu, 1 thread"
     cells = {c[0]: c[1:] for row in text if len(c := [part.strip() for part in row.split("|")[1:-1]]) == 5}
-    assert cells["curvlinops"] == ["3", "1.50×", "1.0 MiB", "1.0e-06"]
+    assert cells["curvlinops"] == ["3", "1.5×", "1.0 MiB", "1.0e-06"]
     assert "nngeometry: failed (why)." in text
 
 
