@@ -11,19 +11,18 @@ from typing import get_args
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.options import CommonOptions, command
+from benchmarks.options import SampledOptions, command
 from benchmarks.peers import METHODS, MethodName, PeerName
 from benchmarks.runner import compare
 from benchmarks.tasks import TASKS, TaskName
 from benchmarks.worker import Request
 from curvlab.study.environment import environment
-from curvlab.study.faults import UsageError
 
 OWN: tuple[MethodName, ...] = ("curvlab", "curvlab-autograd", "curvlab-product")
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions):
+class Options(SampledOptions):
     """Time the Gram matrix of a network's Jacobian, curvlab's factored form against libraries that compute the same.
 
     Every method runs in a process of its own, and its matrix is compared with curvlab's. Exit code 1 if one fails or
@@ -34,13 +33,6 @@ class Options(CommonOptions):
     """Networks."""
     peers: tuple[PeerName, ...] = get_args(PeerName)
     """Libraries to compare with."""
-    samples: int | None = None
-    """Number of samples N; the task's own if not given (128 for mlp, 64 for lenet)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples is not None and self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, got {self.samples}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

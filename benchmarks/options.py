@@ -66,6 +66,19 @@ class CommonOptions:
         }
 
 
+@dataclass(frozen=True)
+class SampledOptions(CommonOptions):
+    """Options of a benchmark whose tasks have a number of samples of their own."""
+
+    samples: int | None = None
+    """Number of samples N; the task's own if not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples is not None and self.samples < 1:
+            raise UsageError(f"--samples must be at least 1, got {self.samples}")
+
+
 Chosen = TypeVar("Chosen", bound=CommonOptions)
 
 

@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 from rich.console import Console
 
-from benchmarks.options import CommonOptions, command
+from benchmarks.options import SampledOptions, command
 from benchmarks.process import Timed
 from benchmarks.runner import compared
 from benchmarks.structures import report
@@ -21,15 +21,15 @@ from benchmarks.structures.report import Line
 from benchmarks.structures.tasks import TASKS, TaskName
 from benchmarks.structures.worker import Request
 from curvlab.study.environment import environment
-from curvlab.study.faults import UsageError
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions):
+class Options(SampledOptions):
     """Time K-FAC and EKFAC, fit and solve, and the responses of exact blocks, against libraries that compute the same.
 
-    Every method runs in a process of its own, and what it computes is compared with curvlab's. Exit code 1 if curvlab
-    fails or a method disagrees; a library that cannot treat a network, or runs out of memory or time, is reported as such.
+    Every method runs in a process of its own, and what it computes is compared with curvlab's. Responses take a quarter of
+    a task's own samples. Exit code 1 if curvlab fails or a method disagrees; a library that cannot treat a network, or runs
+    out of memory or time, is reported as such.
     """
 
     repeats: int = 7
@@ -40,13 +40,6 @@ class Options(CommonOptions):
     """What is computed."""
     methods: tuple[MethodName, ...] = get_args(MethodName)
     """Ways to compute it, where there are."""
-    samples: int | None = None
-    """Number of samples N; the task's own if not given (16 to 128, a quarter of it for responses)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples is not None and self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, got {self.samples}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

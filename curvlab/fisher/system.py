@@ -148,27 +148,20 @@ class System:
         right: Float[Tensor, "*B R n"],
         damping: float,
         direct: Callable[[], Float[Tensor, "*B Q R"]],
-    ) -> Float[Tensor, "*B Q R"]:
-        """Return `x (SᵀS + ρI)⁻¹ yᵀ` for `SSᵀ` this matrix; see `Eigen.sandwich`, which does it where Cholesky cannot."""
-        halves = self._halves(left, right, damping)
-        if halves is None:
-            return self.eigen.sandwich(left, right, damping, direct)
-        x, y = halves
-        return ((direct() - x.mT @ y) / damping).to(left)
+        *,
+        summed: bool = False,
+    ) -> Float[Tensor, "*C Q R"]:
+        """Return `x (SᵀS + ρI)⁻¹ yᵀ` for `SSᵀ` this matrix, or its sum over a stack, whose subtrahend is one product.
 
-    def sandwich_sum(
-        self,
-        left: Float[Tensor, "B Q n"],
-        right: Float[Tensor, "B R n"],
-        damping: float,
-        direct: Callable[[], Float[Tensor, "B Q R"]],
-    ) -> Float[Tensor, "Q R"]:
-        """Return the sum of `sandwich` over a stack, whose subtrahend is one product."""
+        See `Eigen.sandwich`, which does it where Cholesky cannot.
+        """
         halves = self._halves(left, right, damping)
         if halves is None:
-            return self.eigen.sandwich(left, right, damping, direct).sum(0)
-        x, y = (half.flatten(0, 1) for half in halves)
-        return ((direct().sum(0) - x.T @ y) / damping).to(left)
+            found = self.eigen.sandwich(left, right, damping, direct)
+            return found.sum(0) if summed else found
+        x, y = (half.flatten(0, 1) for half in halves) if summed else halves
+        products = direct().sum(0) if summed else direct()
+        return ((products - x.mT @ y) / damping).to(left)
 
     def _halves(
         self, left: Float[Tensor, "*B Q n"], right: Float[Tensor, "*B R n"], damping: float

@@ -130,12 +130,12 @@ class UnitBlock(RowBlock):
             products = left_stack @ right_stack.mT
             own = products if a is b else right_stack @ right_stack.mT
             system, x, y = self._behind(factor, products, own)
-            return system.sandwich_sum(x, y, damping, lambda: products)
+            return system.sandwich(x, y, damping, lambda: products, summed=True)
         x = self.roots.times(left_stack.transpose(0, 1)).mT
         if stacked and relation.coefficients is not None:
             return relation.coefficients.columns(self.system.solve(x.mT, damping).sum(0).T)
         y = x if a is b else self.roots.times(right_stack.transpose(0, 1)).mT
-        return self.system.sandwich_sum(x, y, damping, lambda: left_stack @ right_stack.mT)
+        return self.system.sandwich(x, y, damping, lambda: left_stack @ right_stack.mT, summed=True)
 
     def _kernels(self, left: KroneckerRows, right: KroneckerRows, damping: float) -> Float[Tensor, "U N M"]:
         """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit, of inputs a' and a."""

@@ -57,11 +57,10 @@ class Rule:
 
 def augmented(a: Tensor, names: Names, bias_scale: float = 1.0) -> Tensor:
     """Drop the input's columns if the weight is frozen, append the bias' column if the bias is not."""
-    kept = a if "weight" in names else a[..., :0]
-    if "bias" not in names:
-        return kept
-    columns = aligned((*a.shape[:-1], kept.shape[-1] + 1), a)
-    columns[..., :-1], columns[..., -1] = kept, bias_scale
+    width = a.shape[-1] if "weight" in names else 0
+    columns = aligned((*a.shape[:-1], width + ("bias" in names)), a)
+    columns[..., :width] = a[..., :width]
+    columns[..., width:] = bias_scale
     return columns
 
 
