@@ -93,7 +93,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
         self._samples = samples or Samples()
         self._leave = ExitStack()
-        self._recorder = Recorder([owner for owner in owners if owner.ruled], self._on_layer, self._is_watching)
+        self._recorder = Recorder([owner for owner in owners if owner.ruled])
         self._factored: dict[Owner, list[Call]] = {}
         self._arguments: Arguments | None = None
         self._z: Tensor | None = None
@@ -110,7 +110,7 @@ class Collector(AbstractContextManager["Collector"]):
         handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
             self._loss.register_forward_pre_hook(self._on_loss),
-            *self._recorder.hook(),
+            *self._recorder.hook(self._on_layer, self._is_watching),
         ]
         for handle in handles:
             self._leave.callback(handle.remove)
@@ -148,7 +148,8 @@ class Collector(AbstractContextManager["Collector"]):
                 call.gradient = gradient.detach()
 
         if output.requires_grad:
-            output.register_hook(take)
+            # The graph would keep the hook, the hook the collector, and the collector the graph.
+            self._leave.callback(output.register_hook(take).remove)
 
     def _on_loss(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._is_watching():
@@ -256,6 +257,7 @@ class Collector(AbstractContextManager["Collector"]):
         if self._draw is not None:
             self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
+        self._z = self._z.detach()
 
     def summand(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.

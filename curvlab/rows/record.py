@@ -49,38 +49,46 @@ class Recorder:
 
     Args:
         owners: those for which all these modules have rules.
-        made: called with every call and its output, before anything else sees the output.
-        watching: whether a call counts.
     """
 
-    def __init__(
-        self,
-        owners: Sequence[Owner],
-        made: Callable[[Call, Tensor], None] | None = None,
-        watching: Callable[[], bool] = lambda: True,
-    ) -> None:
+    def __init__(self, owners: Sequence[Owner]) -> None:
         self._owners = owners
-        self._made, self._watching = made, watching
         self._calls: dict[Site, list[Call]] = {site: [] for owner in owners for site in owner.sites}
 
-    def hook(self) -> list[RemovableHandle]:
-        """Hook the modules, ahead of the user's own hooks, which may change an output."""
+    def hook(
+        self, made: Callable[[Call, Tensor], None] | None = None, watching: Callable[[], bool] = lambda: True
+    ) -> list[RemovableHandle]:
+        """Hook the modules, ahead of the user's own hooks, which may change an output.
+
+        Args:
+            made: called with every call and its output, before anything else sees the output.
+            watching: whether a call counts.
+        """
         return [
-            site.module.register_forward_hook(partial(self._on_call, site), prepend=True, with_kwargs=True)
+            site.module.register_forward_hook(
+                partial(self._on_call, made, watching, site), prepend=True, with_kwargs=True
+            )
             for site in self._calls
         ]
 
     def _on_call(
-        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self,
+        made: Callable[[Call, Tensor], None] | None,
+        watching: Callable[[], bool],
+        site: Site,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
     ) -> None:
-        if not self._watching():
+        if not watching():
             return
         named = signature(module.forward).bind(*args, **kwargs).arguments if kwargs else dict(enumerate(args))
         inputs = tuple(x.detach() for x in named.values() if isinstance(x, Tensor))
         call = Call(site, inputs, output.shape, get_gradient_edge(output) if output.requires_grad else None)
         self._calls[site].append(call)
-        if self._made is not None:
-            self._made(call, output)
+        if made is not None:
+            made(call, output)
 
     def calls(self, samples: Samples, count: int) -> dict[Owner, list[Call]]:
         """Return the calls of every owner that can be factored: with samples on the first axis of its inputs.

@@ -1,6 +1,8 @@
 """The preconditioner's direction against the structure's own solve, whichever route it takes."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -18,6 +20,8 @@ from curvlab.fisher.kronecker import KroneckerBlock
 from curvlab.fisher.row_block import RowBlock
 from curvlab.optim import Preconditioner
 from curvlab.optim.preconditioner import _masked
+from curvlab.rows.collect import Collector
+from curvlab.rows.loss import Kind
 
 RHO = 0.05
 
@@ -152,6 +156,31 @@ def test_curvature_is_refreshed_averaged_and_reused() -> None:
             gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
         pre.precondition()
         assert_close(now(pre), reference(fitted, gradient), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["mc", "empirical"])
+def test_steps_leave_nothing_behind(kind: Kind) -> None:
+    model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
+    pre = Preconditioner(model, loss, KFAC(), kind=kind, damping=RHO, seed=0)
+    outputs = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            model.zero_grad()
+            with pre.collect():
+                z = model(x)
+                loss(z, y).backward()
+            pre.precondition()
+            outputs.append(weakref.ref(z))
+            del z
+        assert [z() for z in outputs] == [None] * 3
+        assert not [found for found in gc.get_objects() if type(found) is Collector and found._model is model]
+        last = weakref.ref(model)
+        del model, pre
+        assert last() is None
+    finally:
+        gc.enable()
 
 
 def test_inverses_are_made_in_turns_and_kept_in_between() -> None:
