@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from curvlab.fisher.block import RunningAverage, State, Total
 from curvlab.fisher.system import condition_limit
 from curvlab.rows.aligned import aligned, pitch
+from curvlab.rows.products import cached, chunks
 
 PANELS = 4
 """Panels in which a symmetric product is done; four do five eighths of the whole one's work."""
@@ -109,7 +110,7 @@ class Moment(Factor):
 
     def update(
         self,
-        root: Float[Tensor, "Q n d"],
+        root: Float[Tensor, "Q m t d"],
         weight: float,
         decay: float,
         *,
@@ -117,7 +118,7 @@ class Moment(Factor):
         additive: bool = False,
         total: Total | None = None,
     ) -> None:
-        """Add a moment M of some weight w, `scale·rootᵀroot = w·M`; decays and sums as in `RunningAverage`.
+        """Add a moment M of some weight w, `scale·Σ_{m,t} x xᵀ = w·M` over x in the root; decays and sums as in `RunningAverage`.
 
         With `total`, the products and weights of several processes add up to those of their batch.
         """
@@ -130,14 +131,14 @@ class Moment(Factor):
         held = 0 if self.root is None else self.root.shape[1]
         if total is not None:
             self._add_shared(root, decay, scale, total)
-        elif self.matrix is None and held + root.shape[1] < root.shape[2]:
-            root = root * scale**0.5
-            self.root = root if self.root is None else torch.cat([self.root * decay**0.5, root], dim=1)
+        elif self.matrix is None and held + root.shape[1] * root.shape[2] < root.shape[3]:
+            fresh_root = root.flatten(1, 2) * scale**0.5
+            self.root = fresh_root if self.root is None else torch.cat([self.root * decay**0.5, fresh_root], dim=1)
         else:
             if self.matrix is None:
                 self.matrix = _zeros(root)
                 if self.root is not None:
-                    self._add(self.root, 0.0, 1.0)
+                    self._add(self.root[:, :, None], 0.0, 1.0)
                     self.root = None
             self._add(root, decay, scale)
         if fresh:
@@ -145,23 +146,25 @@ class Moment(Factor):
         elif not (additive and decay == 1):
             self.weight = decay * self.weight + weight
 
-    def _add_shared(self, root: Float[Tensor, "Q n d"], decay: float, scale: float, total: Total) -> None:
+    def _add_shared(self, root: Float[Tensor, "Q m t d"], decay: float, scale: float, total: Total) -> None:
         part = Moment(self.rtol)
-        part.matrix = root.new_zeros(len(root), *2 * root.shape[2:])
+        part.matrix = root.new_zeros(len(root), *2 * root.shape[3:])
         part._add(root, 0.0, scale)
         if self.matrix is None:
             self.matrix = _zeros(root)
         self.matrix.mul_(decay).add_(total(part.matrix))
         self._mirrored = False
 
-    def _add(self, root: Float[Tensor, "Q n d"], decay: float, scale: float) -> None:
-        """Decay the matrix in place and add `scale·rootᵀroot`, on and below the diagonal; the rest waits for `_mirror`."""
+    def _add(self, root: Float[Tensor, "Q m t d"], decay: float, scale: float) -> None:
+        """Decay the matrix in place and add `scale·Σ x xᵀ`, on and below the diagonal; the rest waits for `_mirror`."""
         assert self.matrix is not None
-        d = root.shape[2]
+        d = root.shape[3]
         panels = PANELS if d >= WORTH_CUTTING else 1
-        for start, stop in pairwise(d * part // panels for part in range(panels + 1)):
-            panel = self.matrix[:, start:stop, :stop]
-            panel.baddbmm_(root[..., start:stop].mT, root[..., :stop], beta=decay, alpha=scale)
+        for part, piece in enumerate(_pieces(root)):
+            for start, stop in pairwise(d * k // panels for k in range(panels + 1)):
+                panel = self.matrix[:, start:stop, :stop]
+                beta = decay if part == 0 else 1.0
+                panel.baddbmm_(piece[..., start:stop].mT, piece[..., :stop], beta=beta, alpha=scale)
         self._mirrored = False
 
     def _mirror(self) -> None:
@@ -240,8 +243,16 @@ class Moment(Factor):
         self.weight, self._basis, self._mirrored = weight, None, True
 
 
-def _zeros(root: Float[Tensor, "Q n d"]) -> Float[Tensor, "Q d d"]:
-    return aligned((len(root), *2 * root.shape[2:]), root).zero_()
+def _zeros(root: Float[Tensor, "Q m t d"]) -> Float[Tensor, "Q d d"]:
+    return aligned((len(root), *2 * root.shape[3:]), root).zero_()
+
+
+def _pieces(root: Float[Tensor, "Q m t d"]) -> Iterator[Float[Tensor, "Q n d"]]:
+    """Yield matrices that stack up to the root, copies of some of it at a time where it is not laid out as one."""
+    Q, m, t, d = root.shape
+    as_one = t == 1 or root.stride(1) == t * root.stride(2)
+    for part in [slice(None)] if as_one else chunks(m, Q * t * d, cached(root.device)):
+        yield root[:, part].flatten(1, 2)
 
 
 class DiagonalMoment(Factor):
@@ -285,22 +296,22 @@ Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Tensor]]
 def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tensor]:
     """Return `(M + ρI)⁻¹` of several factors and ρ: `[Q, d, d]`, of a diagonal one `[Q, d]`.
 
-    Those that fill memory of the same width are continued to it and inverted in one batched call. Where a Cholesky
+    Matrices are continued to the width of their memory. A GPU inverts those of one width in one batched call, which on a
+    CPU would save no time. Where a Cholesky
     factorisation fails or cannot be trusted, the inverse comes from the eigenvectors.
 
     Cost: `d³/2` for a Cholesky factorisation and the inverse of its product.
     """
     found: list[Tensor] = [factor.regularised(rho) for factor, rho in wanted]
-    alike: dict[tuple[int, int, torch.dtype], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, int, torch.dtype, int], list[int]] = defaultdict(list)
     for position, matrix in enumerate(found):
         if matrix.ndim == 2:
             found[position] = matrix.reciprocal()
         else:
-            alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype].append(position)
-    for (_, width, _), positions in alike.items():
-        roots, info = torch.linalg.cholesky_ex(
-            torch.stack([_widened(found[position], width) for position in positions])
-        )
+            turn = position if matrix.device.type == "cpu" else 0
+            alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype, turn].append(position)
+    for (_, width, _, _), positions in alike.items():
+        roots, info = torch.linalg.cholesky_ex(_stacked([found[position] for position in positions], width))
         pivots = roots.diagonal(dim1=-2, dim2=-1)
         trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
         safe = ((info == 0) & trusted).all(-1).tolist()
@@ -312,12 +323,13 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tenso
     return found
 
 
-def _widened(matrix: Float[Tensor, "Q d d"], width: int) -> Float[Tensor, "Q w w"]:
-    """Continue a matrix by a multiple of the unit matrix, the first pivot of its Cholesky factorisation."""
-    d = matrix.shape[-1]
-    wide = matrix.new_zeros(len(matrix), width, width)
-    wide[:, :d, :d] = matrix
-    wide.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
+def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Tensor, "k Q w w"]:
+    """Stack matrices, each continued by a multiple of the unit matrix, the first pivot of its Cholesky factorisation."""
+    wide = matrices[0].new_zeros(len(matrices), len(matrices[0]), width, width)
+    for target, matrix in zip(wide, matrices, strict=True):
+        d = matrix.shape[-1]
+        target[:, :d, :d] = matrix
+        target.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
     return wide
 
 

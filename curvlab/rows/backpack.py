@@ -22,11 +22,19 @@ from backpack.core.derivatives.conv3d import Conv3DDerivatives
 from backpack.core.derivatives.conv_transpose1d import ConvTranspose1DDerivatives
 from backpack.core.derivatives.conv_transpose2d import ConvTranspose2DDerivatives
 from backpack.core.derivatives.conv_transpose3d import ConvTranspose3DDerivatives
+from backpack.core.derivatives.dropout import DropoutDerivatives
+from backpack.core.derivatives.elu import ELUDerivatives
 from backpack.core.derivatives.embedding import EmbeddingDerivatives
+from backpack.core.derivatives.leakyrelu import LeakyReLUDerivatives
 from backpack.core.derivatives.linear import LinearDerivatives
+from backpack.core.derivatives.logsigmoid import LogSigmoidDerivatives
+from backpack.core.derivatives.relu import ReLUDerivatives
+from backpack.core.derivatives.selu import SELUDerivatives
+from backpack.core.derivatives.sigmoid import SigmoidDerivatives
+from backpack.core.derivatives.tanh import TanhDerivatives
 from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
-from backpack.extensions.secondorder.sqrt_ggn import activations, dropout, flatten, padding, pooling
+from backpack.extensions.secondorder.sqrt_ggn import flatten, padding, pooling
 from backpack.extensions.secondorder.sqrt_ggn.base import SqrtGGNBaseModule
 from backpack.extensions.secondorder.sqrt_ggn.custom_module import SqrtGGNScaleModule
 from torch import Tensor, nn
@@ -92,6 +100,22 @@ class _KeepFactor(MatToJacMat):  # type: ignore[misc]
     bias = weight
 
 
+class _Elementwise(MatToJacMat):  # type: ignore[misc]
+    """Propagates through an elementwise function, in the memory of the rows where nothing else needs them."""
+
+    def backpropagate(
+        self,
+        ext: _RowsExtension,
+        module: nn.Module,
+        grad_inp: Any,
+        grad_out: Any,
+        backproped: Tensor,
+    ) -> Tensor:
+        """Multiply with the function's derivative."""
+        slope = self.derivatives.df(module, grad_inp, grad_out)
+        return backproped * slope if ext.is_shared(backproped) else backproped.mul_(slope)
+
+
 _PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
     nn.Linear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
     NTKLinear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
@@ -107,16 +131,16 @@ _PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
 }
 
 _PARAMETERLESS: dict[type[nn.Module], MatToJacMat] = {
-    nn.ReLU: activations.SqrtGGNReLU(),
-    nn.Sigmoid: activations.SqrtGGNSigmoid(),
-    nn.Tanh: activations.SqrtGGNTanh(),
-    nn.LeakyReLU: activations.SqrtGGNLeakyReLU(),
-    nn.LogSigmoid: activations.SqrtGGNLogSigmoid(),
-    nn.ELU: activations.SqrtGGNELU(),
-    nn.SELU: activations.SqrtGGNSELU(),
+    nn.ReLU: _Elementwise(ReLUDerivatives()),
+    nn.Sigmoid: _Elementwise(SigmoidDerivatives()),
+    nn.Tanh: _Elementwise(TanhDerivatives()),
+    nn.LeakyReLU: _Elementwise(LeakyReLUDerivatives()),
+    nn.LogSigmoid: _Elementwise(LogSigmoidDerivatives()),
+    nn.ELU: _Elementwise(ELUDerivatives()),
+    nn.SELU: _Elementwise(SELUDerivatives()),
     nn.Flatten: flatten.SqrtGGNFlatten(),
     nn.Identity: SqrtGGNScaleModule(),
-    nn.Dropout: dropout.SqrtGGNDropout(),
+    nn.Dropout: _Elementwise(DropoutDerivatives()),
     nn.MaxPool1d: pooling.SqrtGGNMaxPool1d(),
     nn.MaxPool2d: pooling.SqrtGGNMaxPool2d(),
     nn.ZeroPad2d: padding.SqrtGGNZeroPad2d(),
@@ -136,10 +160,18 @@ class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__("curvlab_rows", {**_PARAMETRISED, **_PARAMETERLESS})
         self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._seeds: Tensor | None = None
+
+    def is_shared(self, rows: Tensor) -> bool:
+        """Whether rows are those of several samples at once, or the seeds; layers keep what they get, but hand on what is new."""
+        assert self._seeds is not None
+        mine, seeds = rows.untyped_storage(), self._seeds.untyped_storage()
+        return 0 in rows.stride() or mine.data_ptr() == seeds.data_ptr()
 
     def propagate(self, chain: Sequence[Any], seeds: Tensor) -> None:
         """Bring rows at the output of a chain of called modules to the layers that gradients reach."""
         *_, last = chain
+        self._seeds = seeds
         self.saved_quantities.save_quantity(last.output.data_ptr(), seeds, self.accumulate_backpropagated_quantities)
         for module in reversed(chain):
             if module.output.requires_grad:

@@ -339,6 +339,18 @@ class KroneckerRows(SharedRows):
     def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
         return torch.einsum("vntqo,ntqi->vnqoi", self.g, self.a).flatten(2).flatten(0, 1)
 
+    def unit_stack(self) -> Float[Tensor, "U R width"]:  # noqa: D102
+        if self.positions == 1:
+            return super().unit_stack()
+        (V, N, _, Q, O), I = self.g.shape, self.a.shape[3]  # noqa: E741
+        stack = self.g.new_empty(Q, O, V, N, I)
+        for part in chunks(O, V * N * I, cached(self.g.device)):
+            for q in range(Q):
+                g = self.g[:, :, :, q, part].permute(1, 3, 0, 2).flatten(1, 2)
+                formed = (g @ self.a[:, :, q]).view(N, -1, V, I)
+                stack[q, part] = formed.permute(1, 2, 0, 3)
+        return stack.view(Q * O, V * N, I)
+
     def diagonal(self) -> Float[Tensor, " P_l"]:
         """Return the diagonal of `SᵀS`. Cost `N·Q·(V·O + O·I)` for `T = 1`, else `R·T·Q·O·I`, in chunks of samples."""
         if self.positions == 1:
@@ -352,19 +364,21 @@ class KroneckerRows(SharedRows):
             total += formed.unflatten(2, (V, O)).sum((0, 2))
         return total.flatten()
 
-    def input_root(self, sample_weights: Float[Tensor, " N"], *, reduce: bool) -> tuple[Float[Tensor, "Q A I"], float]:
+    def input_root(
+        self, sample_weights: Float[Tensor, " N"], *, reduce: bool
+    ) -> tuple[Float[Tensor, "Q N T I"], float]:
         """Return X and s with `s·XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""
         T = self.sizes()
         weights = sample_weights.to(self.dtype) / (T.square() if reduce else T)
         a = self.a.sum(1, keepdim=True) if reduce else self.a
         if bool((weights == weights[0]).all()):
-            return a.flatten(0, 1).transpose(0, 1), float(weights[0])
-        return (a * weights.sqrt().view(-1, 1, 1, 1)).flatten(0, 1).transpose(0, 1), 1.0
+            return a.movedim(2, 0), float(weights[0])
+        return (a * weights.sqrt().view(-1, 1, 1, 1)).movedim(2, 0), 1.0
 
-    def output_root(self, *, reduce: bool) -> Float[Tensor, "Q B O"]:
+    def output_root(self, *, reduce: bool) -> Float[Tensor, "Q R T O"]:
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ` (expand), or with g summed over t first (reduce)."""
         g = self.g.sum(2, keepdim=True) if reduce else self.g
-        return g.flatten(0, 2).transpose(0, 1)
+        return g.flatten(0, 1).movedim(2, 0)
 
 
 def _inner_products(
@@ -436,9 +450,9 @@ class EmbeddingRows(SharedRows):
             weights = weights * (torch.arange(T, device=weights.device) < self.lengths[:, None])
         return self.g.new_zeros(self.layout.units).index_add_(0, self.index.flatten(), weights.flatten())
 
-    def output_root(self) -> Float[Tensor, "B I"]:
+    def output_root(self) -> Float[Tensor, "R T I"]:
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ`."""
-        return self.g.flatten(0, 2)
+        return self.g.flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

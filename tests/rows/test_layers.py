@@ -22,9 +22,11 @@ from oracle import (
 from torch import Tensor, nn
 
 import curvlab.rows
+from curvlab.rows import backpack
 from curvlab.rows.backpack import _PARAMETERLESS, _PARAMETRISED
 from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows
 from curvlab.rows.modules import COMPOSITES, RULES, supported_layers
+from curvlab.rows.samples import Samples
 
 EVERY = [*ARCHITECTURES, *LAYERS]
 CASES = [pytest.param(a, engine, id=f"{a.name}-{engine}") for a in EVERY for engine in a.engines]
@@ -53,6 +55,19 @@ def test_engines_agree_factor_by_factor(case: Architecture) -> None:
         assert (ours.name, ours.layout, type(ours)) == (theirs.name, theirs.layout, type(theirs))
         for a, b in zip(ours.factors, theirs.factors, strict=True):
             assert_close(a, b)
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Sequential(nn.Tanh(), nn.Identity(), nn.Flatten())])
+def test_seeds_survive_the_activations_behind_which_they_start(last: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), last).double()
+    inputs, seeds = vectors(5)(6), torch.randn(2, 6, 3, dtype=torch.float64)
+    before = seeds.clone()
+    swept = backpack.sweep(model, ((inputs,), {}), None, lambda _: seeds, Samples())
+    assert_close(seeds, before, 0)
+    J = dense_jacobian(model, inputs).view(3, 6, -1)
+    named = {name: x for layer in swept.layers for name, x in layer.layout.split(layer.dense()).items()}
+    rows = torch.cat([named[name].flatten(1) for name in trainable(model)], dim=1)
+    assert_close(rows.view(2, 6, -1), torch.einsum("vnc,cnp->vnp", seeds, J))
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -10,6 +10,7 @@ from oracle import CLASSES, architecture, assert_close, chain, dense_jacobian, f
 from torch import Tensor, nn
 
 import curvlab.rows
+from curvlab.fisher.moment import Moment
 from curvlab.rows import products
 from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
 from curvlab.rows.parameters import Layout
@@ -224,8 +225,8 @@ def test_kronecker_moments(reduce: bool) -> None:
                 for u in [g.sum(0)] if reduce else list(g):
                     B[q] += torch.outer(u, u)
     (X, scale), Y = rows.input_root(weights, reduce=reduce), rows.output_root(reduce=reduce)
-    assert_close(scale * X.mT @ X, A)
-    assert_close(Y.mT @ Y, B)
+    assert_close(scale * torch.einsum("qmti,qmtj->qij", X, X), A)
+    assert_close(torch.einsum("qmti,qmtj->qij", Y, Y), B)
     (X, scale), (Z, one) = (
         rows.input_root(w, reduce=reduce) for w in (torch.full((3,), 0.7), torch.tensor([0.7, 0.7, 0.8]))
     )
@@ -244,16 +245,23 @@ def test_embedding_moments() -> None:
             expected[u] += weights[n] / 4
     assert_close(rows.frequency(weights), expected)
     root = rows.output_root()
-    assert_close(root.T @ root, torch.einsum("vnti,vntj->ij", rows.g, rows.g))
+    assert_close(torch.einsum("mti,mtj->ij", root, root), torch.einsum("vnti,vntj->ij", rows.g, rows.g))
 
 
-def test_diagonal_in_chunks_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagonals_moments_and_units_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 10)
-    for name in ("conv2d", "embedding", "layernorm"):
+    monkeypatch.setattr(products, "CACHE_ELEMENTS", 10)
+    for name in ("conv2d", "conv2d-groups", "embedding", "layernorm"):
         rows, _, J, _ = two(name)
         diagonal: dict[str, Tensor] = {}
         for layer in rows.layers:
             diagonal.update(layer.layout.split(layer.diagonal()))
+            units = layer.dense().view(layer.count, layer.layout.units, -1).transpose(0, 1)
+            assert_close(layer.unit_stack(), units)
+            if isinstance(layer, KroneckerRows):
+                moment = Moment(None)
+                moment.update(layer.output_root(reduce=False), 2.0, 0.0)
+                assert_close(moment.dense(), torch.einsum("vntqo,vntqp->qop", layer.g, layer.g) / 2)
         assert_close(rows.space.flatten(diagonal), J.square().sum(0))
 
 

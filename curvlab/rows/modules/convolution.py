@@ -59,9 +59,10 @@ def _patches(
 def _on_patches(site: Site, patches: Float[Tensor, "N C ..."], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
     (V, N), groups, axes = g.shape[:2], site.module.groups, g.ndim - 3
     assert isinstance(groups, int)
-    a = patches.movedim(1, 1 + axes).reshape(N, g.shape[3:].numel(), groups, -1)
+    features = patches.movedim(1, 1 + axes).unflatten(1 + axes, (groups, -1))
+    a = augmented(features, site.names, axes=1 + axes).flatten(1, axes)
     rows = g.reshape(V, N, groups, g.shape[2] // groups, -1).permute(0, 1, 4, 2, 3)
-    return KroneckerRows(site.name, site.layout, augmented(a, site.names), rows)
+    return KroneckerRows(site.name, site.layout, a, rows)
 
 
 CONVOLUTION = Rule(lambda m: m.out_channels, _convolution)

@@ -55,11 +55,13 @@ class Rule:
     input_first: Callable[[Any], int] | None = None
 
 
-def augmented(a: Tensor, names: Names, bias_scale: float = 1.0) -> Tensor:
-    """Drop the input's columns if the weight is frozen, append the bias' column if the bias is not."""
-    width = a.shape[-1] if "weight" in names else 0
-    columns = aligned((*a.shape[:-1], width + ("bias" in names)), a)
-    columns[..., :width] = a[..., :width]
+def augmented(a: Tensor, names: Names, bias_scale: float = 1.0, *, axes: int = 1) -> Tensor:
+    """Join the last axes to columns, drop these if the weight is frozen, append the bias' column if the bias is not."""
+    shape, features = a.shape[:-axes], a.shape[-axes:]
+    width = features.numel() if "weight" in names else 0
+    columns = aligned((*shape, width + ("bias" in names)), a)
+    if width:
+        columns[..., :width].unflatten(-1, features).copy_(a)
     columns[..., width:] = bias_scale
     return columns
 
