@@ -9,6 +9,7 @@ share the storage of the user's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,6 @@ from curvlab.rows.sweep import (
     Swept,
     call,
     in_parameter_order,
-    structural_twin,
 )
 
 
@@ -217,7 +217,7 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     reason = obstacle(model, pick)
     if reason is not None:
         raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
-    twin = structural_twin(model)
+    twin = _twin(model)
     chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:
         module.register_forward_hook(hook_store_io)
@@ -233,6 +233,17 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
         (site,), (x, g) = owner.sites, extension.kept[owner.module]
         layers.append(samples.form(site, (x,), g))
     return Swept(chosen.detach(), seeds, in_parameter_order(model, layers))
+
+
+def _twin(module: Any) -> Any:
+    """Copy modules without an obstacle, which hold nothing that refers to another; see the module's text."""
+    twin = copy.copy(module)
+    vars(twin).update({name: held.copy() for name, held in vars(module).items() if isinstance(held, dict)})
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            twin._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    twin._modules.update({name: _twin(child) for name, child in module._modules.items() if child is not None})
+    return twin
 
 
 def _seeds_at(output: Any, z: Tensor, seeds: Tensor) -> Tensor:
