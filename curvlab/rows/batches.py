@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 Data = Sequence[Any] | Iterable[Sequence[Any]]
@@ -19,6 +21,27 @@ def as_batches(data: Data) -> Any:
     """
     pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor | Mapping)
     return [data] if pair else data
+
+
+def joined(data: Any) -> Any:
+    """Return one pair (inputs, targets) of all samples.
+
+    Raises:
+        ValueError: the data are neither a pair nor pairs, or none.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise ValueError(f"The data are a pair (inputs, targets) or an iterable of them, got a {type(data).__name__}.")
+    batches = list(as_batches(data))
+    for batch in batches:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise ValueError(f"Every batch of the data is a pair (inputs, targets), got a {type(batch).__name__}.")
+    if not batches:
+        raise ValueError("The data hold no batch.")
+    return batches[0] if len(batches) == 1 else tree_map(lambda *parts: _together(parts), *map(tuple, batches))
+
+
+def _together(parts: tuple[Any, ...]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def shuffles(data: Data) -> bool:

@@ -11,7 +11,7 @@ for every panel, multiplied with it and forgotten:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isqrt
 from typing import Any
@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from curvlab.rows.batches import joined
 from curvlab.rows.engine import Engine
 from curvlab.rows.loss import Kind
 from curvlab.rows.loss.terms import weightless
@@ -59,7 +60,8 @@ def gram(
 
     Args:
         model: any module whose samples do not interact, as in `curvlab.jacobian`.
-        data: inputs; with a loss a pair (inputs, targets). The first axis of every tensor in them is the sample.
+        data: inputs, or a pair (inputs, targets) with a loss; the first axis of every tensor in them is the sample. Or
+            an iterable of such pairs such as a DataLoader, which are joined; its targets count with a loss only.
         loss: as in `curvlab.sqrt_fisher`; rows of J if None.
         kind: as in `curvlab.sqrt_fisher`; has a meaning with a loss only.
         samples: as in `curvlab.sqrt_fisher`.
@@ -78,7 +80,7 @@ def gram(
     Cost: the products of `Rows.gram`, and `(B + 1)/2` sweeps over the data, B being the size of all rows over half of the
     workspace, rounded up.
     """
-    chunks = _Chunks(model, loss, data, kind, samples, generator, output, engine)
+    chunks = _Chunks(model, loss, _whole(data, loss), kind, samples, generator, output, engine)
     first = chunks.probe()
     V, dtype = first.shape[0], first.dtype
     R, budget = V * chunks.total, as_bytes(memory)
@@ -109,6 +111,13 @@ def gram(
     if first.reduction == "mean":
         _merge(view, terms, parts)
     return out
+
+
+def _whole(data: Any, loss: nn.Module | None) -> Any:
+    """Return inputs, or a pair (inputs, targets) with a loss, of all samples."""
+    if loss is not None:
+        return joined(data)
+    return data if isinstance(data, Tensor | Mapping | tuple) else joined(data)[0]
 
 
 def _label(panel: int, chunk: int) -> str:
@@ -175,8 +184,6 @@ class _Chunks:
     engine: Engine
 
     def __post_init__(self) -> None:
-        if self.loss is not None and not (isinstance(self.data, tuple | list) and len(self.data) == 2):
-            raise ValueError(f"With a loss, data are a pair (inputs, targets), got a {type(self.data).__name__}.")
         lengths = {len(tensor) for tensor in self._tensors()}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(

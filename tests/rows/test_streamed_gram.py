@@ -1,11 +1,14 @@
 """Gram matrices in chunks against those of all rows at once."""
 
+from operator import itemgetter
 from typing import Any
 
 import pytest
 import torch
 from oracle import architecture, assert_close, loss_case, outputs
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab
 from curvlab.nn import HalfSquaredError, MultiTask, Task
@@ -81,14 +84,32 @@ def test_inputs_and_targets_of_any_structure() -> None:
     assert_close(curvlab.gram(model, (inputs, y), loss=loss, memory=budgets(S)[-1]), S.gram(), 1e-13)
 
 
+def test_loaders_are_joined() -> None:
+    model, x = architecture("mlp").make(N=7)
+    y = torch.tensor([0, 1, 2, -100, 0, 1, 1])
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    assert_close(curvlab.gram(model, loader), curvlab.jacobian(model, x).gram(), 1e-13)
+    loss = nn.CrossEntropyLoss()
+    S = curvlab.sqrt_fisher(model, loss, x, y)
+    for batches in (loader, [(x[:2], y[:2]), (x[2:], y[2:])], [(x, y)]):
+        assert_close(curvlab.gram(model, batches, loss=loss, memory=budgets(S)[-1]), S.gram(), 1e-13)
+    model, inputs = architecture("dict").make(N=5)
+    parts = [(tree_map_only(Tensor, itemgetter(k), inputs), y[k]) for k in (slice(2), slice(2, 5))]
+    assert_close(curvlab.gram(model, parts), curvlab.jacobian(model, inputs).gram(), 1e-13)
+
+
 def test_what_does_not_fit_is_named() -> None:
     model, x = architecture("mlp").make(N=6)
     with pytest.raises(MemoryError, match=r"rows of one sample take .*memory must be at least .* it is 100 B"):
         curvlab.gram(model, x, memory=100)
     with pytest.raises(ValueError, match=r"out must be contiguous, \[18, 18\] and torch\.float64; it is \[17, 17\]"):
         curvlab.gram(model, x, out=torch.zeros(17, 17, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"data are a pair \(inputs, targets\), got a Tensor"):
+    with pytest.raises(ValueError, match=r"data are a pair \(inputs, targets\) or an iterable of them, got a Tensor"):
         curvlab.gram(model, x, loss=nn.MSELoss())
+    with pytest.raises(ValueError, match=r"Every batch of the data is a pair \(inputs, targets\), got a Tensor"):
+        curvlab.gram(model, [x])
+    with pytest.raises(ValueError, match="The data hold no batch"):
+        curvlab.gram(model, [], loss=nn.MSELoss())
     with pytest.raises(ValueError, match=r"their lengths are \[5, 6\]"):
         curvlab.gram(model, (x, x[:5]), loss=nn.MSELoss())
 
