@@ -88,7 +88,9 @@ def in_own_process(worker: str, request: Machine, timeout: float, folder: Path, 
         made: class of the measurement.
     """
     command = [sys.executable, "-m", worker, json.dumps(asdict(request)), str(folder)]
-    threads = {name: str(request.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads = {name: str(request.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    # The threads of NumPy and SciPy wait busily, at the expense of those of torch: eigsh takes three times as long.
+    threads["OPENBLAS_NUM_THREADS"] = "1"
     try:
         done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
