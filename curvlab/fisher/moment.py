@@ -325,6 +325,8 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tenso
 
 def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Tensor, "k Q w w"]:
     """Stack matrices, each continued by a multiple of the unit matrix, the first pivot of its Cholesky factorisation."""
+    if len(matrices) == 1 and matrices[0].shape[-1] == width:
+        return matrices[0][None]
     wide = matrices[0].new_zeros(len(matrices), len(matrices[0]), width, width)
     for target, matrix in zip(wide, matrices, strict=True):
         d = matrix.shape[-1]

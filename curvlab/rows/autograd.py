@@ -67,7 +67,7 @@ def sweep(
             largest = max((made.shape.numel() for made in calls), default=1)
             gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
         else:
-            gradients = _backward(z, edges, seeds)
+            gradients = backward(z, edges, seeds)
             dense = dense_rows(model, arguments, pick, seeds, others)
     at = {
         made: seeds.new_zeros(len(seeds), *made.shape) if g is None else g
@@ -77,15 +77,20 @@ def sweep(
     return Swept(chosen.detach(), seeds, in_parameter_order(model, [*layers, *dense]))
 
 
-def _backward(
+def backward(
     z: Tensor, edges: Sequence[GradientEdge | Tensor | None], seeds: Tensor, *, keep: bool = False
 ) -> list[Tensor | None]:
-    """Bring the seeds to the edges, all rows in one pass."""
+    """Bring the seeds to the edges, all rows in one pass; a single one as autograd's own, without a batch of one."""
     reached: Any = [edge for edge in edges if edge is not None]
     if not reached or not z.requires_grad:
         return [None for _ in edges]
-    found = iter(torch.autograd.grad(z, reached, seeds, is_grads_batched=True, allow_unused=True, retain_graph=keep))
-    return [None if edge is None else next(found) for edge in edges]
+    several = len(seeds) > 1
+    cotangents = seeds if several else seeds[0]
+    found = iter(
+        torch.autograd.grad(z, reached, cotangents, is_grads_batched=several, allow_unused=True, retain_graph=keep)
+    )
+    gradients = [None if edge is None else next(found) for edge in edges]
+    return gradients if several else [None if g is None else g[None] for g in gradients]
 
 
 def backward_over_graphs(
@@ -99,7 +104,7 @@ def backward_over_graphs(
     parameters: list[Tensor] = [getattr(owner.module, local) for owner in others for local in owner.names]
 
     def bring(z: Tensor, to: Sequence[GradientEdge | Tensor | None], seeds: Tensor) -> list[Tensor | None]:
-        found = [_backward(z, to, seeds[part], keep=True) for part in parts]
+        found = [backward(z, to, seeds[part], keep=True) for part in parts]
         return [
             torch.cat(pieces) if (pieces := [g for g in gs if g is not None]) else None
             for gs in zip(*found, strict=True)
@@ -178,7 +183,7 @@ def _one_by_one(
         args, kwargs = tree_map_only(Tensor, itemgetter(slice(n, n + 1)), arguments)
         with torch.enable_grad():
             z = select_output(model(*args, **kwargs), pick)[0]
-        for (name, p), g in zip(parameters.items(), _backward(z, list(parameters.values()), seeds[:, n]), strict=True):
+        for (name, p), g in zip(parameters.items(), backward(z, list(parameters.values()), seeds[:, n]), strict=True):
             found[name].append(seeds.new_zeros(len(seeds), *p.shape) if g is None else g)
     return {name: torch.stack(rows, dim=1) for name, rows in found.items()}
 

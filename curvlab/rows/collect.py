@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.rows.autograd import backward_over_graphs, dense_rows
+from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
 from curvlab.rows.owners import Owner, decomposing
@@ -223,19 +223,10 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _sweep(self, z: Tensor, seeds: Tensor) -> dict[Call, Tensor]:
         """Bring seeds to the layers' outputs."""
-        calls, several = self._calls(), len(seeds) > 1
-        if not calls:
-            return {}
-        found = torch.autograd.grad(
-            z,
-            [call.edge for call in calls if call.edge is not None],
-            seeds if several else seeds[0],
-            is_grads_batched=several,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        calls = self._calls()
+        found = backward(z, [call.edge for call in calls], seeds, keep=True)
         return {
-            call: seeds.new_zeros(len(seeds), *call.shape) if g is None else g if several else g[None]
+            call: seeds.new_zeros(len(seeds), *call.shape) if g is None else g
             for call, g in zip(calls, found, strict=True)
         }
 
