@@ -202,11 +202,22 @@ class RowBlock(Block):
         return self.system.sandwich(seen, others, damping, lambda: gram(left, right))
 
     def _behind(
-        self, factor: OutputFactor, products: Float[Tensor, "*B Q R"], own: Float[Tensor, "*B R R"]
+        self,
+        factor: OutputFactor,
+        products: Float[Tensor, "*B Q R"],
+        own: Float[Tensor, "*B R R"],
+        part: slice = slice(None),
     ) -> tuple[System, Float[Tensor, "*B Q R"], Float[Tensor, "*B R R"]]:
-        """Return `SSᵀ`, `J'Sᵀ` and `JSᵀ` of `S = A·J`, given A, `J'Jᵀ` and `JJᵀ`; it forgets what it decomposes."""
+        """Return `SSᵀ`, `J'Sᵀ` and `JSᵀ` of `S = A·J`, given A, `J'Jᵀ` and `JJᵀ`; it forgets what it decomposes.
+
+        Args:
+            factor: A.
+            products: `J'Jᵀ`.
+            own: `JJᵀ`.
+            part: which of a stack these are.
+        """
         seen = factor.columns(own)
-        system = self._make_system(factor.columns(seen.mT), lambda: self._row_system().precise())
+        system = self._make_system(factor.columns(seen.mT), lambda: self._row_system().precise()[part])
         return system, seen if products is own else factor.columns(products), seen
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102

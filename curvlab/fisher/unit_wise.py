@@ -22,6 +22,8 @@ from curvlab.fisher.unit_rows import (
 )
 from curvlab.rows import Rows
 from curvlab.rows.layer import KroneckerRows, LayerRows
+from curvlab.rows.loss import OutputFactor
+from curvlab.rows.products import cached, chunks
 
 
 class UnitBlock(RowBlock):
@@ -127,15 +129,30 @@ class UnitBlock(RowBlock):
         left_stack = a.unit_stack()
         right_stack = left_stack if a is b else b.unit_stack()
         if (factor := relation.behind(damping)) is not None:
-            products = left_stack @ right_stack.mT
-            own = products if a is b else right_stack @ right_stack.mT
-            system, x, y = self._behind(factor, products, own)
-            return system.sandwich(x, y, damping, lambda: products, summed=True)
+            total = left_stack.new_zeros(a.count, b.count)
+            for part in chunks(self._units, b.count**2, cached(total.device)):
+                some = right_stack[part]
+                total += self._share(factor, some if a is b else left_stack[part], some, damping, part)
+            return total
         x = self.roots.times(left_stack.transpose(0, 1)).mT
         if stacked and relation.coefficients is not None:
             return relation.coefficients.columns(self.system.solve(x.mT, damping).sum(0).T)
         y = x if a is b else self.roots.times(right_stack.transpose(0, 1)).mT
         return self.system.sandwich(x, y, damping, lambda: left_stack @ right_stack.mT, summed=True)
+
+    def _share(
+        self,
+        factor: OutputFactor,
+        left: Float[Tensor, "U Q width"],
+        right: Float[Tensor, "U R width"],
+        damping: float,
+        part: slice,
+    ) -> Float[Tensor, "Q R"]:
+        """Return the sum over some units of `J'(F_u + ρI)⁻¹Jᵀ` for `F_u = (A·J)ᵀA·J`, given A, J' and J."""
+        products = left @ right.mT
+        own = products if left is right else right @ right.mT
+        system, x, y = self._behind(factor, products, own, part)
+        return system.sandwich(x, y, damping, lambda: products, summed=True)
 
     def _kernels(self, left: KroneckerRows, right: KroneckerRows, damping: float) -> Float[Tensor, "U N M"]:
         """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit, of inputs a' and a."""

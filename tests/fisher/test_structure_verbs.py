@@ -1,6 +1,7 @@
 """Structures × kinds × networks: every verb against the dense matrix that the definition gives."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from oracle import DOUBLE, assert_close
 from torch import Tensor
 
 import curvlab.fisher as cf
+from curvlab.rows import products
 
 LOSSES = {"mlp": "ce-all", "cnn": "mse", "sequence": "ce-ignore"}
 
@@ -115,6 +117,18 @@ def test_vectors_travel_in_every_form(spec: str) -> None:
         assert_close(space.flatten(named), block, 1e-12)
     c = draw(2, structure.rows.R)
     assert_close(space.flatten(structure.lift(c[0], rho)), space.flatten(structure.lift(c, rho))[0], 1e-12)
+
+
+def test_responses_of_units_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = case("cnn", "ce")
+    structure, dense = fitted("unit-wise-rows", data)
+    J, rho = data.rows.jacobian(), damping_for(dense)
+    test = replace(J, layers=tuple(layer.scale(2.0) for layer in J.layers))
+    whole, across = structure.response(J, rho), structure.response(J, rho, test)
+    assert_close(across, 2 * whole, 1e-9)
+    monkeypatch.setattr(products, "CACHE_ELEMENTS", 2 * J.R**2)
+    assert_close(structure.response(J, rho), whole, 1e-12)
+    assert_close(structure.response(J, rho, test), across, 1e-12)
 
 
 @pytest.mark.parametrize("spec", SPECS)
