@@ -37,10 +37,10 @@ def joined(data: Any) -> Any:
             raise ValueError(f"Every batch of the data is a pair (inputs, targets), got a {type(batch).__name__}.")
     if not batches:
         raise ValueError("The data hold no batch.")
-    return batches[0] if len(batches) == 1 else tree_map(lambda *parts: _together(parts), *map(tuple, batches))
+    return batches[0] if len(batches) == 1 else tree_map(_together, *map(tuple, batches))
 
 
-def _together(parts: tuple[Any, ...]) -> Any:
+def _together(*parts: Any) -> Any:
     return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
