@@ -88,11 +88,9 @@ def in_own_process(worker: str, request: Machine, timeout: float, folder: Path, 
         made: class of the measurement.
     """
     command = [sys.executable, "-m", worker, json.dumps(asdict(request)), str(folder)]
-    threads = {name: str(request.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # The threads of NumPy and SciPy wait busily, at the expense of those of torch: eigsh takes three times as long.
-    threads["OPENBLAS_NUM_THREADS"] = "1"
+    settings = _settings(request.threads)
     try:
-        done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return made("out of time", f"stopped after {timeout:g} s")
     if done.returncode == -signal.SIGKILL:
@@ -102,6 +100,22 @@ def in_own_process(worker: str, request: Machine, timeout: float, folder: Path, 
     stored: dict[str, Any] = json.loads((folder / "measurement.json").read_text())
     fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
     return made(**fields)
+
+
+def _settings(threads: int) -> dict[str, str]:
+    """Return what every process finds in its environment.
+
+    The threads of NumPy and SciPy wait busily, at the expense of those of torch: eigsh takes three times as long. And
+    glibc hands large blocks back to the kernel as they are freed, which then clears every page of the next ones: a
+    matter of the memory allocator, not of the method, that varies from run to run.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    }
 
 
 def serve(arguments: list[str], asked: type[Asked], measure: Callable[[Asked, Path], Found], made: type[Found]) -> None:

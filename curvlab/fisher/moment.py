@@ -17,11 +17,11 @@ from curvlab.fisher.system import condition_limit
 from curvlab.rows.aligned import aligned, pitch
 from curvlab.rows.products import cached, chunks
 
-PANELS = 4
-"""Panels in which a symmetric product is done; four do five eighths of the whole one's work."""
+STRIPS = 4
+"""Strips of columns in which a symmetric product is done; four do five eighths of the whole one's work."""
 
 WORTH_CUTTING = 512
-"""Columns from which on panels save more work than they cost a matrix product speed."""
+"""Columns from which on strips save more work than they cost a matrix product speed."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ class Moment(Factor):
         """Decay the matrix in place and add `scale·Σ x xᵀ`, on and below the diagonal; the rest waits for `_mirror`."""
         assert self.matrix is not None
         d = root.shape[3]
-        panels = PANELS if d >= WORTH_CUTTING else 1
+        strips = STRIPS if d >= WORTH_CUTTING else 1
         for part, piece in enumerate(_pieces(root)):
-            for start, stop in pairwise(d * k // panels for k in range(panels + 1)):
-                panel = self.matrix[:, start:stop, :stop]
+            for start, stop in pairwise(d * k // strips for k in range(strips + 1)):
+                strip = self.matrix[:, start:, start:stop]
                 beta = decay if part == 0 else 1.0
-                panel.baddbmm_(piece[..., start:stop].mT, piece[..., :stop], beta=beta, alpha=scale)
+                strip.baddbmm_(piece[..., start:].mT, piece[..., start:stop], beta=beta, alpha=scale)
         self._mirrored = False
 
     def _mirror(self) -> None:

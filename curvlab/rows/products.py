@@ -15,11 +15,14 @@ CHUNK_ELEMENTS = 1 << 25
 CACHE_ELEMENTS = 1 << 20
 """Elements of an intermediate tensor that a processor's cache holds, where a product is limited by memory traffic."""
 
-SMALLEST_HALVED = 256
-"""Rows below which halving a symmetric product costs a matrix product more speed than it saves work."""
+LEAF = 128
+"""Columns of a strip of a symmetric product: narrower ones cost a matrix product more speed than they save work."""
 
 WORTH_HALVING = 1 << 25
 """Multiply-adds of a product below which halving it saves less time than calling more functions takes."""
+
+STRIP = 128
+"""Columns that `mirror` transposes at once."""
 
 Block = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
@@ -37,20 +40,27 @@ def chunks(total: int, elements_each: int, elements: int | None = None) -> Itera
         yield slice(start, min(start + step, total))
 
 
-def triangle(block: Block, columns: int = WORTH_HALVING) -> Iterator[tuple[Block, Block]]:
-    """Cut the pairs of a block's rows on and above the diagonal into pairs of blocks, as square as they can be.
+def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Block, Block]]:
+    """Cut the pairs of rows `(v, n)` on and above the diagonal into strips: all rows that come first, and some columns.
 
-    Equal blocks lie on the diagonal. All others lie above it, and their transposes complete the symmetric product. The
-    more columns the rows have, the finer are the blocks; finer ones cut coarser ones.
+    Tall and narrow products run fastest. The largest one comes first, and the next ones take up its memory.
+
+    Args:
+        V: number of v.
+        N: number of n.
+        columns: entries of a row.
     """
-    rows = _rows(block)
-    if rows < SMALLEST_HALVED or rows**2 * columns < WORTH_HALVING:
-        yield block, block
-    else:
-        first, second = _halves(block)
-        yield first, second
-        yield from triangle(first, columns)
-        yield from triangle(second, columns)
+    every = slice(0, N)
+    worth = V * N >= 2 * LEAF and (V * N) ** 2 * columns >= WORTH_HALVING
+    width = max(1, LEAF // N) if worth else V
+    for v in reversed(list(chunks(V, 1, width))):
+        if width > 1 or N < 2 * LEAF:
+            yield (slice(0, v.stop), every), (v, every)
+        else:
+            if v.start:
+                yield (slice(0, v.start), every), (v, every)
+            for n in reversed(list(chunks(N, 1, LEAF))):
+                yield (v, slice(0, n.stop)), (v, n)
 
 
 def within_memory(rows: Block, columns: Block) -> Iterator[tuple[Block, Block]]:
@@ -60,11 +70,6 @@ def within_memory(rows: Block, columns: Block) -> Iterator[tuple[Block, Block]]:
     else:
         for half in _halves(rows):
             yield from within_memory(half, columns)
-
-
-def everything(V: int, N: int) -> Block:
-    """Return the block of all rows."""
-    return slice(0, V), slice(0, N)
 
 
 def _rows(block: Block) -> int:
@@ -83,18 +88,13 @@ def _halves(block: Block) -> tuple[Block, Block]:
     return (v, slice(n.start, middle)), (v, slice(middle, n.stop))
 
 
-def mirror(out: Float[Tensor, "R R"], V: int, N: int) -> None:
-    """Complete a symmetric product of which `add_product` wrote the pairs on and above the diagonal.
-
-    The result is symmetric to the last bit, which a matrix product with its own transpose is not.
-    """
-    view = out.view(V, N, V, N)
-    for rows, columns in triangle(everything(V, N)):
-        block = view[rows + columns]
-        if rows == columns:
-            block.copy_((block + block.permute(2, 3, 0, 1)) / 2)
-        else:
-            view[columns + rows] = block.permute(2, 3, 0, 1)
+def mirror(out: Float[Tensor, "R R"]) -> None:
+    """Copy what is above the diagonal to below it."""
+    upper = torch.ones(STRIP, STRIP, dtype=torch.bool, device=out.device).triu()
+    for strip in chunks(len(out), 1, STRIP):
+        own, below = out[strip, strip], slice(strip.stop, None)
+        own.copy_(torch.where(upper[: len(own), : len(own)], own, own.T))
+        out[below, strip] = out[strip, below].T
 
 
 def add_product(
@@ -108,7 +108,7 @@ def add_product(
     """Add `(left @ rightᵀ) ∘ weight` to `out`; the weight repeats over `(v, w)`.
 
     Args:
-        out: accumulator; where `symmetric`, entries that `mirror` fills in are left out.
+        out: accumulator; where `symmetric`, it is complete on and above the diagonal only (see `mirror`).
         left: rows `(v, n)`.
         right: rows `(w, m)`.
         weight: elementwise factor of the pair of samples, ones if None.
@@ -117,8 +117,8 @@ def add_product(
     V, N, D = left.shape
     W, M, _ = right.shape
     view = out.view(V, N, W, M)
-    every = everything(V, N)
-    for pair in triangle(every, D) if symmetric else [(every, everything(W, M))]:
+    everything = (slice(0, V), slice(0, N)), (slice(0, W), slice(0, M))
+    for pair in triangle(V, N, D) if symmetric else [everything]:
         for rows, columns in within_memory(*pair):
             a, b = distinct(left[rows]), distinct(right[columns])
             product = (a.reshape(-1, D) @ b.reshape(-1, D).T).view(*a.shape[:2], *b.shape[:2])

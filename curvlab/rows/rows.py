@@ -179,7 +179,7 @@ def gram(left: Sequence[LayerRows], right: Sequence[LayerRows]) -> Float[Tensor,
     for a, b in zip(left, right, strict=True):
         a.add_gram(out, b if symmetric or a is not b else replace(b))
     if symmetric:
-        mirror(out, *left[0].shape)
+        mirror(out)
     return out
 
 

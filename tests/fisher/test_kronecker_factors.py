@@ -159,7 +159,7 @@ def test_rank_tolerance_cuts_factors() -> None:
 
 
 def test_wide_layers_in_padded_memory() -> None:
-    """Factors of 521 and 300 columns, done in panels and inverted in wider memory, are what they are without."""
+    """Factors of 521 and 300 columns, done in strips and inverted in wider memory, are what they are without."""
     samples, rho = 640, 0.03
     model = nn.Linear(520, 300).double()
     x, y = draw(samples, 520), draw(samples, 300)
