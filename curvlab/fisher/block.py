@@ -151,7 +151,7 @@ class Block(ABC):
         """Assemble the block's vectors."""
         return torch.cat([part.join(named) for part in self.parts], dim=-1)
 
-    def split(self, vectors: Float[Tensor, "K P_b"]) -> dict[str, Tensor]:
+    def split(self, vectors: Float[Tensor, "*K P_b"]) -> dict[str, Tensor]:
         """Cut the block's vectors into parameters."""
         named: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, vectors.split([part.size for part in self.parts], dim=-1), strict=True):
@@ -216,9 +216,9 @@ class Block(ABC):
         """
         return False
 
-    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "1 P_b"]:
-        """Return `(F + ρI)⁻¹x` for x the sum of rows."""
-        return self.solve(torch.cat([layer.total() for layer in layers])[None], damping)[0]
+    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:
+        """Return `(F + ρI)⁻¹x` by parameter, for x the sum of rows."""
+        return self.split(self.solve(torch.cat([layer.total() for layer in layers])[None], damping)[0][0])
 
     @abstractmethod
     def sandwich(

@@ -202,8 +202,8 @@ class KroneckerBlock(Block):
     def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: D102
         return self._splits(damping) and self.worth_factoring(layers[0], summed=True)
 
-    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "1 P_b"]:  # noqa: D102
-        return self.weigh_by_inverses(layers[0], *self._factor_inverses(damping)).total()[None]
+    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:  # noqa: D102
+        return self.weigh_by_inverses(layers[0], *self._factor_inverses(damping)).total_by_parameter()
 
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float

@@ -327,10 +327,11 @@ def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Te
     """Stack matrices, each continued by a multiple of the unit matrix, the first pivot of its Cholesky factorisation."""
     if len(matrices) == 1 and matrices[0].shape[-1] == width:
         return matrices[0][None]
-    wide = matrices[0].new_zeros(len(matrices), len(matrices[0]), width, width)
+    wide = matrices[0].new_empty(len(matrices), len(matrices[0]), width, width)
     for target, matrix in zip(wide, matrices, strict=True):
         d = matrix.shape[-1]
         target[:, :d, :d] = matrix
+        target[:, d:], target[:, :d, d:] = 0, 0
         target.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
     return wide
 

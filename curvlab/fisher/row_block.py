@@ -164,14 +164,17 @@ class RowBlock(Block):
     def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
         return self.keeps_rows and damping > 0
 
-    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "1 P_b"]:
+    def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:
         """Solve on the row side without forming x, if the rows share the inputs of the state's."""
         pairs = list(zip(self.layers, layers, strict=True))
         if not (self.keeps_rows and all(mine.shares_inputs(theirs) for mine, theirs in pairs)):
             return super().solve_sum(layers, damping)
         seen = torch.stack([mine.times_total(theirs) for mine, theirs in pairs]).sum(0)
         c = self.system.solve(seen[:, None], damping)[:, 0]
-        return torch.cat([theirs.minus(mine, c).scale(1 / damping).total() for mine, theirs in pairs])[None]
+        found: dict[str, Tensor] = {}
+        for mine, theirs in pairs:
+            found.update(theirs.minus(mine, c).scale(1 / damping).total_by_parameter())
+        return found
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc`; on the row side `Sᵀ(K + ρI)⁻¹c`, accurate at any damping."""

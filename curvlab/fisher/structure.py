@@ -243,11 +243,11 @@ class Structure(State):
         for block in self._blocks:
             layers = self._summands(block, rho, summands) if summands is not None else None
             if layers is not None:
-                solution = block.solve_sum(layers, rho)
+                found.update(block.solve_sum(layers, rho))
             else:
                 solution, _ = block.solve(block.join({name: gradient[name][None] for name in block.names}), rho)
-            found.update(block.split(solution))
-        return {name: found[name][0] for name in self.space.shapes}
+                found.update(block.split(solution[0]))
+        return {name: found[name] for name in self.space.shapes}
 
     def _summands(
         self, block: Block, damping: float, summands: Callable[[str], LayerRows | None]

@@ -41,7 +41,6 @@ from backpack.extensions.secondorder.sqrt_ggn.custom_module import SqrtGGNScaleM
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
 from curvlab.rows.owners import owners_of
 from curvlab.rows.products import distinct
@@ -209,14 +208,7 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
 
 
 def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, samples: Samples) -> Swept:
-    """Propagate the seeds with BackPACK and keep the rows factored.
-
-    Raises:
-        UnsupportedModel: if BackPACK cannot treat the model; the message says why.
-    """
-    reason = obstacle(model, pick)
-    if reason is not None:
-        raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
+    """Propagate the seeds with BackPACK and keep the rows factored, of a model without an `obstacle`."""
     twin = _twin(model)
     chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from curvlab.errors import unknown_name
+from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
@@ -89,9 +89,13 @@ def _checked_sweep(
 def _choose(model: nn.Module, pick: PickOutput, engine: Engine, announced_for: nn.Module) -> str:
     if engine not in get_args(Engine):
         raise unknown_name("engine", engine, get_args(Engine))
-    if engine != "auto":
+    if engine == "autograd":
         return engine
     reason = backpack.obstacle(model, pick)
+    if engine == "backpack":
+        if reason is not None:
+            raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
+        return engine
     if announced_for not in _announced:
         _announced.add(announced_for)
         if reason is None:

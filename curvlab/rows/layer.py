@@ -141,6 +141,10 @@ class LayerRows(ABC):
         """Add up the rows."""
         return self.rmatvec(self.factors[-1].new_ones(1, self.count))[0]
 
+    def total_by_parameter(self) -> dict[str, Tensor]:
+        """Add up the rows; the sum by parameter."""
+        return self.layout.split(self.total())
+
     def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:
         """Multiply the rows with the sum of others. Cost: that of their Gram matrix, or `2·(R + S)·P_l` if less."""
         return self.matvec(other.total()[None])[0]
@@ -322,10 +326,16 @@ class KroneckerRows(SharedRows):
         return V * T * I + vectors * V * I < vectors * T * (I + V)
 
     def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
+        return self._total_matrix().flatten()
+
+    def total_by_parameter(self) -> dict[str, Tensor]:  # noqa: D102
+        return self.layout.cut(self._total_matrix())
+
+    def _total_matrix(self) -> Float[Tensor, "U I"]:
         g = self.g[0] if len(self.g) == 1 else self.g.sum(0)
         if g.shape[2] == 1:
-            return product(g.flatten(0, 2).T, self.a.flatten(0, 2)).flatten()
-        return torch.einsum("ntqo,ntqi->qoi", g, self.a).flatten()
+            return product(g.flatten(0, 2).T, self.a.flatten(0, 2))
+        return torch.einsum("ntqo,ntqi->qoi", g, self.a).flatten(0, 1)
 
     def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:  # noqa: D102
         O, I = self.g.shape[4], self.a.shape[3]  # noqa: E741

@@ -94,7 +94,10 @@ class Layout:
 
     def split(self, block: Float[Tensor, "... P_l"]) -> dict[str, Tensor]:
         """Cut block vectors into parameters, keeping leading axes."""
-        matrix = block.reshape(*block.shape[:-1], self.units, self.width)
+        return self.cut(block.reshape(*block.shape[:-1], self.units, self.width))
+
+    def cut(self, matrix: Float[Tensor, "... units width"]) -> dict[str, Tensor]:
+        """Cut the layer's matrix into parameters, keeping leading axes."""
         return {slot.name: slot.parameter(matrix) for slot in self.slots}
 
     def join(self, parameters: Parameters) -> Float[Tensor, "K P_l"]:

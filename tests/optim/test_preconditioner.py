@@ -76,9 +76,9 @@ def spy(monkeypatch: pytest.MonkeyPatch, kind: type[Block]) -> list[str]:
     solved: list[str] = []
     original = kind.solve_sum
 
-    def solve_sum(self: Any, *arguments: Any) -> Tensor:
+    def solve_sum(self: Any, *arguments: Any) -> dict[str, Tensor]:
         solved.append(self.name)
-        result: Tensor = original(self, *arguments)
+        result: dict[str, Tensor] = original(self, *arguments)
         return result
 
     monkeypatch.setattr(kind, "solve_sum", solve_sum)

@@ -12,8 +12,9 @@ from curvlab.rows.modules.rule import Inputs, Rule, Site, augmented
 
 def _linear(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
     module, x = site.module, inputs[0]
-    scales = (module.weight_scale, module.bias_scale) if isinstance(module, NTKLinear) else (1.0, 1.0)
-    return _on_vectors(site, x * scales[0], g, scales[1])
+    if isinstance(module, NTKLinear):
+        return _on_vectors(site, x * module.weight_scale, g, module.bias_scale)
+    return _on_vectors(site, x, g)
 
 
 def _bilinear(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
