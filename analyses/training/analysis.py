@@ -33,9 +33,9 @@ ANALYSIS: Analysis[Config] = Analysis(
     paper="Martens & Grosse 2015 (K-FAC), Karakida & Osawa 2020 (equal rates), Zhang, Martens & Grosse 2019 (contraction)",
     examples=(
         "--seeds 5 --structures full kfac --ingredients   # a quick look at two structures",
-        "--problem fashion-lenet --seeds 5                # LeNet on Fashion-MNIST",
+        "--problem fashion-lenet --races 5                # LeNet on Fashion-MNIST",
     ),
-    cost="MLP on the ten digits, 18 methods, 4 configurations each from one seed, 12 fresh seeds: some minutes on 2 cores.",
+    cost="MLP on the ten digits, 18 methods, 4 configurations each, 8 fresh seeds to race on: about 3 minutes on 2 cores.",
     config=Config,
     claims=claims_of(PARTS),
     cells=cells_of(PARTS, _place),

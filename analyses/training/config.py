@@ -15,6 +15,8 @@ from curvlab.study import CommonOptions
 class Config(CommonOptions):
     """Options of the training analysis; a race's own are fixed by the problem unless said otherwise."""
 
+    races: int = 8
+    """Of the seeds, how many to race on: races take almost all of the time (unit: seeds)."""
     problem: str = "digits-mlp"
     """Data set and model: a name, or module:function that returns a Problem whose targets are classes."""
     dtype: Literal["float64", "float32"] = "float32"
@@ -43,6 +45,8 @@ class Config(CommonOptions):
             for name in getattr(self, option):
                 if name not in known:
                     raise unknown_name(f"name in --{option}", name, known)
+        if self.races < 1:
+            raise ValueError(f"--races must be at least 1, got {self.races}.")
         if not 1 <= self.configurations <= CONFIGURATIONS:
             raise ValueError(f"--configurations must be from 1 to {CONFIGURATIONS}, got {self.configurations}.")
         for option in ("steps", "batch", "target_loss"):
@@ -50,6 +54,11 @@ class Config(CommonOptions):
                 raise ValueError(f"--{option.replace('_', '-')} must not be negative, got {getattr(self, option)}.")
         if not 0 <= self.target_accuracy <= 1:
             raise ValueError(f"--target-accuracy must be from 0 to 1, got {self.target_accuracy}.")
+
+    @property
+    def raced(self) -> int:
+        """Number of fresh seeds that races are judged on."""
+        return min(self.races, self.seeds)
 
     @property
     def task(self) -> Task:

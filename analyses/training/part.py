@@ -11,6 +11,6 @@ from curvlab.study import Cell
 Part = analyses.part.Part[Config]
 
 
-def cells_of(part: str, config: Config, points: Iterable[Mapping[str, object]]) -> list[Cell]:
+def cells_of(part: str, seeds: int, points: Iterable[Mapping[str, object]]) -> list[Cell]:
     """Return the cells of a part: each point at every seed."""
-    return [Cell({"part": part, **point, "seed": seed}) for point in points for seed in range(config.seeds)]
+    return [Cell({"part": part, **point, "seed": seed}) for point in points for seed in range(seeds)]

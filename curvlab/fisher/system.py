@@ -103,7 +103,7 @@ class System:
         *,
         scaled: bool = False,
     ) -> None:
-        self.matrix = (matrix + matrix.mT) / 2
+        self.matrix = (matrix + matrix.mT).mul_(0.5)
         self.name = name
         self.rtol = rtol
         self.damping: float | None = None
@@ -117,7 +117,7 @@ class System:
         if self.matrix.dtype == torch.float64 or self._in_float64 is None:
             return self.matrix.double()
         exact = self._in_float64()
-        return (exact + exact.mT) / 2
+        return (exact + exact.mT).mul_(0.5)
 
     @property
     def eigen(self) -> Eigen:

@@ -28,7 +28,7 @@ from curvlab.study import Cell, judge
 from curvlab.study.measurements import normalise, tabulate
 
 SMALL = (
-    "--seeds", "2", "--steps", "6", "--configurations", "2", "--rivals", "sgd", "muon", "--structures", "kfac",
+    "--seeds", "3", "--races", "2", "--steps", "6", "--configurations", "2", "--rivals", "sgd", "muon", "--structures", "kfac",
     "--ingredients", "kfac-rare", "--target-loss", "2", "--target-accuracy", "0.2",
 )  # fmt: skip
 
@@ -320,6 +320,7 @@ def test_a_problem_without_classes_is_refused() -> None:
         ({"rivals": ("adm",)}, "Did you mean 'adam'"),
         ({"ingredients": ("kfac",)}, "--ingredients"),
         ({"configurations": 0}, "--configurations"),
+        ({"races": 0}, "--races"),
         ({"target_loss": -1.0}, "--target-loss"),
         ({"target_accuracy": 90.0}, "--target-accuracy"),
     ],

@@ -24,7 +24,7 @@ FLOOR = 1e-6
 
 
 def _cells(config: Config) -> list[Cell]:
-    return cells_of(NAME, config, [{"eta": eta} for eta in RATES])
+    return cells_of(NAME, config.seeds, [{"eta": eta} for eta in RATES])
 
 
 def _measure(cell: Cell, config: Config) -> Observations:

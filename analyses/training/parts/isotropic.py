@@ -36,7 +36,7 @@ MARGIN = 0.05
 
 def _cells(config: Config) -> list[Cell]:
     return cells_of(
-        NAME, config, [{"structure": structure} for structure in STRUCTURES if structure in config.structures]
+        NAME, config.seeds, [{"structure": structure} for structure in STRUCTURES if structure in config.structures]
     )
 
 

@@ -21,7 +21,7 @@ PRACTICE = f"{KFAC_PAPER}, section 13: K-FAC against SGD"
 
 
 def _cells(config: Config) -> list[Cell]:
-    return cells_of(NAME, config, [{"method": method.name} for method in entrants(config)])
+    return cells_of(NAME, config.raced, [{"method": method.name} for method in entrants(config)])
 
 
 def _measure(cell: Cell, config: Config) -> Observations:

@@ -15,7 +15,7 @@ from analyses.part import Observations
 from analyses.training.comparison import SECONDS
 from analyses.training.config import Config
 from analyses.training.methods import INVERT_EVERY, Method, Optimiser
-from analyses.training.part import Part
+from analyses.training.part import Part, cells_of
 from analyses.training.parts.judging import (
     KFAC_PAPER,
     PRACTICE,
@@ -37,7 +37,7 @@ NAME = "timing"
 
 def _cells(config: Config) -> list[Cell]:
     field = digest([method.name for method in entrants(config)])[:8]
-    return [Cell({"part": NAME, "field": field, "seed": seed}) for seed in range(config.seeds)]
+    return cells_of(NAME, config.raced, [{"field": field}])
 
 
 def _steps(method: Method, start: Problem, config: Config, seed: int) -> Callable[[int], float]:
