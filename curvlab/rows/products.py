@@ -50,11 +50,10 @@ def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Blo
         N: number of n.
         columns: entries of a row.
     """
-    every = slice(0, N)
-    worth = V * N >= 2 * LEAF and (V * N) ** 2 * columns >= WORTH_HALVING
-    width = max(1, LEAF // N) if worth else V
-    for v in reversed(list(chunks(V, 1, width))):
-        if width > 1 or N < 2 * LEAF:
+    every, rows = slice(0, N), V * N
+    whole = rows < 2 * LEAF or rows**2 * columns < WORTH_HALVING
+    for v in reversed(list(chunks(V, 1, V if whole else max(1, LEAF // N)))):
+        if whole or N < 2 * LEAF:
             yield (slice(0, v.stop), every), (v, every)
         else:
             if v.start:
@@ -89,7 +88,10 @@ def _halves(block: Block) -> tuple[Block, Block]:
 
 
 def mirror(out: Float[Tensor, "R R"]) -> None:
-    """Copy what is above the diagonal to below it."""
+    """Copy what is above the diagonal to below it.
+
+    The result is symmetric to the last bit, which a matrix product with its own transpose is not.
+    """
     upper = torch.ones(STRIP, STRIP, dtype=torch.bool, device=out.device).triu()
     for strip in chunks(len(out), 1, STRIP):
         own, below = out[strip, strip], slice(strip.stop, None)
