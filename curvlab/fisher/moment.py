@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from curvlab.fisher.block import RunningAverage, State, Total
 from curvlab.fisher.system import condition_limit
 from curvlab.rows.aligned import aligned, pitch
-from curvlab.rows.products import cached, chunks
+from curvlab.rows.products import cached, chunks, mirror
 
 STRIPS = 4
 """Strips of columns in which a symmetric product is done; four do five eighths of the whole one's work."""
@@ -171,7 +171,7 @@ class Moment(Factor):
         """Complete the matrix from what is on and below its diagonal."""
         assert self.matrix is not None
         if not self._mirrored:
-            self.matrix.copy_(self.matrix.tril() + self.matrix.tril(-1).mT)
+            mirror(self.matrix.mT)
             self._mirrored = True
 
     @property

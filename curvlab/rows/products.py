@@ -15,14 +15,11 @@ CHUNK_ELEMENTS = 1 << 25
 CACHE_ELEMENTS = 1 << 20
 """Elements of an intermediate tensor that a processor's cache holds, where a product is limited by memory traffic."""
 
-LEAF = 128
+STRIP = 128
 """Columns of a strip of a symmetric product: narrower ones cost a matrix product more speed than they save work."""
 
 WORTH_HALVING = 1 << 25
 """Multiply-adds of a product below which halving it saves less time than calling more functions takes."""
-
-STRIP = 128
-"""Columns that `mirror` transposes at once."""
 
 Block = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
@@ -51,14 +48,14 @@ def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Blo
         columns: entries of a row.
     """
     every, rows = slice(0, N), V * N
-    whole = rows < 2 * LEAF or rows**2 * columns < WORTH_HALVING
-    for v in reversed(list(chunks(V, 1, V if whole else max(1, LEAF // N)))):
-        if whole or N < 2 * LEAF:
+    whole = rows < 2 * STRIP or rows**2 * columns < WORTH_HALVING
+    for v in reversed(list(chunks(V, 1, V if whole else max(1, STRIP // N)))):
+        if whole or N < 2 * STRIP:
             yield (slice(0, v.stop), every), (v, every)
         else:
             if v.start:
                 yield (slice(0, v.start), every), (v, every)
-            for n in reversed(list(chunks(N, 1, LEAF))):
+            for n in reversed(list(chunks(N, 1, STRIP))):
                 yield (v, slice(0, n.stop)), (v, n)
 
 
@@ -87,16 +84,16 @@ def _halves(block: Block) -> tuple[Block, Block]:
     return (v, slice(n.start, middle)), (v, slice(middle, n.stop))
 
 
-def mirror(out: Float[Tensor, "R R"]) -> None:
-    """Copy what is above the diagonal to below it.
+def mirror(out: Float[Tensor, "*Q R R"]) -> None:
+    """Copy what is above the diagonals of matrices to below them.
 
     The result is symmetric to the last bit, which a matrix product with its own transpose is not.
     """
     upper = torch.ones(STRIP, STRIP, dtype=torch.bool, device=out.device).triu()
-    for strip in chunks(len(out), 1, STRIP):
-        own, below = out[strip, strip], slice(strip.stop, None)
-        own.copy_(torch.where(upper[: len(own), : len(own)], own, own.T))
-        out[below, strip] = out[strip, below].T
+    for strip in chunks(out.shape[-1], 1, STRIP):
+        own, size, below = out[..., strip, strip], strip.stop - strip.start, slice(strip.stop, None)
+        own.copy_(torch.where(upper[:size, :size], own, own.mT))
+        out[..., below, strip] = out[..., strip, below].mT
 
 
 def add_product(

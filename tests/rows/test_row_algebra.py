@@ -170,7 +170,7 @@ def test_symmetric_products_visit_every_pair_once(
     covered = covered.view(R, R)
     assert int(covered.max()) == 1
     assert bool(((covered + covered.T) > 0).all())
-    assert int(covered.sum()) <= R * (R + 2 * products.LEAF) / 2
+    assert int(covered.sum()) <= R * (R + 2 * products.STRIP) / 2
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -187,6 +187,16 @@ def test_rows_that_all_samples_share_are_multiplied_once(weighted: bool, monkeyp
             products.mirror(out)
         flat = left.reshape(450, 3) @ right.reshape(450, 3).T
         assert_close(out, 1 + flat * weight.repeat(5, 5))
+
+
+@pytest.mark.parametrize("size", [1, 128, 300])
+def test_mirror_completes_either_triangle_of_every_matrix(size: int) -> None:
+    x = torch.randn(2, size, size, dtype=torch.float64)
+    upper, lower = x.clone(), x.clone()
+    products.mirror(upper)
+    products.mirror(lower.mT)
+    assert torch.equal(upper, x.triu() + x.triu(1).mT)
+    assert torch.equal(lower, x.tril() + x.tril(-1).mT)
 
 
 def test_a_layer_that_two_row_sets_share_is_complete() -> None:
