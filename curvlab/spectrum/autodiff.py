@@ -41,8 +41,8 @@ SWEEP = 16
 """Vectors in one sweep, by default."""
 _announced: WeakSet[nn.Module] = WeakSet()
 
-Product = Callable[[Sequence[Tensor]], Float[Tensor, " P"]]
-"""Multiplies one vector, given by parameter."""
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Multiplies one vector; both are given by parameter."""
 
 
 class DerivativeOperator(Operator):
@@ -100,7 +100,8 @@ class DerivativeOperator(Operator):
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block of vectors. Cost per sweep of K vectors: one gradient, and about K more for the Hessian."""
         with differentiable_attention():
-            return torch.cat([self._sweep(part) for part in block.split(self.sweep)])
+            sweeps = [self._sweep(part) for part in block.split(self.sweep)]
+        return torch.cat(sweeps) if len(sweeps) > 1 else sweeps[0]
 
     def _sweep(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return (self._by_forward if self.batched else self._by_backward)(self.space.unflatten(block))
@@ -119,9 +120,12 @@ class DerivativeOperator(Operator):
             self._recorded.append(self._record(part))
         return self._recorded[0]
 
-    @staticmethod
-    def _products(product: Product, vectors: Parameters) -> Float[Tensor, "K P"]:
-        return torch.stack([product(vector) for vector in zip(*vectors.values(), strict=True)])
+    def _products(self, product: Product, vectors: Parameters) -> Float[Tensor, "K P"]:
+        single = list(zip(*vectors.values(), strict=True))
+        products = torch.empty(len(single), self.size, dtype=self.dtype, device=self.device)
+        for vector, row in zip(single, products, strict=True):
+            torch.cat([piece.flatten() for piece in product(vector)], out=row)
+        return products
 
     def _agrees(self) -> bool:
         """Return whether the batched product of a random vector is that by double backward; says so if not."""
@@ -171,7 +175,7 @@ class Hessian(DerivativeOperator):
         at = self._attached()
         inputs = list(at.values())
         gradient = _pull([part.value(at)], inputs, create_graph=True)
-        return lambda vector: _flattened(_pull(gradient, inputs, vector))
+        return lambda vector: _pull(gradient, inputs, vector)
 
 
 class GGN(DerivativeOperator):
@@ -223,9 +227,9 @@ class GGN(DerivativeOperator):
         end = z.detach().requires_grad_()
         slope = _pull([part.of_output(end)], [end], create_graph=True)
 
-        def product(vector: Sequence[Tensor]) -> Float[Tensor, " P"]:
+        def product(vector: Sequence[Tensor]) -> Sequence[Tensor]:
             change = _pull(pulled, [seed], vector)
-            return _flattened(_pull([z], inputs, _pull(slope, [end], change)))
+            return _pull([z], inputs, _pull(slope, [end], change))
 
         return product
 
@@ -248,7 +252,3 @@ def _pull(
         create_graph=create_graph,
         materialize_grads=True,
     )
-
-
-def _flattened(pieces: Sequence[Tensor]) -> Float[Tensor, " P"]:
-    return torch.cat([piece.flatten() for piece in pieces])

@@ -162,16 +162,14 @@ class _Ritz:
 
     Attributes:
         values: θ, in float64.
-        coefficients: s, one a row, in the basis; of all Ritz vectors that a restart keeps.
-        vectors: x, one a row.
+        coefficients: s, one a row, in the basis; of all Ritz vectors.
         residuals: `Ax − θx`, one a row.
         norms: of the residuals, in float64.
         largest: max|θ| over all Ritz values.
     """
 
     values: Float[Tensor, " m"]
-    coefficients: Float[Tensor, "j b"]
-    vectors: Float[Tensor, "m P"]
+    coefficients: Float[Tensor, "b b"]
     residuals: Float[Tensor, "m P"]
     norms: Float[Tensor, " m"]
     largest: float
@@ -205,7 +203,7 @@ class _Basis:
             raise ValueError(
                 f"start holds vectors of {self.operator.size} entries, one a row; got {tuple(given.shape)}."
             )
-        if not bool(given.isfinite().all()):
+        if not bool(given.sum().isfinite()):
             raise ValueError("start holds vectors that are not finite.")
         room = len(self._vectors)
         block = torch.cat([given[:room].to(self._vectors), self._random(max(0, self.width - len(given)))])
@@ -223,11 +221,9 @@ class _Basis:
         order = _priority(which, self.count)
         leading = s[:, order].T.to(V)
         theta, kept = values[order[:number]], leading[:number]
-        vectors = self.combine(kept)
-        residuals = (kept @ W).addcmul_(theta.to(V)[:, None], vectors, value=-1)
-        duals = residuals if self.operator.euclidean else self.operator.metric(residuals)
-        norms = (residuals * duals).sum(1).clamp_min(0).sqrt().double().cpu()
-        return _Ritz(theta, leading, vectors, residuals, norms, float(values.abs().max()))
+        residuals = torch.addmm(kept @ W, theta.to(V)[:, None] * kept, V, alpha=-1)
+        norms = (residuals * self.operator.metric(residuals)).sum(1).clamp_min(0).sqrt().double().cpu()
+        return _Ritz(theta, leading, residuals, norms, float(values.abs().max()))
 
     def combine(self, coefficients: Float[Tensor, "j b"]) -> Float[Tensor, "j P"]:
         """Return vectors of the space that the basis spans."""
@@ -288,15 +284,18 @@ class _Basis:
                 f"The inner product of {self.operator!r} is not positive: xᵀMx = {float(squares.min()):.3g} for some x. "
                 "Use a larger damping, or a positive preconditioner."
             )
-        block = block[squares > 0] / squares[squares > 0].sqrt()[:, None]
+        if not bool((squares > 0).all()):
+            block, squares = block[squares > 0], squares[squares > 0]
+        lengths = squares.sqrt().double().cpu()
         for _ in range(2):
             if not len(block):
                 break
-            block = block - (block @ MV.T) @ V
-            gram = (block @ self.operator.metric(block).T).double().cpu()
+            block = torch.addmm(block, block @ MV.T, V, alpha=-1)
+            gram = (block @ self.operator.metric(block).T).double().cpu() / torch.outer(lengths, lengths)
             values, vectors = torch.linalg.eigh(gram)
             new = values > 10 * len(block) * self._eps
-            block = (vectors[:, new] / values[new].sqrt()).T.to(block) @ block
+            block = (vectors[:, new] / lengths[:, None] / values[new].sqrt()).T.to(block) @ block
+            lengths = torch.ones(len(block), dtype=torch.float64)
             if float(values.min()) > ENOUGH:
                 break
         return block
@@ -324,13 +323,13 @@ def _result(ritz: _Ritz, converged: Bool[Tensor, " m"], which: Which, basis: _Ba
     order = torch.arange(len(ritz.values))
     if which == "both":
         order = ritz.values.argsort(descending=True)
-    at = order.to(ritz.vectors.device)
+    subspace = basis.combine(ritz.coefficients[: max(len(order), basis.width)])
     return Eigenpairs(
         values=ritz.values[order],
-        vectors=ritz.vectors[at],
+        vectors=subspace[order.to(subspace.device)],
         residuals=ritz.norms[order],
         converged=converged[order],
         products=basis.products,
         sweeps=basis.sweeps,
-        subspace=basis.combine(ritz.coefficients[: max(len(order), basis.width)]),
+        subspace=subspace,
     )

@@ -103,16 +103,17 @@ class Objective:
 
     def total(self, share: Callable[[Part], Tensor]) -> Tensor:
         """Merge over all batches what `share` makes of each, which is to be linear in the loss."""
-        merged = torch.zeros((), dtype=self.dtype, device=self.device)
-        passed, weights = 0, 0.0
+        merged: Tensor | None = None
+        weights = 0.0
         adds = self._adds
         with left_as_found(self.model):
             for batch in self.batches:
                 part = self._part(batch)
                 weight = 1.0 if adds else self._terms(part)
-                merged = merged + weight * share(part)
-                passed, weights = passed + 1, weights + weight
-        if not passed:
+                own = share(part) if adds else weight * share(part)
+                merged = own if merged is None else merged + own
+                weights += weight
+        if merged is None:
             raise ValueError("The data hold no batch: they are empty, or can be passed once only.")
         return merged if adds else merged / weights
 
