@@ -27,7 +27,7 @@ def heading(entries: Sequence[Entry]) -> str:
     request = entries[0].request
     return (
         f"Top {TOP} Hessian eigenvalues every {request.every} steps of gradient descent, η = {request.eta:g}, {request.steps} "
-        f"steps, 64-{request.width}-{request.width}-10 tanh MLP, {tables.setting(request, request.samples)}"
+        f"steps, {request.images}, tanh MLP with two layers of {request.width}, {tables.setting(request, request.samples)}"
     )
 
 
@@ -68,7 +68,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def save(path: Path, entries: Sequence[Entry], environment: dict[str, object]) -> None:
+def save(path: Path, comparisons: Sequence[Sequence[Entry]], environment: dict[str, object]) -> None:
     """Write markdown or JSON, by the suffix of the path."""
-    section = (heading(entries), table(entries, box.MARKDOWN), notes(entries))
-    tables.save(path, environment, [asdict(entry) for entry in entries], [section], LEGEND)
+    sections = [(heading(entries), table(entries, box.MARKDOWN), notes(entries)) for entries in comparisons]
+    tables.save(path, environment, [asdict(entry) for entries in comparisons for entry in entries], sections, LEGEND)

@@ -1,4 +1,4 @@
-"""Runs every way of tracking in a process of its own and compares the eigenvalues."""
+"""Follows a run in every way, each in a process of its own, and compares the eigenvalues."""
 
 from __future__ import annotations
 

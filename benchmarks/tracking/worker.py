@@ -1,7 +1,7 @@
 """One way of tracking in a process of its own: `python -m benchmarks.tracking.worker REQUEST FOLDER`.
 
-Gradient descent trains the network in every process alike, and only the measurements of its Hessian are timed. The
-eigenvalues go to `values.npy`.
+The network takes the parameters of a recorded run, and the measurements of its Hessian are timed. The eigenvalues go to
+`values.npy`.
 """
 
 from __future__ import annotations
@@ -13,37 +13,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import vector_to_parameters
 
 from benchmarks import meter
 from benchmarks.process import Machine, Result, serve
+from benchmarks.tracking.course import Run, problem
 from benchmarks.tracking.methods import BLOCK, METHODS, Counted, Found, MethodName
-from curvlab.problems.full_batch import full_batch_problem
 from curvlab.spectrum import Hessian
 
 TOP = 2
 """Eigenvalues that are followed."""
 
 
-@dataclass(frozen=True)
-class Request(Machine):
+@dataclass(frozen=True, kw_only=True)
+class Request(Machine, Run):
     """What to measure.
 
     Attributes:
         method: how eigenpairs are found.
-        samples: training samples N.
-        width: hidden units of a layer.
-        eta: step size of gradient descent.
-        steps: steps of the run.
-        every: steps from one measurement to the next.
+        course: file with the parameters at every measurement of the run.
     """
 
     method: MethodName
-    samples: int
-    width: int
-    eta: float
-    steps: int
-    every: int
+    course: str
 
 
 @dataclass(frozen=True)
@@ -73,34 +67,26 @@ class Measurement(Result):
     parameters: int = 0
 
 
-def measure(request: Request) -> tuple[Measurement, Tensor]:
+def measure(request: Request, course: Float[Tensor, "M P"]) -> tuple[Measurement, Tensor]:
     """Measure in this process; returns the eigenvalues `[measurements, TOP]`, too."""
     meter.use(request.device, request.threads)
-    made = full_batch_problem(
-        "digits", width=request.width, samples=request.samples, scaling="unit", dtype=torch.float32
-    )
-    problem = made.to(request.device, torch.float32)
-    model, (inputs, targets) = problem.model, problem.train
-    hessian = Hessian(model, problem.loss, problem.train, batched=torch.device(request.device).type != "cpu")
+    made = problem(request, request.device)
+    hessian = Hessian(made.model, made.loss, made.train, batched=torch.device(request.device).type != "cpu")
     operator, find = Counted(hessian), METHODS[request.method].find
-    optimiser = torch.optim.SGD(model.parameters(), lr=request.eta)
     peak = meter.growth(lambda: find(operator, TOP, None), request.device)
     operator.products = 0
-    course: list[Found] = []
+    found: list[Found] = []
     seconds = residual = 0.0
 
     def follow() -> None:
-        course.append(find(operator, TOP, course[-1].start if course else None))
+        found.append(find(operator, TOP, found[-1].start if found else None))
 
-    for step in range(request.steps + 1):
-        if step % request.every == 0:
-            seconds += meter.timed(follow, request.device)
-            residual = max(residual, _residual(hessian, course[-1]))
-        optimiser.zero_grad()
-        problem.loss(model(inputs), targets).backward()
-        optimiser.step()
+    for parameters in course:
+        vector_to_parameters(parameters.to(request.device), made.model.parameters())
+        seconds += meter.timed(follow, request.device)
+        residual = max(residual, _residual(hessian, found[-1]))
     block, single = _products(hessian, request)
-    values = torch.stack([found.values for found in course]).double()
+    values = torch.stack([pairs.values for pairs in found]).double()
     done = Measurement(
         outcome="done",
         seconds=seconds,
@@ -134,7 +120,7 @@ def _products(hessian: Hessian, request: Request) -> tuple[float, float]:
 
 
 def _measure_and_save(request: Request, folder: Path) -> Measurement:
-    measurement, values = measure(request)
+    measurement, values = measure(request, torch.load(request.course))
     np.save(folder / "values.npy", values.numpy(force=True))
     return measurement
 

@@ -1,21 +1,21 @@
 """Every way of tracking against dense eigenpairs, what counts as wrong, and the command line, on a small network."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from benchmarks.tracking import methods, report
 from benchmarks.tracking.__main__ import main
+from benchmarks.tracking.course import RUNS, record
 from benchmarks.tracking.methods import METHODS, TOLERANCE, Counted
 from benchmarks.tracking.runner import Entry
 from benchmarks.tracking.worker import Measurement, Request, measure
 from curvlab.spectrum import DenseOperator
 
-TINY = Request(
-    method="curvlab", samples=30, width=6, eta=0.3, steps=6, every=3, repeats=2, seconds=1.0, threads=1, device="cpu"
-)
+RUN = replace(RUNS["digits"], samples=30, width=6, eta=0.3, steps=6, every=3)
+TINY = Request(method="curvlab", course="", **asdict(RUN), repeats=2, seconds=1.0, threads=1, device="cpu")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -42,9 +42,9 @@ def test_power_iteration_gives_up(monkeypatch):
 
 
 def test_all_methods_follow_one_run():
-    values = {}
+    values, course = {}, record(RUN, "cpu")
     for name in METHODS:
-        measurement, values[name] = measure(replace(TINY, method=name))
+        measurement, values[name] = measure(replace(TINY, method=name), course)
         assert measurement.measurements == 3
         assert measurement.residual <= TOLERANCE or not METHODS[name].bounded
         assert measurement.seconds > 0
@@ -76,7 +76,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     assert f"P = {64 * 6 + 6 + 42 + 70}" in printed
 
 
-@pytest.mark.parametrize("options", [["--every", "0"], ["--steps", "-1"], ["--eta", "0"], ["--width", "0"]])
+@pytest.mark.parametrize("options", [["--every", "0"], ["--steps", "-1"], ["--eta", "0"], ["--width", "0"], ["--runs"]])
 def test_bad_options_are_usage_errors(options):
     assert main(options) == 2
 
@@ -85,3 +85,10 @@ def test_what_stopped_a_method_is_said():
     entries = [Entry(TINY, Measurement("out of time", "stopped after 1 s"), None)]
     assert "out of time" in report.notes(entries)[0]
     assert report.table(entries).row_count == 1
+
+
+def test_absent_images_are_an_error_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
+    monkeypatch.setattr("pooch.retrieve", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    assert main(["--runs", "readme"]) == 3
+    assert "CURVLAB_DATA" in capsys.readouterr().err
