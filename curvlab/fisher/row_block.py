@@ -128,12 +128,19 @@ class RowBlock(Block):
             self._system = self._row_system() if self.keeps_rows else self._make_system(self.average.value)
         return self._system
 
-    def _make_system(self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None) -> System:
-        return System(matrix, f"block {self.name!r}", self.config.rtol, in_float64)
+    def _make_system(
+        self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None, *, symmetric: bool = False
+    ) -> System:
+        return System(matrix, self._title, self.config.rtol, in_float64, symmetric=symmetric)
+
+    @property
+    def _title(self) -> str:
+        """What messages call the system."""
+        return f"block {self.name!r}"
 
     def _row_system(self) -> System:
         layers = self.layers
-        return self._make_system(gram(layers, layers), lambda: gram64(layers))
+        return self._make_system(gram(layers, layers), lambda: gram64(layers), symmetric=True)
 
     def systems(self) -> list[System]:  # noqa: D102
         return [self.system]

@@ -87,6 +87,7 @@ class System:
 
     Args:
         matrix: `[n, n]` or `[B, n, n]`.
+        symmetric: whether it is so to the last bit; if not, the mean with its transpose is taken.
         name: what it belongs to, for messages.
         rtol: rank tolerance, `n·ε` if None.
         in_float64: recomputes the matrix in float64, if its factors are at hand.
@@ -102,8 +103,9 @@ class System:
         in_float64: Callable[[], Float[Tensor, "*B n n"]] | None = None,
         *,
         scaled: bool = False,
+        symmetric: bool = False,
     ) -> None:
-        self.matrix = (matrix + matrix.mT).mul_(0.5)
+        self.matrix = matrix if symmetric else _symmetrised(matrix)
         self.name = name
         self.rtol = rtol
         self.damping: float | None = None
@@ -116,8 +118,7 @@ class System:
         """Return the matrix in float64."""
         if self.matrix.dtype == torch.float64 or self._in_float64 is None:
             return self.matrix.double()
-        exact = self._in_float64()
-        return (exact + exact.mT).mul_(0.5)
+        return _symmetrised(self._in_float64())
 
     @property
     def eigen(self) -> Eigen:
@@ -174,7 +175,7 @@ class System:
         """
         if damping == 0:
             return None
-        factor, failed = _cholesky(self.matrix.to(torch.float64, copy=True), damping)
+        factor, failed = _cholesky(self.matrix.double(), damping)
         if not _trusted(factor, failed, self.matrix.dtype):
             self._warn(damping, "by an eigendecomposition")
             return None
@@ -230,10 +231,19 @@ class System:
         )
 
 
+def _symmetrised(matrix: Float[Tensor, "*B n n"]) -> Float[Tensor, "*B n n"]:
+    return (matrix + matrix.mT).mul_(0.5)
+
+
 def _cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Factorise `matrix + ρI`, which is overwritten."""
-    matrix.diagonal(dim1=-2, dim2=-1).add_(damping)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    """Factorise `matrix + ρI`; ρ is on the diagonal meanwhile, which saves a copy."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    try:
+        diagonal.add_(damping)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+    finally:
+        diagonal.copy_(before)
     return factor, info != 0
 
 
@@ -245,7 +255,7 @@ def _trusted(factor: Tensor, failed: Tensor, dtype: torch.dtype) -> bool:
 
 
 def prepare(systems: Iterable[System], damping: float) -> None:
-    """Factorise systems for one damping; those of equal size in one batched call."""
+    """Factorise systems for one damping; those of equal size in one batched call on a GPU, which a CPU would not do faster."""
     waiting = [system for system in systems if system.damping != damping]
     if damping == 0:
         left = [system for system in waiting if not system._use_scaled()]
@@ -254,9 +264,12 @@ def prepare(systems: Iterable[System], damping: float) -> None:
             system._use_eigen(0.0)
         return
     for group in _by_shape(waiting):
-        factors, failed = _cholesky(torch.stack([system.matrix for system in group]), damping)
-        for system, factor, bad in zip(group, factors, failed, strict=True):
-            if not system._use_cholesky(damping, factor, bad):
+        if len(group) == 1 or group[0].matrix.device.type == "cpu":
+            found = [_cholesky(system.matrix, damping) for system in group]
+        else:
+            found = list(zip(*_cholesky(torch.stack([system.matrix for system in group]), damping), strict=True))
+        for system, (factor, failed) in zip(group, found, strict=True):
+            if not system._use_cholesky(damping, factor, failed):
                 system._rescue(damping)
 
 

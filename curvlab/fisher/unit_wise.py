@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -59,9 +59,6 @@ class UnitBlock(RowBlock):
 
     def _form(self, layers: Sequence[LayerRows]) -> Tensor:
         return unit_roots(layers[0]).moment()
-
-    def _make_system(self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None) -> System:
-        return System(matrix, self._title, self.config.rtol, in_float64)
 
     @property
     def _title(self) -> str:
