@@ -162,7 +162,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _step(self) -> None:
         pre, damping, batch = self.preconditioner, self.damping, self.preconditioner.batch
         gradients = self._gradients()
-        found = pre.direction({name: gradients[name] for name in pre.parameters if name in gradients})
+        found = pre.direction(gradients)
         if found is None:
             return
         direction = {**gradients, **found}

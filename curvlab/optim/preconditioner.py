@@ -102,6 +102,7 @@ class Preconditioner:
         self._skipped_in_a_row = 0
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self._owners = _preconditioned(model, self.plain)
+        self._names = {name for owner in self._owners for name in owner.names.values()}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
@@ -137,8 +138,7 @@ class Preconditioner:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients are preconditioned."""
-        names = {name for owner in self._owners for name in owner.names.values()}
-        return {name: p for name, p in self.model.named_parameters() if name in names}
+        return {name: p for name, p in self.model.named_parameters() if name in self._names}
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -148,8 +148,8 @@ class Preconditioner:
             StateError: if a pass is missing or one too many, or trainable parameters have changed.
             UnsupportedModel: if rows do not exist; the message names the layers.
         """
-        self._check_model()
-        coupled = bool(self._coupled())
+        coupled = self._coupled()
+        self._check_model(coupled)
         processes = Processes.present()
         share = None if processes is None else processes.share
         joint = self.structure.joins_positions
@@ -167,9 +167,9 @@ class Preconditioner:
         self._fresh = not self._passes and collector.cleared
         self._checked = self._checked or self.due
         self._passes.append(collector)
-        self._untouched = {n: (p.grad, p.grad._version) for n, p in self.parameters.items() if p.grad is not None}
+        self._untouched = {n: (p.grad, p.grad._version) for n, p in collector.parameters.items() if p.grad is not None}
 
-    def _check_model(self) -> None:
+    def _check_model(self, coupled: Sequence[str]) -> None:
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if trained != self._trained:
             changed = ", ".join(sorted(trained ^ self._trained))
@@ -177,7 +177,7 @@ class Preconditioner:
                 f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. "
                 "Make a new one."
             )
-        if not self.structure.averages and (coupled := self._coupled()):
+        if coupled and not self.structure.averages:
             raise UnsupportedModel(
                 f"{', '.join(coupled)} normalise by the batch, so samples interact and the {self.structure.key} "
                 "structure has no rows. Call eval() on them, or use a structure of moments such as 'kfac'."
@@ -193,8 +193,9 @@ class Preconditioner:
             StateError: if curvature is due and nothing was collected.
             FloatingPointError: if more steps in a row than `patience` were skipped.
         """
-        direction = self.direction()
-        for name, parameter in self.parameters.items():
+        parameters = self.parameters
+        direction = self._end_step(parameters, {n: p.grad for n, p in parameters.items() if p.grad is not None})
+        for name, parameter in parameters.items():
             if direction is None:
                 parameter.grad = None
             elif parameter.grad is not None:
@@ -207,23 +208,27 @@ class Preconditioner:
         """The batch of this step, if there was one pass."""
         return Batch(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
 
-    def direction(self, gradients: Mapping[str, Tensor] | None = None) -> dict[str, Tensor] | None:
+    def direction(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Take the curvature that is due, and return `(F + ρI)⁻¹ grad`, None for a step to skip; ends the step.
 
         Args:
-            gradients: by name, in place of those of the parameters; missing ones are 0.
+            gradients: by name, in place of those of the parameters; missing ones are 0, those of other parameters ignored.
 
         Raises:
             StateError, FloatingPointError: see `precondition`.
         """
+        return self._end_step(self.parameters, gradients)
+
+    def _end_step(
+        self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
         if self.due and not self._passes:
             raise StateError(
                 "Curvature is due and nothing was collected: run the forward and backward pass within `collect()`."
             )
         passes, self._passes = self._passes, []
-        due, parameters = self.due, self.parameters
-        given = {n: p.grad for n, p in parameters.items() if p.grad is not None} if gradients is None else gradients
-        complete = {n: given[n] if n in given else torch.zeros_like(p) for n, p in parameters.items()}
+        due = self.due
+        complete = {n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()}
         rows = [found.rows for found in passes if found.rows is not None]
         seen = [*complete.values(), *(f for r in rows for layer in r.layers for f in layer.factors)]
         looks = due or seen[0].device.type == "cpu"

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.layer import DenseRows, LayerRows
-from curvlab.rows.owners import Owner, decomposing, owners_of
+from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
 from curvlab.rows.samples import Samples
@@ -74,7 +74,7 @@ def sweep(
         for made, g in zip(calls, gradients, strict=True)
     }
     layers = [form(owner, {made: at[made] for made in own}, samples) for owner, own in factored.items()]
-    return Swept(chosen.detach(), seeds, in_parameter_order(model, [*layers, *dense]))
+    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]))
 
 
 def backward(

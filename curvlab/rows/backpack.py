@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
-from curvlab.rows.owners import owners_of
+from curvlab.rows.owners import owners_of, trainable
 from curvlab.rows.products import distinct
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
@@ -224,7 +224,7 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     for owner in owners_of(twin):
         (site,), (x, g) = owner.sites, extension.kept[owner.module]
         layers.append(samples.form(site, (x,), g))
-    return Swept(chosen.detach(), seeds, in_parameter_order(model, layers))
+    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), layers))
 
 
 def _twin(module: Any) -> Any:

@@ -30,8 +30,8 @@ from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
     Arguments,
-    as_arguments,
     compare,
+    detached,
     in_parameter_order,
     refuse,
     unfactored,
@@ -92,6 +92,10 @@ class Collector(AbstractContextManager["Collector"]):
         """Whether there were no gradients to add to when the loss was called."""
         self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
         self._samples = samples or Samples()
+        names = {name for owner in owners for name in owner.names.values()}
+        self.parameters = {name: p for name, p in model.named_parameters() if name in names}
+        """Those of the owners."""
+        self._space = ParameterSpace({name: p.shape for name, p in self.parameters.items()})
         self._leave = ExitStack()
         self._recorder = Recorder([owner for owner in owners if owner.ruled])
         self._factored: dict[Owner, list[Call]] = {}
@@ -140,7 +144,7 @@ class Collector(AbstractContextManager["Collector"]):
                 "The model ran twice in one collecting context. Open a context for each forward and backward pass; "
                 "those of several before one step accumulate."
             )
-        self._arguments = as_arguments(args)[0], as_arguments(kwargs)[1]
+        self._arguments = detached((args, kwargs))
 
     def _on_layer(self, call: Call, output: Tensor) -> None:
         def take(gradient: Tensor) -> None:
@@ -158,8 +162,7 @@ class Collector(AbstractContextManager["Collector"]):
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
             raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
         self._z, self._targets = args
-        names = self._space().shapes
-        self.cleared = all(p.grad is None for name, p in self._model.named_parameters() if name in names)
+        self.cleared = all(p.grad is None for p in self.parameters.values())
         self._terms = self._samples.terms(self._loss, self._z.detach(), self._targets)
         self._take_factored()
         self._sweeping = True
@@ -192,9 +195,7 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
-        names = self._space().shapes
-        parameters = {name: p for name, p in self._model.named_parameters() if name in names}
-        return compare(parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])[0]
+        return compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])[0]
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
         if draw.kind == "mc":
@@ -293,8 +294,8 @@ class Collector(AbstractContextManager["Collector"]):
     def _whole(self, draw: Draw, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         samples = layers[0].shape[1]
         rows = Rows(
-            layers=in_parameter_order(self._model, layers),
-            space=self._space(),
+            layers=in_parameter_order(self.parameters, layers),
+            space=self._space,
             kind="jacobian" if draw.kind in ("exact", "ggn") else draw.kind,
             count=terms.count,
             terms=terms.terms,
@@ -323,10 +324,6 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples)
-
-    def _space(self) -> ParameterSpace:
-        names = {name for owner in self._owners for name in owner.names.values()}
-        return ParameterSpace({name: p.shape for name, p in self._model.named_parameters() if name in names})
 
 
 def _even(terms: LossTerms) -> bool:

@@ -70,16 +70,18 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def as_arguments(inputs: Any) -> Arguments:
-    """Unpack a tuple into arguments, a mapping into keywords; anything else is one argument.
-
-    Tensors are detached, so that no backward pass reaches what the user computed them from.
-    """
+    """Unpack a tuple into arguments, a mapping into keywords; anything else is one argument. Tensors are `detached`."""
     if isinstance(inputs, Mapping):
         unpacked: Arguments = (), dict(inputs)
     else:
         unpacked = inputs if isinstance(inputs, tuple) else (inputs,), {}
-    detached: Arguments = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), unpacked)
-    return detached
+    return detached(unpacked)
+
+
+def detached(arguments: Arguments) -> Arguments:
+    """Detach tensors, so that no backward pass reaches what the user computed them from."""
+    found: Arguments = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), arguments)
+    return found
 
 
 def select_output(result: Any, pick: PickOutput) -> Tensor:
@@ -149,9 +151,9 @@ def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.enabled = enabled
 
 
-def in_parameter_order(model: nn.Module, layers: Iterable[LayerRows]) -> tuple[LayerRows, ...]:
-    """Sort layers by their first parameter."""
-    order = {name: i for i, name in enumerate(trainable(model))}
+def in_parameter_order(names: Iterable[str], layers: Iterable[LayerRows]) -> tuple[LayerRows, ...]:
+    """Sort layers by their first parameter in an order of names."""
+    order = {name: i for i, name in enumerate(names)}
     return tuple(sorted(layers, key=lambda layer: min(order[name] for name in layer.layout.names)))
 
 
