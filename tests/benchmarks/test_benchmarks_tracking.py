@@ -5,10 +5,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.tracking import methods, report
 from benchmarks.tracking.__main__ import main
-from benchmarks.tracking.course import RUNS, record
+from benchmarks.tracking.course import RUNS, problem, record
 from benchmarks.tracking.methods import METHODS, TOLERANCE, Counted
 from benchmarks.tracking.runner import Entry
 from benchmarks.tracking.worker import Measurement, Request, measure
@@ -51,6 +52,18 @@ def test_all_methods_follow_one_run():
         assert measurement.block_seconds > 0
     for name in METHODS:
         torch.testing.assert_close(values[name], values["eigsh-cold"], rtol=2 * TOLERANCE, atol=0)
+
+
+def test_a_run_is_gradient_descent():
+    course = record(RUN, "cpu")
+    made = problem(RUN, "cpu")
+    model, (inputs, targets) = made.model, made.train
+    for step in range(RUN.steps + 1):
+        flat = parameters_to_vector(model.parameters())
+        if step % RUN.every == 0:
+            torch.testing.assert_close(course[step // RUN.every], flat.detach())
+        gradient = torch.autograd.grad(made.loss(model(inputs), targets), list(model.parameters()))
+        vector_to_parameters(flat.detach() - RUN.eta * parameters_to_vector(gradient), model.parameters())
 
 
 def test_a_missed_bound_is_wrong():

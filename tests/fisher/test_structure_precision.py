@@ -246,3 +246,18 @@ def test_the_window_for_rounding_does_not_hide_small_diagonal_entries() -> None:
     structure = cf.Diagonal().update(rows)
     assert_close(structure.lift(torch.ones(1, dtype=DOUBLE), 0.0)["weight"], 1 / x)
     assert structure.eigvalsh().count_nonzero() == 500
+
+
+@pytest.mark.filterwarnings("ignore::curvlab.errors.IllConditioned")
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("key", ROW_SIDE)
+def test_a_solve_does_not_depend_on_earlier_ones(key: str, dtype: torch.dtype) -> None:
+    rows = ill_conditioned_rows(dtype)
+
+    def made() -> cf.Structure:
+        structure = cf.LayerWise(sigma_of(3).tolist()) if key == "layer-wise" else cf.make(key)
+        return structure.update(rows)
+
+    used, v = made(), torch.randn(rows.P, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    for damping in (1e-2, "rel:1e-12", 1.0, 1e-2):
+        assert torch.equal(used.solve(v, damping), made().solve(v, damping))

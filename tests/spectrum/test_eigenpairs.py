@@ -165,7 +165,9 @@ class TestStart:
         values = SPECTRA["cluster"]
         A = matrix(values)
         top = torch.linalg.eigh(A).eigenvectors.T.flip(0)
-        for start in (top[:1], top[:3], 5 * top[:3].repeat(2, 1), torch.zeros(1, len(A), dtype=DOUBLE), top):
+        of_all_lengths = torch.tensor([1e-8, 1.0, 1e8, 0.0], dtype=DOUBLE)[:, None] * top[:4]
+        nothing = torch.zeros(1, len(A), dtype=DOUBLE)
+        for start in (top[:1], top[:3], 5 * top[:3].repeat(2, 1), of_all_lengths, nothing, top):
             check(eigenpairs(DenseOperator(A), 3, tolerance=1e-8, start=start), A, values, 3, "largest", 1e-8)
 
     def test_a_start_without_the_wanted_vector(self) -> None:
