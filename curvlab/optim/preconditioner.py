@@ -219,9 +219,7 @@ class Preconditioner:
         """
         return self._end_step(self.parameters, gradients)
 
-    def _end_step(
-        self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-    ) -> dict[str, Tensor] | None:
+    def _end_step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if self.due and not self._passes:
             raise StateError(
                 "Curvature is due and nothing was collected: run the forward and backward pass within `collect()`."

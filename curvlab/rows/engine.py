@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from typing import Any, Literal, get_args
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from curvlab.rows.sweep import (
 logger = logging.getLogger("curvlab")
 
 Engine = Literal["auto", "backpack", "autograd"]
-_announced: WeakSet[nn.Module] = WeakSet()
+_announced: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 Reading = tuple[Arguments, Samples]
 """The model's arguments, and what a sample is in them."""
@@ -46,22 +46,32 @@ def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
     return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
 
 
-def sweep(model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed) -> Swept:
-    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output."""
+def sweep(
+    model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed, *, single: bool = False
+) -> Swept:
+    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output.
+
+    Args:
+        model: the model.
+        reading: its arguments.
+        pick: which output.
+        engine: which engine.
+        seed: makes the rows at the output.
+        single: whether that is one row an output vector, which "auto" leaves to autograd.
+    """
     if not isinstance(model, Linearized):
-        return _checked_sweep(model, reading, pick, engine, seed, model)
+        return _checked_sweep(model, reading, pick, _choose(model, pick, engine, single, model), seed, model)
     arguments, samples = reading
     with torch.no_grad(), left_as_found(model.base):
         z = samples.choose(call(model, arguments, pick))
     base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
-    swept = _checked_sweep(base, reading, pick, engine, lambda _: seed(z), model)
+    swept = _checked_sweep(base, reading, pick, _choose(base, pick, engine, single, model), lambda _: seed(z), model)
     return replace(swept, output=z)
 
 
 def _checked_sweep(
-    model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed, once_for: nn.Module
+    model: nn.Module, reading: Reading, pick: PickOutput, chosen: str, seed: Seed, once_for: nn.Module
 ) -> Swept:
-    chosen = _choose(model, pick, engine, once_for)
     arguments, samples = reading
 
     def forward() -> Tensor:
@@ -86,20 +96,25 @@ def _checked_sweep(
     return swept
 
 
-def _choose(model: nn.Module, pick: PickOutput, engine: Engine, announced_for: nn.Module) -> str:
+def _choose(model: nn.Module, pick: PickOutput, engine: Engine, single: bool, announced_for: nn.Module) -> str:
     if engine not in get_args(Engine):
         raise unknown_name("engine", engine, get_args(Engine))
     if engine == "autograd":
         return engine
-    reason = backpack.obstacle(model, pick)
+    if engine == "auto" and single:
+        reason: str | None = "one row a sample takes one plain backward pass"
+    else:
+        reason = backpack.obstacle(model, pick)
     if engine == "backpack":
         if reason is not None:
             raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")
         return engine
-    if announced_for not in _announced:
-        _announced.add(announced_for)
+    chosen = "autograd" if reason else "backpack"
+    announced = _announced.setdefault(announced_for, set())
+    if chosen not in announced:
+        announced.add(chosen)
         if reason is None:
             logger.info("Rows by the BackPACK engine: the model is a chain of modules that it knows.")
         else:
             logger.info("Rows by the autograd engine: %s.", reason)
-    return "autograd" if reason else "backpack"
+    return chosen

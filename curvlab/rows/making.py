@@ -45,8 +45,8 @@ def jacobian(
             function that chooses them given the inputs. Rows `(c, n)` of the L chosen nodes are `V = C·L` rows of one
             sample, the graph, in the same order.
         output: which tensor of a structured output to use: a key, an attribute, an index or a function.
-        engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture, "auto" for the
-            first that applies.
+        engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture; "auto" takes the first
+            that applies, and autograd where there is one row a sample, a plain backward pass. It logs which and why.
         dtype: floating-point type of the rows and of all products with them; that of the parameters if None. The sweep is in
             the model's own type, or in that of `torch.autocast`, whose round-off it keeps: relative errors of rows and Gram
             matrices are a small multiple of 4e-3 for bfloat16, of 6e-8 for float32.
@@ -137,7 +137,8 @@ def sqrt_fisher(
         def seed(z: Tensor) -> Tensor:
             return draw(terms_of(z)).view(-1, *reading[1].lay_out(z).shape).to(z.dtype)
 
-        swept = sweep(model, reading, output, engine, seed)
+        single = kind in ("mc", "empirical") and samples == 1
+        swept = sweep(model, reading, output, engine, seed, single=single)
         terms = terms_of(swept.output)
         factor = terms.root() if kind in ("exact", "ggn") else None
         layers = tuple(layer if dtype is None else layer.to(dtype) for layer in swept.layers)
