@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 
 import torch
 from jaxtyping import Bool, Float
@@ -182,7 +183,8 @@ class Moment(Factor):
         return torch.Size((len(self.root), *2 * self.root.shape[2:]))
 
     def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:  # noqa: D102
-        matrix = self.dense() if self.matrix is None else self.matrix / self._divisor
+        assert self.matrix is not None
+        matrix = self.matrix / self._divisor
         matrix.diagonal(dim1=1, dim2=2).add_(damping[:, None])
         return matrix
 
@@ -210,6 +212,11 @@ class Moment(Factor):
         tolerance = values.shape[-1] * torch.finfo(values.dtype).eps if self.rtol is None else self.rtol
         null = values <= tolerance * values.amax(-1, keepdim=True)
         return Basis(values.clamp_min(0), vectors, null)
+
+    def normalised_root(self) -> Float[Tensor, "Q m d"]:
+        """Return X with `XᵀX` the moment, which is kept as a root."""
+        assert self.root is not None
+        return self.root / sqrt(self._divisor)
 
     def dense(self) -> Float[Tensor, "Q d d"]:
         """Form the moment."""
@@ -300,11 +307,17 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tenso
     CPU would save no time. Where a Cholesky
     factorisation fails or cannot be trusted, the inverse comes from the eigenvectors.
 
-    Cost: `d³/2` for a Cholesky factorisation and the inverse of its product.
+    Cost: `d³/2` for a Cholesky factorisation and the inverse of its product; `m·d·(d + m)` for a moment kept as a root of
+    m rows.
     """
-    found: list[Tensor] = [factor.regularised(rho) for factor, rho in wanted]
+    found: list[Tensor] = []
     alike: dict[tuple[int, int, torch.dtype, int], list[int]] = defaultdict(list)
-    for position, matrix in enumerate(found):
+    for position, (factor, rho) in enumerate(wanted):
+        if isinstance(factor, Moment) and factor.root is not None:
+            found.append(_inverse_by_rows(factor, rho))
+            continue
+        matrix = factor.regularised(rho)
+        found.append(matrix)
         if matrix.ndim == 2:
             found[position] = matrix.reciprocal()
         else:
@@ -334,6 +347,20 @@ def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Te
         target[:, d:], target[:, :d, d:] = 0, 0
         target.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
     return wide
+
+
+def _inverse_by_rows(moment: Moment, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
+    """Return `(XᵀX + ρI)⁻¹ = (I − Xᵀ(XXᵀ + ρI)⁻¹X)/ρ` for a moment that is kept as a root X."""
+    root, rho = moment.normalised_root(), damping[:, None]
+    small = root @ root.mT
+    diagonal = small.diagonal(dim1=1, dim2=2).add_(rho)
+    triangle, info = torch.linalg.cholesky_ex(small)
+    if not bool(((info == 0) & (diagonal.amax(-1) / damping < condition_limit(root.dtype))).all()):
+        return _inverse_by_eigenvectors(moment, damping)
+    half = torch.linalg.solve_triangular(triangle, root * rho[..., None].rsqrt(), upper=False)
+    inverse = aligned(moment.shape, root).zero_()
+    inverse.diagonal(dim1=1, dim2=2).add_(rho.reciprocal())
+    return inverse.baddbmm_(half.mT, half, alpha=-1)
 
 
 def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:

@@ -7,6 +7,7 @@ from oracle import DOUBLE, architecture, assert_close, loss_case, outputs
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
+from curvlab.fisher.moment import Moment, inverses
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, jacobian, sqrt_fisher
 
@@ -120,6 +121,24 @@ def test_factors_are_kept_on_their_smaller_side() -> None:
     x = torch.cat([draw(4, 20, seed=s) for s in range(6)])
     whole = cf.KFAC().update(sqrt_fisher(model, HalfSquaredError(), x, draw(24, 2)))
     assert_close(structure.to_dense(), whole.to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("rho", [10.0, 1e-2, 1e-6, 1e-14])
+@pytest.mark.parametrize("rows", [1, 4, 10])
+def test_inverses_of_factors_kept_as_roots(rows: int, rho: float, dtype: torch.dtype) -> None:
+    """Two groups, one of them zero, at any condition number."""
+    moment, X = Moment(None), draw(2, rows, 1, 11) * torch.tensor([1.0, 0.0], dtype=DOUBLE)[:, None, None, None]
+    moment.update(X.to(dtype), 3.0, 0.0, scale=0.5)
+    assert moment.root is not None
+    damping = torch.tensor([rho, 2 * rho], dtype=DOUBLE)
+    (found,) = inverses([(moment, damping.to(dtype))])
+    # An inverse of the dense sum would lose the digits of small ρ.
+    _, singular, V = torch.linalg.svd(X[:, :, 0] / 6**0.5, full_matrices=False)
+    shrunk = singular.square() / (singular.square() + damping[:, None])
+    exact = (torch.eye(11, dtype=DOUBLE) - (V.mT * shrunk[:, None]) @ V) / damping[:, None, None]
+    error = (found.double() - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    assert float(error.max()) < 1000 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("key", ["kfac", "ekfac"])
