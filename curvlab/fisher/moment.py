@@ -70,11 +70,11 @@ class Factor(ABC):
     @property
     @abstractmethod
     def shape(self) -> torch.Size:
-        """That of `regularised`."""
+        """That of the inverse."""
 
     @abstractmethod
-    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]:
-        """Return `M + ρI` on and below the diagonal, or the diagonal alone of a diagonal moment."""
+    def inverse(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"] | None:
+        """Return `(M + ρI)⁻¹`, of a diagonal moment its diagonal; None if that takes a factorisation of M as a matrix."""
 
     @abstractmethod
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:
@@ -182,7 +182,23 @@ class Moment(Factor):
         assert self.root is not None
         return torch.Size((len(self.root), *2 * self.root.shape[2:]))
 
-    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:  # noqa: D102
+    def inverse(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | None:
+        """Return `(XᵀX + ρI)⁻¹ = (I − Xᵀ(XXᵀ + ρI)⁻¹X)/ρ` while the moment is kept as a root X."""
+        if self.root is None:
+            return None
+        root, rho = self.root / sqrt(self._divisor), damping[:, None]
+        small = root @ root.mT
+        diagonal = small.diagonal(dim1=1, dim2=2).add_(rho)
+        triangle, info = torch.linalg.cholesky_ex(small)
+        if not bool(((info == 0) & (diagonal.amax(-1) / damping < condition_limit(root.dtype))).all()):
+            return _inverse_by_eigenvectors(self, damping)
+        half = torch.linalg.solve_triangular(triangle, root * rho[..., None].rsqrt(), upper=False)
+        inverse = aligned(self.shape, root).zero_()
+        inverse.diagonal(dim1=1, dim2=2).add_(rho.reciprocal())
+        return inverse.baddbmm_(half.mT, half, alpha=-1)
+
+    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
+        """Return `M + ρI` on and below the diagonal, of a moment that is kept as a matrix."""
         assert self.matrix is not None
         matrix = self.matrix / self._divisor
         matrix.diagonal(dim1=1, dim2=2).add_(damping[:, None])
@@ -212,11 +228,6 @@ class Moment(Factor):
         tolerance = values.shape[-1] * torch.finfo(values.dtype).eps if self.rtol is None else self.rtol
         null = values <= tolerance * values.amax(-1, keepdim=True)
         return Basis(values.clamp_min(0), vectors, null)
-
-    def normalised_root(self) -> Float[Tensor, "Q m d"]:
-        """Return X with `XᵀX` the moment, which is kept as a root."""
-        assert self.root is not None
-        return self.root / sqrt(self._divisor)
 
     def dense(self) -> Float[Tensor, "Q d d"]:
         """Form the moment."""
@@ -283,8 +294,8 @@ class DiagonalMoment(Factor):
     def shape(self) -> torch.Size:  # noqa: D102
         return self.average.value[None].shape
 
-    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d"]:  # noqa: D102
-        return self.average.value[None] + damping[:, None]
+    def inverse(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d"]:  # noqa: D102
+        return (self.average.value[None] + damping[:, None]).reciprocal()
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
         return self.average.value.mean()[None]
@@ -303,9 +314,9 @@ Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Tensor]]
 def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tensor]:
     """Return `(M + ρI)⁻¹` of several factors and ρ: `[Q, d, d]`, of a diagonal one `[Q, d]`.
 
-    Matrices are continued to the width of their memory. A GPU inverts those of one width in one batched call, which on a
-    CPU would save no time. Where a Cholesky
-    factorisation fails or cannot be trusted, the inverse comes from the eigenvectors.
+    Moments that are kept as matrices are continued to the width of their memory. A GPU inverts those of one width in one
+    batched call, which on a CPU would save no time. Where a Cholesky factorisation fails or cannot be trusted, the inverse
+    comes from the eigenvectors.
 
     Cost: `d³/2` for a Cholesky factorisation and the inverse of its product; `m·d·(d + m)` for a moment kept as a root of
     m rows.
@@ -313,16 +324,13 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tenso
     found: list[Tensor] = []
     alike: dict[tuple[int, int, torch.dtype, int], list[int]] = defaultdict(list)
     for position, (factor, rho) in enumerate(wanted):
-        if isinstance(factor, Moment) and factor.root is not None:
-            found.append(_inverse_by_rows(factor, rho))
-            continue
-        matrix = factor.regularised(rho)
-        found.append(matrix)
-        if matrix.ndim == 2:
-            found[position] = matrix.reciprocal()
-        else:
+        matrix = factor.inverse(rho)
+        if matrix is None:
+            assert isinstance(factor, Moment)
+            matrix = factor.regularised(rho)
             turn = position if matrix.device.type == "cpu" else 0
             alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype, turn].append(position)
+        found.append(matrix)
     for (_, width, _, _), positions in alike.items():
         roots, info = torch.linalg.cholesky_ex(_stacked([found[position] for position in positions], width))
         pivots = roots.diagonal(dim1=-2, dim2=-1)
@@ -347,20 +355,6 @@ def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Te
         target[:, d:], target[:, :d, d:] = 0, 0
         target.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
     return wide
-
-
-def _inverse_by_rows(moment: Moment, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
-    """Return `(XᵀX + ρI)⁻¹ = (I − Xᵀ(XXᵀ + ρI)⁻¹X)/ρ` for a moment that is kept as a root X."""
-    root, rho = moment.normalised_root(), damping[:, None]
-    small = root @ root.mT
-    diagonal = small.diagonal(dim1=1, dim2=2).add_(rho)
-    triangle, info = torch.linalg.cholesky_ex(small)
-    if not bool(((info == 0) & (diagonal.amax(-1) / damping < condition_limit(root.dtype))).all()):
-        return _inverse_by_eigenvectors(moment, damping)
-    half = torch.linalg.solve_triangular(triangle, root * rho[..., None].rsqrt(), upper=False)
-    inverse = aligned(moment.shape, root).zero_()
-    inverse.diagonal(dim1=1, dim2=2).add_(rho.reciprocal())
-    return inverse.baddbmm_(half.mT, half, alpha=-1)
 
 
 def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:

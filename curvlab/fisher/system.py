@@ -87,12 +87,12 @@ class System:
 
     Args:
         matrix: `[n, n]` or `[B, n, n]`.
-        symmetric: whether it is so to the last bit; if not, the mean with its transpose is taken.
         name: what it belongs to, for messages.
         rtol: rank tolerance, `n·ε` if None.
         in_float64: recomputes the matrix in float64, if its factors are at hand.
         scaled: whether rows of very different norm are meant: undamped solves then scale the matrix to a unit diagonal
             first, and only rows of norm zero count as null, unless what is left is itself singular.
+        symmetric: whether the matrix is so to the last bit; if not, its mean with its transpose is taken.
     """
 
     def __init__(

@@ -83,6 +83,17 @@ def test_auto_takes_backpack_where_it_applies_and_says_so_once(
     assert_close(rows.dense(), dense_jacobian(model, inputs, case.pick))
 
 
+def test_auto_leaves_one_row_a_sample_to_autograd(caplog: pytest.LogCaptureFixture) -> None:
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), vectors(5)(6).float(), torch.arange(6) % 3
+    with caplog.at_level(logging.INFO, logger="curvlab"):
+        for kind, samples in (("mc", 1), ("empirical", 1), ("mc", 2), ("exact", 1)):
+            drawn = torch.Generator().manual_seed(0) if kind == "mc" else None
+            curvlab.rows.sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, samples=samples, generator=drawn)
+    plain, chain = caplog.records
+    assert "autograd engine: one row a sample" in plain.message
+    assert "BackPACK engine" in chain.message
+
+
 def test_every_rule_and_every_chain_rule_is_covered() -> None:
     built = {type(module) for case in EVERY for module in case.make(N=1)[0].modules()}
     assert {*RULES, *COMPOSITES} <= built
