@@ -105,7 +105,7 @@ def density(
         generator: source of the random vectors; a fixed seed if None.
 
     Raises:
-        ValueError: for another inner product, fewer than 2 probes, and no steps.
+        ValueError: for another inner product, fewer than 2 probes, no steps, and products that are not finite.
 
     Cost: `probes·steps` products, in blocks of as many probes as memory admits, and `2·probes·steps²·P` operations;
     memory `steps·P` for each probe of a block.
@@ -122,7 +122,7 @@ def density(
     found = [
         gauss
         for starts in drawn.to(operator.device).split(together)
-        for gauss in quadratures(operator.matmat, starts, steps)
+        for gauss in quadratures(operator.checked_matmat, starts, steps)
     ]
     return Density(operator.size, tuple(found), sum(len(gauss.nodes) for gauss in found))
 

@@ -70,7 +70,8 @@ class _Sketch:
         basis: Q, one vector a row.
         triangle: R, with `AΩ = QR`.
         images: AQ, one a row.
-        left_out: s_i, one a row; None if the images of fewer vectors span the range of A.
+        left_out: s_i, one a row; None if the images of fewer vectors span the range of A, up to the round-off of a product,
+            `ε‖A‖‖ω‖`.
     """
 
     probes: Float[Tensor, "m P"]
@@ -89,7 +90,7 @@ def trace(operator: Operator, *, products: int = 64, generator: torch.Generator 
         generator: source of the random vectors; a fixed seed if None.
 
     Raises:
-        ValueError: for another inner product, and fewer than 4 products.
+        ValueError: for another inner product, fewer than 4 products, and products that are not finite.
 
     Cost: `products` products and `products²·P` operations; memory `1.5·products·P`.
     """
@@ -137,14 +138,13 @@ def _sketch(operator: Operator, number: int, generator: torch.Generator | None, 
         drawn = torch.randint(2, shape, generator=source, device=source.device)
         probes = (2 * drawn - 1).to(operator.dtype)
     probes = probes.to(operator.device)
-    basis, triangle = torch.linalg.qr(operator.matmat(probes).T)
-    size = triangle.diagonal().abs()
-    spanned = bool((size <= operator.size * torch.finfo(operator.dtype).eps * size.max()).any())
+    basis, triangle = torch.linalg.qr(operator.checked_matmat(probes).T)
+    sizes = torch.linalg.svdvals(triangle)
     left_out = None
-    if not spanned:
+    if sizes[-1] > sqrt(operator.size) * torch.finfo(operator.dtype).eps * sizes[0]:
         inverse = torch.linalg.inv(triangle)
         left_out = inverse / inverse.norm(dim=1, keepdim=True)
-    return _Sketch(probes, basis.T, triangle, operator.matmat(basis.T.contiguous()), left_out)
+    return _Sketch(probes, basis.T, triangle, operator.checked_matmat(basis.T.contiguous()), left_out)
 
 
 def _exact(operator: Operator, products: int) -> Tensor | None:

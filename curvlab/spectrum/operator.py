@@ -47,6 +47,13 @@ class Operator(ABC):
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block of vectors."""
 
+    def checked_matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Multiply a block of vectors; raises ValueError if the product is not finite."""
+        product = self.matmat(block)
+        if not bool(product.sum().isfinite()):
+            raise ValueError(f"A product with {self!r} is not finite: check its parameters and data.")
+        return product
+
     def metric(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block with M."""
         return block
@@ -65,9 +72,13 @@ class Operator(ABC):
         return restore(self.space.unflatten(self.matmat(self.space.flatten(named))))
 
     def to_dense(self) -> Float[Tensor, "P P"]:
-        """Form the matrix, in the order of the flat vectors. Cost P products, memory `P²`."""
+        """Form the matrix, in the order of the flat vectors. Cost P products, memory `P²`.
+
+        Raises:
+            ValueError: if it is not finite.
+        """
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
-        return torch.cat([self.matmat(part) for part in eye.split(DENSE_BLOCK)]).T
+        return torch.cat([self.checked_matmat(part) for part in eye.split(DENSE_BLOCK)]).T
 
     def scipy(self) -> LinearOperator:
         """Return the operator for SciPy, on vectors of the same floating-point type in the host's memory."""

@@ -143,3 +143,9 @@ class TestErrors:
             density(A, steps=0)
         with pytest.raises(ValueError, match="width must be positive, got 0"):
             density(A).on(ramp(3), 0.0)
+
+    def test_products_that_are_not_finite(self) -> None:
+        values = ramp(10)
+        values[0] = torch.nan
+        with pytest.raises(ValueError, match=r"product with .* is not finite"):
+            density(operator(values))

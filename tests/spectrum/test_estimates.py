@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import DOUBLE, assert_close
 from torch import Tensor
@@ -57,6 +57,7 @@ def test_much_better_than_plain_probes_where_the_spectrum_decays() -> None:
 
 @settings(max_examples=25)
 @given(rank=st.integers(0, 6), n=st.integers(20, 60), seed=st.integers(0, 2**20))
+@example(rank=1, n=53, seed=955)
 def test_a_low_rank_is_exact(rank: int, n: int, seed: int) -> None:
     values = torch.zeros(n, dtype=DOUBLE)
     values[:rank] = torch.arange(1, rank + 1, dtype=DOUBLE) * (-1) ** torch.arange(rank)
@@ -69,6 +70,18 @@ def test_a_low_rank_is_exact(rank: int, n: int, seed: int) -> None:
     assert float(each.standard_error.max()) == 0
 
 
+def test_a_long_tail_of_small_eigenvalues_counts() -> None:
+    n = 4000
+    values = 1e-5 * torch.linspace(0, 2, n)
+    values[0] = 1
+    A = torch.diag(values)
+    found = trace(DenseOperator(A), products=16)
+    assert found.standard_error > 0
+    assert abs(found.value - float(values.sum())) < 5 * found.standard_error
+    each = diagonal(DenseOperator(A), products=16)
+    assert float(each.standard_error[1:].min()) > 0
+
+
 @pytest.mark.parametrize("estimate", [trace, diagonal])
 def test_enough_products_are_exact(estimate: Any) -> None:
     A = decaying(30)
@@ -79,6 +92,15 @@ def test_enough_products_are_exact(estimate: Any) -> None:
     else:
         assert_close(found.value, A.diagonal())
         assert float(found.standard_error.max()) == 0
+
+
+@pytest.mark.parametrize("products", [10, 40])
+@pytest.mark.parametrize("estimate", [trace, diagonal])
+def test_a_product_that_is_not_finite(estimate: Any, products: int) -> None:
+    A = decaying(30)
+    A[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"product with .* is not finite"):
+        estimate(DenseOperator(A), products=products)
 
 
 @pytest.mark.parametrize("estimate", [trace, diagonal])
