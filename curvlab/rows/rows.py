@@ -95,7 +95,10 @@ class Rows:
         return self._jacobian
 
     def stems_from(self, jacobian: Rows) -> bool:
-        """Whether these rows are S = A·J of a Jacobian J, A their `factor`. Cost: at most one pass over the rows of both."""
+        """Whether these rows are S = A·J of a Jacobian J, A their `factor`. Cost: at most one pass over the rows of both.
+
+        Compared to the last bit: on some processors a Jacobian that was computed in other batches does not count.
+        """
         own = self._jacobian
         if own is None or self.factor is None or self.shape != jacobian.shape:
             return False
