@@ -18,10 +18,10 @@ from torch import Tensor
 
 from curvlab.errors import unknown_name
 from curvlab.fisher.block import Batch, Block, Relation, State, check_rtol
+from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.system import inverse_values
 from curvlab.fisher.unit_rows import is_plain, weighted_product
-from curvlab.rows.aligned import product
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
@@ -69,7 +69,7 @@ class KroneckerBlock(Block):
     def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
         super().__init__(name, [layout])
         self.options = options
-        self._inverses: tuple[Tensor, Tensor] | None = None
+        self._inverses: tuple[Inverse, Inverse] | None = None
         self._inverted_at = 0.0
         self._age = 0
 
@@ -102,7 +102,7 @@ class KroneckerBlock(Block):
         """Multiply rotated rows with `units ⊗ width`."""
 
     @abstractmethod
-    def weigh_by_inverses(self, rows: LayerRows, units: Tensor, width: Tensor) -> LayerRows:
+    def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> LayerRows:
         """Multiply rows with the inverses of the factors."""
 
     @abstractmethod
@@ -176,11 +176,11 @@ class KroneckerBlock(Block):
             return []
         return list(zip((self.units, self.width), self._split(damping), strict=True))
 
-    def set_inverses(self, damping: float, units: Tensor, width: Tensor) -> None:
+    def set_inverses(self, damping: float, units: Inverse, width: Inverse) -> None:
         """Take the inverses of the damped factors."""
         self._inverses, self._inverted_at = (units, width), damping
 
-    def _factor_inverses(self, damping: float) -> tuple[Tensor, Tensor]:
+    def _factor_inverses(self, damping: float) -> tuple[Inverse, Inverse]:
         if wanted := self.invert_factors(damping):
             self.set_inverses(damping, *inverses(wanted))
         assert self._inverses is not None
@@ -188,8 +188,8 @@ class KroneckerBlock(Block):
 
     def _solve_factors(self, x: Float[Tensor, "K P_b"], damping: float) -> Float[Tensor, "K P_b"]:
         units, width = self._factor_inverses(damping)
-        matrix = x.view(len(x), units.shape[0], -1, self.parts[0].width)
-        return times_inverse(units, matrix @ width).flatten(1)
+        matrix = x.view(len(x), self.units.shape[0], -1, self.parts[0].width)
+        return units.times_columns(width.times_rows(matrix)).flatten(1)
 
     def _inverse_within(self, damping: float) -> Float[Tensor, "Q r s"]:
         """Return the inverse entries for vectors in the span of the basis."""
@@ -248,27 +248,22 @@ class KroneckerBlock(Block):
     def state(self) -> State:  # noqa: D102
         named = {"units": self.units, "width": self.width}
         state = {f"{name}.{key}": value for name, factor in named.items() for key, value in factor.state().items()}
-        units, width = self._inverses or (None, None)
-        return (
-            state
-            | {"inverses.units": units, "inverses.width": width, "inverses.damping": self._inverted_at}
-            | {"age": float(self._age)}
-        )
+        for name, inverse in zip(named, self._inverses or (), strict=False):
+            state |= {f"inverses.{name}.{key}": value for key, value in inverse.state().items()}
+        return state | {"inverted_at": self._inverted_at, "age": float(self._age)}
 
     def restore(self, state: State) -> None:  # noqa: D102
-        for name, factor in (("units", self.units), ("width", self.width)):
-            prefix = f"{name}."
-            factor.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        units, width, damping, age = (state[k] for k in ("inverses.units", "inverses.width", "inverses.damping", "age"))
-        self._inverses = (units, width) if isinstance(units, Tensor) and isinstance(width, Tensor) else None
+        def part(prefix: str) -> State:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        self.units.restore(part("units."))
+        self.width.restore(part("width."))
+        units, width = part("inverses.units."), part("inverses.width.")
+        self._inverses = (restored(units), restored(width)) if units else None
+        damping, age = state["inverted_at"], state["age"]
         assert isinstance(damping, float)
         assert isinstance(age, float)
         self._inverted_at, self._age = damping, int(age)
-
-
-def times_inverse(inverse: Float[Tensor, "Q d *d"], x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q d m"]:
-    """Multiply with the inverses of every group, of which diagonal ones are vectors."""
-    return inverse @ x if inverse.ndim == 3 else inverse[..., None] * x
 
 
 class KFACBlock(KroneckerBlock):
@@ -342,7 +337,7 @@ class LinearBlock(KroneckerBlock):
         assert isinstance(rows, KroneckerRows)
         return replace(rows, a=rows.a * width, g=rows.g * units)
 
-    def weigh_by_inverses(self, rows: LayerRows, units: Tensor, width: Tensor) -> KroneckerRows:  # noqa: D102
+    def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> KroneckerRows:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
         return replace(rows, a=_per_group(rows.a, width), g=_per_group(rows.g, units))
 
@@ -353,11 +348,9 @@ class LinearBlock(KroneckerBlock):
         return N * T * ((1 if summed else V) * O**2 + I**2) + adding < O * I * (O + I)
 
 
-def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Float[Tensor, "Q d d"]) -> Float[Tensor, "*K T Q d"]:
-    """Multiply the rows of every group with a symmetric matrix."""
-    if len(inverse) > 1:
-        return (x.transpose(-3, -2) @ inverse).transpose(-3, -2)
-    return product(x.reshape(-1, x.shape[-1]), inverse[0]).view(x.shape)
+def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Inverse) -> Float[Tensor, "*K T Q d"]:
+    """Multiply the rows of every group with its inverse."""
+    return inverse.times_rows(x.transpose(-3, -2)).transpose(-3, -2)
 
 
 class EmbeddingBlock(KroneckerBlock):
@@ -393,9 +386,11 @@ class EmbeddingBlock(KroneckerBlock):
         assert isinstance(rows, EmbeddingRows)
         return replace(rows, g=rows.g * width[0] * units[0, rows.index][..., None])
 
-    def weigh_by_inverses(self, rows: LayerRows, units: Tensor, width: Tensor) -> EmbeddingRows:  # noqa: D102
+    def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> EmbeddingRows:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)
-        return replace(rows, g=rows.g @ width[0] * units[0, rows.index][..., None])
+        assert isinstance(units, DiagonalInverse)
+        weights = units.diagonal[0, rows.index][..., None]
+        return replace(rows, g=width.times_rows(rows.g[..., None, :, :])[..., 0, :, :] * weights)
 
     def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)

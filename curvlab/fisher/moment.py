@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from curvlab.fisher.block import RunningAverage, State, Total
+from curvlab.fisher.inverse import CholeskyInverse, DiagonalInverse, Inverse, LowRankInverse, MatrixInverse
 from curvlab.fisher.system import condition_limit
 from curvlab.rows.aligned import aligned, pitch
 from curvlab.rows.products import cached, chunks, mirror
@@ -70,11 +71,11 @@ class Factor(ABC):
     @property
     @abstractmethod
     def shape(self) -> torch.Size:
-        """That of the inverse."""
+        """That of the dense inverse."""
 
     @abstractmethod
-    def inverse(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"] | None:
-        """Return `(M + ρI)⁻¹`, of a diagonal moment its diagonal; None if that takes a factorisation of M as a matrix."""
+    def inverse(self, damping: Float[Tensor, " Q"]) -> Inverse | None:
+        """Return `(M + ρI)⁻¹`; None if that takes a factorisation of M as a matrix."""
 
     @abstractmethod
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:
@@ -182,7 +183,7 @@ class Moment(Factor):
         assert self.root is not None
         return torch.Size((len(self.root), *2 * self.root.shape[2:]))
 
-    def inverse(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"] | None:
+    def inverse(self, damping: Float[Tensor, " Q"]) -> Inverse | None:
         """Return `(XᵀX + ρI)⁻¹ = (I − Xᵀ(XXᵀ + ρI)⁻¹X)/ρ` while the moment is kept as a root X."""
         if self.root is None:
             return None
@@ -193,9 +194,8 @@ class Moment(Factor):
         if not bool(((info == 0) & (diagonal.amax(-1) / damping < condition_limit(root.dtype))).all()):
             return _inverse_by_eigenvectors(self, damping)
         half = torch.linalg.solve_triangular(triangle, root * rho[..., None].rsqrt(), upper=False)
-        inverse = aligned(self.shape, root).zero_()
-        inverse.diagonal(dim1=1, dim2=2).add_(rho.reciprocal())
-        return inverse.baddbmm_(half.mT, half, alpha=-1)
+        inverse = LowRankInverse(half, damping)
+        return inverse if 2 * half.shape[1] < half.shape[2] else MatrixInverse(inverse.dense())
 
     def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
         """Return `M + ρI` on and below the diagonal, of a moment that is kept as a matrix."""
@@ -294,8 +294,8 @@ class DiagonalMoment(Factor):
     def shape(self) -> torch.Size:  # noqa: D102
         return self.average.value[None].shape
 
-    def inverse(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d"]:  # noqa: D102
-        return (self.average.value[None] + damping[:, None]).reciprocal()
+    def inverse(self, damping: Float[Tensor, " Q"]) -> DiagonalInverse:  # noqa: D102
+        return DiagonalInverse((self.average.value[None] + damping[:, None]).reciprocal())
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
         return self.average.value.mean()[None]
@@ -307,41 +307,47 @@ class DiagonalMoment(Factor):
         self.average.restore(state)
 
 
-Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Tensor]]
+Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Inverse]]
 """Returns `(M + ρI)⁻¹` of factors M and ρ, one a group: see `inverses`."""
 
 
-def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Tensor]:
-    """Return `(M + ρI)⁻¹` of several factors and ρ: `[Q, d, d]`, of a diagonal one `[Q, d]`.
+def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Inverse]:
+    """Return `(M + ρI)⁻¹` of several factors and ρ.
 
     Moments that are kept as matrices are continued to the width of their memory. A GPU inverts those of one width in one
-    batched call, which on a CPU would save no time. Where a Cholesky factorisation fails or cannot be trusted, the inverse
-    comes from the eigenvectors.
+    batched call; on a CPU, where that would save no time, a single group's inverse is kept as its Cholesky factor. Where a
+    Cholesky factorisation fails or cannot be trusted, the inverse comes from the eigenvectors.
 
-    Cost: `d³/2` for a Cholesky factorisation and the inverse of its product; `m·d·(d + m)` for a moment kept as a root of
-    m rows.
+    Cost: `d³/6` for a Cholesky factorisation and `d³/3` for the inverse of its product; `r·d·(d + r)` for a moment kept as
+    a root of r rows, `r²·d` if they are few.
     """
-    found: list[Tensor] = []
+    found: dict[int, Inverse] = {}
+    regularised: dict[int, Tensor] = {}
     alike: dict[tuple[int, int, torch.dtype, int], list[int]] = defaultdict(list)
     for position, (factor, rho) in enumerate(wanted):
-        matrix = factor.inverse(rho)
-        if matrix is None:
-            assert isinstance(factor, Moment)
-            matrix = factor.regularised(rho)
-            turn = position if matrix.device.type == "cpu" else 0
-            alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype, turn].append(position)
-        found.append(matrix)
+        inverse = factor.inverse(rho)
+        if inverse is not None:
+            found[position] = inverse
+            continue
+        assert isinstance(factor, Moment)
+        matrix = regularised[position] = factor.regularised(rho)
+        turn = position if matrix.device.type == "cpu" else 0
+        alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype, turn].append(position)
     for (_, width, _, _), positions in alike.items():
-        roots, info = torch.linalg.cholesky_ex(_stacked([found[position] for position in positions], width))
+        roots, info = torch.linalg.cholesky_ex(_stacked([regularised[position] for position in positions], width))
         pivots = roots.diagonal(dim1=-2, dim2=-1)
         trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
         safe = ((info == 0) & trusted).all(-1).tolist()
         for position, root, good in zip(positions, roots, safe, strict=True):
-            d = found[position].shape[-1]
-            found[position] = (
-                torch.cholesky_inverse(root)[..., :d, :d] if good else _inverse_by_eigenvectors(*wanted[position])
-            )
-    return found
+            d = regularised[position].shape[-1]
+            found[position] = _of_root(root, d) if good else _inverse_by_eigenvectors(*wanted[position])
+    return [found[position] for position in range(len(wanted))]
+
+
+def _of_root(root: Float[Tensor, "Q w w"], d: int) -> Inverse:
+    if len(root) == 1 and root.device.type == "cpu":
+        return CholeskyInverse(root[:, :d, :d].contiguous())
+    return MatrixInverse(torch.cholesky_inverse(root)[..., :d, :d])
 
 
 def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Tensor, "k Q w w"]:
@@ -357,9 +363,9 @@ def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Te
     return wide
 
 
-def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
+def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> MatrixInverse:
     basis, rho = factor.basis, damping[:, None, None]
     assert basis.vectors is not None
     values = basis.values[..., None]
     shrunk = (basis.vectors * (values / (values + rho)).mT) @ basis.vectors.mT
-    return (torch.eye(shrunk.shape[-1], dtype=shrunk.dtype, device=shrunk.device) - shrunk) / rho
+    return MatrixInverse((torch.eye(shrunk.shape[-1], dtype=shrunk.dtype, device=shrunk.device) - shrunk) / rho)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, distributed
 
+from curvlab.fisher.inverse import Inverse, formed
 from curvlab.fisher.moment import Factor, inverses
 from curvlab.rows import Rows, merge
 from curvlab.rows.layer import LayerRows
@@ -94,16 +95,16 @@ class Processes:
         padded[: len(moved)] = moved
         return [part[:size].movedim(0, axis) for part, size in zip(self._gather(padded), sizes, strict=True)]
 
-    def inverses(self, wanted: Sequence[tuple[Factor, Tensor]]) -> list[Tensor]:
+    def inverses(self, wanted: Sequence[tuple[Factor, Tensor]]) -> list[Inverse]:
         """Invert factors as `curvlab.fisher.moment.inverses`, each in one process and shared, costs spread evenly."""
         shapes = [factor.shape for factor, _ in wanted]
         owners = _spread([shape[-1] ** 3 for shape in shapes], self.size)
         mine = iter(inverses([pair for pair, owner in zip(wanted, owners, strict=True) if owner == self.rank]))
         found = []
         for (_, rho), shape, owner in zip(wanted, shapes, owners, strict=True):
-            inverse = next(mine).contiguous() if owner == self.rank else rho.new_empty(shape)
+            inverse = next(mine).dense().contiguous() if owner == self.rank else rho.new_empty(shape)
             distributed.broadcast(inverse, owner, group=self.group)
-            found.append(inverse)
+            found.append(formed(inverse))
         return found
 
 

@@ -1,0 +1,89 @@
+"""Every form of an inverse against the dense one."""
+
+import pytest
+import torch
+from fisher_oracle import draw
+from oracle import DOUBLE, assert_close
+from torch import Tensor
+
+from curvlab.fisher.inverse import (
+    WORTH_FORMING,
+    CholeskyInverse,
+    DiagonalInverse,
+    Inverse,
+    LowRankInverse,
+    MatrixInverse,
+    formed,
+    restored,
+)
+from curvlab.fisher.moment import DiagonalMoment, Moment, inverses
+
+D = 9
+
+
+def moment(groups: int, rows: int) -> Moment:
+    found = Moment(None)
+    found.update(draw(groups, rows, 1, D), 3.0, 0.0)
+    return found
+
+
+def diagonal() -> DiagonalMoment:
+    found = DiagonalMoment()
+    found.update(draw(D).square(), 3.0, 0.0)
+    return found
+
+
+CASES = {
+    "few rows": (moment(1, 3), LowRankInverse),
+    "few rows, groups": (moment(2, 3), LowRankInverse),
+    "more rows": (moment(1, 6), MatrixInverse),
+    "matrix": (moment(1, 20), CholeskyInverse),
+    "matrix, groups": (moment(2, 20), MatrixInverse),
+    "diagonal": (diagonal(), DiagonalInverse),
+}
+
+
+def made(name: str) -> tuple[Inverse, Tensor]:
+    factor, form = CASES[name]
+    rho = torch.tensor([0.3, 0.7], dtype=DOUBLE)[: factor.shape[0]]
+    (inverse,) = inverses([(factor, rho)])
+    assert type(inverse) is form
+    dense = factor.dense() if isinstance(factor, Moment) else torch.diag_embed(factor.basis.values)
+    return inverse, torch.linalg.inv(dense + rho[:, None, None] * torch.eye(D, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("blocks", [(), (1,), (3,), (2, 3)])
+@pytest.mark.parametrize("name", CASES)
+def test_products(name: str, blocks: tuple[int, ...]) -> None:
+    inverse, dense = made(name)
+    x = draw(*blocks, len(dense), 4, D)
+    assert_close(inverse.times_rows(x), x @ dense)
+    assert_close(inverse.times_columns(x.mT.contiguous()), dense @ x.mT)
+    assert_close(inverse.times_columns(x.mT), dense @ x.mT)
+    whole = inverse.dense()
+    assert_close(whole if whole.ndim == 3 else torch.diag_embed(whole), dense)
+    assert_close(formed(whole).times_rows(x), x @ dense)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state(name: str) -> None:
+    inverse, dense = made(name)
+    x = draw(len(dense), 4, D)
+    inverse.times_rows(x)
+    again = restored(inverse.state())
+    assert type(again) is type(inverse)
+    for _ in range(2 * WORTH_FORMING * D // 4):
+        assert torch.equal(again.times_rows(x), inverse.times_rows(x))
+
+
+def test_many_vectors_form_the_inverse() -> None:
+    inverse, dense = made("matrix")
+    assert isinstance(inverse, CholeskyInverse)
+    x = draw(1, D, D)
+    for _ in range(WORTH_FORMING - 1):
+        assert_close(inverse.times_rows(x), x @ dense)
+        assert inverse.matrix is None
+    assert_close(inverse.times_columns(x), dense @ x)
+    assert inverse.matrix is not None
+    assert_close(inverse.matrix, dense)
+    assert_close(inverse.times_rows(x), x @ dense)
