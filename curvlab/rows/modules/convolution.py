@@ -23,7 +23,8 @@ from curvlab.rows.modules.rule import Inputs, Rule, Site, augmented
 def _convolution(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
     module: Any = site.module
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(inputs[0], module._reversed_padding_repeated_twice, mode=mode)
+    padding = module._reversed_padding_repeated_twice
+    padded = F.pad(inputs[0], padding, mode=mode) if any(padding) else inputs[0]
     return _on_patches(site, _patches(padded, module.kernel_size, module.stride, module.dilation), g)
 
 
