@@ -11,7 +11,8 @@ K-FAC adds to a step with its sweep
     factors            N·T·I²/2 + V·N·T·O²/2, half a product each
     preconditioning    the cheaper of the gradient's two sides    I·O·(I + O)
                        and of its factors, multiplied once after  N·T·(I² + O² + I·O)
-    inverses           I³/2 + O³/2, d³/6 for a Cholesky factorisation and d³/3 for the inverse; divided by the interval
+    factorisations     I³/6 + O³/6 for Cholesky, which multiplies with the inverse as the inverse does, d² a vector;
+                       divided by the interval from one inversion to the next
 
 and the natural gradient in dual form, with `R = V·N` rows in all,
 
@@ -35,14 +36,14 @@ from benchmarks.operations import Layer, gram_product
 
 @dataclass(frozen=True)
 class StepOperations:
-    """Multiply-adds of what every step does, and of the inverses of each layer's factors."""
+    """Multiply-adds of what every step does, and of factorising each layer's factors."""
 
     every: int
-    inverses: tuple[int, ...] = ()
+    factorisations: tuple[int, ...] = ()
 
     def mean(self, interval: int) -> float:
         """Return the mean of a step when inverses are made anew once in so many."""
-        return self.every + sum(self.inverses) / interval
+        return self.every + sum(self.factorisations) / interval
 
 
 def gradient_descent(layers: Sequence[Layer], N: int) -> StepOperations:
@@ -57,7 +58,7 @@ def kfac(layers: Sequence[Layer], N: int, V: int) -> StepOperations:
         T, I, O = layer.positions, layer.inputs, layer.outputs  # noqa: E741
         work += N * T * (_half(I) + V * _half(O))
         work += min(I * O * (I + O), N * T * (I**2 + O**2 + I * O))
-    return StepOperations(work, tuple((layer.inputs**3 + layer.outputs**3) // 2 for layer in layers))
+    return StepOperations(work, tuple((layer.inputs**3 + layer.outputs**3) // 6 for layer in layers))
 
 
 def dual(layers: Sequence[Layer], N: int, V: int, *, sweeps: int, projects: bool) -> StepOperations:

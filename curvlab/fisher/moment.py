@@ -197,12 +197,22 @@ class Moment(Factor):
         inverse = LowRankInverse(half, damping)
         return inverse if 2 * half.shape[1] < half.shape[2] else MatrixInverse(inverse.dense())
 
-    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q d d"]:
-        """Return `M + ρI` on and below the diagonal, of a moment that is kept as a matrix."""
+    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q w w"]:
+        """Return `M + ρI` on and below the diagonal, of a moment that is kept as a matrix.
+
+        It is continued to the width of its memory by a multiple of the unit matrix, the first pivot of its Cholesky
+        factorisation.
+        """
         assert self.matrix is not None
-        matrix = self.matrix / self._divisor
-        matrix.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        return matrix
+        Q, d, _ = self.matrix.shape
+        width = pitch(d, self.matrix.dtype)
+        wide = self.matrix.new_empty(Q, width, width)
+        torch.div(self.matrix, self._divisor, out=wide[:, :d, :d])
+        diagonal = wide.diagonal(dim1=1, dim2=2)
+        diagonal[:, :d] += damping[:, None]
+        wide[:, d:] = 0
+        diagonal[:, d:] = diagonal[:, :1]
+        return wide
 
     @property
     def basis(self) -> Basis:  # noqa: D102
@@ -322,25 +332,24 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Inver
     a root of r rows, `r²·d` if they are few.
     """
     found: dict[int, Inverse] = {}
-    regularised: dict[int, Tensor] = {}
-    alike: dict[tuple[int, int, torch.dtype, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[torch.Size, torch.dtype, int], dict[int, Tensor]] = defaultdict(dict)
     for position, (factor, rho) in enumerate(wanted):
         inverse = factor.inverse(rho)
         if inverse is not None:
             found[position] = inverse
             continue
         assert isinstance(factor, Moment)
-        matrix = regularised[position] = factor.regularised(rho)
-        turn = position if matrix.device.type == "cpu" else 0
-        alike[len(matrix), pitch(matrix.shape[-1], matrix.dtype), matrix.dtype, turn].append(position)
-    for (_, width, _, _), positions in alike.items():
-        roots, info = torch.linalg.cholesky_ex(_stacked([regularised[position] for position in positions], width))
+        matrix = factor.regularised(rho)
+        alike[matrix.shape, matrix.dtype, position if matrix.device.type == "cpu" else 0][position] = matrix
+    for matrices in alike.values():
+        stack = list(matrices.values())
+        roots, info = torch.linalg.cholesky_ex(torch.stack(stack) if len(stack) > 1 else stack[0][None])
         pivots = roots.diagonal(dim1=-2, dim2=-1)
         trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
         safe = ((info == 0) & trusted).all(-1).tolist()
-        for position, root, good in zip(positions, roots, safe, strict=True):
-            d = regularised[position].shape[-1]
-            found[position] = _of_root(root, d) if good else _inverse_by_eigenvectors(*wanted[position])
+        for position, root, good in zip(matrices, roots, safe, strict=True):
+            factor, rho = wanted[position]
+            found[position] = _of_root(root, factor.shape[-1]) if good else _inverse_by_eigenvectors(factor, rho)
     return [found[position] for position in range(len(wanted))]
 
 
@@ -348,19 +357,6 @@ def _of_root(root: Float[Tensor, "Q w w"], d: int) -> Inverse:
     if len(root) == 1 and root.device.type == "cpu":
         return CholeskyInverse(root[:, :d, :d].contiguous())
     return MatrixInverse(torch.cholesky_inverse(root)[..., :d, :d])
-
-
-def _stacked(matrices: Sequence[Float[Tensor, "Q _ _"]], width: int) -> Float[Tensor, "k Q w w"]:
-    """Stack matrices, each continued by a multiple of the unit matrix, the first pivot of its Cholesky factorisation."""
-    if len(matrices) == 1 and matrices[0].shape[-1] == width:
-        return matrices[0][None]
-    wide = matrices[0].new_empty(len(matrices), len(matrices[0]), width, width)
-    for target, matrix in zip(wide, matrices, strict=True):
-        d = matrix.shape[-1]
-        target[:, :d, :d] = matrix
-        target[:, d:], target[:, :d, d:] = 0, 0
-        target.diagonal(dim1=1, dim2=2)[:, d:] = matrix[:, :1, 0]
-    return wide
 
 
 def _inverse_by_eigenvectors(factor: Factor, damping: Float[Tensor, " Q"]) -> MatrixInverse:
