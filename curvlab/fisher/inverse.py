@@ -15,8 +15,7 @@ from curvlab.rows.aligned import aligned, product
 WORTH_FORMING = 4
 """Vectors a dimension from which on the inverse of a triangle's product is formed.
 
-On two cores that takes as long as substitution costs more than products with the inverse, for 4·d vectors (d from 512 to
-1040).
+On two cores forming it takes as long as substitution costs more than products with the inverse, for about 4·d vectors.
 """
 
 
@@ -74,15 +73,21 @@ class MatrixInverse(Inverse):
 
 @dataclass(eq=False)
 class CholeskyInverse(Inverse):
-    """The inverse of `LLᵀ`, one group: by substitution, and formed once it has multiplied `WORTH_FORMING·d` vectors.
+    """The inverse of `LLᵀ`, one group: by substitution, or formed if it multiplies `WORTH_FORMING·d` vectors.
+
+    A first product tells how many there will be; the inverse is formed at once if they are many.
 
     Attributes:
-        triangle: L, without gaps between its columns.
+        triangle: L, which may be continued beyond d; None once the inverse is formed.
+        size: d.
+        uses: products to expect.
         seen: vectors so far.
         matrix: the inverse, once it is formed.
     """
 
-    triangle: Float[Tensor, "1 d d"]
+    triangle: Float[Tensor, "1 w w"] | None
+    size: int
+    uses: int
     seen: float = 0.0
     matrix: Float[Tensor, "1 d d"] | None = None
 
@@ -95,21 +100,27 @@ class CholeskyInverse(Inverse):
         return self._substituted(x) if formed is None else formed.times_rows(x)
 
     def _formed(self, x: Tensor) -> MatrixInverse | None:
-        """Count the vectors; return the inverse if they are many."""
-        d = self.triangle.shape[-1]
-        self.seen += x.numel() / d
-        if self.matrix is None and self.seen >= WORTH_FORMING * d:
-            self.matrix = self.dense()
+        """Count the vectors; return the inverse if they are, or at this rate will be, many."""
+        vectors = x.numel() / self.size
+        self.seen += vectors
+        if self.matrix is None and max(self.seen, self.uses * vectors) >= WORTH_FORMING * self.size:
+            self.matrix, self.triangle = self.dense(), None
         return None if self.matrix is None else MatrixInverse(self.matrix)
 
     def _substituted(self, x: Float[Tensor, "*K 1 m d"]) -> Float[Tensor, "*K 1 m d"]:
+        assert self.triangle is not None
+        if self.triangle.shape[-1] > self.size:
+            self.triangle = self.triangle[:, : self.size, : self.size].contiguous()
         triangle = self.triangle[0]
-        half: Tensor = torch.linalg.solve_triangular(triangle, x.reshape(-1, len(triangle)).mT, upper=False)
+        half: Tensor = torch.linalg.solve_triangular(triangle, x.reshape(-1, self.size).mT, upper=False)
         torch.linalg.solve_triangular(triangle.mT, half, upper=True, out=half)
         return half.mT.reshape(x.shape)
 
     def dense(self) -> Float[Tensor, "1 d d"]:  # noqa: D102
-        return torch.cholesky_inverse(self.triangle) if self.matrix is None else self.matrix
+        if self.triangle is None:
+            assert self.matrix is not None
+            return self.matrix
+        return torch.cholesky_inverse(self.triangle)[:, : self.size, : self.size]
 
 
 @dataclass(eq=False)

@@ -109,7 +109,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             for block in self._blocks
             if isinstance(block, KroneckerBlock) and (wanted := block.invert_factors(damping))
         }
-        found = inverses([pair for wanted in due.values() for pair in wanted])
+        found = inverses([pair for wanted in due.values() for pair in wanted], self._config.invert_every)
         for block, units, width in zip(due, found[::2], found[1::2], strict=True):
             block.set_inverses(damping, units, width)
 

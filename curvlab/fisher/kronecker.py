@@ -182,7 +182,7 @@ class KroneckerBlock(Block):
 
     def _factor_inverses(self, damping: float) -> tuple[Inverse, Inverse]:
         if wanted := self.invert_factors(damping):
-            self.set_inverses(damping, *inverses(wanted))
+            self.set_inverses(damping, *inverses(wanted, self.options.invert_every))
         assert self._inverses is not None
         return self._inverses
 

@@ -317,12 +317,12 @@ class DiagonalMoment(Factor):
         self.average.restore(state)
 
 
-Invert = Callable[[Sequence[tuple[Factor, Tensor]]], list[Inverse]]
-"""Returns `(M + ρI)⁻¹` of factors M and ρ, one a group: see `inverses`."""
+Invert = Callable[[Sequence[tuple[Factor, Tensor]], int], list[Inverse]]
+"""Returns `(M + ρI)⁻¹` of factors M and ρ, one a group, for a number of products: see `inverses`."""
 
 
-def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Inverse]:
-    """Return `(M + ρI)⁻¹` of several factors and ρ.
+def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]], uses: int) -> list[Inverse]:
+    """Return `(M + ρI)⁻¹` of several factors and ρ, for some number of products.
 
     Moments that are kept as matrices are continued to the width of their memory. A GPU inverts those of one width in one
     batched call; on a CPU, where that would save no time, a single group's inverse is kept as its Cholesky factor. Where a
@@ -349,13 +349,14 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]]) -> list[Inver
         safe = ((info == 0) & trusted).all(-1).tolist()
         for position, root, good in zip(matrices, roots, safe, strict=True):
             factor, rho = wanted[position]
-            found[position] = _of_root(root, factor.shape[-1]) if good else _inverse_by_eigenvectors(factor, rho)
+            found[position] = _of_root(root, factor, uses) if good else _inverse_by_eigenvectors(factor, rho)
     return [found[position] for position in range(len(wanted))]
 
 
-def _of_root(root: Float[Tensor, "Q w w"], d: int) -> Inverse:
+def _of_root(root: Float[Tensor, "Q w w"], factor: Factor, uses: int) -> Inverse:
+    d = factor.shape[-1]
     if len(root) == 1 and root.device.type == "cpu":
-        return CholeskyInverse(root[:, :d, :d].contiguous())
+        return CholeskyInverse(root, d, uses)
     return MatrixInverse(torch.cholesky_inverse(root)[..., :d, :d])
 
 

@@ -95,11 +95,11 @@ class Processes:
         padded[: len(moved)] = moved
         return [part[:size].movedim(0, axis) for part, size in zip(self._gather(padded), sizes, strict=True)]
 
-    def inverses(self, wanted: Sequence[tuple[Factor, Tensor]]) -> list[Inverse]:
+    def inverses(self, wanted: Sequence[tuple[Factor, Tensor]], uses: int) -> list[Inverse]:
         """Invert factors as `curvlab.fisher.moment.inverses`, each in one process and shared, costs spread evenly."""
         shapes = [factor.shape for factor, _ in wanted]
         owners = _spread([shape[-1] ** 3 for shape in shapes], self.size)
-        mine = iter(inverses([pair for pair, owner in zip(wanted, owners, strict=True) if owner == self.rank]))
+        mine = iter(inverses([pair for pair, owner in zip(wanted, owners, strict=True) if owner == self.rank], uses))
         found = []
         for (_, rho), shape, owner in zip(wanted, shapes, owners, strict=True):
             inverse = next(mine).dense().contiguous() if owner == self.rank else rho.new_empty(shape)

@@ -43,10 +43,10 @@ CASES = {
 }
 
 
-def made(name: str) -> tuple[Inverse, Tensor]:
+def made(name: str, uses: int = 1) -> tuple[Inverse, Tensor]:
     factor, form = CASES[name]
     rho = torch.tensor([0.3, 0.7], dtype=DOUBLE)[: factor.shape[0]]
-    (inverse,) = inverses([(factor, rho)])
+    (inverse,) = inverses([(factor, rho)], uses)
     assert type(inverse) is form
     dense = factor.dense() if isinstance(factor, Moment) else torch.diag_embed(factor.basis.values)
     return inverse, torch.linalg.inv(dense + rho[:, None, None] * torch.eye(D, dtype=DOUBLE))
@@ -87,3 +87,27 @@ def test_many_vectors_form_the_inverse() -> None:
     assert inverse.matrix is not None
     assert_close(inverse.matrix, dense)
     assert_close(inverse.times_rows(x), x @ dense)
+
+
+@pytest.mark.parametrize(("uses", "forms"), [(WORTH_FORMING * D - 1, False), (WORTH_FORMING * D, True)])
+def test_many_uses_form_the_inverse_at_once(uses: int, forms: bool) -> None:
+    inverse, dense = made("matrix", uses)
+    assert isinstance(inverse, CholeskyInverse)
+    x = draw(1, 1, D)
+    assert_close(inverse.times_rows(x), x @ dense)
+    assert (inverse.matrix is not None) == forms
+
+
+@pytest.mark.parametrize("uses", [1, 1000])
+def test_memory_wider_than_the_factor(uses: int) -> None:
+    """Of 300 columns in single precision, rows lie 304 entries apart."""
+    factor = Moment(None)
+    factor.update(draw(1, 400, 1, 300).float(), 400.0, 0.0)
+    (inverse,) = inverses([(factor, torch.tensor([0.1]))], uses)
+    assert isinstance(inverse, CholeskyInverse)
+    assert inverse.triangle is not None
+    assert inverse.triangle.shape[-1] == 304
+    dense = torch.linalg.inv(factor.dense().double() + 0.1 * torch.eye(300, dtype=DOUBLE))
+    x = draw(1, 5, 300).float()
+    torch.testing.assert_close(inverse.times_rows(x).double(), x.double() @ dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse.dense().double(), dense, rtol=1e-4, atol=1e-4)

@@ -132,7 +132,7 @@ def test_inverses_of_factors_kept_as_roots(rows: int, rho: float, dtype: torch.d
     moment.update(X.to(dtype), 3.0, 0.0, scale=0.5)
     assert moment.root is not None
     damping = torch.tensor([rho, 2 * rho], dtype=DOUBLE)
-    (inverse,) = inverses([(moment, damping.to(dtype))])
+    (inverse,) = inverses([(moment, damping.to(dtype))], 1)
     found = inverse.dense()
     # An inverse of the dense sum would lose the digits of small ρ.
     _, singular, V = torch.linalg.svd(X[:, :, 0] / 6**0.5, full_matrices=False)
