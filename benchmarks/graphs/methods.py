@@ -67,9 +67,8 @@ def _kfac(graph: Labelled) -> Callable[[], Tensor]:
 
     def compute() -> Tensor:
         rows = sqrt_fisher(graph.network, loss, graph.nodes, graph.labels)
-        solution = (
-            KFAC(factored_damping=True).update(rows).solve(torch.ones(rows.P, device=graph.nodes.device), DAMPING)
-        )
+        ones = torch.ones(rows.P, dtype=rows.dtype, device=rows.device)
+        solution = KFAC(factored_damping=True).update(rows).solve(ones, DAMPING)
         assert isinstance(solution, Tensor)
         return solution
 

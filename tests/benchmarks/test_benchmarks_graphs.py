@@ -19,10 +19,11 @@ TINY = (9, 20, 3)
 
 def test_what_is_timed_is_what_is_named():
     graph = random_graph(*TINY, "cpu")
+    graph.network.double()
     rows = sqrt_fisher(graph.network, nn.CrossEntropyLoss(), graph.nodes, graph.labels)
     S = rows.dense()
     torch.testing.assert_close(METHODS["gram"].prepare(graph)(), S @ S.T)
-    ones = torch.ones(rows.P)
+    ones = torch.ones(rows.P, dtype=rows.dtype)
     torch.testing.assert_close(
         METHODS["kfac"].prepare(graph)(), KFAC(factored_damping=True).update(rows).solve(ones, DAMPING)
     )
