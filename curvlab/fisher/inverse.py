@@ -143,17 +143,17 @@ class LowRankInverse(Inverse):
         return inverse.baddbmm_(self.root.mT, self.root, alpha=-1)
 
 
-FORMS: dict[frozenset[str], type[Inverse]] = {
+_FORMS: dict[frozenset[str], type[Inverse]] = {
     frozenset(field.name for field in fields(form)): form
     for form in (DiagonalInverse, MatrixInverse, CholeskyInverse, LowRankInverse)
 }
 
 
-def formed(inverse: Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]) -> Inverse:
+def from_dense(inverse: Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]) -> Inverse:
     """Return the inverse that `dense` gave."""
     return MatrixInverse(inverse) if inverse.ndim == 3 else DiagonalInverse(inverse)
 
 
 def restored(state: State) -> Inverse:
     """Return the inverse with a state."""
-    return FORMS[frozenset(state)](**state)
+    return _FORMS[frozenset(state)](**state)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, distributed
 
-from curvlab.fisher.inverse import Inverse, formed
+from curvlab.fisher.inverse import Inverse, from_dense
 from curvlab.fisher.moment import Factor, inverses
 from curvlab.rows import Rows, merge
 from curvlab.rows.layer import LayerRows
@@ -104,7 +104,7 @@ class Processes:
         for (_, rho), shape, owner in zip(wanted, shapes, owners, strict=True):
             inverse = next(mine).dense().contiguous() if owner == self.rank else rho.new_empty(shape)
             distributed.broadcast(inverse, owner, group=self.group)
-            found.append(formed(inverse))
+            found.append(from_dense(inverse))
         return found
 
 

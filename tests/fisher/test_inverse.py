@@ -13,7 +13,7 @@ from curvlab.fisher.inverse import (
     Inverse,
     LowRankInverse,
     MatrixInverse,
-    formed,
+    from_dense,
     restored,
 )
 from curvlab.fisher.moment import DiagonalMoment, Moment, inverses
@@ -62,7 +62,7 @@ def test_products(name: str, blocks: tuple[int, ...]) -> None:
     assert_close(inverse.times_columns(x.mT), dense @ x.mT)
     whole = inverse.dense()
     assert_close(whole if whole.ndim == 3 else torch.diag_embed(whole), dense)
-    assert_close(formed(whole).times_rows(x), x @ dense)
+    assert_close(from_dense(whole).times_rows(x), x @ dense)
 
 
 @pytest.mark.parametrize("name", CASES)
