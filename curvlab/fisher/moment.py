@@ -234,7 +234,7 @@ class Moment(Factor):
         return self.weight or 1.0
 
     def _from_matrix(self) -> Basis:
-        values, vectors = torch.linalg.eigh(self.dense())
+        values, vectors = _eigh(self.dense())
         tolerance = values.shape[-1] * torch.finfo(values.dtype).eps if self.rtol is None else self.rtol
         null = values <= tolerance * values.amax(-1, keepdim=True)
         return Basis(values.clamp_min(0), vectors, null)
@@ -269,6 +269,18 @@ class Moment(Factor):
         assert isinstance(weight, float)
         self.root, self.matrix = root, None if matrix is None else aligned(matrix.shape, matrix).copy_(matrix)
         self.weight, self._basis, self._mirrored = weight, None, True
+
+
+def _eigh(matrix: Float[Tensor, "Q d d"]) -> tuple[Float[Tensor, "Q d"], Float[Tensor, "Q d d"]]:
+    """Decompose symmetric matrices, in double precision where the routine for single precision does not converge.
+
+    That happens on some processors, for ill-conditioned matrices.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 def _zeros(root: Float[Tensor, "Q m t d"]) -> Float[Tensor, "Q d d"]:

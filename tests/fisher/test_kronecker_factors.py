@@ -142,6 +142,23 @@ def test_inverses_of_factors_kept_as_roots(rows: int, rho: float, dtype: torch.d
     assert float(error.max()) < 1000 * torch.finfo(dtype).eps
 
 
+def test_eigenvectors_where_single_precision_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = torch.linalg.eigh
+
+    def only_in_double_precision(matrix: Tensor) -> object:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("The algorithm failed to converge.")  # type: ignore[attr-defined]
+        return found(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", only_in_double_precision)
+    moment = Moment(None)
+    moment.update(draw(1, 20, 1, 7).float(), 20.0, 0.0)
+    basis = moment.basis
+    assert basis.vectors is not None
+    assert basis.values.dtype == basis.vectors.dtype == torch.float32
+    torch.testing.assert_close(basis.back(basis.values[..., None] * basis.vectors.mT), moment.dense())
+
+
 @pytest.mark.parametrize("key", ["kfac", "ekfac"])
 @pytest.mark.parametrize("rho", [0.1, 0.0])
 def test_wide_layers_never_leave_the_span_of_their_rows(key: str, rho: float) -> None:
