@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.rows
-from curvlab.fisher import STRUCTURES
+from curvlab.fisher import STRUCTURES, Full
 from curvlab.rows import Rows, merge, sqrt_fisher
 
 CASES = [pytest.param(case, id=case.name) for case in LOSSES]
@@ -114,7 +114,13 @@ def test_the_inverse_factor_of_merged_rows() -> None:
     model, x = architecture("mlp").make(N=5)
     loss, y = loss_case("half").make(outputs(model, x), "mean")
     merged = in_batches(model, loss, x, y, (2, 3), "exact")
-    assert merged.stems_from(curvlab.rows.jacobian(model, x[:2]) + curvlab.rows.jacobian(model, x[2:]))
+    whole, parts = (
+        curvlab.rows.jacobian(model, x),
+        curvlab.rows.jacobian(model, x[:2]) + curvlab.rows.jacobian(model, x[2:]),
+    )
+    assert merged.stems_from(parts)
+    structure = Full().update(merged)
+    assert_close(structure.response(whole, 0.1), structure.response(parts, 0.1))
     assert merged.factor is not None
     back = merged.factor.inverse()
     assert back is not None

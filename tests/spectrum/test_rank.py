@@ -165,7 +165,7 @@ class TestNearTheThreshold:
         for k in range(1, 6):
             found = rank(rows, rtol=10 ** (0.3 - k))
             assert (found.rank, found.undecided, found.full, found.method) == (k, 0, False, "gram")
-            round_off = 6 * EPS / 100.0**-k
+            round_off = 6 * EPS / (2 * 100.0**-k)
             assert found.margin == pytest.approx(0.3, abs=1e-6)
             assert found.above == pytest.approx(10.0 ** (1 - k), rel=1e-6)
             assert found.below == pytest.approx(10.0**-k, rel=1e-12 + round_off)
