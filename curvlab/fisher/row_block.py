@@ -217,8 +217,10 @@ class RowBlock(Block):
         products: Float[Tensor, "*B Q R"],
         own: Float[Tensor, "*B R R"],
         part: slice = slice(None),
-    ) -> tuple[System, Float[Tensor, "*B Q R"], Float[Tensor, "*B R R"]]:
-        """Return `SSᵀ`, `J'Sᵀ` and `JSᵀ` of `S = A·J`, given A, `J'Jᵀ` and `JJᵀ`; it forgets what it decomposes.
+    ) -> tuple[System, Float[Tensor, "*B Q W"], Float[Tensor, "*B R W"]]:
+        """Return `SSᵀ`, `J'Sᵀ` and `JSᵀ`, given A, `J'Jᵀ` and `JJᵀ`; it forgets what it decomposes.
+
+        S is A·J without the rows that A has to spare, which changes `SᵀS` in nothing.
 
         Args:
             factor: A.
@@ -226,9 +228,14 @@ class RowBlock(Block):
             own: `JJᵀ`.
             part: which of a stack these are.
         """
-        seen = factor.columns(own)
-        system = self._make_system(factor.columns(seen.mT), lambda: self._row_system().precise()[part])
-        return system, seen if products is own else factor.columns(products), seen
+
+        def precise() -> Tensor:
+            exact = factor.to(torch.float64)
+            return exact.compressed(exact.compressed(self._row_system().precise()[part]).mT)
+
+        seen = factor.reduced(own).mT.contiguous()
+        system = self._make_system(factor.reduced(seen), precise, symmetric=True)
+        return system, seen if products is own else factor.reduced(products.mT).mT, seen
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
         return self._form(self.layers) if self.keeps_rows else self.average.value

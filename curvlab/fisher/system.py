@@ -160,8 +160,11 @@ class System:
         if halves is None:
             found = self.eigen.sandwich(left, right, damping, direct)
             return found.sum(0) if summed else found
-        x, y = (half.flatten(0, 1) for half in halves) if summed else halves
-        products = direct().sum(0) if summed else direct()
+        x, y = halves
+        products = direct()
+        if summed:
+            flat = _below_each_other(x)
+            x, y, products = flat, flat if x is y else _below_each_other(y), products.sum(0)
         return ((products - x.mT @ y) / damping).to(left)
 
     def _halves(
@@ -179,8 +182,8 @@ class System:
         if not _trusted(factor, failed, self.matrix.dtype):
             self._warn(damping, "by an eigendecomposition")
             return None
-        x = torch.linalg.solve_triangular(factor, left.double().mT, upper=False)
-        return x, x if left is right else torch.linalg.solve_triangular(factor, right.double().mT, upper=False)
+        x = _half_solved(factor, left)
+        return x, x if left is right else _half_solved(factor, right)
 
     def _use_cholesky(self, damping: float, factor: Tensor, failed: Tensor) -> bool:
         if not _trusted(factor, failed, factor.dtype):
@@ -233,6 +236,19 @@ class System:
 
 def _symmetrised(matrix: Float[Tensor, "*B n n"]) -> Float[Tensor, "*B n n"]:
     return (matrix + matrix.mT).mul_(0.5)
+
+
+def _half_solved(factor: Float[Tensor, "*B n n"], rows: Float[Tensor, "*B Q n"]) -> Float[Tensor, "*B n Q"]:
+    """Return `L⁻¹ rowsᵀ` in float64, in the place of the rows' copy where converting them makes one."""
+    converted = rows.double().mT
+    out = None if rows.dtype == torch.float64 else converted
+    half: Tensor = torch.linalg.solve_triangular(factor, converted, upper=False, out=out)
+    return half
+
+
+def _below_each_other(stack: Float[Tensor, "B n Q"]) -> Float[Tensor, "Bn Q"]:
+    """Put matrices below each other; column-major ones, as solves return them, stay so."""
+    return stack.permute(2, 0, 1).flatten(1).mT
 
 
 def _cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -26,10 +26,13 @@ def almost_equal_inputs(N: int = 12, features: int = 16) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
 
 
-def ill_conditioned_rows(dtype: torch.dtype, width: int = 40) -> Rows:
+def ill_conditioned_rows(dtype: torch.dtype, width: int = 40, classes: int | None = None) -> Rows:
+    """Return rows of a squared error, or of a cross-entropy if there are classes."""
     generator = torch.Generator().manual_seed(0)
-    model = ntk_mlp((16, width, width, 1), "tanh", bias_std=0.1, generator=generator, dtype=dtype)
+    model = ntk_mlp((16, width, width, classes or 1), "tanh", bias_std=0.1, generator=generator, dtype=dtype)
     x = almost_equal_inputs().to(dtype)
+    if classes:
+        return sqrt_fisher(model, nn.CrossEntropyLoss(), x, torch.arange(len(x)) % classes)
     return sqrt_fisher(model, HalfSquaredError(), x, torch.zeros(len(x), 1, dtype=dtype))
 
 
@@ -77,6 +80,21 @@ def test_an_ill_conditioned_system_warns_with_its_condition_number(spec: str) ->
     assert found is not None
     assert float(found[1]) <= 1.1e8 * (1 if spec == "full" else 10)
     assert float(found[1]) > 1e6
+
+
+@pytest.mark.parametrize("key", ["full", "block-diagonal"])
+def test_an_ill_conditioned_response_keeps_its_digits(key: str) -> None:
+    """It is made from float64 factors, not from products whose small eigenvalues float32 has lost."""
+
+    def response(rows: Rows) -> Tensor:
+        return cf.make(key).update(rows).response(rows.jacobian(), rho)
+
+    single = ill_conditioned_rows(torch.float32, classes=3)
+    exact = single.to(torch.float64)
+    rho = 1e-8 * cf.make(key).update(exact).largest_eigenvalue()
+    with pytest.warns(IllConditioned, match="solved by an eigendecomposition"):
+        found = response(single)
+    assert relative_error(found, response(exact)) < 1e-4
 
 
 def test_float64_falls_back_to_an_eigendecomposition() -> None:

@@ -342,6 +342,30 @@ def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
     assert_close(factor.projector(), within.view(C * X, N, C * X))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_reduced_factor_has_the_same_products_with_fewer_rows(case: LossCase) -> None:
+    model, x = architecture("conv1d-grid").make(N=3)
+    z = outputs(model, x)
+    loss, y = case.make(z, "mean")
+    factor = loss_terms(loss, z, y).root()
+    V, N = factor.shape
+    A = factor.columns(torch.eye(V * N, dtype=z.dtype)).mT
+    reduced = factor.reduced(torch.eye(V * N, dtype=z.dtype))
+    assert_close(reduced.mT @ reduced, A.mT @ A)
+    assert_close(factor.compressed(A), reduced)
+    assert torch.equal(factor.reduced(torch.eye(V * N, dtype=z.dtype).expand(2, -1, -1))[1], reduced)
+    positions = z[0, 0].numel()
+    assert len(reduced) == (V - positions if isinstance(loss, nn.CrossEntropyLoss) else V) * N
+
+
+def test_a_reduced_factor_of_certain_outputs() -> None:
+    """Probabilities of 0 and 1 at the output that is left out, and elsewhere."""
+    z = torch.tensor([[0.0, 0.0, 800.0], [800.0, 0.0, 0.0], [0.0, 30.0, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
+    factor = loss_terms(nn.CrossEntropyLoss(), z, torch.tensor([0, 1, 2, 0])).root()
+    A, reduced = factor.columns(torch.eye(12, dtype=z.dtype)).mT, factor.reduced(torch.eye(12, dtype=z.dtype))
+    assert_close(reduced.mT @ reduced, A.mT @ A)
+
+
 def test_the_inverse_factor_needs_every_output_to_carry_weight() -> None:
     model, x = architecture("mlp").make(N=2)
     loss = nn.BCEWithLogitsLoss(torch.tensor([1.0, 0.0, 1.0], dtype=x.dtype))

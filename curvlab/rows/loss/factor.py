@@ -14,7 +14,7 @@ Rows `(v, n)` with v = (c, x), x innermost, keep their order; row k of a positio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -42,7 +42,22 @@ class OutputFactor(ABC):
 
     def columns(self, x: Float[Tensor, "*B Q R"]) -> Float[Tensor, "*B Q R"]:
         """Return `x Aᵀ`."""
-        return self.apply(x.movedim(-1, 0).unflatten(0, self.shape)).flatten(0, 1).movedim(0, -1)
+        return self._along(x.mT, self.apply).mT
+
+    def compress(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "W N ..."]:
+        """Return `Qᵀ` times rows of S, Q an orthonormal basis of a space that holds A's range: fewer rows, if A can spare some."""
+        return rows
+
+    def compressed(self, x: Float[Tensor, "*B R Q"]) -> Float[Tensor, "*B W Q"]:
+        """Return `Qᵀx`; see `compress`."""
+        return self._along(x, self.compress)
+
+    def reduced(self, x: Float[Tensor, "*B R Q"]) -> Float[Tensor, "*B W Q"]:
+        """Return `QᵀA x`, for which `(QᵀA)ᵀQᵀA = Λ`, too; see `compress`."""
+        return self._along(x, lambda rows: self.compress(self.apply(rows)))
+
+    def _along(self, x: Float[Tensor, "*B R Q"], operation: Callable[[Tensor], Tensor]) -> Float[Tensor, "*B W Q"]:
+        return operation(x.movedim(-2, 0).unflatten(0, self.shape)).flatten(0, 1).movedim(0, -2)
 
     @abstractmethod
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:
@@ -98,13 +113,12 @@ class PositionFactor(OutputFactor):
         return C * X, N
 
     @abstractmethod
-    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
-        """Multiply with A but for its scale; C is the number of outputs."""
+    def _weigh(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        """Multiply with A; C is the number of outputs."""
 
     def apply(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "V N ..."]:  # noqa: D102
         C, N, X = self.scale.shape
-        split = self._mix(rows.reshape(C, X, N, *rows.shape[2:]))
-        return (split * _spread(self.scale, split)).flatten(0, 1)
+        return self._weigh(rows.reshape(C, X, N, *rows.shape[2:])).flatten(0, 1)
 
     def projector(self) -> Float[Tensor, "V N V"]:  # noqa: D102
         C, N, X = self.scale.shape
@@ -140,8 +154,8 @@ class PositionFactor(OutputFactor):
 class Scaling(PositionFactor):
     """A = diag(s)."""
 
-    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
-        return split
+    def _weigh(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        return split * _spread(self.scale, split)
 
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
         return _over(u, self.scale.transpose(1, 2).flatten(0, 1))
@@ -160,9 +174,16 @@ class SoftmaxRoot(PositionFactor):
 
     root: Float[Tensor, "C N X"]
 
-    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
-        root = _spread(self.root, split)
-        return (split - (root.square() * split).sum(0)) * root
+    def _weigh(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        mean = (_spread(self.root.square(), split) * split).sum(0)
+        return (split - mean).mul_(_spread(self.scale * self.root, split))
+
+    def compress(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "W N ..."]:
+        """Reflect √p, which no row reaches, into the last output, and leave that one out."""
+        C, N, X = self.root.shape
+        split = rows.reshape(C, X, N, *rows.shape[2:])
+        weight = _spread(self.root[:-1] / (1 + self.root[-1]), split[:-1])
+        return torch.addcmul(split[:-1], weight, split[-1], value=-1).flatten(0, 1)
 
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
         C, N, X = self.root.shape
@@ -195,8 +216,9 @@ class Eigenfactor(PositionFactor):
 
     basis: Float[Tensor, "C K N X"]
 
-    def _mix(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
-        return torch.einsum("kcnx,cxn...->kxn...", self.basis, split)
+    def _weigh(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
+        turned = torch.einsum("kcnx,cxn...->kxn...", self.basis, split)
+        return turned.mul_(_spread(self.scale, turned))
 
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
         C, N, X = self.scale.shape
@@ -225,6 +247,9 @@ class Blocks(OutputFactor):
         for at, part in self.parts:
             out[at] = part.apply(rows[at])
         return out
+
+    def compress(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "W N ..."]:  # noqa: D102
+        return torch.cat([part.compress(rows[at]) for at, part in self.parts])
 
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
         out = torch.zeros_like(u)
