@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.fisher.block import State
 from curvlab.rows.aligned import aligned, product
@@ -109,12 +109,11 @@ class CholeskyInverse(Inverse):
 
     def _substituted(self, x: Float[Tensor, "*K 1 m d"]) -> Float[Tensor, "*K 1 m d"]:
         assert self.triangle is not None
-        if self.triangle.shape[-1] > self.size:
-            self.triangle = self.triangle[:, : self.size, : self.size].contiguous()
-        triangle = self.triangle[0]
-        half: Tensor = torch.linalg.solve_triangular(triangle, x.reshape(-1, self.size).mT, upper=False)
-        torch.linalg.solve_triangular(triangle.mT, half, upper=True, out=half)
-        return half.mT.reshape(x.shape)
+        triangle, rows = self.triangle[0], x.reshape(-1, self.size)
+        columns = nn.functional.pad(rows, (0, len(triangle) - self.size)).mT
+        torch.linalg.solve_triangular(triangle, columns, upper=False, out=columns)
+        torch.linalg.solve_triangular(triangle.mT, columns, upper=True, out=columns)
+        return columns.mT[:, : self.size].reshape(x.shape)
 
     def dense(self) -> Float[Tensor, "1 d d"]:  # noqa: D102
         if self.triangle is None:

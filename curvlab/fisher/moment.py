@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import sqrt
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from curvlab.fisher.block import RunningAverage, State, Total
@@ -158,22 +158,20 @@ class Moment(Factor):
         self._mirrored = False
 
     def _add(self, root: Float[Tensor, "Q m t d"], decay: float, scale: float) -> None:
-        """Decay the matrix in place and add `scale·Σ x xᵀ`, on and below the diagonal; the rest waits for `_mirror`."""
+        """Decay the matrix in place and add `scale·Σ x xᵀ`, on and above the diagonal; the rest waits for `_mirror`."""
         assert self.matrix is not None
-        d = root.shape[3]
-        strips = STRIPS if d >= WORTH_CUTTING else 1
         for part, piece in enumerate(_pieces(root)):
-            for start, stop in pairwise(d * k // strips for k in range(strips + 1)):
-                strip = self.matrix[:, start:, start:stop]
+            for rows, columns in _strips(root.shape[3]):
+                strip = self.matrix[:, rows, columns]
                 beta = decay if part == 0 else 1.0
-                strip.baddbmm_(piece[..., start:].mT, piece[..., start:stop], beta=beta, alpha=scale)
+                strip.baddbmm_(piece[..., rows].mT, piece[..., columns], beta=beta, alpha=scale)
         self._mirrored = False
 
     def _mirror(self) -> None:
-        """Complete the matrix from what is on and below its diagonal."""
+        """Complete the matrix from what is on and above its diagonal."""
         assert self.matrix is not None
         if not self._mirrored:
-            mirror(self.matrix.mT)
+            mirror(self.matrix)
             self._mirrored = True
 
     @property
@@ -198,7 +196,7 @@ class Moment(Factor):
         return inverse if 2 * half.shape[1] < half.shape[2] else MatrixInverse(inverse.dense())
 
     def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q w w"]:
-        """Return `M + ρI` on and below the diagonal, of a moment that is kept as a matrix.
+        """Return `M + ρI` on and below the diagonal, column by column in memory, of a moment that is kept as a matrix.
 
         It is continued to the width of its memory by a multiple of the unit matrix, the first pivot of its Cholesky
         factorisation.
@@ -207,12 +205,13 @@ class Moment(Factor):
         Q, d, _ = self.matrix.shape
         width = pitch(d, self.matrix.dtype)
         wide = self.matrix.new_empty(Q, width, width)
-        torch.div(self.matrix, self._divisor, out=wide[:, :d, :d])
+        for rows, columns in _strips(d):
+            torch.div(self.matrix[:, rows, columns], self._divisor, out=wide[:, rows, columns])
+        wide[:, :, d:] = 0
         diagonal = wide.diagonal(dim1=1, dim2=2)
         diagonal[:, :d] += damping[:, None]
-        wide[:, d:] = 0
         diagonal[:, d:] = diagonal[:, :1]
-        return wide
+        return wide.mT
 
     @property
     def basis(self) -> Basis:  # noqa: D102
@@ -287,6 +286,13 @@ def _zeros(root: Float[Tensor, "Q m t d"]) -> Float[Tensor, "Q d d"]:
     return aligned((len(root), *2 * root.shape[3:]), root).zero_()
 
 
+def _strips(d: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a symmetric matrix into strips of columns, of which each takes the rows down to its last diagonal entry."""
+    strips = STRIPS if d >= WORTH_CUTTING else 1
+    for start, stop in pairwise(d * k // strips for k in range(strips + 1)):
+        yield slice(0, stop), slice(start, stop)
+
+
 def _pieces(root: Float[Tensor, "Q m t d"]) -> Iterator[Float[Tensor, "Q n d"]]:
     """Yield matrices that stack up to the root, copies of some of it at a time where it is not laid out as one."""
     Q, m, t, d = root.shape
@@ -354,8 +360,7 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]], uses: int) ->
         matrix = factor.regularised(rho)
         alike[matrix.shape, matrix.dtype, position if matrix.device.type == "cpu" else 0][position] = matrix
     for matrices in alike.values():
-        stack = list(matrices.values())
-        roots, info = torch.linalg.cholesky_ex(torch.stack(stack) if len(stack) > 1 else stack[0][None])
+        roots, info = _cholesky(list(matrices.values()))
         pivots = roots.diagonal(dim1=-2, dim2=-1)
         trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
         safe = ((info == 0) & trusted).all(-1).tolist()
@@ -363,6 +368,17 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]], uses: int) ->
             factor, rho = wanted[position]
             found[position] = _of_root(root, factor, uses) if good else _inverse_by_eigenvectors(factor, rho)
     return [found[position] for position in range(len(wanted))]
+
+
+def _cholesky(matrices: Sequence[Float[Tensor, "Q w w"]]) -> tuple[Float[Tensor, "k Q w w"], Int[Tensor, "k Q"]]:
+    """Factorise matrices of one size; on a CPU in place, which saves a copy that would be transposed."""
+    whole = torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0][None]
+    if whole.device.type != "cpu":
+        roots, info = torch.linalg.cholesky_ex(whole)
+        return roots, info
+    info = torch.empty(whole.shape[:-2], dtype=torch.int32)
+    torch.linalg.cholesky_ex(whole, out=(whole, info))
+    return whole, info
 
 
 def _of_root(root: Float[Tensor, "Q w w"], factor: Factor, uses: int) -> Inverse:
