@@ -23,13 +23,19 @@ On two cores forming it takes as long as substitution costs more than products w
 class Inverse(ABC):
     """The inverses of a factor, one a group."""
 
-    @abstractmethod
     def times_columns(self, x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q d m"]:
         """Multiply columns of every group."""
+        return self.times_rows(x.mT).mT
 
     def times_rows(self, x: Float[Tensor, "*K Q m d"]) -> Float[Tensor, "*K Q m d"]:
+        """Multiply rows of every group, those of all K in one product."""
+        by_group = x.movedim(-3, 0)
+        rows = by_group.reshape(len(by_group), -1, x.shape[-1])
+        return self._times(rows).reshape(by_group.shape).movedim(0, -3)
+
+    @abstractmethod
+    def _times(self, rows: Float[Tensor, "Q n d"]) -> Float[Tensor, "Q n d"]:
         """Multiply rows of every group."""
-        return self.times_columns(x.mT).mT
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]:
@@ -46,8 +52,8 @@ class DiagonalInverse(Inverse):
 
     diagonal: Float[Tensor, "Q d"]
 
-    def times_columns(self, x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q d m"]:  # noqa: D102
-        return self.diagonal[..., None] * x
+    def _times(self, rows: Float[Tensor, "Q n d"]) -> Float[Tensor, "Q n d"]:
+        return rows * self.diagonal[:, None]
 
     def dense(self) -> Float[Tensor, "Q d"]:  # noqa: D102
         return self.diagonal
@@ -62,10 +68,8 @@ class MatrixInverse(Inverse):
     def times_columns(self, x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q d m"]:  # noqa: D102
         return self.matrix @ x
 
-    def times_rows(self, x: Float[Tensor, "*K Q m d"]) -> Float[Tensor, "*K Q m d"]:  # noqa: D102
-        if len(self.matrix) > 1:
-            return x @ self.matrix
-        return product(x.reshape(-1, x.shape[-1]), self.matrix[0]).view(x.shape)
+    def _times(self, rows: Float[Tensor, "Q n d"]) -> Float[Tensor, "Q n d"]:
+        return rows @ self.matrix if len(rows) > 1 else product(rows[0], self.matrix[0])[None]
 
     def dense(self) -> Float[Tensor, "Q d d"]:  # noqa: D102
         return self.matrix
@@ -88,32 +92,22 @@ class CholeskyInverse(Inverse):
     triangle: Float[Tensor, "1 w w"] | None
     size: int
     uses: int
-    seen: float = 0.0
+    seen: int = 0
     matrix: Float[Tensor, "1 d d"] | None = None
 
-    def times_columns(self, x: Float[Tensor, "*K 1 d m"]) -> Float[Tensor, "*K 1 d m"]:  # noqa: D102
-        formed = self._formed(x)
-        return self._substituted(x.mT).mT if formed is None else formed.times_columns(x)
-
-    def times_rows(self, x: Float[Tensor, "*K 1 m d"]) -> Float[Tensor, "*K 1 m d"]:  # noqa: D102
-        formed = self._formed(x)
-        return self._substituted(x) if formed is None else formed.times_rows(x)
-
-    def _formed(self, x: Tensor) -> MatrixInverse | None:
-        """Count the vectors; return the inverse if they are, or at this rate will be, many."""
-        vectors = x.numel() / self.size
+    def _times(self, rows: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n d"]:
+        """Count the vectors, and form the inverse if they are, or at this rate will be, many."""
+        vectors = rows.shape[1]
         self.seen += vectors
-        if self.matrix is None and max(self.seen, self.uses * vectors) >= WORTH_FORMING * self.size:
+        if self.triangle is not None and max(self.seen, self.uses * vectors) >= WORTH_FORMING * self.size:
             self.matrix, self.triangle = self.dense(), None
-        return None if self.matrix is None else MatrixInverse(self.matrix)
-
-    def _substituted(self, x: Float[Tensor, "*K 1 m d"]) -> Float[Tensor, "*K 1 m d"]:
-        assert self.triangle is not None
-        triangle, rows = self.triangle[0], x.reshape(-1, self.size)
-        columns = nn.functional.pad(rows, (0, len(triangle) - self.size)).mT
+        if self.triangle is None:
+            return MatrixInverse(self.dense())._times(rows)
+        triangle = self.triangle[0]
+        columns = nn.functional.pad(rows[0], (0, len(triangle) - self.size)).mT
         torch.linalg.solve_triangular(triangle, columns, upper=False, out=columns)
         torch.linalg.solve_triangular(triangle.mT, columns, upper=True, out=columns)
-        return columns.mT[:, : self.size].reshape(x.shape)
+        return columns.mT[None, :, : self.size]
 
     def dense(self) -> Float[Tensor, "1 d d"]:  # noqa: D102
         if self.triangle is None:
@@ -132,8 +126,8 @@ class LowRankInverse(Inverse):
     def times_columns(self, x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q d m"]:  # noqa: D102
         return x / self.rho[:, None, None] - self.root.mT @ (self.root @ x)
 
-    def times_rows(self, x: Float[Tensor, "*K Q m d"]) -> Float[Tensor, "*K Q m d"]:  # noqa: D102
-        return x / self.rho[:, None, None] - (x @ self.root.mT) @ self.root
+    def _times(self, rows: Float[Tensor, "Q n d"]) -> Float[Tensor, "Q n d"]:
+        return rows / self.rho[:, None, None] - (rows @ self.root.mT) @ self.root
 
     def dense(self) -> Float[Tensor, "Q d d"]:  # noqa: D102
         Q, _, d = self.root.shape
