@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import hashlib
 
-from analyses.assembly import cells_of, claims_of
+from analyses.assembly import cells_of, claims_of, problem_faults
 from analyses.assembly import data_hash as hash_of
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.figures import FIGURES
 from analyses.edge_of_stability.parts import PARTS, published
 from analyses.edge_of_stability.setting import ARGUMENTS, setting_of
 from analyses.part import Observations
-from curvlab.problems import DataUnavailable
 from curvlab.problems.images import IMAGE_SETS, load_images
 from curvlab.study import Analysis, Cell
-from curvlab.study import DataUnavailable as StudyDataUnavailable
 
 
 def _network(cell: Cell) -> list[str]:
     return [str(cell.coordinates.get(name, "")) for name in ("problem", "seed", *ARGUMENTS)]
 
 
+@problem_faults()
 def _data_hash(config: Config) -> str:
-    try:
-        if config.published:
-            load_images(str(published.SETTING["problem"]))
-        if config.problem not in IMAGE_SETS:
-            return hash_of(config.problem)
-        train = setting_of(Cell({"problem": config.problem, "seed": 0}), config).problem.train
-    except DataUnavailable as error:
-        raise StudyDataUnavailable(str(error)) from error
+    if config.published:
+        load_images(str(published.SETTING["problem"]))
+    if config.problem not in IMAGE_SETS:
+        return hash_of(config.problem)
+    train = setting_of(Cell({"problem": config.problem, "seed": 0}), config).problem.train
     return hashlib.sha256(b"".join(part.numpy(force=True).tobytes() for part in train)).hexdigest()
 
 

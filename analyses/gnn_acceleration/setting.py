@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyses.assembly import problem_faults
 from analyses.gnn_acceleration.config import AGGREGATIONS, Config
 from curvlab.nn import Propagation
-from curvlab.problems import DataUnavailable, LabelledGraph, data_folder, load_graph
+from curvlab.problems import LabelledGraph, data_folder, load_graph
 from curvlab.problems.files import fetch
 from curvlab.problems.graphs import PLANETOID
 from curvlab.study import Cell
-from curvlab.study import DataUnavailable as StudyDataUnavailable
 
 FORMS = ("normalised", "raw")
 """Features with rows of sum one, as graphs are loaded, and as published; karate's identity is both."""
@@ -75,16 +75,14 @@ def _nodes(cell: Cell, config: Config, graph: LabelledGraph) -> Int[Tensor, " n"
     return torch.randperm(len(graph.labels), generator=generator)[: config.drawn_nodes].sort().values
 
 
+@problem_faults()
 def graph_of(name: str, split: str) -> LabelledGraph:
     """Return a graph.
 
     Raises:
         DataUnavailable: of `curvlab.study`: its files are absent.
     """
-    try:
-        return load_graph(name, split)  # type: ignore[arg-type]
-    except DataUnavailable as error:
-        raise StudyDataUnavailable(str(error)) from error
+    return load_graph(name, split)  # type: ignore[arg-type]
 
 
 def forms_of(name: str) -> tuple[str, ...]:

@@ -18,28 +18,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from analyses.assembly import problem_faults
 from analyses.gnn_natural_gradient.recipe import Recipe
 from curvlab.fisher import KFAC
 from curvlab.nn import GraphNetwork, Propagation, WeightedCrossEntropy, gcn
 from curvlab.optim import Preconditioner
-from curvlab.problems import DataUnavailable, LabelledGraph, load_graph
-from curvlab.study import DataUnavailable as StudyDataUnavailable
+from curvlab.problems import LabelledGraph, load_graph
 
 DROPOUT = 0.5
 MOMENTUM = 0.9
 
 
 @lru_cache(maxsize=3)
+@problem_faults()
 def graph_of(name: str, split: str) -> LabelledGraph:
     """Return a graph.
 
     Raises:
         DataUnavailable: of `curvlab.study`: its files are absent.
     """
-    try:
-        return load_graph(name, split)  # type: ignore[arg-type]
-    except DataUnavailable as error:
-        raise StudyDataUnavailable(str(error)) from error
+    return load_graph(name, split)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pandas as pd
 
-from analyses.assembly import data_hash
+from analyses.assembly import data_hash, problem_faults
 from analyses.drawing import Layout
 from analyses.estimates import by_seed
 from analyses.spectrum import panels
@@ -91,6 +91,11 @@ def _claims(config: Config) -> list[Claim]:
     return claims
 
 
+@problem_faults()
+def _data_hash(config: Config) -> str:
+    return data_hash(config.problem, **config.arguments)
+
+
 def _resources(cell: Cell, config: Config) -> tuple[float, float]:  # noqa: ARG001
     return 2.0 * config.top / 5, 4e8
 
@@ -107,7 +112,7 @@ ANALYSIS: Analysis[Config] = Analysis(
     config=Config,
     claims=_claims,
     cells=_cells,
-    data_hash=lambda config: data_hash(config.problem, **config.arguments),
+    data_hash=_data_hash,
     measure=measure,
     resources=_resources,
     figures={
