@@ -354,9 +354,10 @@ class KroneckerRows(SharedRows):
             return super().unit_stack()
         (V, N, _, Q, O), I = self.g.shape, self.a.shape[3]  # noqa: E741
         stack = self.g.new_empty(Q, O, V, N, I)
-        for q in range(Q):
-            g = self.g[:, :, :, q].permute(1, 3, 0, 2).flatten(1, 2)
-            torch.bmm(g, self.a[:, :, q], out=stack[q].view(O * V, N, I).transpose(0, 1))
+        for part in chunks(O, V * N * self.positions):
+            for q in range(Q):
+                g = self.g[:, :, :, q, part].permute(1, 3, 0, 2).flatten(1, 2)
+                torch.bmm(g, self.a[:, :, q], out=stack[q, part].view(-1, N, I).transpose(0, 1))
         return stack.view(Q * O, V * N, I)
 
     def diagonal(self) -> Float[Tensor, " P_l"]:

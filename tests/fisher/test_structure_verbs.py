@@ -8,10 +8,10 @@ import pytest
 import torch
 from fisher_oracle import NETWORKS, PLAIN_SPECS, SPECS, Case, build, case, dense_structure, draw, pinv, positions
 from oracle import DOUBLE, assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 import curvlab.fisher as cf
-from curvlab.rows import products
+from curvlab.rows import products, sqrt_fisher
 
 LOSSES = {"mlp": "ce-all", "cnn": "mse", "sequence": "ce-ignore"}
 
@@ -129,6 +129,15 @@ def test_responses_of_units_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "CACHE_ELEMENTS", 2 * J.R**2)
     assert_close(structure.response(J, rho), whole, 1e-12)
     assert_close(structure.response(J, rho, test), across, 1e-12)
+
+
+@pytest.mark.parametrize("key", ["full", "block-diagonal", "unit-wise"])
+def test_the_response_of_a_softmax_over_one_class(key: str) -> None:
+    """Its Fisher matrix is zero."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+    rows = sqrt_fisher(model, nn.CrossEntropyLoss(), draw(4, 5), torch.zeros(4, dtype=torch.long))
+    response = cf.make(key).update(rows).response(rows.jacobian(), 0.5)
+    assert_close(response, rows.jacobian().gram() / (0.5 * 4))
 
 
 @pytest.mark.parametrize("spec", SPECS)

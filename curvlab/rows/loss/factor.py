@@ -179,8 +179,10 @@ class SoftmaxRoot(PositionFactor):
         return (split - mean).mul_(_spread(self.scale * self.root, split))
 
     def compress(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "W N ..."]:
-        """Reflect √p, which no row reaches, into the last output, and leave that one out."""
+        """Reflect √p, which no row reaches, into the last output, and leave that one out; not the only one."""
         C, N, X = self.root.shape
+        if C == 1:
+            return rows
         split = rows.reshape(C, X, N, *rows.shape[2:])
         weight = _spread(self.root[:-1] / (1 + self.root[-1]), split[:-1])
         return torch.addcmul(split[:-1], weight, split[-1], value=-1).flatten(0, 1)
