@@ -16,7 +16,7 @@ def _network(cell: Cell) -> list[str]:
 
 
 def _data_hash(config: Config) -> str:
-    arguments = {"width": 1, "samples": config.samples}
+    arguments = {"width": config.swept_widths[0], "samples": config.samples}
     return data_hash(config.problem, **{name: value for name, value in arguments.items() if name in config.takes})
 
 

@@ -11,8 +11,9 @@ GENERAL = ("edge_of_stability", "jacobian_rank", "ntk_isotropy", "spectrum", "tr
 GRAPHS = ("gnn_acceleration", "gnn_natural_gradient")
 
 
-def run(name: str, problem: str, tmp_path: Path) -> int:
-    return main(import_module(f"analyses.{name}.analysis").ANALYSIS, ["--problem", problem, "--results", str(tmp_path)])
+def run(name: str, problem: str, tmp_path: Path, *options: str) -> int:
+    analysis = import_module(f"analyses.{name}.analysis").ANALYSIS
+    return main(analysis, ["--problem", problem, "--results", str(tmp_path), *options])
 
 
 @pytest.mark.parametrize("name", [*GENERAL, *GRAPHS])
@@ -35,3 +36,9 @@ def test_absent_data_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     assert run(name, "absent_data:problem", tmp_path) == 3
     assert "The images are not there; fetch them." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_a_network_that_not_every_width_fits(name: str, tmp_path: Path) -> None:
+    """The width of a transformer is a multiple of its heads; no analysis may ask for another one by itself."""
+    assert run(name, "characters", tmp_path, "--dry-run") == 0

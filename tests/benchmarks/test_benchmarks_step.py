@@ -85,7 +85,9 @@ def test_layers_take_turns_as_those_of_curvlab(monkeypatch):
     inverted = []
     original = torch.linalg.cholesky_ex
     monkeypatch.setattr(
-        torch.linalg, "cholesky_ex", lambda m: (inverted.append(math.prod(m.shape[:-2])), original(m))[1]
+        torch.linalg,
+        "cholesky_ex",
+        lambda m, **options: (inverted.append(math.prod(m.shape[:-2])), original(m, **options))[1],
     )
     task = TINY[0]
     network, inputs = task.build(5, "cpu")
