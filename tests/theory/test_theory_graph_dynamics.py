@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
@@ -47,6 +47,7 @@ def autodiff(heads, layers, features, loss):
 
 
 @given(seed=SEEDS, scales=st.sampled_from([(2,), (0, 1, 2), (0, 2), (1,)]), smooth=st.booleans())
+@example(seed=29363, scales=(2,), smooth=False)  # an output of 9e-5 is a sum of terms of size 11
 @settings(max_examples=30, deadline=None)
 def test_terms_of_the_speed_are_squares_of_gradients(seed, scales, smooth):
     heads, layers, features, Y = drawn(seed, scales=scales)
@@ -56,10 +57,9 @@ def test_terms_of_the_speed_are_squares_of_gradients(seed, scales, smooth):
     found_heads, found_layers = theory.speed_terms(heads, layers, features, V)
     np.testing.assert_allclose(list(found_heads.values()), of_heads, rtol=1e-9)
     np.testing.assert_allclose(found_layers, of_layers, rtol=1e-9, atol=1e-12)
+    outputs = torch_outputs(heads, layers, features)
     np.testing.assert_allclose(
-        theory.linear_outputs(heads, layers, features),
-        torch_outputs(heads, layers, features),
-        rtol=1e-12,
+        theory.linear_outputs(heads, layers, features), outputs, rtol=0, atol=1e-13 * np.abs(outputs).max()
     )
 
 
