@@ -370,9 +370,9 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]], uses: int) ->
     return [found[position] for position in range(len(wanted))]
 
 
-def _cholesky(matrices: Sequence[Float[Tensor, "Q w w"]]) -> tuple[Float[Tensor, "k Q w w"], Int[Tensor, "k Q"]]:
+def _cholesky(matrices: list[Float[Tensor, "Q w w"]]) -> tuple[Float[Tensor, "k Q w w"], Int[Tensor, "k Q"]]:
     """Factorise matrices of one size; on a CPU in place, which saves a copy that would be transposed."""
-    whole = torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0][None]
+    whole = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
     if whole.device.type != "cpu":
         roots, info = torch.linalg.cholesky_ex(whole)
         return roots, info
