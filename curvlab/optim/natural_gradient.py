@@ -25,7 +25,9 @@ class NaturalGradient(torch.optim.Optimizer):
         optimizer.step()
 
     or `optimizer.step(closure)`, which opens the context itself. Schedules, parameter groups and state dicts are those of
-    `torch.optim`. Parameters that the preconditioner leaves plain move along their gradient.
+    `torch.optim`. Parameters that the preconditioner leaves plain move along their gradient. With a `GradScaler`,
+    `scaler.scale(loss).backward()` in the context and `scaler.step(optimizer)`, with or without `scaler.unscale_` between
+    them; a step whose gradients overflow is skipped and counted, its rows forgotten.
 
     Args:
         model: see `Preconditioner`.
@@ -56,6 +58,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Source: Amari 1998; Martens & Grosse 2015.
     """
+
+    _step_supports_amp_scaling = True
+    """Asks `GradScaler.step` to set `grad_scale` and `found_inf` for the time of a step, and to leave skipping to this class:
+    rows would be left behind otherwise."""
 
     def __init__(
         self,
@@ -149,8 +155,11 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad(), self.collect():
                 result = closure()
         self._follow_schedules()
-        with torch.no_grad():
-            self._step()
+        if getattr(self, "found_inf", 0):
+            self.preconditioner.skip()
+        else:
+            with torch.no_grad():
+                self._step()
         return result
 
     def _follow_schedules(self) -> None:
@@ -182,13 +191,15 @@ class NaturalGradient(torch.optim.Optimizer):
             self._rho = self._adapts.adjusted(damping, ratio)
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Gradients by name, with what coupled weight decay adds; the parameters' own stay as they are."""
+        """Gradients by name, unscaled, with what coupled weight decay adds; the parameters' own stay as they are."""
         found: dict[str, Tensor] = {}
+        scale = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             coupled = 0.0 if self._decoupled else group["weight_decay"]
             for p in group["params"]:
                 if p.grad is not None:
-                    found[self._names[p]] = p.grad.add(p, alpha=coupled) if coupled else p.grad
+                    gradient = p.grad if scale is None else p.grad / scale
+                    found[self._names[p]] = gradient.add(p, alpha=coupled) if coupled else gradient
         return found
 
     def _trust(self, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor | None:

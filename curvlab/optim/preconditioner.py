@@ -231,8 +231,7 @@ class Preconditioner:
         seen = [*complete.values(), *(f for r in rows for layer in r.layers for f in layer.factors)]
         looks = due or seen[0].device.type == "cpu"
         if looks and not self._all_finite(seen, shared=due):
-            self._skip()
-            self.steps += 1
+            self.skip()
             return None
         self._skipped_in_a_row = 0
         if due:
@@ -279,7 +278,14 @@ class Preconditioner:
             name in self._untouched and _same(gradient, *self._untouched[name]) for name, gradient in gradients.items()
         )
 
-    def _skip(self) -> None:
+    def skip(self) -> None:
+        """End a step whose gradients are of no use: what was collected is forgotten, the curvature stays.
+
+        Raises:
+            FloatingPointError: see `precondition`.
+        """
+        self._passes = []
+        self.steps += 1
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self.patience:

@@ -249,6 +249,46 @@ def test_steps_that_are_not_finite_leave_the_parameters() -> None:
     assert made.preconditioner.skipped == 1
 
 
+def take_scaled(made: NaturalGradient, scaler: torch.amp.GradScaler, x: Tensor, y: Tensor, *, unscaled: bool) -> None:
+    made.zero_grad()
+    with made.collect():
+        scaler.scale(made.preconditioner.loss(made.preconditioner.model(x), y)).backward()
+    if unscaled:
+        scaler.unscale_(made)
+    scaler.step(made)
+    scaler.update()
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("structure", ["kfac", "full"])
+def test_a_scaled_loss_takes_the_same_steps(structure: str, unscaled: bool) -> None:
+    options: dict[str, Any] = {"structure": structure, "kind": "empirical", "momentum": 0.5, "weight_decay": 0.1}
+    plain, scaled = (optimiser(network(), plain=("2.bias",), **options) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed in range(3):
+        take(plain, *data(seed=seed))
+        take_scaled(scaled, scaler, *data(seed=seed), unscaled=unscaled)
+    assert_close(flat(scaled.preconditioner.model), flat(plain.preconditioner.model), 1e-10)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_step_that_overflows_under_a_scaler_leaves_no_rows_behind(unscaled: bool) -> None:
+    """The gradient of a plain parameter overflows, which the preconditioner does not look at."""
+    made, expected = (optimiser(network(), structure="kfac", plain=("2.bias",)) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model, before = made.preconditioner.model, flat(made.preconditioner.model)
+    bias = dict(model.named_parameters())["2.bias"]
+    handle = bias.register_hook(lambda gradient: gradient / 0)
+    take_scaled(made, scaler, *data(), unscaled=unscaled)
+    handle.remove()
+    assert torch.equal(flat(model), before)
+    assert (made.preconditioner.skipped, made.preconditioner.steps) == (1, 1)
+    assert scaler.get_scale() == 512.0
+    take_scaled(made, scaler, *data(seed=2), unscaled=unscaled)
+    take(expected, *data(seed=2))
+    assert_close(flat(model), flat(expected.preconditioner.model), 1e-10)
+
+
 def test_the_repr_lists_every_hyper_parameter() -> None:
     text = repr(optimiser(network(), momentum=0.9, weight_decay=0.1, kl_clip=0.01, damping=LevenbergMarquardt()))
     for name in ("lr: 0.3", "momentum: 0.9", "nesterov", "weight_decay: 0.1", "decoupled=False", "kl_clip=0.01"):
