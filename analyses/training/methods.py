@@ -25,13 +25,23 @@ Family = Literal["first order", "structure", "ingredient"]
 KL_CLIP = 1e-2
 """Bound of the trust region where there is one."""
 INVERT_EVERY = 10
+PASSES = 4
+"""Batches of a step where it has several."""
+
+
+class Closure(Protocol):
+    """Runs a forward and a backward pass on a batch and returns the loss."""
+
+    def __call__(self, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """With a scaler, the forward pass is under autocast and gradients are scaled."""
 
 
 class Optimiser(Protocol):
     """What a run asks of an optimiser."""
 
-    def step(self, closure: Callable[[], Tensor]) -> Any:
-        """Take a step; the closure runs one forward and backward pass."""
+    @property
+    def step(self) -> Callable[..., Any]:
+        """What takes a step, given a closure for each batch of the step, and returns their mean loss."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what continues the run."""
@@ -46,7 +56,7 @@ class Together:
     def __init__(self, *optimisers: torch.optim.Optimizer) -> None:
         self.optimisers = optimisers
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(self, closure: Closure) -> Tensor:
         """Run the closure once, then step each."""
         loss = closure()
         for optimiser in self.optimisers:
@@ -61,6 +71,51 @@ class Together:
         """Restore all states."""
         for index, optimiser in enumerate(self.optimisers):
             optimiser.load_state_dict(state_dict[str(index)])
+
+
+class Accumulating:
+    """Natural gradient on several passes a step: gradients and curvature are means over all of them."""
+
+    def __init__(self, optimiser: NaturalGradient) -> None:
+        self.optimiser = optimiser
+        self.state_dict, self.load_state_dict = optimiser.state_dict, optimiser.load_state_dict
+
+    def step(self, *closures: Closure) -> Tensor:
+        """Collect from every pass, then step."""
+        losses = []
+        for closure in closures:
+            with self.optimiser.collect():
+                losses.append(closure().detach())
+        for parameter in self.optimiser.preconditioner.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= len(closures)
+        self.optimiser.step()
+        return torch.stack(losses).mean()
+
+
+class MixedPrecision:
+    """Natural gradient from a forward pass under autocast, with a scaled loss."""
+
+    def __init__(self, optimiser: NaturalGradient) -> None:
+        self.optimiser = optimiser
+        self.scaler = torch.amp.GradScaler(next(optimiser.preconditioner.model.parameters()).device.type)
+
+    def step(self, closure: Closure) -> Tensor:
+        """Collect from the pass; the step is skipped where gradients overflow, and the scale lowered."""
+        with self.optimiser.collect():
+            loss = closure(self.scaler)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of optimiser and scaler."""
+        return {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both."""
+        self.optimiser.load_state_dict(state_dict["optimiser"])
+        self.scaler.load_state_dict(state_dict["scaler"])
 
 
 Build = Callable[[nn.Module, nn.Module, Point, Kind, int], Optimiser]
@@ -78,6 +133,7 @@ class Method:
         points: configurations in the order in which they are tried; a run takes the first ones.
         structure: key of its structure, "" for first order.
         base: the method that an ingredient is compared with; it differs in the ingredient alone.
+        passes: batches of a step.
     """
 
     name: str
@@ -86,6 +142,7 @@ class Method:
     points: Sequence[Point]
     structure: str = ""
     base: str = ""
+    passes: int = 1
 
 
 def _rival(
@@ -124,13 +181,31 @@ def _natural(
     structure: Callable[[nn.Module], Structure],
     adapted: bool = False,
     **options: Any,
-) -> Optimiser:
+) -> NaturalGradient:
     """Natural gradient without momentum; a configuration without lr takes step and momentum from the quadratic model."""
     damping = LevenbergMarquardt(initial=point["damping"]) if adapted else point["damping"]
     lr = cast('float | Literal["quadratic"]', point.get("lr", "quadratic"))
     return NaturalGradient(
         model, loss, lr, structure=structure(model), kind=kind, damping=damping, seed=seed, **options
     )
+
+
+def output_layer(model: nn.Module) -> str:
+    """Return the name of the last module with parameters of its own."""
+    own: list[str] = [n for n, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    return own[-1]
+
+
+def _plain_output(model: nn.Module, *arguments: Any, **options: Any) -> Optimiser:
+    return _natural(model, *arguments, plain=(output_layer(model),), **options)
+
+
+def _accumulating(*arguments: Any, **options: Any) -> Optimiser:
+    return Accumulating(_natural(*arguments, **options))
+
+
+def _mixed(*arguments: Any, **options: Any) -> Optimiser:
+    return MixedPrecision(_natural(*arguments, **options))
 
 
 def _kfac(_: nn.Module, **options: Any) -> Structure:
@@ -187,11 +262,19 @@ def _methods() -> Iterator[Method]:
         build = partial(_natural, structure=partial(_structure, key))
         yield Method(key, "structure", build, NATURAL, key)
 
-    def ingredient(name: str, points: Sequence[Point] = NATURAL, base: str = "kfac", **options: Any) -> Method:
+    def ingredient(
+        name: str,
+        points: Sequence[Point] = NATURAL,
+        base: str = "kfac",
+        *,
+        build: Callable[..., Optimiser] = _natural,
+        passes: int = 1,
+        **options: Any,
+    ) -> Method:
         factory = partial(
             _kfac, **{key: options.pop(key) for key in ("factored_damping", "invert_every") if key in options}
         )
-        return Method(name, "ingredient", partial(_natural, structure=factory, **options), points, "kfac", base)
+        return Method(name, "ingredient", partial(build, structure=factory, **options), points, "kfac", base, passes)
 
     yield ingredient("kfac-adapted", adapted=True)
     yield ingredient("kfac-quadratic", QUADRATIC)
@@ -199,6 +282,9 @@ def _methods() -> Iterator[Method]:
     yield ingredient("kfac-split", factored_damping=True)
     yield ingredient("kfac-latest", decay=0.0)
     yield ingredient("kfac-rare", base="kfac-split", factored_damping=True, invert_every=INVERT_EVERY)
+    yield ingredient("kfac-accumulated", build=_accumulating, passes=PASSES)
+    yield ingredient("kfac-autocast", build=_mixed)
+    yield ingredient("kfac-plain", build=_plain_output)
 
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _methods()}

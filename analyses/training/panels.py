@@ -154,6 +154,9 @@ GAINS = {
     "split": "split damping",
     "average": "averaged factors",
     "rare": "rare inverses",
+    "accumulated": "accumulated passes",
+    "autocast": "autocast and loss scaling",
+    "plain": "plain output layer",
 }
 """Names of the ingredients."""
 

@@ -58,4 +58,6 @@ def race(method: Method, index: int, config: Config, seed: int) -> Trace:
     checkpoint = Checkpoint(folder / f"{name}.pt")
     if config.fresh:
         checkpoint.remove()
-    return train(problem, optimiser_of(method, problem, point, config, seed), config.task, seed, checkpoint)
+    return train(
+        problem, optimiser_of(method, problem, point, config, seed), config.task, seed, checkpoint, passes=method.passes
+    )

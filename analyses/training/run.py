@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,15 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def train(problem: Problem, optimiser: Optimiser, task: Task, seed: int, checkpoint: Checkpoint | None = None) -> Trace:
+def train(
+    problem: Problem,
+    optimiser: Optimiser,
+    task: Task,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+    *,
+    passes: int = 1,
+) -> Trace:
     """Train a problem's model in place.
 
     Args:
@@ -105,6 +114,7 @@ def train(problem: Problem, optimiser: Optimiser, task: Task, seed: int, checkpo
         task: batch, steps and evaluations.
         seed: of the batches; their order is that of every other run with this seed.
         checkpoint: where an interrupted run goes on, and where this one is kept meanwhile.
+        passes: batches of a step.
     """
     checkpoint = checkpoint or Checkpoint(None)
     model = problem.model
@@ -113,7 +123,7 @@ def train(problem: Problem, optimiser: Optimiser, task: Task, seed: int, checkpo
         trace.points.append(evaluate(problem, 0))
     saved = time.monotonic()
     for step in range(done + 1, task.steps + 1):
-        if not take_step(problem, optimiser, batch(problem, task, seed, step - 1)):
+        if not take_step(problem, optimiser, *batches(problem, task, seed, step - 1, passes)):
             trace.diverged_at = step
         elif step % task.every == 0 or step == task.steps:
             now = evaluate(problem, step)
@@ -130,30 +140,35 @@ def train(problem: Problem, optimiser: Optimiser, task: Task, seed: int, checkpo
     return trace
 
 
-def take_step(problem: Problem, optimiser: Optimiser, data: tuple[Tensor, Tensor]) -> bool:
-    """Take one step, and return whether the outputs and the loss before it were finite."""
-    x, y = data
+def take_step(problem: Problem, optimiser: Optimiser, *data: tuple[Tensor, Tensor]) -> bool:
+    """Take one step on some batches, and return whether the outputs and the loss before it were finite."""
 
-    def closure() -> Tensor:
-        outputs = problem.model(x)
+    def closure(x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=scaler is not None):
+            outputs = problem.model(x)
+            loss: Tensor = problem.loss(outputs, y)
         if not bool(outputs.isfinite().all()):
             raise FloatingPointError
-        loss: Tensor = problem.loss(outputs, y)
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return loss
 
     problem.model.zero_grad()
     try:
-        return bool(optimiser.step(closure).isfinite())
+        return bool(optimiser.step(*(partial(closure, x, y) for x, y in data)).isfinite())
     except FloatingPointError:
         return False
 
 
-def batch(problem: Problem, task: Task, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Return the batch of a step; every epoch has its own order, and leaves out what fills no batch."""
+def batches(problem: Problem, task: Task, seed: int, step: int, passes: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the batches of a step, which follow on those of the step before it."""
+    return [batch(problem, task, seed, index) for index in range(step * passes, (step + 1) * passes)]
+
+
+def batch(problem: Problem, task: Task, seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """Return one batch of a run; every epoch has its own order, and leaves out what fills no batch."""
     x, y = problem.train
     size = min(task.batch, len(x))
-    epoch, place = divmod(step, len(x) // size)
+    epoch, place = divmod(index, len(x) // size)
     chosen = order(len(x), seed, epoch)[place * size : (place + 1) * size].to(x.device)
     return x[chosen], y[chosen]
 

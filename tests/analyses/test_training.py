@@ -10,17 +10,26 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analyses.training import ANALYSIS, tuning
 from analyses.training import race as racing
 from analyses.training.comparison import SECONDS, Comparison, seconds_to
 from analyses.training.config import Config
 from analyses.training.figures import FIGURES
-from analyses.training.methods import CONFIGURATIONS, METHODS, Method, Together, half_coupled, of_family
+from analyses.training.methods import (
+    CONFIGURATIONS,
+    METHODS,
+    PASSES,
+    Method,
+    Together,
+    half_coupled,
+    of_family,
+    output_layer,
+)
 from analyses.training.parts import PARTS
 from analyses.training.race import TUNING_SEED, entrants, optimiser_of, problem_of
-from analyses.training.run import Checkpoint, Evaluation, Trace, batch, evaluate, take_step, train
+from analyses.training.run import Checkpoint, Evaluation, Trace, batch, batches, evaluate, take_step, train
 from analyses.training.tasks import TASKS, Task
 from curvlab.fisher import STRUCTURES, LayerWise
 from curvlab.problems import PROBLEMS, Problem, resolve
@@ -181,23 +190,23 @@ class _Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["muon", "kfac-adapted", "kfac-rare", "full"])
+@pytest.mark.parametrize("name", ["muon", "kfac-adapted", "kfac-rare", "kfac-accumulated", "kfac-autocast", "full"])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     name: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, task = METHODS[name], Task(batch=32, steps=12, every=3, loss=0.1, accuracy=0.9)
     make = partial(optimiser_of, method, point=method.points[0], config=CONFIG, seed=0)
     whole = problem.to()
-    expected = train(whole, make(problem=whole), task, 0)
+    expected = train(whole, make(problem=whole), task, 0, passes=method.passes)
 
     monkeypatch.setattr("analyses.training.run.CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr("analyses.training.run.batch", _failing_at(7))
+    monkeypatch.setattr("analyses.training.run.batch", _failing_at(7 * method.passes))
     checkpoint, first = Checkpoint(tmp_path / "run.pt"), problem.to()
     with pytest.raises(_Interrupted):
-        train(first, make(problem=first), task, 0, checkpoint)
+        train(first, make(problem=first), task, 0, checkpoint, passes=method.passes)
     monkeypatch.setattr("analyses.training.run.batch", batch)
     second = problem.to()
-    found = train(second, make(problem=second), task, 0, checkpoint)
+    found = train(second, make(problem=second), task, 0, checkpoint, passes=method.passes)
     assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
     assert list(tmp_path.iterdir()) == []
@@ -230,8 +239,48 @@ def test_every_method_takes_steps_that_lower_the_loss(name: str, problem: Proble
     optimiser = optimiser_of(method, problem, {**method.points[0], "damping": 1.0} if method.structure else method.points[0],
                              CONFIG, 0)  # fmt: skip
     before = evaluate(problem, 0).loss
-    assert all(take_step(problem, optimiser, batch(problem, task, 0, step)) for step in range(4))
+    assert all(take_step(problem, optimiser, *batches(problem, task, 0, step, method.passes)) for step in range(4))
     assert evaluate(problem, 4).loss < before
+
+
+def after_steps(name: str, problem: Problem, *steps: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Train with a method, exact rows, and return the parameters."""
+    made = METHODS[name].build(problem.model, problem.loss, {"lr": 0.3, "damping": 0.1}, "exact", 0)
+    assert all(take_step(problem, made, *data) for data in steps)
+    return torch.cat([parameter.detach().flatten() for parameter in problem.model.parameters()])
+
+
+def test_accumulated_passes_are_one_pass_on_all_their_samples(problem: Problem) -> None:
+    steps = [batches(problem, CONFIG.task, 0, step, PASSES) for step in range(3)]
+    joined = [[tuple(torch.cat(part) for part in zip(*step, strict=True))] for step in steps]
+    found, expected = (
+        after_steps(name, problem.to(dtype=torch.float64), *([(x.double(), y) for x, y in step] for step in data))
+        for name, data in (("kfac-accumulated", steps), ("kfac", joined))
+    )
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_steps_under_autocast_are_those_in_full_precision_but_for_its_round_off(problem: Problem) -> None:
+    seen = []
+    mixed, full = problem.to(), problem.to()
+    handle = mixed.model.register_forward_hook(lambda _, __, outputs: seen.append(outputs.dtype))
+    steps = [[batch(problem, CONFIG.task, 0, step)] for step in range(3)]
+    before = torch.cat([parameter.detach().flatten() for parameter in problem.model.parameters()])
+    found, expected = after_steps("kfac-autocast", mixed, *steps), after_steps("kfac", full, *steps)
+    handle.remove()
+    assert seen == [torch.bfloat16] * 3
+    error = (found - expected).norm() / (expected - before).norm()
+    assert 0 < error < 10 * torch.finfo(torch.bfloat16).eps
+
+
+def test_the_output_layer_can_be_left_to_the_plain_gradient(problem: Problem) -> None:
+    name = output_layer(problem.model)
+    assert dict(problem.model.named_modules())[name].weight.shape == (10, 64)
+    data = batch(problem, CONFIG.task, 0, 0)
+    start, weight = problem.to().model.get_parameter(f"{name}.weight"), problem.model.get_parameter(f"{name}.weight")
+    (gradient,) = torch.autograd.grad(problem.loss(problem.model(data[0]), data[1]), weight)
+    after_steps("kfac-plain", problem, [data])
+    assert torch.allclose(weight, start - 0.3 * gradient)
 
 
 def test_muon_has_the_weights_of_linear_layers_and_adamw_the_rest(problem: Problem) -> None:

@@ -16,17 +16,16 @@ from analyses.training.comparison import SECONDS
 from analyses.training.config import Config
 from analyses.training.methods import INVERT_EVERY, Method, Optimiser
 from analyses.training.part import Part, cells_of
+from analyses.training.parts.judging import NAME as JUDGING
 from analyses.training.parts.judging import (
-    KFAC_PAPER,
     PRACTICE,
     TARGETS,
     ingredient_claims_apply,
     structure_comparisons,
     words,
 )
-from analyses.training.parts.judging import NAME as JUDGING
 from analyses.training.race import entrants, optimiser_of, problem_of
-from analyses.training.run import batch, take_step
+from analyses.training.run import batches, take_step
 from analyses.training.tuning import chosen
 from curvlab.problems import Problem
 from curvlab.study import Cell, Claim, Inequality
@@ -53,10 +52,10 @@ def _steps(method: Method, start: Problem, config: Config, seed: int) -> Callabl
 
     def timed(steps: int) -> float:
         nonlocal problem, optimiser, taken
-        batches = [batch(problem, config.task, seed, taken + step) for step in range(steps)]
+        data = [batches(problem, config.task, seed, taken + step, method.passes) for step in range(steps)]
         taken += steps
         since = now(config.device)
-        finite = [take_step(problem, optimiser, data) for data in batches]
+        finite = [take_step(problem, optimiser, *step) for step in data]
         spent = now(config.device) - since
         if not all(finite):
             problem, optimiser = begin()
@@ -96,19 +95,19 @@ def _claims(config: Config) -> list[Claim]:
     ]
     claims += [
         Claim(
-            id="time-step-rare",
-            statement="A step of K-FAC with rare inverses takes less time than one with inverses of every batch.",
-            source=f"{KFAC_PAPER}, section 8",
-            measured="log10 of the seconds of a step over those with inverses of every batch.",
+            id=f"time-step-{which.name}",
+            statement=which.faster.statement,
+            source=which.source,
+            measured=f"log10 of the seconds of a step of {which.versus.method} over those of {which.versus.others[0]}.",
             rule=Inequality(0.0, "less"),
             estimate=which.versus.steps,
-            expected="supported",
-            reason="Inverses are most of what the method adds to a step on small layers.",
+            expected=which.faster.expected,
+            reason=which.faster.reason,
             needs=which.versus.needs(NAME),
             quantities=(SECONDS,),
         )
         for which in ingredient_claims_apply(config)
-        if which.name == "rare"
+        if which.faster
     ]
     return claims
 
