@@ -167,7 +167,11 @@ class Preconditioner:
         self._fresh = not self._passes and collector.cleared
         self._checked = self._checked or self.due
         self._passes.append(collector)
-        self._untouched = {n: (p.grad, p.grad._version) for n, p in collector.parameters.items() if p.grad is not None}
+        self._untouched = {
+            n: (p.grad, p.grad._version)
+            for n, p in collector.parameters.items()
+            if p.grad is not None and not _is_hooked(p)
+        }
 
     def _check_model(self, coupled: Sequence[str]) -> None:
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -184,7 +188,7 @@ class Preconditioner:
             )
 
     def precondition(self) -> None:
-        """Replace gradients by `(F + ρI)⁻¹ grad`.
+        """Replace gradients by `(F + ρI)⁻¹ grad`: in place, but for tensors that this backward pass has made.
 
         A step in which rows or gradients are not finite is skipped: gradients become None, the state stays. On a GPU, a
         step that takes no new curvature does not wait for the device: its gradients then become 0, and nothing is counted.
@@ -194,14 +198,18 @@ class Preconditioner:
             FloatingPointError: if more steps in a row than `patience` were skipped.
         """
         parameters = self.parameters
-        direction = self._end_step(parameters, {n: p.grad for n, p in parameters.items() if p.grad is not None})
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        of_this_pass = Processes.present() is None and self._is_untouched(gradients)
+        direction = self._end_step(parameters, gradients)
         for name, parameter in parameters.items():
             if direction is None:
                 parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.copy_(direction[name])
-            else:
+            elif parameter.grad is None:
                 parameter.grad = direction[name].clone()
+            elif of_this_pass and _interchangeable(parameter.grad, direction[name]):
+                parameter.grad = direction[name]
+            else:
+                parameter.grad.copy_(direction[name])
 
     @property
     def batch(self) -> Batch | None:
@@ -329,6 +337,15 @@ def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
     if not owners:
         raise UnsupportedModel("All parameters are left to the plain gradient: there is nothing to precondition.")
     return owners
+
+
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    """Whether a hook may have changed what the backward pass brought."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def _interchangeable(gradient: Tensor, direction: Tensor) -> bool:
+    return gradient.dtype == direction.dtype and gradient.stride() == direction.stride()
 
 
 def _same(gradient: Tensor, earlier: Tensor, version: int) -> bool:

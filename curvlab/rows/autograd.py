@@ -26,7 +26,7 @@ from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
 from curvlab.rows.samples import Samples
-from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output
+from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output, unhooked
 
 logger = logging.getLogger("curvlab")
 
@@ -86,9 +86,10 @@ def backward(
         return [None for _ in edges]
     several = len(seeds) > 1
     cotangents = seeds if several else seeds[0]
-    found = iter(
-        torch.autograd.grad(z, reached, cotangents, is_grads_batched=several, allow_unused=True, retain_graph=keep)
-    )
+    with unhooked(reached):
+        found = iter(
+            torch.autograd.grad(z, reached, cotangents, is_grads_batched=several, allow_unused=True, retain_graph=keep)
+        )
     gradients = [None if edge is None else next(found) for edge in edges]
     return gradients if several else [None if g is None else g[None] for g in gradients]
 

@@ -142,7 +142,7 @@ class LayerRows(ABC):
         return self.rmatvec(self.factors[-1].new_ones(1, self.count))[0]
 
     def total_by_parameter(self) -> dict[str, Tensor]:
-        """Add up the rows; the sum by parameter."""
+        """Add up the rows; the sum by parameter, where it can be in memory of its own, contiguous."""
         return self.layout.split(self.total())
 
     def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:
@@ -326,16 +326,17 @@ class KroneckerRows(SharedRows):
         return V * T * I + vectors * V * I < vectors * T * (I + V)
 
     def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
-        return self._total_matrix().flatten()
+        return _sum_of_products(self._over_v(), self.a, product).flatten()
 
     def total_by_parameter(self) -> dict[str, Tensor]:  # noqa: D102
-        return self.layout.cut(self._total_matrix())
+        g = self._over_v()
+        return {
+            slot.name: slot.shaped(_sum_of_products(g, self.a[..., slot.start : slot.stop], torch.mm))
+            for slot in self.layout.slots
+        }
 
-    def _total_matrix(self) -> Float[Tensor, "U I"]:
-        g = self.g[0] if len(self.g) == 1 else self.g.sum(0)
-        if g.shape[2] == 1:
-            return product(g.flatten(0, 2).T, self.a.flatten(0, 2))
-        return torch.einsum("ntqo,ntqi->qoi", g, self.a).flatten(0, 1)
+    def _over_v(self) -> Float[Tensor, "N T Q O"]:
+        return self.g[0] if len(self.g) == 1 else self.g.sum(0)
 
     def times_total(self, other: LayerRows) -> Float[Tensor, " R"]:  # noqa: D102
         O, I = self.g.shape[4], self.a.shape[3]  # noqa: E741
@@ -388,6 +389,15 @@ class KroneckerRows(SharedRows):
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ` (expand), or with g summed over t first (reduce)."""
         g = self.g.sum(2, keepdim=True) if reduce else self.g
         return g.flatten(0, 1).movedim(2, 0)
+
+
+def _sum_of_products(
+    g: Float[Tensor, "N T Q O"], a: Float[Tensor, "N T Q I"], multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Float[Tensor, "U I"]:
+    """Return `Σ_{n,t} g ⊗ a`."""
+    if g.shape[2] == 1:
+        return multiply(g.flatten(0, 2).T, a.flatten(0, 2))
+    return torch.einsum("ntqo,ntqi->qoi", g, a).flatten(0, 1)
 
 
 def _inner_products(

@@ -54,7 +54,11 @@ class Slot:
 
     def parameter(self, matrix: Float[Tensor, "... units width"]) -> Tensor:
         """Take the parameter from the layer's matrix."""
-        lead, value = matrix.shape[:-2], matrix[..., self.start : self.stop]
+        return self.shaped(matrix[..., self.start : self.stop])
+
+    def shaped(self, value: Float[Tensor, "... units width"]) -> Tensor:
+        """Give the parameter's columns its shape."""
+        lead = value.shape[:-2]
         if self.input_first:
             value = value.reshape((*lead, self.input_first, self.shape[1], -1, self.shape[2:].numel())).transpose(
                 -3, -2

@@ -151,6 +151,20 @@ def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.enabled = enabled
 
 
+@contextmanager
+def unhooked(tensors: Iterable[Any]) -> Iterator[None]:
+    """Keep hooks on parameters, of those tensors that have any, from changing what a sweep brings to them."""
+    found = [x._backward_hooks for x in tensors if isinstance(x, Tensor) and x._backward_hooks]
+    held = [(hooks, dict(hooks)) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, content in held:
+            hooks.update(content)
+
+
 def in_parameter_order(names: Iterable[str], layers: Iterable[LayerRows]) -> tuple[LayerRows, ...]:
     """Sort layers by their first parameter in an order of names."""
     order = {name: i for i, name in enumerate(names)}
@@ -254,7 +268,8 @@ def compare(
         # A model may fold positions into the first axis of its output.
         positions = len(z) // w.shape[1]
         cotangent = torch.einsum("vm,vm...->m...", w.repeat_interleave(positions, 1), seeds)
-        reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
+        with unhooked(parameters.values()):
+            reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
     expected = {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, reference, strict=True)}
     eps = torch.finfo(z.dtype).eps
     # Gradients that cancel exactly, such as a shift before a softmax, are round-off at the scale of what cancels.

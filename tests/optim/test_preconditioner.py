@@ -122,6 +122,60 @@ def test_a_gradient_that_was_touched_is_preconditioned_as_it_is(key: str) -> Non
     assert_close(now(pre), reference(pre.structure, clipped), 1e-8)
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("key", ["kfac", "full"])
+def test_a_gradient_that_a_hook_changed_is_preconditioned_as_it_is(key: str, hook: str) -> None:
+    options = {"factored_damping": True} if key == "kfac" else {"side": "rows"}
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options), damping=RHO)
+    weight = pre.model.get_parameter("2.weight")
+
+    def halve(changed: Tensor) -> Tensor | None:
+        if changed is not weight:
+            return changed / 2
+        assert weight.grad is not None
+        weight.grad /= 2
+        return None
+
+    handle = getattr(weight, hook)(halve)
+    gradient = run(pre, *data(2))
+    pre.precondition()
+    assert_close(now(pre), reference(pre.structure, gradient), 1e-8)
+    handle.remove()
+    weight.grad = None
+    gradient_without = run(pre, *data(2))["2.weight"]
+    assert_close(gradient["2.weight"], gradient_without / 2, 1e-12)
+
+
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_what_becomes_of_the_gradients_afterwards_is_the_users(key: str) -> None:
+    pre, other = (
+        Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options(key)), damping=RHO, seed=3)
+        for _ in range(2)
+    )
+    for seed in range(3):
+        run(pre, *data(seed=seed))
+        run(other, *data(seed=seed))
+        pre.precondition()
+        other.precondition()
+        assert torch.equal(now(pre), now(other))
+        for parameter in pre.parameters.values():
+            assert parameter.grad is not None
+            assert parameter.grad.stride() == parameter.stride()
+            parameter.grad.fill_(torch.nan)
+
+
+def test_gradients_that_live_longer_than_a_pass_stay_where_they_are() -> None:
+    pre, kept = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO), {}
+    for name, parameter in pre.parameters.items():
+        kept[name] = parameter.grad = torch.zeros_like(parameter)
+    for _ in range(2):
+        pre.model.zero_grad(set_to_none=False)
+        with pre.collect():
+            pre.loss(pre.model(data()[0]), data()[1]).backward()
+        pre.precondition()
+        assert all(parameter.grad is kept[name] for name, parameter in pre.parameters.items())
+
+
 @pytest.mark.parametrize("key", ["kfac", "ekfac", "full", "block-diagonal", "diagonal", "unit-wise"])
 def test_passes_before_a_step_accumulate(key: str) -> None:
     """Two halves of a batch give what the batch gives."""

@@ -184,6 +184,20 @@ def test_user_hooks_are_part_of_the_model() -> None:
         curvlab.rows.jacobian(model, x, engine="backpack")
 
 
+@pytest.mark.parametrize("name", ["mlp", "bare"])
+def test_hooks_on_parameters_change_gradients_and_no_rows(name: str) -> None:
+    model, x = architecture(name).make()
+    expected, seen = dense_jacobian(model, x), []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: seen.append(gradient) or 2 * gradient)
+    for _ in range(2):
+        assert_close(curvlab.rows.jacobian(model, x).dense(), expected)
+    assert_close(curvlab.rows.jacobian(model, x, nodes=torch.arange(len(model(x)))).dense(), expected)
+    assert not seen
+    model(x).sum().backward()
+    assert len(seen) == len(list(model.parameters()))
+
+
 def test_forward_replaced_on_the_instance() -> None:
     model = mlp().double()
     model[0].forward = lambda x: torch.nn.functional.linear(3 * x, model[0].weight, model[0].bias)
