@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvlab.fisher.block import RunningAverage, State, Total
 from curvlab.fisher.inverse import CholeskyInverse, DiagonalInverse, Inverse, LowRankInverse, MatrixInverse
-from curvlab.fisher.system import condition_limit
+from curvlab.fisher.system import condition_limit, naming_overflow
 from curvlab.rows.aligned import aligned, pitch
 from curvlab.rows.products import cached, chunks, mirror
 
@@ -278,7 +278,8 @@ def _eigh(matrix: Float[Tensor, "Q d d"]) -> tuple[Float[Tensor, "Q d"], Float[T
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        values, vectors = torch.linalg.eigh(matrix.double())
+        with naming_overflow(matrix, "A factor's second moment"):
+            values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +134,10 @@ class System:
         if self._eigen is not None:
             return float(self._eigen.values.max())
         stack = self.matrix.reshape(-1, *self.matrix.shape[-2:])
-        norm, trace = stack.norm(dim=(1, 2)), stack.diagonal(dim1=1, dim2=2).sum(1)
+        norm = torch.linalg.vector_norm(stack, dim=(1, 2), dtype=torch.float64)
+        if not bool(norm.isfinite().all()):
+            return float(self.eigen.values.max())
+        trace = stack.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
         bound = torch.where(trace > 0, norm.square() / torch.where(trace > 0, trace, 1), 0).max()
         return max(0.0, float(torch.linalg.eigvalsh(stack[norm >= 0.999 * bound]).max()))
 
@@ -292,10 +296,30 @@ def prepare(systems: Iterable[System], damping: float) -> None:
 def decompose(systems: Iterable[System]) -> None:
     """Compute eigendecompositions; those of equal size in one batched call."""
     for group in _by_shape([system for system in systems if system._eigen is None]):
-        values, vectors = torch.linalg.eigh(torch.stack([system.precise() for system in group]))
+        stack = torch.stack([system.precise() for system in group])
+        with naming_overflow(stack, ", ".join(system.name for system in group)):
+            values, vectors = torch.linalg.eigh(stack)
         for system, value, vector in zip(group, values, vectors, strict=True):
             null = value <= rank_tolerance(value, system.rtol, value.shape[-1], system.matrix.dtype)
             system._eigen = Eigen(value.clamp_min(0), vector, null)
+
+
+@contextmanager
+def naming_overflow(matrix: Tensor, name: str) -> Iterator[None]:
+    """Context of a decomposition that fails if a matrix is not finite.
+
+    Raises:
+        FloatingPointError: that says so.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        if bool(matrix.isfinite().all()):
+            raise
+        raise FloatingPointError(
+            f"{name}: inner products of rows overflow, as after a run has diverged. Lower the learning rate or raise the "
+            "damping, or scale inputs and targets."
+        ) from error
 
 
 def _by_shape(systems: Iterable[System]) -> list[list[System]]:

@@ -279,3 +279,26 @@ def test_a_solve_does_not_depend_on_earlier_ones(key: str, dtype: torch.dtype) -
     used, v = made(), torch.randn(rows.P, generator=torch.Generator().manual_seed(1), dtype=dtype)
     for damping in (1e-2, "rel:1e-12", 1.0, 1e-2):
         assert torch.equal(used.solve(v, damping), made().solve(v, damping))
+
+
+@pytest.mark.filterwarnings("ignore::curvlab.errors.IllConditioned")
+@pytest.mark.parametrize("spec", ["full", "block-diagonal"])
+def test_rows_that_are_finite_although_a_part_of_their_products_is_not(spec: str) -> None:
+    """In float32 `⟨g, g⟩⟨a, a⟩` is ∞·0 here; in float64 it is 0."""
+    model = nn.Linear(4, 3, bias=False)
+    rows = sqrt_fisher(model, nn.MSELoss(), torch.zeros(9, 4), torch.full((9, 3), 1e25), kind="empirical")
+    structure = build(spec, []).update(rows)
+    (solution,) = structure.solve({"weight": torch.ones(3, 4)}, 0.1).values()
+    assert_close(solution, torch.full((3, 4), 10.0), 1e-6)
+    assert structure.largest_eigenvalue() == 0
+
+
+@pytest.mark.filterwarnings("ignore::curvlab.errors.IllConditioned")
+@pytest.mark.parametrize("spec", ["block-diagonal", "unit-wise", "kfac", "ekfac"])
+def test_rows_whose_products_overflow_are_named(spec: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    rows = sqrt_fisher(model, nn.MSELoss(), torch.randn(9, 4) * 1e22, torch.zeros(9, 3))
+    gradient = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    with pytest.raises(FloatingPointError, match="inner products of rows overflow"):
+        build(spec, []).update(rows).solve(gradient, 1e-3)
