@@ -175,6 +175,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if found is None:
             return
         direction = {**gradients, **found}
+        gradients = {name: torch.zeros_like(step) for name, step in direction.items()} | gradients
         adjusts = self._adapts is not None and pre.steps % self._adapts.every == 0
         if batch is None and (adjusts or self._quadratic):
             raise StateError("The quadratic model needs the batch of the step: run one pass within collect().")

@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from curvlab.errors import UnsupportedModel
+from curvlab.nn.linearize import differentiable_attention
 from curvlab.optim.hyper import Hyper, whole
 from curvlab.rows.loss import flat_outputs, loss_terms
 from curvlab.rows.sweep import Arguments
@@ -30,19 +32,34 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """A model, a loss and the batch of one pass; evaluating them changes no buffer of the model."""
+    """A model, a loss and the batch of one pass; evaluating them changes no buffer of the model.
+
+    Attributes:
+        shape: of the outputs that the loss was called on.
+    """
 
     model: nn.Module
     loss: nn.Module
     arguments: Arguments
     targets: Any
+    shape: torch.Size
 
     def outputs(self, parameters: Named) -> Tensor:
-        """Run the model at other parameters."""
+        """Run the model at other parameters.
+
+        Raises:
+            UnsupportedModel: if the loss was called on something else than what the model returns.
+        """
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        z: Tensor = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
-        return z
+        z = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
+        if isinstance(z, Tensor) and z.shape == self.shape:
+            return z
+        returned = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise UnsupportedModel(
+            f"The model returned {returned}, and the loss was called on a tensor of shape {tuple(self.shape)}. The quadratic "
+            "model evaluates the loss on what the model returns: let the model pick and reshape its output."
+        )
 
     def value(self, parameters: Named) -> float:
         """Return the loss at other parameters."""
@@ -58,7 +75,7 @@ class Batch:
         here = {name: p.detach() for name, p in self.model.named_parameters()} | dict(at or {})
         for direction in directions:
             moving = {name: here[name] for name in direction}
-            with torch.no_grad():
+            with torch.no_grad(), differentiable_attention():
                 z, u = jvp(partial(self._moved, here), (moving,), (dict(direction),))[:2]
             factor = loss_terms(self.loss, z, self.targets).root()
             weighted.append(factor.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())

@@ -128,10 +128,11 @@ class Collector(AbstractContextManager["Collector"]):
             self._finish()
 
     @property
-    def seen(self) -> tuple[Arguments, Any]:
-        """What the model and the loss were called on."""
+    def seen(self) -> tuple[Arguments, Any, torch.Size]:
+        """What the model and the loss were called on: arguments, targets, and the shape of the outputs."""
         assert self._arguments is not None
-        return self._arguments, self._targets
+        assert self._z is not None
+        return self._arguments, self._targets, self._z.shape
 
     def _is_watching(self) -> bool:
         return torch.is_grad_enabled() and not self._sweeping

@@ -9,7 +9,7 @@ from oracle import DOUBLE, assert_close, dense_ggn, dense_jacobian
 from torch import Tensor, nn
 
 from curvlab import sqrt_fisher
-from curvlab.errors import StateError
+from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, Full
 from curvlab.nn import HalfSquaredError
 from curvlab.optim import LevenbergMarquardt, NaturalGradient
@@ -162,7 +162,7 @@ def test_the_quadratic_model_of_a_quadratic_loss_is_the_loss() -> None:
     """It then chooses the step of length 1 along the full direction, and promises what happens."""
     model, x, y = linear()
     loss = HalfSquaredError()
-    batch = Batch(model, loss, ((x,), {}), y)
+    batch = Batch(model, loss, ((x,), {}), y, model(x).shape)
     gradient = {"weight": torch.autograd.grad(loss(model(x), y), model.weight)[0]}
     solution = Full().update(sqrt_fisher(model, loss, x, y)).solve(gradient, 0.0)
     newton = {"weight": -solution["weight"]}  # type: ignore[call-overload]
@@ -185,7 +185,7 @@ def test_curvature_along_directions_is_that_of_the_dense_matrix() -> None:
     directions = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
     stacked = torch.stack([torch.cat([d.flatten() for d in direction.values()]) for direction in directions])
     F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y)
-    batch = Batch(model, loss, ((x,), {}), y)
+    batch = Batch(model, loss, ((x,), {}), y, model(x).shape)
     assert_close(batch.curvature(directions), stacked @ F @ stacked.T, 1e-9)
     with torch.no_grad():
         moved = copy.deepcopy(model)
@@ -193,6 +193,46 @@ def test_curvature_along_directions_is_that_of_the_dense_matrix() -> None:
     F = dense_ggn(dense_jacobian(moved, x), loss, moved(x).detach(), y)
     at = {name: p.detach() for name, p in moved.named_parameters()}
     assert_close(batch.curvature(directions, at), stacked @ F @ stacked.T, 1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_curvature_of_a_network_whose_attention_would_be_fused(training: bool) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(20, 3)).double().train(training)
+    loss, x, y = nn.CrossEntropyLoss(), torch.randn(6, 5, 4, dtype=DOUBLE), torch.arange(6) % 3
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    F = dense_ggn(dense_jacobian(copy.deepcopy(model).eval(), x), loss, model(x).detach(), y)
+    flat_direction = torch.cat([part.flatten() for part in direction.values()])
+    curvature = Batch(model, loss, ((x,), {}), y, model(x).shape).curvature([direction])
+    assert_close(curvature, (flat_direction @ F @ flat_direction).view(1, 1), 1e-9)
+
+
+def test_the_quadratic_model_counts_parameters_that_no_gradient_reaches() -> None:
+    """They stay where the structure has no curvature that couples them with others."""
+    model, loss = Partial(), nn.CrossEntropyLoss()
+    made = optimiser(
+        model, loss, lr="quadratic", structure="diagonal", damping=LevenbergMarquardt(initial=RHO, every=1)
+    )
+    before = model.unreached.weight.detach().clone()
+    first = loss(model(data()[0]), data()[1]).item()
+    for _ in range(3):
+        take(made, *data())
+    assert torch.equal(model.unreached.weight, before)
+    assert loss(model(data()[0]), data()[1]).item() < first
+    assert made.damping < RHO
+
+
+class Partial(nn.Module):
+    """A layer that gradients do not reach in front of one that they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unreached, self.last = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.unreached(x).detach())
 
 
 def test_the_quadratic_step_is_conjugate_gradient_on_a_quadratic_loss() -> None:
@@ -329,6 +369,16 @@ def test_the_quadratic_model_needs_the_batch() -> None:
     made.zero_grad()
     loss(model(x), y).backward()
     with pytest.raises(StateError, match=r"needs the batch of the step.*collect\(\)"):
+        made.step()
+
+
+@pytest.mark.parametrize("options", [{"lr": "quadratic"}, {"damping": LevenbergMarquardt(every=1)}])
+def test_the_quadratic_model_takes_the_loss_of_what_the_model_returns(options: dict[str, Any]) -> None:
+    model, (x, y) = nn.Sequential(network(), nn.Unflatten(1, (3, 1))), data()
+    made = optimiser(model, structure="kfac", kind="mc", **options)
+    with made.collect():
+        made.preconditioner.loss(model(x).flatten(1), y).backward()
+    with pytest.raises(UnsupportedModel, match=r"shape \(12, 3, 1\), and the loss .* shape \(12, 3\)"):
         made.step()
 
 
