@@ -1,6 +1,8 @@
 """The training analysis: its command line on a small real instance, runs, the choice of configurations, and the comparison."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -241,6 +243,22 @@ def test_every_method_takes_steps_that_lower_the_loss(name: str, problem: Proble
     before = evaluate(problem, 0).loss
     assert all(take_step(problem, optimiser, *batches(problem, task, 0, step, method.passes)) for step in range(4))
     assert evaluate(problem, 4).loss < before
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "digits-mlp"])
+def test_every_method_takes_steps_on_every_problem_that_admits_it(name: str) -> None:
+    if name in ("fashion-lenet", "cifar10-5k-cnn") and not os.environ.get("CURVLAB_DATA"):
+        pytest.skip("CURVLAB_DATA does not name a folder with the images")
+    config = Config(problem=name, batch=4)
+    start = problem_of(config, 0)
+    for method in entrants(config):
+        problem = replace(start, model=copy.deepcopy(start.model))
+        optimiser = optimiser_of(method, problem, method.points[0], config, 0)
+        for step in range(2):
+            assert take_step(problem, optimiser, *batches(problem, config.task, 0, step, method.passes)), method.name
+        for parameter, before in zip(problem.model.parameters(), start.model.parameters(), strict=True):
+            assert not torch.equal(parameter, before), method.name
+            assert bool(parameter.isfinite().all()), method.name
 
 
 def after_steps(name: str, problem: Problem, *steps: list[tuple[Tensor, Tensor]]) -> Tensor:
