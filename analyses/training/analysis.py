@@ -9,6 +9,9 @@ from analyses.training.figures import FIGURES
 from analyses.training.parts import PARTS
 from curvlab.study import Analysis, Cell
 
+RACES = ("tuning", "judging", "timing")
+"""Parts whose cells run on the problem, and not on networks of their own."""
+
 
 def _place(cell: Cell) -> tuple[int, str]:
     """Tuning comes first, because the other races choose by it; runs of one method stand side by side."""
@@ -20,7 +23,9 @@ def _measure(cell: Cell, config: Config) -> Observations:
 
 
 def _resources(cell: Cell, config: Config) -> tuple[float, float]:
-    return PARTS[str(cell["part"])].seconds(config.task.steps), 8e8
+    part = str(cell["part"])
+    seconds = PARTS[part].seconds(config.task.steps)
+    return seconds * config.task.cost if part in RACES else seconds, 8e8
 
 
 ANALYSIS: Analysis[Config] = Analysis(

@@ -375,6 +375,17 @@ def test_claims_have_distinct_ids_and_cells() -> None:
     assert parts.index("judging") > len(parts) - 1 - parts[::-1].index("tuning"), "tuning comes first"
 
 
+def test_estimates_of_the_time_know_the_problem() -> None:
+    times = {}
+    for name in TASKS:
+        config = Config(problem=name)
+        cells = [cell for cell in ANALYSIS.cells(replace(config, problem="digits-mlp")) if cell["part"] == "judging"]
+        times[name] = ANALYSIS.resources(cells[0], config)[0] / config.task.steps
+    assert sorted(times, key=times.__getitem__) == [
+        "digits-mlp", "digits-residual", "fashion-lenet", "characters", "cifar10-5k-cnn",
+    ]  # fmt: skip
+
+
 def test_a_problem_without_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="no classes"):
         racing.problem_of(replace(CONFIG, problem="digits"), 0)

@@ -253,4 +253,4 @@ def _claims(config: Config) -> list[Claim]:
     ]
 
 
-PART = Part(NAME, _cells, _measure, _claims, seconds=lambda steps: 0.01 * steps)
+PART = Part(NAME, _cells, _measure, _claims, seconds=lambda steps: 0.008 * steps)

@@ -17,4 +17,4 @@ def _claims(config: Config) -> list[Claim]:  # noqa: ARG001
     return []
 
 
-PART = Part(NAME, _cells, measure, _claims, seconds=lambda steps: 0.01 * steps)
+PART = Part(NAME, _cells, measure, _claims, seconds=lambda steps: 0.008 * steps)
