@@ -9,6 +9,9 @@ from math import inf, isfinite
 Schedule = float | Callable[[int], float]
 """A value, or a function of the number of steps taken."""
 
+Interval = int | Callable[[int], int]
+"""A number of steps, or a function of the number of steps taken that returns one."""
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -54,8 +57,28 @@ class Hyper:
             )
 
 
-def whole(name: str, value: object) -> int:
+@dataclass(frozen=True)
+class Every:
+    """A hyper-parameter that is a number of steps."""
+
+    name: str
+    value: Interval
+
+    def __post_init__(self) -> None:
+        if not callable(self.value):
+            whole(self.name, self.value)
+
+    def at(self, step: int) -> int:
+        """Return the value at a step.
+
+        Raises:
+            ValueError: if it is no whole number ≥ 1; names the hyper-parameter.
+        """
+        return whole(self.name, self.value(step), f" at step {step}") if callable(self.value) else self.value
+
+
+def whole(name: str, value: object, when: str = "") -> int:
     """Return a whole number ≥ 1; raises `ValueError` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is a whole number ≥ 1, got {value!r}.")
+        raise ValueError(f"{name} is a whole number ≥ 1, got {value!r}{when}.")
     return value

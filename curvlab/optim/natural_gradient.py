@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import StateError
 from curvlab.fisher import Structure
-from curvlab.optim.hyper import Hyper, Schedule
+from curvlab.optim.hyper import Hyper, Interval, Schedule
 from curvlab.optim.preconditioner import Preconditioner
 from curvlab.optim.quadratic import Batch, LevenbergMarquardt, agreement, best_combination, inner
 from curvlab.rows.loss import Kind
@@ -48,8 +48,9 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: whether momentum is Nesterov's.
         weight_decay: λ. Coupled, it adds λθ to the gradient, before F acts on it; decoupled, it shrinks θ by ηλθ.
         decoupled: which of the two.
-        kl_clip: bound κ of the trust region: the direction is scaled by min(1, √(κ/(η² dᵀ∇L))), so that the step's
-            squared length in the metric of F + ρI is at most κ (Ba, Grosse & Martens 2017, section 5).
+        kl_clip: bound κ of the trust region, a number or a function of the step: the direction is scaled by
+            min(1, √(κ/(η² dᵀ∇L))), so that the step's squared length in the metric of F + ρI is at most κ (Ba, Grosse &
+            Martens 2017, section 5).
         param_groups: groups as `torch.optim` takes them, with their own lr, momentum or weight_decay; one of all
             trainable parameters if None.
 
@@ -74,7 +75,7 @@ class NaturalGradient(torch.optim.Optimizer):
         samples: int = 1,
         damping: Schedule | LevenbergMarquardt = 1e-3,
         decay: Schedule | None = None,
-        refresh_every: int = 1,
+        refresh_every: Interval = 1,
         plain: Sequence[str] = (),
         graph: bool = False,
         seed: int = 0,
@@ -83,7 +84,7 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: Schedule = 0.0,
         decoupled: bool = False,
-        kl_clip: float | None = None,
+        kl_clip: Schedule | None = None,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
@@ -108,9 +109,8 @@ class NaturalGradient(torch.optim.Optimizer):
             Hyper("momentum", momentum),
             Hyper("weight_decay", weight_decay),
         ]
-        self._decoupled, self._kl_clip, self._damping = decoupled, kl_clip, damping
-        if kl_clip is not None:
-            Hyper("kl_clip", kl_clip, open_low=True).at(0)
+        self._decoupled, self._damping = decoupled, damping
+        self._kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
         if isinstance(lr, str) and not self._quadratic:
             raise ValueError(f'lr is a number, a function of the step or "quadratic", got {lr!r}.')
         if self._quadratic and (momentum != 0 or nesterov or kl_clip is not None):
@@ -125,7 +125,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self._names = {p: name for name, p in model.named_parameters()}
 
     def __repr__(self) -> str:
-        extra = f"decoupled={self._decoupled}, kl_clip={self._kl_clip}, damping={self._damping!r}"
+        extra = (
+            f"decoupled={self._decoupled}, kl_clip={self._kl_clip and self._kl_clip.value}, damping={self._damping!r}"
+        )
         return f"{super().__repr__()}\n{extra}\n{self.preconditioner!r}"
 
     @property
@@ -170,6 +172,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _step(self) -> None:
         pre, damping, batch = self.preconditioner, self.damping, self.preconditioner.batch
+        bound = None if self._kl_clip is None else self._kl_clip.at(pre.steps)
         gradients = self._gradients()
         found = pre.direction(gradients)
         if found is None:
@@ -186,7 +189,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._quadratic and batch is not None:
             self._combine(batch, gradients, direction, damping)
         else:
-            self._descend(direction, self._trust(gradients, direction))
+            self._descend(direction, None if bound is None else self._trust(bound, gradients, direction))
         if adjusts and self._adapts is not None and batch is not None:
             ratio = agreement(batch, gradients, before, {name: p.detach() for p, name in self._names.items()}, damping)
             self._rho = self._adapts.adjusted(damping, ratio)
@@ -203,10 +206,8 @@ class NaturalGradient(torch.optim.Optimizer):
                     found[self._names[p]] = gradient.add(p, alpha=coupled) if coupled else gradient
         return found
 
-    def _trust(self, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor | None:
+    def _trust(self, bound: float, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
         """Return the factor that keeps a step within the trust region."""
-        if self._kl_clip is None:
-            return None
         length = torch.stack(
             [
                 group["lr"] ** 2
@@ -214,7 +215,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 for group in self.param_groups
             ]
         ).sum()
-        return (self._kl_clip / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1.0)
+        return (bound / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1.0)
 
     def _descend(self, direction: Mapping[str, Tensor], scale: Tensor | None) -> None:
         for group in self.param_groups:

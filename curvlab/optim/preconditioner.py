@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from curvlab.errors import StateError, UnsupportedModel, unknown_name
 from curvlab.fisher import KFAC, Structure, make
 from curvlab.fisher.damping import absolute
-from curvlab.optim.hyper import Hyper, Schedule, whole
+from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
 from curvlab.rows.collect import Collector, Draw
@@ -55,7 +55,7 @@ class Preconditioner:
         samples: draws a loss term, for "mc".
         damping: ρ of `F + ρI`, a number or a function of the step.
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
-        refresh_every: steps from one curvature to the next.
+        refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
         seed: seed of the draws, for "mc".
@@ -77,7 +77,7 @@ class Preconditioner:
         samples: int = 1,
         damping: Schedule = 1e-3,
         decay: Schedule | None = None,
-        refresh_every: int = 1,
+        refresh_every: Interval = 1,
         plain: Sequence[str] = (),
         graph: bool = False,
         seed: int = 0,
@@ -93,12 +93,13 @@ class Preconditioner:
         self.damping = Hyper("damping", damping)
         usual = 0.95 if self.structure.averages else 0.0
         self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
-        self.refresh_every = whole("refresh_every", refresh_every)
+        self.refresh_every = Every("refresh_every", refresh_every)
         self.patience = whole("patience", patience)
         self.plain = tuple(plain)
         self.graph = graph
         self.steps = 0
         self.skipped = 0
+        self._last_due = 0
         self._skipped_in_a_row = 0
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self._owners = _preconditioned(model, self.plain)
@@ -116,7 +117,7 @@ class Preconditioner:
             "samples": self.samples,
             "damping": self.damping.value,
             "decay": self.decay.value,
-            "refresh_every": self.refresh_every,
+            "refresh_every": self.refresh_every.value,
             "plain": self.plain,
             "graph": self.graph,
             "patience": self.patience,
@@ -133,7 +134,7 @@ class Preconditioner:
     @property
     def due(self) -> bool:
         """Whether this step takes new curvature."""
-        return self.steps % self.refresh_every == 0
+        return not self.structure.updated or self.steps - self._last_due >= self.refresh_every.at(self.steps)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -165,7 +166,7 @@ class Preconditioner:
         with collector:
             yield
         self._fresh = not self._passes and collector.cleared
-        self._checked = self._checked or self.due
+        self._checked = self._checked or collector.checked
         self._passes.append(collector)
         self._untouched = {
             n: (p.grad, p.grad._version)
@@ -246,7 +247,7 @@ class Preconditioner:
             self._update(rows)
         damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
         found = self._direction(complete, passes, damping, due=due)
-        self.steps += 1
+        self._advance(due=due)
         return found if looks else _masked(found, complete)
 
     @staticmethod
@@ -286,6 +287,11 @@ class Preconditioner:
             name in self._untouched and _same(gradient, *self._untouched[name]) for name, gradient in gradients.items()
         )
 
+    def _advance(self, *, due: bool) -> None:
+        if due:
+            self._last_due = self.steps
+        self.steps += 1
+
     def skip(self) -> None:
         """End a step whose gradients are of no use: what was collected is forgotten, the curvature stays.
 
@@ -293,7 +299,7 @@ class Preconditioner:
             FloatingPointError: see `precondition`.
         """
         self._passes = []
-        self.steps += 1
+        self._advance(due=self.due)
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self.patience:
@@ -307,6 +313,7 @@ class Preconditioner:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
+            "last_due": self._last_due,
             "skipped_in_a_row": self._skipped_in_a_row,
             "generator": self._generator.get_state(),
             "structure": self.structure.state_dict() if self.structure.updated else None,
@@ -320,7 +327,7 @@ class Preconditioner:
         """
         if state["structure"] is not None:
             self.structure.load_state_dict(state["structure"])
-        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.steps, self.skipped, self._last_due = state["steps"], state["skipped"], state["last_due"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._generator.set_state(state["generator"])
 

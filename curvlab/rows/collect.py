@@ -88,6 +88,8 @@ class Collector(AbstractContextManager["Collector"]):
         """Rows of S."""
         self.coefficients: Tensor | None = None
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
+        self.checked = False
+        """Whether rows have been compared with a reverse pass, which tells nothing where numbers are not finite."""
         self.cleared = False
         """Whether there were no gradients to add to when the loss was called."""
         self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
@@ -196,7 +198,8 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
-        return compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])[0]
+        wrong, self.checked = compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])
+        return wrong
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
         if draw.kind == "mc":

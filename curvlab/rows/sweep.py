@@ -258,7 +258,7 @@ def compare(
     """Compare random combinations of rows with one reverse pass through a graph, which is kept.
 
     Returns:
-        The parameters whose rows are wrong, and whether that told anything: not if all seeds are zero.
+        The parameters whose rows are wrong, and whether that told anything: not if all seeds are zero, or not finite.
     """
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(layers[0].shape, generator=generator, dtype=torch.float64).to(z)
@@ -271,6 +271,8 @@ def compare(
         with unhooked(parameters.values()):
             reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
     expected = {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, reference, strict=True)}
+    if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
+        return (), False
     eps = torch.finfo(z.dtype).eps
     # Gradients that cancel exactly, such as a shift before a softmax, are round-off at the scale of what cancels.
     round_off = 100 * eps * max(float(g.norm()) for g in (cotangent, *expected.values()))

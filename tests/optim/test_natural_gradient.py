@@ -270,8 +270,14 @@ def test_the_trust_region_bounds_the_length_of_the_step() -> None:
     assert_close(step @ F @ step, torch.tensor(1e-6, dtype=DOUBLE), 1e-8)
     assert_close(step / step.norm(), -direction / direction.norm(), 1e-8)
     model = network()
-    take(optimiser(model, kl_clip=1e6), x, y)
+    made = optimiser(model, kl_clip=lambda step: 1e6 if step == 0 else 1e-6)
+    take(made, x, y)
     assert_close(flat(model), before - 0.3 * direction, 1e-8)
+    before = flat(model)
+    F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y) + RHO * torch.eye(len(direction), dtype=DOUBLE)
+    take(made, x, y)
+    step = flat(model) - before
+    assert_close(step @ F @ step, torch.tensor(1e-6, dtype=DOUBLE), 1e-8)
 
 
 def test_steps_that_are_not_finite_leave_the_parameters() -> None:

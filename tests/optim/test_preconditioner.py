@@ -192,14 +192,15 @@ def test_passes_before_a_step_accumulate(key: str) -> None:
     assert_close(now(pre), reference(fitted, gradient), 1e-8)
 
 
-def test_curvature_is_refreshed_averaged_and_reused() -> None:
+@pytest.mark.parametrize(("every", "refreshed"), [(2, (0, 2, 4, 6)), (lambda step: 1 if step < 3 else 3, (0, 1, 2, 5))])
+def test_curvature_is_refreshed_averaged_and_reused(every: Any, refreshed: tuple[int, ...]) -> None:
     model, loss = network(), nn.CrossEntropyLoss()
-    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, decay=0.5, refresh_every=2)
+    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, decay=0.5, refresh_every=every)
     fitted = KFAC()
-    for step in range(4):
+    for step in range(7):
         x, y = data(seed=step)
         rows = sqrt_fisher(model, loss, x, y, "exact")
-        if step % 2 == 0:
+        if step in refreshed:
             assert pre.due
             fitted.update(rows, 0.5)
             gradient = run(pre, x, y)
@@ -210,6 +211,18 @@ def test_curvature_is_refreshed_averaged_and_reused() -> None:
             gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
         pre.precondition()
         assert_close(now(pre), reference(fitted, gradient), 1e-9)
+
+
+def test_a_skipped_step_has_had_its_turn_once_there_is_curvature() -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, refresh_every=2)
+    due = []
+    for step in range(7):
+        due.append(pre.due)
+        x, y = data(seed=step)
+        run(pre, x * torch.nan if step in (0, 3) else x, y)
+        pre.precondition()
+    assert due == [True, True, False, True, False, True, False]
+    assert pre.skipped == 2
 
 
 @pytest.mark.parametrize("kind", ["mc", "empirical"])
@@ -410,6 +423,7 @@ def test_what_goes_wrong_is_named() -> None:
         ({"damping": float("nan")}, "damping is a number"),
         ({"decay": 1.5}, r"decay is a number in \[0, 1\]"),
         ({"refresh_every": 0}, "refresh_every is a whole number"),
+        ({"refresh_every": 1.5}, "refresh_every is a whole number"),
         ({"samples": 0}, "samples is a whole number"),
         ({"patience": 0}, "patience is a whole number"),
     ]:
