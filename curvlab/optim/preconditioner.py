@@ -13,7 +13,8 @@ of the structure's own `solve`, by the cheapest of three routes:
                                   the same a solve without forming the gradient
     gradient   (F + ρI)⁻¹ grad    always
 
-The first two need a gradient that nobody has touched since `backward()`: not accumulated, clipped or reduced.
+The first two need a gradient that is this pass' own: not accumulated, clipped or reduced, and of the loss alone. Version
+counters and, wherever the host may look at numbers, the numbers tell (`curvlab.optim.sums`).
 
 Under `torch.distributed`, with `DistributedDataParallel` averaging the gradients, every process collects from its own
 samples. K-FAC and the diagonal add up their moments, all other structures gather rows; draws are those of one process
@@ -36,6 +37,7 @@ from curvlab.fisher.damping import absolute
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
+from curvlab.optim.sums import adds_up
 from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.loss import Kind, check_loss
 from curvlab.rows.owners import Owner, owners_of
@@ -107,7 +109,6 @@ class Preconditioner:
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
-        self._fresh = False
         self._checked = False
 
     def __repr__(self) -> str:
@@ -145,6 +146,8 @@ class Preconditioner:
     def collect(self) -> Iterator[None]:
         """Collect from one forward pass, call of the loss and backward pass; several before a step accumulate.
 
+        A pass that finds no gradients to add to begins anew: passes before it were given up.
+
         Raises:
             StateError: if a pass is missing or one too many, or trainable parameters have changed.
             UnsupportedModel: if rows do not exist; the message names the layers.
@@ -165,7 +168,8 @@ class Preconditioner:
         )
         with collector:
             yield
-        self._fresh = not self._passes and collector.cleared
+        if collector.cleared:
+            self._passes = []
         self._checked = self._checked or collector.checked
         self._passes.append(collector)
         self._untouched = {
@@ -191,7 +195,8 @@ class Preconditioner:
     def precondition(self) -> None:
         """Replace gradients by `(F + ρI)⁻¹ grad`: in place, but for tensors that this backward pass has made.
 
-        A step in which rows or gradients are not finite is skipped: gradients become None, the state stays. On a GPU, a
+        A step in which rows or gradients are not finite is skipped: gradients become None, the state stays. That goes for
+        plain gradients, too. On a GPU, a
         step that takes no new curvature does not wait for the device: its gradients then become 0, and nothing is counted.
 
         Raises:
@@ -200,12 +205,14 @@ class Preconditioner:
         """
         parameters = self.parameters
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-        of_this_pass = Processes.present() is None and self._is_untouched(gradients)
+        of_this_pass = self._is_untouched(gradients)
         direction = self._end_step(parameters, gradients)
-        for name, parameter in parameters.items():
-            if direction is None:
+        if direction is None:
+            for parameter in self.model.parameters():
                 parameter.grad = None
-            elif parameter.grad is None:
+            return
+        for name, parameter in parameters.items():
+            if parameter.grad is None:
                 parameter.grad = direction[name].clone()
             elif of_this_pass and _interchangeable(parameter.grad, direction[name]):
                 parameter.grad = direction[name]
@@ -233,22 +240,42 @@ class Preconditioner:
             raise StateError(
                 "Curvature is due and nothing was collected: run the forward and backward pass within `collect()`."
             )
-        passes, self._passes = self._passes, []
         due = self.due
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()}
+        one = self._passes[0] if self._is_untouched(complete) else None
+        passes, self._passes, self._untouched = self._passes, [], {}
         rows = [found.rows for found in passes if found.rows is not None]
-        seen = [*complete.values(), *(f for r in rows for layer in r.layers for f in layer.factors)]
-        looks = due or seen[0].device.type == "cpu"
-        if looks and not self._all_finite(seen, shared=due):
-            self.skip()
-            return None
+        looks = due or next(iter(complete.values())).device.type == "cpu"
+        sums = set(complete) if one is not None else set()
+        if looks:
+            sums = set() if one is None else self._sums(one, complete, due=due)
+            seen = [g for name, g in complete.items() if name not in sums]
+            seen += [p.grad for n, p in self.model.named_parameters() if n not in complete and p.grad is not None]
+            seen += [f for r in rows for layer in r.layers for f in layer.factors]
+            if not self._all_finite(seen, shared=due):
+                self.skip()
+                return None
         self._skipped_in_a_row = 0
         if due:
             self._update(rows)
         damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
-        found = self._direction(complete, passes, damping, due=due)
+        found = self._direction(complete, one, sums, damping, due=due)
         self._advance(due=due)
         return found if looks else _masked(found, complete)
+
+    def _lifts(self, found: Collector, *, due: bool) -> bool:
+        return due and found.coefficients is not None and not self.structure.averages
+
+    def _sums(self, found: Collector, gradients: Mapping[str, Tensor], *, due: bool) -> set[str]:
+        """Return the parameters whose gradients are sums of rows of this pass, as far as a cheaper route may ask for them."""
+        lifts = self._lifts(found, due=due)
+        names: set[str] = set()
+        for layer in found.rows.layers if lifts and found.rows is not None else found.summands():
+            few = 3 * sum(factor.numel() for factor in layer.factors) <= 4 * layer.size
+            coefficients = found.coefficients if lifts else None
+            if (few or not self.structure.averages) and adds_up(layer, gradients, coefficients):
+                names.update(layer.layout.names)
+        return names
 
     @staticmethod
     def _all_finite(tensors: Sequence[Tensor], *, shared: bool) -> bool:
@@ -269,22 +296,28 @@ class Preconditioner:
                 self.structure.update(processes.gather(part), step)
 
     def _direction(
-        self, gradients: Mapping[str, Tensor], passes: Sequence[Collector], damping: float, *, due: bool
+        self, gradients: Mapping[str, Tensor], found: Collector | None, sums: set[str], damping: float, *, due: bool
     ) -> dict[str, Tensor]:
         processes = Processes.present()
         if processes is not None and isinstance(self.structure, KFAC):
             self.structure.invert(damping, processes.inverses)
-        if processes is not None or len(passes) != 1 or not self._is_untouched(gradients):
+        if found is None:
             return self.structure.direction(gradients, damping)
-        (found,) = passes
-        if due and found.coefficients is not None and self.structure.rows is found.rows and not self.structure.averages:
+        if self._lifts(found, due=due) and self.structure.rows is found.rows and len(sums) == len(gradients):
+            assert found.coefficients is not None
             return self.structure.lift(found.coefficients, damping)
-        return self.structure.direction(gradients, damping, found.summand)
+        return self.structure.direction(gradients, damping, lambda n: found.summand(n) if n in sums else None)
 
     def _is_untouched(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Whether the gradients are those of one backward pass."""
-        return self._fresh and all(
-            name in self._untouched and _same(gradient, *self._untouched[name]) for name, gradient in gradients.items()
+        """Whether the gradients are those of the one backward pass before this step, in this process alone."""
+        return (
+            Processes.present() is None
+            and len(self._passes) == 1
+            and self._passes[0].cleared
+            and all(
+                name in self._untouched and _same(gradient, *self._untouched[name])
+                for name, gradient in gradients.items()
+            )
         )
 
     def _advance(self, *, due: bool) -> None:
@@ -298,7 +331,7 @@ class Preconditioner:
         Raises:
             FloatingPointError: see `precondition`.
         """
-        self._passes = []
+        self._passes, self._untouched = [], {}
         self._advance(due=self.due)
         self.skipped += 1
         self._skipped_in_a_row += 1
@@ -368,5 +401,7 @@ def _masked(direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) ->
 def _finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all entries are finite; sums that overflow are looked at closely. Cost: one pass."""
     floating = [t for t in tensors if t.is_floating_point()]
+    if not floating:
+        return True
     sums = torch.stack([t.sum() for t in floating])
     return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in floating)

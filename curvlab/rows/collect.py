@@ -7,7 +7,7 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -106,6 +106,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._targets: Any = None
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
+        self._summands: dict[Owner, LayerRows] = {}
         self._swept: dict[Call, Tensor] = {}
         self._sweeping = False
 
@@ -255,6 +256,13 @@ class Collector(AbstractContextManager["Collector"]):
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
         self._z = self._z.detach()
 
+    def summands(self) -> Iterator[LayerRows]:
+        """Yield `summand` of every layer that has one."""
+        for owner in self._factored:
+            summand = self.summand(next(iter(owner.names.values())))
+            if summand is not None:
+                yield summand
+
     def summand(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.
 
@@ -263,7 +271,12 @@ class Collector(AbstractContextManager["Collector"]):
         owner = next((o for o in self._factored if name in o.names.values()), None)
         if owner is None or self._z is None:
             return None
-        layer = self._rows(owner, {call: _gradient(call, self._z)[None] for call in self._factored[owner]})
+        if owner not in self._summands:
+            self._summands[owner] = self._summand(owner, self._z)
+        return self._summands[owner]
+
+    def _summand(self, owner: Owner, z: Tensor) -> LayerRows:
+        layer = self._rows(owner, {call: _gradient(call, z)[None] for call in self._factored[owner]})
         mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
         return layer if mine is None else layer._with_factors(*mine.factors[:-1], layer.factors[-1])
 

@@ -137,6 +137,10 @@ class LayerRows(ABC):
             and all(a is b or torch.equal(a, b) for a, b in zip(self.factors, other.factors, strict=True))
         )
 
+    def along(self, units: Float[Tensor, " U"], width: Float[Tensor, " I"]) -> Float[Tensor, " R"]:
+        """Multiply the rows with the product `u ⊗ w`."""
+        return self.matvec(torch.outer(units, width).view(1, -1))[0]
+
     def total(self) -> Float[Tensor, " P_l"]:
         """Add up the rows."""
         return self.rmatvec(self.factors[-1].new_ones(1, self.count))[0]
@@ -324,6 +328,13 @@ class KroneckerRows(SharedRows):
         """Whether products with so many vectors cost less with the rows formed."""
         V, T, I = self.shape[0], self.positions, self.a.shape[3]  # noqa: E741
         return V * T * I + vectors * V * I < vectors * T * (I + V)
+
+    def along(self, units: Float[Tensor, " U"], width: Float[Tensor, " I"]) -> Float[Tensor, " R"]:  # noqa: D102
+        if self.g.shape[3] == 1:
+            g = (self.g.flatten(0, 3) @ units).view(self.g.shape[:4])
+        else:
+            g = torch.einsum("vntqo,qo->vntq", self.g, units.view(self.g.shape[3:]))
+        return (g * (self.a.flatten(0, 2) @ width).view(self.a.shape[:3])).sum((2, 3)).flatten()
 
     def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
         return _sum_of_products(self._over_v(), self.a, product).flatten()

@@ -122,6 +122,79 @@ def test_a_gradient_that_was_touched_is_preconditioned_as_it_is(key: str) -> Non
     assert_close(now(pre), reference(pre.structure, clipped), 1e-8)
 
 
+def scale_behind_the_back(pre: Preconditioner) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(torch.optim.SGD(pre.model.parameters(), lr=1.0))
+
+
+def edit_data(pre: Preconditioner) -> None:
+    for parameter in pre.model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.data.clamp_(-1e-2, 1e-2)
+
+
+@pytest.mark.parametrize("change", [scale_behind_the_back, edit_data])
+@pytest.mark.parametrize("kind", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("structure", [KFAC(factored_damping=True), Full(side="rows")], ids=["kfac", "full"])
+def test_a_gradient_changed_without_a_trace_is_preconditioned_as_it_is(
+    structure: Structure, kind: Kind, change: Callable[[Preconditioner], None]
+) -> None:
+    """These change numbers and no version counter."""
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), copy.deepcopy(structure), kind=kind, damping=RHO)
+    run(pre, *data(2))
+    change(pre)
+    gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
+    pre.precondition()
+    assert_close(now(pre), reference(pre.structure, gradient), 1e-8)
+
+
+def clip_within(pre: Preconditioner, x: Tensor, y: Tensor) -> None:
+    pre.loss(pre.model(x), y).backward()
+    nn.utils.clip_grad_norm_(pre.model.parameters(), 1e-3)
+
+
+def penalise_parameters(pre: Preconditioner, x: Tensor, y: Tensor) -> None:
+    (pre.loss(pre.model(x), y) + 1e-3 * sum(p.square().sum() for p in pre.model.parameters())).backward()
+
+
+def penalise_an_activation(pre: Preconditioner, x: Tensor, y: Tensor) -> None:
+    seen: list[Tensor] = []
+    handle = pre.model.get_submodule("1").register_forward_hook(lambda *call: seen.append(call[-1]))
+    loss = pre.loss(pre.model(x), y)
+    handle.remove()
+    (loss + seen[0].square().mean()).backward()
+
+
+def penalise_the_gradient(pre: Preconditioner, x: Tensor, y: Tensor) -> None:
+    x = x.requires_grad_()
+    loss = pre.loss(pre.model(x), y)
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + slope.square().sum()).backward()
+
+
+def go_back_twice(pre: Preconditioner, x: Tensor, y: Tensor) -> None:
+    loss = pre.loss(pre.model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    "backward", [clip_within, penalise_parameters, penalise_an_activation, penalise_the_gradient, go_back_twice]
+)
+@pytest.mark.parametrize("kind", ["mc", "exact"])
+@pytest.mark.parametrize("structure", [KFAC(factored_damping=True), Full(side="rows")], ids=["kfac", "full"])
+def test_a_gradient_of_more_than_the_loss_is_preconditioned_as_it_is(
+    structure: Structure, kind: Kind, backward: Callable[[Preconditioner, Tensor, Tensor], None]
+) -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), copy.deepcopy(structure), kind=kind, damping=RHO)
+    with pre.collect():
+        backward(pre, *data(2))
+    gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
+    pre.precondition()
+    assert_close(now(pre), reference(pre.structure, gradient), 1e-8)
+
+
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
 @pytest.mark.parametrize("key", ["kfac", "full"])
 def test_a_gradient_that_a_hook_changed_is_preconditioned_as_it_is(key: str, hook: str) -> None:

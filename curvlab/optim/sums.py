@@ -1,0 +1,38 @@
+"""Whether gradients are the sums over samples for which cheaper routes to the direction take them.
+
+What the loss adds beside the outputs (penalties), clipping within the pass, unscaling and edits of `.data` change a gradient
+where neither hooks nor version counters tell, so numbers decide: both sides are compared along one random direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.rows.layer import LayerRows
+
+ROUND_OFF = 16.0
+"""Difference in units of the round-off of the largest sum; two ways of adding up differ by less than one."""
+
+
+def adds_up(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Float[Tensor, " R"] | None = None) -> bool:
+    """Whether gradients of a layer's parameters are the sum of rows, times coefficients if there are any.
+
+    False if anything is not finite. Cost: one pass over the rows' factors and the gradients.
+    """
+    layout, like = rows.layout, rows.factors[-1]
+    generator = torch.Generator().manual_seed(0)
+    units, width = (
+        torch.randn(layout.units + layout.width, generator=generator).to(like).split([layout.units, layout.width])
+    )
+    terms = rows.along(units, width)
+    if coefficients is not None:
+        terms = terms * coefficients
+    columns = [
+        slot.columns(gradients[slot.name], layout.units) @ width[slot.start : slot.stop] for slot in layout.slots
+    ]
+    difference = terms.sum() - units @ torch.stack(columns).sum(0)
+    return bool(difference.abs() <= ROUND_OFF * torch.finfo(like.dtype).eps * terms.abs().sum())
