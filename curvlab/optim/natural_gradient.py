@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,16 @@ from curvlab.optim.hyper import Hyper, Interval, Schedule
 from curvlab.optim.preconditioner import Preconditioner
 from curvlab.optim.quadratic import Batch, LevenbergMarquardt, agreement, best_combination, inner
 from curvlab.rows.loss import Kind
+
+
+@dataclass
+class _Present:
+    """A schedule that is set from outside."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:  # noqa: ARG002
+        return self.value
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -51,8 +62,8 @@ class NaturalGradient(torch.optim.Optimizer):
         kl_clip: bound κ of the trust region, a number or a function of the step: the direction is scaled by
             min(1, √(κ/(η² dᵀ∇L))), so that the step's squared length in the metric of F + ρI is at most κ (Ba, Grosse &
             Martens 2017, section 5).
-        param_groups: groups as `torch.optim` takes them, with their own lr, momentum or weight_decay; one of all
-            trainable parameters if None.
+        param_groups: groups as `torch.optim` takes them, with their own lr, momentum or weight_decay, which functions of the
+            step leave alone; one of all trainable parameters if None.
 
     Raises:
         ValueError: for a hyper-parameter out of range or options that exclude each other; names them.
@@ -88,7 +99,7 @@ class NaturalGradient(torch.optim.Optimizer):
         param_groups: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
-        self._rho = self._adapts.initial if self._adapts else 0.0
+        self._rho = _Present(self._adapts.initial if self._adapts else 0.0)
         self._quadratic = lr == "quadratic"
         self.preconditioner = Preconditioner(
             model,
@@ -96,7 +107,7 @@ class NaturalGradient(torch.optim.Optimizer):
             structure,
             kind=kind,
             samples=samples,
-            damping=(lambda _: self._rho) if isinstance(damping, LevenbergMarquardt) else damping,
+            damping=self._rho if isinstance(damping, LevenbergMarquardt) else damping,
             decay=decay,
             refresh_every=refresh_every,
             plain=plain,
@@ -121,8 +132,21 @@ class NaturalGradient(torch.optim.Optimizer):
         groups = (
             [{"params": [p for p in model.parameters() if p.requires_grad]}] if param_groups is None else param_groups
         )
-        super().__init__([dict(group) for group in groups], {**first, "nesterov": nesterov})
+        made = [dict(group) for group in groups]
+        self._own: list[set[str]] = []
+        if self._quadratic and any({"lr", "momentum"} & set(group) for group in made):
+            raise ValueError('lr="quadratic" takes one step for all groups: leave lr and momentum out of param_groups.')
+        super().__init__(made, {**first, "nesterov": nesterov})
         self._names = {p: name for name, p in model.named_parameters()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it sets itself, functions of the step leave alone."""
+        self._own.append(set(param_group))
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle everything, not only what SGD has."""
+        return vars(self)
 
     def __repr__(self) -> str:
         extra = (
@@ -167,11 +191,15 @@ class NaturalGradient(torch.optim.Optimizer):
     def _follow_schedules(self) -> None:
         for hyper in self._hypers:
             if callable(hyper.value):
-                for group in self.param_groups:
-                    group[hyper.name] = hyper.at(self.preconditioner.steps)
+                value = hyper.at(self.preconditioner.steps)
+                for position, group in enumerate(self.param_groups):
+                    if hyper.name not in self._own[position]:
+                        group[hyper.name] = value
 
     def _step(self) -> None:
-        pre, damping, batch = self.preconditioner, self.damping, self.preconditioner.batch
+        pre, damping = self.preconditioner, self.damping
+        adjusts = self._adapts is not None and (pre.steps + 1) % self._adapts.every == 0
+        batch = self._batch() if adjusts or self._quadratic else None
         bound = None if self._kl_clip is None else self._kl_clip.at(pre.steps)
         gradients = self._gradients()
         found = pre.direction(gradients)
@@ -179,20 +207,29 @@ class NaturalGradient(torch.optim.Optimizer):
             return
         direction = {**gradients, **found}
         gradients = {name: torch.zeros_like(step) for name, step in direction.items()} | gradients
-        adjusts = self._adapts is not None and pre.steps % self._adapts.every == 0
         if batch is None and (adjusts or self._quadratic):
             raise StateError("The quadratic model needs the batch of the step: run one pass within collect().")
         before = {name: p.clone() for p, name in self._names.items()} if adjusts else {}
         for group in self.param_groups:
             if self._decoupled and group["weight_decay"]:
-                torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+                shrinking = [p for p in group["params"] if p.grad is not None]
+                if shrinking:
+                    torch._foreach_mul_(shrinking, 1 - group["lr"] * group["weight_decay"])
         if self._quadratic and batch is not None:
             self._combine(batch, gradients, direction, damping)
         else:
             self._descend(direction, None if bound is None else self._trust(bound, gradients, direction))
         if adjusts and self._adapts is not None and batch is not None:
             ratio = agreement(batch, gradients, before, {name: p.detach() for p, name in self._names.items()}, damping)
-            self._rho = self._adapts.adjusted(damping, ratio)
+            self._rho.value = self._adapts.adjusted(damping, ratio)
+
+    def _batch(self) -> Batch | None:
+        """The batch of this step, with the coupled weight decay as a part of the loss."""
+        batch = self.preconditioner.batch
+        if batch is None or self._decoupled:
+            return batch
+        decay = {self._names[p]: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        return replace(batch, decay={name: weight for name, weight in decay.items() if weight})
 
     def _gradients(self) -> dict[str, Tensor]:
         """Gradients by name, unscaled, with what coupled weight decay adds; the parameters' own stay as they are."""
@@ -208,18 +245,18 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _trust(self, bound: float, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
         """Return the factor that keeps a step within the trust region."""
-        length = torch.stack(
-            [
-                group["lr"] ** 2
-                * inner(gradients, direction, [self._names[p] for p in group["params"] if p.grad is not None])
-                for group in self.param_groups
-            ]
-        ).sum()
+        named = [
+            (group["lr"], [self._names[p] for p in group["params"] if self._names[p] in direction])
+            for group in self.param_groups
+        ]
+        length = torch.stack([lr**2 * inner(gradients, direction, names) for lr, names in named if names]).sum()
         return (bound / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1.0)
 
     def _descend(self, direction: Mapping[str, Tensor], scale: Tensor | None) -> None:
         for group in self.param_groups:
             moving = [p for p in group["params"] if self._names[p] in direction]
+            if not moving:
+                continue
             steps = [direction[self._names[p]] for p in moving]
             if scale is not None:
                 steps = [step * scale for step in steps]
@@ -249,10 +286,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return SGD's state and the preconditioner's; loading it continues bit for bit."""
-        return super().state_dict() | {"preconditioner": self.preconditioner.state_dict(), "rho": self._rho}
+        return super().state_dict() | {"preconditioner": self.preconditioner.state_dict(), "rho": self._rho.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state into an optimiser of the same configuration."""
         super().load_state_dict(state_dict)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
-        self._rho = state_dict["rho"]
+        self._rho.value = state_dict["rho"]

@@ -23,6 +23,7 @@ with the whole batch, and the inverses of Kronecker factors are shared out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -90,6 +91,7 @@ class Preconditioner:
         check_loss(loss)
         self.model, self.loss = model, loss
         self.structure = make(structure) if isinstance(structure, str) else structure
+        self._blank = copy.deepcopy(self.structure)
         self.kind: Kind = kind
         self.samples = whole("samples", samples)
         self.damping = Hyper("damping", damping)
@@ -107,6 +109,8 @@ class Preconditioner:
         self._owners = _preconditioned(model, self.plain)
         self._names = {name for owner in self._owners for name in owner.names.values()}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        modules = {owner.module for owner in self._owners}
+        self._modules = {name: module for name, module in model.named_modules() if module in modules}
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
         self._checked = False
@@ -185,6 +189,16 @@ class Preconditioner:
             raise StateError(
                 f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. "
                 "Make a new one."
+            )
+        present = dict(self.model.named_modules())
+        replaced = [name for name, module in self._modules.items() if present.get(name) is not module]
+        if replaced:
+            raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. Make a new one.")
+        without = tuple(name for owner in self._owners if not owner.ruled for name in owner.names.values())
+        if coupled and without:
+            raise UnsupportedModel(
+                f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none "
+                f"at all. Call eval() on the former, or leave the latter to the plain gradient: plain={without}."
             )
         if coupled and not self.structure.averages:
             raise UnsupportedModel(
@@ -358,7 +372,10 @@ class Preconditioner:
         Raises:
             ValueError: if it belongs to another structure or configuration.
         """
-        if state["structure"] is not None:
+        self._passes, self._untouched = [], {}
+        if state["structure"] is None:
+            self.structure = copy.deepcopy(self._blank)
+        else:
             self.structure.load_state_dict(state["structure"])
         self.steps, self.skipped, self._last_due = state["steps"], state["skipped"], state["last_due"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
@@ -372,6 +389,12 @@ def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
         if name not in known:
             raise unknown_name("module or parameter in plain", name, known)
 
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and name not in plain:
+            raise UnsupportedModel(
+                f"{name} has sparse gradients, which a structure would fill up: make it with sparse=False, or leave it to the "
+                f"plain gradient: plain=({name!r},)."
+            )
     left = {n for n, _ in model.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in plain)}
     owners = owners_of(model, fixed=False, without=left)
     if not owners:

@@ -11,7 +11,7 @@ Source: Martens & Grosse 2015, sections 6.4 (step size), 6.5 (damping) and 7 (mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import nan
 from typing import Any
@@ -35,42 +35,44 @@ class Batch:
     """A model, a loss and the batch of one pass; evaluating them changes no buffer of the model.
 
     Attributes:
-        shape: of the outputs that the loss was called on.
+        direct: whether the loss was called on what the model returned.
+        decay: λ of `½ λ‖θ‖²` that parameters, by name, add to the loss.
     """
 
     model: nn.Module
     loss: nn.Module
     arguments: Arguments
     targets: Any
-    shape: torch.Size
+    direct: bool = True
+    decay: Mapping[str, float] = field(default_factory=dict)
 
     def outputs(self, parameters: Named) -> Tensor:
         """Run the model at other parameters.
 
         Raises:
-            UnsupportedModel: if the loss was called on something else than what the model returns.
+            UnsupportedModel: if the loss was called on something else than what the model returned.
         """
+        if not self.direct:
+            raise UnsupportedModel(
+                "The loss was called on something else than what the model returned. The quadratic model evaluates the loss on "
+                "what the model returns: let the model pick, scale and reshape its output."
+            )
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        z = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
-        if isinstance(z, Tensor) and z.shape == self.shape:
-            return z
-        returned = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-        raise UnsupportedModel(
-            f"The model returned {returned}, and the loss was called on a tensor of shape {tuple(self.shape)}. The quadratic "
-            "model evaluates the loss on what the model returns: let the model pick and reshape its output."
-        )
+        z: Tensor = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
+        return z
 
     def value(self, parameters: Named) -> float:
         """Return the loss at other parameters."""
         with torch.no_grad():
-            return float(self.loss(self.outputs(parameters), self.targets))
+            decay = sum(weight / 2 * float(parameters[name].square().sum()) for name, weight in self.decay.items())
+            return float(self.loss(self.outputs(parameters), self.targets)) + decay
 
     def _moved(self, here: Named, moving: Named) -> Tensor:
         return self.outputs({**here, **moving})
 
     def curvature(self, directions: Sequence[Named], at: Named | None = None) -> Float[Tensor, "K K"]:
-        """Return `δ_kᵀ F δ_l`, at the model's own parameters if `at` is None; parameters without a direction stay fixed."""
+        """Return `δ_kᵀ (F + λI) δ_l`, at the model's own parameters if `at` is None; those without a direction stay fixed."""
         weighted = []
         here = {name: p.detach() for name, p in self.model.named_parameters()} | dict(at or {})
         for direction in directions:
@@ -81,6 +83,10 @@ class Batch:
             weighted.append(factor.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())
         stacked = torch.stack(weighted)
         products: Tensor = stacked @ stacked.T
+        for name, weight in self.decay.items():
+            if name in directions[0]:
+                moved = torch.stack([direction[name].flatten() for direction in directions])
+                products = products + weight * (moved @ moved.T)
         return products
 
 

@@ -7,9 +7,11 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -103,6 +105,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._factored: dict[Owner, list[Call]] = {}
         self._arguments: Arguments | None = None
         self._z: Tensor | None = None
+        self._upstream: Tensor | None = None
+        self._returned: Any = None
         self._targets: Any = None
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
@@ -111,12 +115,16 @@ class Collector(AbstractContextManager["Collector"]):
         self._sweeping = False
 
     def __enter__(self) -> Collector:
+        if "torch._dynamo" in sys.modules:
+            # A compiled model would run past the hooks.
+            self._leave.enter_context(torch.compiler.set_stance("force_eager"))
         self._leave.enter_context(decomposing(self._model, self._owners))
         if self._draw is not None and (self._draw.kind != "mc" or self._draw.samples > 1):
             self._leave.enter_context(differentiable_attention())
         handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
-            self._loss.register_forward_pre_hook(self._on_loss),
+            self._model.register_forward_hook(self._on_output),
+            self._loss.register_forward_pre_hook(self._on_loss, with_kwargs=True),
             *self._recorder.hook(self._on_layer, self._is_watching),
         ]
         for handle in handles:
@@ -131,11 +139,13 @@ class Collector(AbstractContextManager["Collector"]):
             self._finish()
 
     @property
-    def seen(self) -> tuple[Arguments, Any, torch.Size]:
-        """What the model and the loss were called on: arguments, targets, and the shape of the outputs."""
+    def seen(self) -> tuple[Arguments, Any, bool]:
+        """What the model was called on, the targets, and whether the loss was called on what the model returned."""
         assert self._arguments is not None
         assert self._z is not None
-        return self._arguments, self._targets, self._z.shape
+        z, returned = self._z, self._returned
+        same = isinstance(returned, Tensor) and returned.shape == z.shape and torch.equal(returned, z)
+        return self._arguments, self._targets, same
 
     def _is_watching(self) -> bool:
         return torch.is_grad_enabled() and not self._sweeping
@@ -150,6 +160,10 @@ class Collector(AbstractContextManager["Collector"]):
             )
         self._arguments = detached((args, kwargs))
 
+    def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
+        if self._is_watching():
+            self._returned = returned.detach() if isinstance(returned, Tensor) else None
+
     def _on_layer(self, call: Call, output: Tensor) -> None:
         def take(gradient: Tensor) -> None:
             if not self._sweeping:
@@ -159,13 +173,14 @@ class Collector(AbstractContextManager["Collector"]):
             # The graph would keep the hook, the hook the collector, and the collector the graph.
             self._leave.callback(output.register_hook(take).remove)
 
-    def _on_loss(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
             return
         if self._z is not None or self._arguments is None:
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
             raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
-        self._z, self._targets = args
+        by_position = signature(self._loss.forward).bind(*args, **kwargs).arguments.values() if kwargs else args
+        self._z, self._targets = by_position
         self.cleared = all(p.grad is None for p in self.parameters.values())
         self._terms = self._samples.terms(self._loss, self._z.detach(), self._targets)
         self._take_factored()
@@ -174,7 +189,13 @@ class Collector(AbstractContextManager["Collector"]):
             self._seed(self._samples.lay_out(self._z), self._terms)
         finally:
             self._sweeping = False
-        self._z.retain_grad()
+            if self._z.retains_grad:
+                self._z.grad = None
+        self._leave.callback(self._z.register_hook(self._on_upstream).remove)
+
+    def _on_upstream(self, gradient: Tensor) -> None:
+        if not self._sweeping:
+            self._upstream = gradient.detach() if self._upstream is None else self._upstream + gradient.detach()
 
     def _seed(self, z: Tensor, terms: LossTerms) -> None:
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
@@ -245,9 +266,9 @@ class Collector(AbstractContextManager["Collector"]):
                 f"No rows were collected: call the {type(self._loss).__name__} that was given on the model's output "
                 "within the context."
             )
-        if self._z.grad is None:
+        if self._upstream is None:
             raise StateError("No rows were collected: call backward() within the context.")
-        upstream, self._z.grad = self._samples.lay_out(self._z.grad), None
+        upstream, self._upstream = self._samples.lay_out(self._upstream), None
         if self._draw is not None and not self._swept:
             factor = self._sample_factor(self._terms, upstream)
             self._swept = {call: _scaled(_gradient(call, upstream), factor)[None] for call in self._calls()}
@@ -356,7 +377,7 @@ def _multiple(terms: LossTerms, upstream: Tensor) -> float:
     """
     expected = (terms.weight * terms.score / terms.count).double().flatten()
     found = flat_outputs(upstream).double().flatten()
-    if not bool(expected.any()):
+    if not bool(expected.any() and expected.isfinite().all() and found.isfinite().all()):
         return 1.0
     kappa = float(found @ expected / (expected @ expected))
     if not float((found - kappa * expected).norm()) <= PROPORTIONAL * float(found.norm()) or kappa <= 0:

@@ -286,6 +286,122 @@ def test_curvature_is_refreshed_averaged_and_reused(every: Any, refreshed: tuple
         assert_close(now(pre), reference(fitted, gradient), 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["mc", "exact", "empirical"])
+def test_a_step_that_is_not_finite_is_skipped_for_plain_parameters_too(kind: Kind) -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), kind=kind, damping=RHO, plain=("4",))
+    x, y = data()
+    run(pre, x * torch.nan, y)
+    pre.precondition()
+    assert pre.skipped == 1
+    assert all(parameter.grad is None for parameter in pre.model.parameters())
+    run(pre, x, y)
+    pre.model.get_parameter("4.bias").grad.fill_(torch.inf)  # type: ignore[union-attr]
+    pre.precondition()
+    assert pre.skipped == 2
+    assert all(parameter.grad is None for parameter in pre.model.parameters())
+
+
+def test_the_loss_may_be_called_by_keywords() -> None:
+    pre, expected = (Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO) for _ in range(2))
+    x, y = data()
+    with pre.collect():
+        pre.loss(target=y, input=pre.model(x)).backward()
+    run(expected, x, y)
+    pre.precondition()
+    expected.precondition()
+    assert torch.equal(now(pre), now(expected))
+
+
+def test_passes_that_were_given_up_are_forgotten() -> None:
+    pre, expected = (Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO) for _ in range(2))
+    for seed in range(4):
+        run(pre, *data(seed=seed))
+    run(expected, *data(seed=3))
+    pre.precondition()
+    expected.precondition()
+    assert torch.equal(now(pre), now(expected))
+
+
+def test_a_state_from_before_the_first_step_begins_anew() -> None:
+    pre, expected = (Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO) for _ in range(2))
+    blank = copy.deepcopy(pre.state_dict())
+    run(pre, *data(seed=1))
+    pre.precondition()
+    run(pre, *data(seed=2))
+    pre.load_state_dict(blank)
+    for each in (pre, expected):
+        run(each, *data(seed=3))
+        each.precondition()
+    assert torch.equal(now(pre), now(expected))
+
+
+@pytest.mark.parametrize("given", ["plain", "compiled"])
+def test_a_compiled_model_is_seen_through(given: str) -> None:
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    x, y = data()
+    compiled(x)
+    pre = Preconditioner(model if given == "plain" else compiled, nn.CrossEntropyLoss(), kind="exact", damping=RHO)  # type: ignore[arg-type]
+    expected = Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO)
+    with pre.collect():
+        pre.loss(compiled(x), y).backward()
+    run(expected, x, y)
+    pre.precondition()
+    expected.precondition()
+    assert_close(now(pre), now(expected), 1e-12)
+
+
+def test_the_users_gradient_at_the_outputs_stays() -> None:
+    pre, (x, y) = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO), data()
+    with pre.collect():
+        z = pre.model(x)
+        z.retain_grad()
+        pre.loss(z, y).backward()
+    pre.precondition()
+    assert_close(z.grad, torch.autograd.grad(pre.loss(leaf := z.detach().requires_grad_(), y), leaf)[0], 1e-12)
+
+
+def test_a_replaced_module_is_named() -> None:
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO)
+    pre.model[4] = nn.Linear(5, 3).double()  # type: ignore[operator]
+    with pytest.raises(StateError, match="4 were replaced"):
+        run(pre, *data())
+
+
+def test_sparse_gradients_are_refused_or_plain() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedModel, match=r"0 has sparse gradients.*plain=\('0',\)"):
+        Preconditioner(model, nn.CrossEntropyLoss())
+    pre = Preconditioner(model, nn.CrossEntropyLoss(), plain=("0",), damping=RHO)
+    run(pre, torch.arange(6).view(3, 2), torch.arange(3))
+    pre.precondition()
+    assert model[0].weight.grad is not None
+    assert model[0].weight.grad.is_sparse
+
+
+class Shifted(nn.Module):
+    """Batch normalisation and a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.shift = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)) + self.shift)
+
+
+def test_parameters_without_factors_beside_batch_normalisation_are_refused_or_plain() -> None:
+    model = Shifted().double()
+    with pytest.raises(UnsupportedModel, match=r"norm normalise by the batch, so shift.*plain=\('shift',\)"):
+        run(Preconditioner(model, nn.CrossEntropyLoss(), damping=RHO), *data())
+    assert model.norm.num_batches_tracked == 0
+    pre = Preconditioner(model, nn.CrossEntropyLoss(), damping=RHO, plain=("shift",))
+    run(pre, *data())
+    pre.precondition()
+    assert model.norm.num_batches_tracked == 1
+
+
 def test_a_skipped_step_has_had_its_turn_once_there_is_curvature() -> None:
     pre = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, refresh_every=2)
     due = []
