@@ -209,9 +209,9 @@ class Preconditioner:
     def precondition(self) -> None:
         """Replace gradients by `(F + ρI)⁻¹ grad`: in place, but for tensors that this backward pass has made.
 
-        A step in which rows or gradients are not finite is skipped: gradients become None, the state stays. That goes for
-        plain gradients, too. On a GPU, a
-        step that takes no new curvature does not wait for the device: its gradients then become 0, and nothing is counted.
+        A step in which rows or gradients, plain ones included, are not finite is skipped: gradients become None, the state
+        stays. On a GPU, a step that takes no new curvature does not wait for the device: what it preconditions then becomes 0,
+        plain gradients are left as they are, and nothing is counted.
 
         Raises:
             StateError: if curvature is due and nothing was collected.

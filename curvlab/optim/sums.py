@@ -14,8 +14,11 @@ from torch import Tensor
 
 from curvlab.rows.layer import LayerRows
 
-ROUND_OFF = 16.0
-"""Difference in units of the round-off of the largest sum; two ways of adding up differ by less than one."""
+ROUND_OFF = 32.0
+"""Largest difference that counts as round-off, in units of that of the terms.
+
+Two ways of adding up differ by about ten, by more where there are two samples: in doubt, the gradient is taken as it is.
+"""
 
 
 def adds_up(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Float[Tensor, " R"] | None = None) -> bool:
