@@ -103,7 +103,7 @@ class Preconditioner:
         self.graph = graph
         self.steps = 0
         self.skipped = 0
-        self._last_due = 0
+        self._last_due: int | None = None
         self._skipped_in_a_row = 0
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self._owners = _preconditioned(model, self.plain)
@@ -139,7 +139,9 @@ class Preconditioner:
     @property
     def due(self) -> bool:
         """Whether this step takes new curvature."""
-        return not self.structure.updated or self.steps - self._last_due >= self.refresh_every.at(self.steps)
+        if self._last_due is None or not self.structure.updated:
+            return True
+        return self.steps - self._last_due >= self.refresh_every.at(self.steps)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

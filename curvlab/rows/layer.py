@@ -137,9 +137,9 @@ class LayerRows(ABC):
             and all(a is b or torch.equal(a, b) for a, b in zip(self.factors, other.factors, strict=True))
         )
 
-    def along(self, units: Float[Tensor, " U"], width: Float[Tensor, " I"]) -> Float[Tensor, " R"]:
-        """Multiply the rows with the product `u ⊗ w`."""
-        return self.matvec(torch.outer(units, width).view(1, -1))[0]
+    def along(self, units: Float[Tensor, "U K"], width: Float[Tensor, "I K"]) -> Float[Tensor, "R K"]:
+        """Multiply the rows with products `u_k ⊗ w_k`."""
+        return self.matvec(torch.einsum("uk,ik->kui", units, width).flatten(1)).T
 
     def total(self) -> Float[Tensor, " P_l"]:
         """Add up the rows."""
@@ -329,12 +329,12 @@ class KroneckerRows(SharedRows):
         V, T, I = self.shape[0], self.positions, self.a.shape[3]  # noqa: E741
         return V * T * I + vectors * V * I < vectors * T * (I + V)
 
-    def along(self, units: Float[Tensor, " U"], width: Float[Tensor, " I"]) -> Float[Tensor, " R"]:  # noqa: D102
+    def along(self, units: Float[Tensor, "U K"], width: Float[Tensor, "I K"]) -> Float[Tensor, "R K"]:  # noqa: D102
         if self.g.shape[3] == 1:
-            g = (self.g.flatten(0, 3) @ units).view(self.g.shape[:4])
+            g = (self.g.flatten(0, 3) @ units).view(*self.g.shape[:4], -1)
         else:
-            g = torch.einsum("vntqo,qo->vntq", self.g, units.view(self.g.shape[3:]))
-        return (g * (self.a.flatten(0, 2) @ width).view(self.a.shape[:3])).sum((2, 3)).flatten()
+            g = torch.einsum("vntqo,qok->vntqk", self.g, units.view(*self.g.shape[3:], -1))
+        return (g * (self.a.flatten(0, 2) @ width).view(*self.a.shape[:3], -1)).sum((2, 3)).flatten(0, 1)
 
     def total(self) -> Float[Tensor, " P_l"]:  # noqa: D102
         return _sum_of_products(self._over_v(), self.a, product).flatten()

@@ -402,6 +402,16 @@ def test_parameters_without_factors_beside_batch_normalisation_are_refused_or_pl
     assert model.norm.num_batches_tracked == 1
 
 
+def test_a_structure_that_has_curvature_already_takes_the_first_batch() -> None:
+    used, model, loss = Full(), network(), nn.CrossEntropyLoss()
+    used.update(sqrt_fisher(model, loss, *data(seed=1)))
+    pre = Preconditioner(model, loss, used, kind="exact", damping=RHO)
+    gradient = run(pre, *data(seed=2))
+    pre.precondition()
+    fitted = Full().update(sqrt_fisher(model, loss, *data(seed=2)))
+    assert_close(now(pre), reference(fitted, gradient), 1e-8)
+
+
 def test_a_skipped_step_has_had_its_turn_once_there_is_curvature() -> None:
     pre = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, refresh_every=2)
     due = []
