@@ -40,6 +40,7 @@ from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
 from curvlab.optim.sums import adds_up
 from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, check_loss
 from curvlab.rows.owners import Owner, owners_of
 from curvlab.rows.rows import Rows
@@ -267,7 +268,9 @@ class Preconditioner:
             sums = set() if one is None else self._sums(one, complete, due=due)
             seen = [g for name, g in complete.items() if name not in sums]
             seen += [p.grad for n, p in self.model.named_parameters() if n not in complete and p.grad is not None]
-            seen += [f for r in rows for layer in r.layers for f in layer.factors]
+            for layer in (layer for part in rows for layer in part.layers):
+                # The inputs of a sum that adds up are finite.
+                seen += layer.factors[-1:] if sums.issuperset(layer.layout.names) else layer.factors
             if not self._all_finite(seen, shared=due):
                 self.skip()
                 return None
@@ -286,11 +289,12 @@ class Preconditioner:
         """Return the parameters whose gradients are sums of rows of this pass, as far as a cheaper route may ask for them."""
         lifts = self._lifts(found, due=due)
         names: set[str] = set()
-        for layer in found.rows.layers if lifts and found.rows is not None else found.summands():
-            few = 3 * sum(factor.numel() for factor in layer.factors) <= 4 * layer.size
-            coefficients = found.coefficients if lifts else None
-            if (few or not self.structure.averages) and adds_up(layer, gradients, coefficients):
-                names.update(layer.layout.names)
+        for layer in (found.rows or self.structure.rows).layers:
+            summed = layer if lifts else None
+            if not lifts and (not self.structure.averages or _is_small(layer)):
+                summed = found.summand(layer.layout.names[0])
+            if summed is not None and adds_up(summed, gradients, found.coefficients if lifts else None):
+                names.update(summed.layout.names)
         return names
 
     @staticmethod
@@ -402,6 +406,12 @@ def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
     if not owners:
         raise UnsupportedModel("All parameters are left to the plain gradient: there is nothing to precondition.")
     return owners
+
+
+def _is_small(layer: LayerRows) -> bool:
+    """Whether a sample's row and inputs, of all samples, are so few numbers that factoring the gradient may pay."""
+    *shared, rows = layer.factors
+    return 3 * (sum(factor.numel() for factor in shared) + rows[0].numel()) <= 4 * layer.size
 
 
 def _is_hooked(parameter: nn.Parameter) -> bool:

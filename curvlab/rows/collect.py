@@ -8,7 +8,7 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -276,13 +276,6 @@ class Collector(AbstractContextManager["Collector"]):
             self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
         self._z = self._z.detach()
-
-    def summands(self) -> Iterator[LayerRows]:
-        """Yield `summand` of every layer that has one."""
-        for owner in self._factored:
-            summand = self.summand(next(iter(owner.names.values())))
-            if summand is not None:
-                yield summand
 
     def summand(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.
