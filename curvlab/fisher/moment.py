@@ -195,23 +195,20 @@ class Moment(Factor):
         inverse = LowRankInverse(half, damping)
         return inverse if 2 * half.shape[1] < half.shape[2] else MatrixInverse(inverse.dense())
 
-    def regularised(self, damping: Float[Tensor, " Q"]) -> Float[Tensor, "Q w w"]:
-        """Return `M + ρI` on and below the diagonal, column by column in memory, of a moment that is kept as a matrix.
+    def regularise(self, damping: Float[Tensor, " Q"], out: Float[Tensor, "Q w w"]) -> None:
+        """Write `M + ρI` on and above the diagonal of `out`, for a moment that is kept as a matrix.
 
         It is continued to the width of its memory by a multiple of the unit matrix, the first pivot of its Cholesky
         factorisation.
         """
         assert self.matrix is not None
-        Q, d, _ = self.matrix.shape
-        width = pitch(d, self.matrix.dtype)
-        wide = self.matrix.new_empty(Q, width, width)
+        d = self.matrix.shape[-1]
         for rows, columns in _strips(d):
-            torch.div(self.matrix[:, rows, columns], self._divisor, out=wide[:, rows, columns])
-        wide[:, :, d:] = 0
-        diagonal = wide.diagonal(dim1=1, dim2=2)
+            torch.div(self.matrix[:, rows, columns], self._divisor, out=out[:, rows, columns])
+        out[:, :, d:] = 0
+        diagonal = out.diagonal(dim1=1, dim2=2)
         diagonal[:, :d] += damping[:, None]
         diagonal[:, d:] = diagonal[:, :1]
-        return wide.mT
 
     @property
     def basis(self) -> Basis:  # noqa: D102
@@ -343,43 +340,45 @@ Invert = Callable[[Sequence[tuple[Factor, Tensor]], int], list[Inverse]]
 def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]], uses: int) -> list[Inverse]:
     """Return `(M + ρI)⁻¹` of several factors and ρ, for some number of products.
 
-    Moments that are kept as matrices are continued to the width of their memory. A GPU inverts those of one width in one
-    batched call; on a CPU, where that would save no time, a single group's inverse is kept as its Cholesky factor. Where a
-    Cholesky factorisation fails or cannot be trusted, the inverse comes from the eigenvectors.
+    Moments that are kept as matrices are continued to the width of their memory. Those of one width are factorised in
+    one batched call; on a CPU a single group's inverse is kept as its Cholesky factor. Where a Cholesky factorisation fails
+    or cannot be trusted, the inverse comes from the eigenvectors.
 
     Cost: `d³/6` for a Cholesky factorisation and `d³/3` for the inverse of its product; `r·d·(d + r)` for a moment kept as
     a root of r rows, `r²·d` if they are few.
     """
     found: dict[int, Inverse] = {}
-    alike: dict[tuple[torch.Size, torch.dtype, int], dict[int, Tensor]] = defaultdict(dict)
+    alike: dict[tuple[int, int, torch.dtype], dict[int, Moment]] = defaultdict(dict)
     for position, (factor, rho) in enumerate(wanted):
         inverse = factor.inverse(rho)
         if inverse is not None:
             found[position] = inverse
             continue
         assert isinstance(factor, Moment)
-        matrix = factor.regularised(rho)
-        alike[matrix.shape, matrix.dtype, position if matrix.device.type == "cpu" else 0][position] = matrix
-    for matrices in alike.values():
-        roots, info = _cholesky(list(matrices.values()))
+        Q, d, _ = factor.shape
+        alike[Q, pitch(d, rho.dtype), rho.dtype][position] = factor
+    for (Q, width, _), moments in alike.items():
+        whole = wanted[next(iter(moments))][1].new_empty(len(moments), Q, width, width)
+        for (position, moment), matrix in zip(moments.items(), whole, strict=True):
+            moment.regularise(wanted[position][1], matrix)
+        roots, info = _cholesky(whole.mT)
         pivots = roots.diagonal(dim1=-2, dim2=-1)
         trusted = (pivots.amax(-1) / pivots.amin(-1)).square() < condition_limit(roots.dtype)
         safe = ((info == 0) & trusted).all(-1).tolist()
-        for position, root, good in zip(matrices, roots, safe, strict=True):
+        for position, root, good in zip(moments, roots, safe, strict=True):
             factor, rho = wanted[position]
             found[position] = _of_root(root, factor, uses) if good else _inverse_by_eigenvectors(factor, rho)
     return [found[position] for position in range(len(wanted))]
 
 
-def _cholesky(matrices: list[Float[Tensor, "Q w w"]]) -> tuple[Float[Tensor, "k Q w w"], Int[Tensor, "k Q"]]:
-    """Factorise matrices of one size; on a CPU in place, which saves a copy that would be transposed."""
-    whole = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
-    if whole.device.type != "cpu":
-        roots, info = torch.linalg.cholesky_ex(whole)
+def _cholesky(matrices: Float[Tensor, "k Q w w"]) -> tuple[Float[Tensor, "k Q w w"], Int[Tensor, "k Q"]]:
+    """Factorise matrices that are laid out column by column; on a CPU in place, which saves a copy."""
+    if matrices.device.type != "cpu":
+        roots, info = torch.linalg.cholesky_ex(matrices)
         return roots, info
-    info = torch.empty(whole.shape[:-2], dtype=torch.int32)
-    torch.linalg.cholesky_ex(whole, out=(whole, info))
-    return whole, info
+    info = torch.empty(matrices.shape[:-2], dtype=torch.int32)
+    torch.linalg.cholesky_ex(matrices, out=(matrices, info))
+    return matrices, info
 
 
 def _of_root(root: Float[Tensor, "Q w w"], factor: Factor, uses: int) -> Inverse:
