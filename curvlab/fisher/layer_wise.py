@@ -114,7 +114,11 @@ class LayerWiseBlock(RowBlock):
 
     def _form(self, layers: Sequence[LayerRows]) -> Tensor:
         sizes = [sum(layer.size for layer in group) for group in self._grouped(layers)]
-        of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.sigma.device)
+        of = (
+            torch.arange(len(sizes), device="cpu")
+            .repeat_interleave(torch.tensor(sizes, device="cpu"))
+            .to(self.sigma.device)
+        )
         dense = moment(layers)
         return dense * self.sigma.to(dense)[of[:, None], of[None, :]]
 
@@ -274,11 +278,11 @@ class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ �
         self._partition = None if partition is None else tuple(tuple(group) for group in partition)
         self._sigma: Callable[[int], Tensor]
         if sigma is None:
-            self._sigma = lambda L: torch.eye(L, dtype=torch.float64)
+            self._sigma = lambda L: torch.eye(L, dtype=torch.float64, device="cpu")
         elif callable(sigma):
             self._sigma = sigma
         else:
-            fixed = _checked(torch.as_tensor(sigma, dtype=torch.float64))
+            fixed = _checked(torch.as_tensor(sigma, dtype=torch.float64, device="cpu"))
             self._sigma = lambda _: fixed
         self._given = sigma
 
@@ -289,7 +293,7 @@ class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ �
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
         groups = partition_parts(rows, self._partition)
-        sigma = _checked(torch.as_tensor(self._sigma(len(groups)), dtype=torch.float64))
+        sigma = _checked(torch.as_tensor(self._sigma(len(groups)), dtype=torch.float64, device="cpu"))
         if len(sigma) != len(groups):
             raise ValueError(f"sigma is {len(sigma)} × {len(sigma)}, but there are {len(groups)} groups of layers.")
         name = ", ".join(group for group, _ in groups)
@@ -324,7 +328,7 @@ class BlockTridiagonal(LayerWise, key="block-tridiagonal", summary="F restricted
 
 def tridiagonal(L: int) -> Float[Tensor, "L L"]:
     """Return the matrix with ones on its three central diagonals."""
-    index = torch.arange(L)
+    index = torch.arange(L, device="cpu")
     return ((index[:, None] - index[None, :]).abs() <= 1).double()
 
 

@@ -376,7 +376,7 @@ def _cholesky(matrices: Float[Tensor, "k Q w w"]) -> tuple[Float[Tensor, "k Q w 
     if matrices.device.type != "cpu":
         roots, info = torch.linalg.cholesky_ex(matrices)
         return roots, info
-    info = torch.empty(matrices.shape[:-2], dtype=torch.int32)
+    info = matrices.new_empty(matrices.shape[:-2], dtype=torch.int32)
     torch.linalg.cholesky_ex(matrices, out=(matrices, info))
     return matrices, info
 

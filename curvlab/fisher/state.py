@@ -118,7 +118,7 @@ class State(ABC):
         if kept:
             self._counts = RunningAverage()
         for step, batch in self._history if kept else [(decay, rows)]:
-            count = torch.tensor(batch.count, dtype=torch.float64)
+            count = torch.tensor(batch.count, dtype=torch.float64, device="cpu")
             self._counts.update(count if total is None else total(count), 1.0, step, additive=True)
         self._merged = self._largest = None
         return self

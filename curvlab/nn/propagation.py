@@ -239,10 +239,11 @@ def gcn(
         raise unknown_name("activation", activation, ACTIVATIONS)
     nodes, width = features.shape
     modules: list[nn.Module] = []
+    source = torch.device("cpu") if generator is None else generator.device
     for fan_in, fan_out in pairwise((width, *sizes)):
         layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=features.dtype, device=features.device)
         bound = (6 / (fan_in + fan_out)) ** 0.5
-        drawn = torch.rand(fan_out, fan_in, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(fan_out, fan_in, generator=generator, dtype=torch.float64, device=source)
         with torch.no_grad():
             layer.weight.copy_(bound * (2 * drawn - 1))
             layer.bias.zero_()

@@ -54,13 +54,14 @@ class TwoLayer(nn.Module):
             raise unknown_name("activation", activation, ACTIVATIONS)
         if not (isfinite(weight_std) and weight_std > 0.0):
             raise ValueError(f"TwoLayer: weight_std must be a finite number above 0, not {weight_std}.")
-        weight = torch.randn(width, in_features, generator=generator, dtype=torch.float64) * weight_std
-        signs = torch.randint(2, (width,), generator=generator) * 2 - 1
+        device = torch.device("cpu") if generator is None else generator.device
+        weight = torch.randn(width, in_features, generator=generator, dtype=torch.float64, device=device) * weight_std
+        signs = torch.randint(2, (width,), generator=generator, device=device) * 2 - 1
         self.hidden = skip_init(nn.Linear, in_features, width, bias=False, dtype=dtype)
         with torch.no_grad():
             self.hidden.weight.copy_(weight)
         self.activation = ACTIVATIONS[activation]()
-        self.register_buffer("signs", signs.to(self.hidden.weight.dtype))
+        self.register_buffer("signs", signs.to(self.hidden.weight))
 
     def forward(self, x: Float[Tensor, "N d"]) -> Float[Tensor, "N 1"]:
         """Return f(x)."""

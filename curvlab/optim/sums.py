@@ -33,7 +33,7 @@ def _agree(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Tenso
     layout, like = rows.layout, rows.factors[-1]
     generator = torch.Generator().manual_seed(directions)
     units, width = (
-        torch.randn(layout.units + layout.width, directions, generator=generator)
+        torch.randn(layout.units + layout.width, directions, generator=generator, device="cpu")
         .to(like)
         .split([layout.units, layout.width])
     )

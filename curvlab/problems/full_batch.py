@@ -99,8 +99,8 @@ def full_batch_problem(
         inputs = torch.from_numpy(scaled(chosen)).to(dtype)
         if body != "fc":
             inputs = inputs.reshape(*chosen.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-        classes = torch.tensor(labels)
-        return inputs, classes if loss == "cross-entropy" else torch.eye(CLASSES, dtype=dtype)[classes]
+        classes = torch.tensor(labels, device="cpu")
+        return inputs, classes if loss == "cross-entropy" else torch.eye(CLASSES, dtype=dtype, device="cpu")[classes]
 
     for what, (chosen, _, count) in zip(("training", "test"), parts, strict=True):
         if len(chosen) < count:

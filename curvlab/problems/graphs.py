@@ -131,7 +131,7 @@ def load_graph(name: str, split: Split = "public") -> LabelledGraph:
             raise ValueError(f"karate has the split 'public' only, not {split!r}.")
         return _karate()
     features, edge_index, labels, train, validation, test = _planetoid(name, data_folder())
-    nodes = torch.arange(len(labels))
+    nodes = torch.arange(len(labels), device="cpu")
     if split == "full":
         train = nodes[~torch.isin(nodes, torch.cat([validation, test]))]
     elif split == "complete":
@@ -144,7 +144,7 @@ def _karate() -> LabelledGraph:
 
     data = KarateClub()[0]
     train, others = data.train_mask.nonzero()[:, 0], (~data.train_mask).nonzero()[:, 0]
-    third = torch.arange(len(others)) % 3 == 0
+    third = torch.arange(len(others), device="cpu") % 3 == 0
     return LabelledGraph(data.x, data.edge_index, data.y, train, others[third], others[~third])
 
 

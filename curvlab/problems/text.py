@@ -120,4 +120,4 @@ def manual() -> str:
 def encoded(text: str) -> Int64[Tensor, " T"]:
     """Return the positions of characters in `ALPHABET`."""
     place = {character: index for index, character in enumerate(ALPHABET)}
-    return torch.tensor([place.get(character, place[" "]) for character in text])
+    return torch.tensor([place.get(character, place[" "]) for character in text], device="cpu")

@@ -97,12 +97,12 @@ def synthetic_two_layer_problem(
             f"{dimension}, {samples} and {test_samples}."
         )
     generator = torch.Generator().manual_seed(seed)
-    plane = torch.randn(dimension - 1, generator=generator, dtype=torch.float64)
+    plane = torch.randn(dimension - 1, generator=generator, dtype=torch.float64, device="cpu")
 
     def drawn(count: int) -> Samples:
-        z = torch.randn(count, dimension - 1, generator=generator, dtype=torch.float64)
+        z = torch.randn(count, dimension - 1, generator=generator, dtype=torch.float64, device="cpu")
         z /= z.norm(dim=1, keepdim=True)
-        shared = torch.full((count, 1), sqrt(similarity), dtype=torch.float64)
+        shared = torch.full((count, 1), sqrt(similarity), dtype=torch.float64, device="cpu")
         inputs = torch.cat([shared, sqrt(1.0 - similarity) * z], dim=1)
         targets: Tensor = torch.where(z @ plane > 0.0, 1.0, -1.0)[:, None]
         return inputs.to(dtype), targets.to(dtype)

@@ -91,7 +91,7 @@ def gram(
         raise ValueError(f"out must be contiguous, [{R}, {R}] and {dtype}; it is {list(out.shape)} and {out.dtype}.")
     view = out.view(V, chunks.total, V, chunks.total)
     parts = [slice(k, min(k + step, chunks.total)) for k in range(0, chunks.total, step)]
-    terms = torch.zeros(chunks.total, dtype=torch.float64)
+    terms = torch.zeros(chunks.total, dtype=torch.float64, device="cpu")
     last = len(parts)
     work = {_label(p, k): float(min(k - p, panel) + 1) for p in range(0, last, panel) for k in range(p, last)}
     with showing(Console(stderr=True), work, not progress, unit="chunks") as advance:

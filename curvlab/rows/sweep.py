@@ -261,7 +261,7 @@ def compare(
         The parameters whose rows are wrong, and whether that told anything: not if all seeds are zero, or not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(layers[0].shape, generator=generator, dtype=torch.float64).to(z)
+    w = torch.randn(layers[0].shape, generator=generator, dtype=torch.float64, device="cpu").to(z)
     with torch.enable_grad():
         # A zero term ties outputs that depend on no parameter, or not on all, to the graph.
         zero = sum(p.sum() * 0 for p in parameters.values())

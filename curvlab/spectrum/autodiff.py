@@ -129,7 +129,7 @@ class DerivativeOperator(Operator):
 
     def _agrees(self) -> bool:
         """Return whether the batched product of a random vector is that by double backward; says so if not."""
-        drawn = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
+        drawn = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=self.dtype, device="cpu")
         vectors = self.space.unflatten(drawn.to(self.device))
         with differentiable_attention():
             reference = self._by_backward(vectors)

@@ -192,7 +192,7 @@ class _Basis:
         self._vectors = torch.empty(shape, dtype=self.operator.dtype, device=self.operator.device)
         self._images = torch.empty_like(self._vectors)
         self._duals = self._vectors if self.operator.euclidean else torch.empty_like(self._vectors)
-        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
 
     def begin(self, start: Eigenpairs | Tensor | None) -> None:
         """Take the start, and random vectors if it is narrower than a block."""
@@ -293,7 +293,7 @@ class _Basis:
             values, vectors = torch.linalg.eigh(gram)
             new = values > 10 * len(block) * self._eps
             block = (vectors[:, new] / lengths[:, None] / values[new].sqrt()).T.to(block) @ block
-            lengths = torch.ones(len(block), dtype=torch.float64)
+            lengths = torch.ones(len(block), dtype=torch.float64, device="cpu")
             if float(values.min()) > ENOUGH:
                 break
         return block
@@ -304,7 +304,9 @@ class _Basis:
 
     def _random(self, number: int) -> Float[Tensor, "K P"]:
         shape = (number, self.operator.size)
-        return torch.randn(shape, generator=self._generator, dtype=self.operator.dtype).to(self.operator.device)
+        return torch.randn(shape, generator=self._generator, dtype=self.operator.dtype, device="cpu").to(
+            self.operator.device
+        )
 
 
 def _priority(which: Which, count: int) -> list[int]:
@@ -318,7 +320,7 @@ def _priority(which: Which, count: int) -> list[int]:
 
 
 def _result(ritz: _Ritz, converged: Bool[Tensor, " m"], which: Which, basis: _Basis) -> Eigenpairs:
-    order = torch.arange(len(ritz.values))
+    order = torch.arange(len(ritz.values), device="cpu")
     if which == "both":
         order = ritz.values.argsort(descending=True)
     subspace = basis.combine(ritz.coefficients[: max(len(order), basis.width)])

@@ -74,8 +74,8 @@ def quadratures(operator: Product, starts: Float[Tensor, "K n"], steps: int) -> 
     steps = min(steps, n)
     basis = starts.new_zeros(K, steps, n)
     basis[:, 0] = starts / starts.norm(dim=1, keepdim=True)
-    diagonal, beside = torch.zeros(2, K, steps, dtype=torch.float64)
-    lengths = torch.full((K,), steps)
+    diagonal, beside = torch.zeros(2, K, steps, dtype=torch.float64, device="cpu")
+    lengths = torch.full((K,), steps, device="cpu")
     for k in range(steps):
         image = operator(basis[:, k])
         diagonal[:, k] = (basis[:, k] * image).sum(1)

@@ -88,7 +88,7 @@ class Operator(ABC):
             product = self.matmat(vectors.reshape(-1, self.size)).cpu().numpy().T
             return product.reshape(block.shape)
 
-        dtype = torch.zeros((), dtype=self.dtype).numpy().dtype
+        dtype = torch.zeros((), dtype=self.dtype, device="cpu").numpy().dtype
         transposed = {"rmatvec": columns, "rmatmat": columns} if self.euclidean else {}
         return LinearOperator((self.size, self.size), matvec=columns, matmat=columns, dtype=dtype, **transposed)
 

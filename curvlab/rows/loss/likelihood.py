@@ -159,7 +159,7 @@ class PoissonRate(Elementwise):
 
         uniform = draws.of(torch.rand, self.rate)
         counts = poisson.ppf(uniform.double().cpu().numpy(), self.rate.double().cpu().numpy())
-        return 1 - torch.as_tensor(counts).clamp_min(0).to(self.rate) / (self.rate + self.eps)
+        return 1 - torch.as_tensor(counts, device="cpu").clamp_min(0).to(self.rate) / (self.rate + self.eps)
 
 
 @dataclass(frozen=True)
