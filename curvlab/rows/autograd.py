@@ -80,18 +80,35 @@ def sweep(
 def backward(
     z: Tensor, edges: Sequence[GradientEdge | Tensor | None], seeds: Tensor, *, keep: bool = False
 ) -> list[Tensor | None]:
-    """Bring the seeds to the edges, all rows in one pass; a single one as autograd's own, without a batch of one."""
+    """Bring the seeds to the edges, all rows in one pass; a single one as autograd's own, without a batch of one.
+
+    One row after the other where torch cannot vectorise a layer's reverse pass, as that of a GroupNorm on channels-last data.
+    """
     reached: Any = [edge for edge in edges if edge is not None]
     if not reached or not z.requires_grad:
         return [None for _ in edges]
-    several = len(seeds) > 1
-    cotangents = seeds if several else seeds[0]
-    with unhooked(reached):
-        found = iter(
-            torch.autograd.grad(z, reached, cotangents, is_grads_batched=several, allow_unused=True, retain_graph=keep)
+
+    def pulled(cotangents: Tensor, *, batched: bool, keep: bool) -> Sequence[Tensor | None]:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            z, reached, cotangents, is_grads_batched=batched, allow_unused=True, retain_graph=keep
         )
-    gradients = [None if edge is None else next(found) for edge in edges]
-    return gradients if several else [None if g is None else g[None] for g in gradients]
+        return found
+
+    with unhooked(reached):
+        if len(seeds) == 1:
+            found = [None if g is None else g[None] for g in pulled(seeds[0], batched=False, keep=keep)]
+        else:
+            try:
+                found = list(pulled(seeds, batched=True, keep=True))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                logger.info("One row after the other, as torch cannot vectorise the reverse pass: %s", error)
+                rows = [pulled(seed, batched=False, keep=True) for seed in seeds]
+                arrived = ([g for g in of_edge if g is not None] for of_edge in zip(*rows, strict=True))
+                found = [torch.stack(gradients) if gradients else None for gradients in arrived]
+    at_edge = iter(found)
+    return [None if edge is None else next(at_edge) for edge in edges]
 
 
 def backward_over_graphs(

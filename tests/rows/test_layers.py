@@ -1,6 +1,7 @@
 """Layers × engines: rows of J against `torch.func.jacrev` on the model as a whole."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +234,37 @@ def test_custom_autograd_function() -> None:
 
     model, x = Model().double(), vectors(4)(3)
     rows = curvlab.rows.jacobian(model, x)
+    reference = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).T.flatten()]
+    assert_close(rows.dense(), torch.stack([torch.cat([g.flatten() for g in row]) for row in reference]))
+
+
+class InNumPy(torch.autograd.Function):
+    """Sines whose reverse pass torch cannot vectorise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.from_numpy(gradient.numpy() * ctx.saved_tensors[0].detach().cos().numpy())
+
+
+class Sines(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return InNumPy.apply(x)
+
+
+@pytest.mark.parametrize("middle", ["group-norm on channels-last data", "reverse pass in NumPy"])
+def test_one_row_after_the_other(middle: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    layer = Sines() if "NumPy" in middle else nn.GroupNorm(2, 4)
+    model = chain(nn.Conv2d(2, 4, 3, padding=1), layer, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 9, CLASSES)).double()
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
+    with caplog.at_level(logging.INFO, "curvlab"):
+        rows = curvlab.rows.jacobian(model.to(memory_format=torch.channels_last), x, engine="autograd")
+    assert "One row after the other" in caplog.text
     reference = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).T.flatten()]
     assert_close(rows.dense(), torch.stack([torch.cat([g.flatten() for g in row]) for row in reference]))
 
