@@ -81,7 +81,7 @@ class State(ABC):
         """Decay the state and add the rows of a batch.
 
         Args:
-            rows: rows of S.
+            rows: rows of S; those in half precision are converted to float32, in which factorisations still work.
             decay: weight of the state so far: 0 replaces it, 1 accumulates a data set exactly, in between is a running
                 average. Sums of losses add at 1 and average otherwise.
             total: sums a tensor over processes, each of which holds the rows of some samples of the batch; for K-FAC
@@ -96,6 +96,8 @@ class State(ABC):
             raise ValueError(f"decay is a number in [0, 1], got {decay}.")
         if rows.kind == "jacobian":
             raise ValueError("A structure is built from rows of S (curvlab.sqrt_fisher), not of the Jacobian.")
+        if rows.dtype != (wide := torch.promote_types(rows.dtype, torch.float32)):
+            rows = rows.to(wide)
         if self._history:
             self._check_fits(rows, decay)
         else:

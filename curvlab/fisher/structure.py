@@ -155,12 +155,22 @@ class Structure(State):
 
     def matvec(self, vector: Vector) -> Vector:
         """Return `F v`."""
-        _ = self.rows
-        named, restore = self.space.unpack(vector)
+        named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         for block in self._blocks:
             result.update(block.split(block.matvec(block.join(named))))
         return restore(result)
+
+    def _unpacked(self, vector: Vector) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], Vector]]:
+        """Return a vector by name, in the type of the rows, and the function that brings a result back to the form given."""
+        dtype, (named, restore) = self.rows.dtype, self.space.unpack(vector)
+        for name, value in named.items():
+            if torch.promote_types(value.dtype, dtype) != dtype:
+                raise ValueError(
+                    f"The vector is {value.dtype} at {name!r}, the structure {dtype}. Convert the vector, or the rows before "
+                    f"they are added: rows.to({value.dtype})."
+                )
+        return {name: value.to(dtype) for name, value in named.items()}, restore
 
     @overload
     def solve(self, vector: Vector, damping: Damping, *, info: Literal[False] = False) -> Vector: ...
@@ -181,7 +191,7 @@ class Structure(State):
             OutsideRange: if ρ = 0 and more than 1e-3 of the norm of v lies outside range(F).
         """
         rho = self._damping(damping)
-        named, restore = self.space.unpack(vector)
+        named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         outside, total = [], []
         for block in self._blocks:

@@ -50,6 +50,8 @@ from curvlab.rows.samples import Nodes
 class Preconditioner:
     """Turns gradients into natural gradients.
 
+    Curvature is in the parameters' widest type, in float32 where that is half precision.
+
     Args:
         model: the model; under `DistributedDataParallel`, its `.module`. Hooks are on it within `collect` only.
         loss: the loss module that the training loop calls on the model's output and the targets.
@@ -216,6 +218,8 @@ class Preconditioner:
         stays. On a GPU, a step that takes no new curvature does not wait for the device: what it preconditions then becomes 0,
         plain gradients are left as they are, and nothing is counted.
 
+        With a GradScaler, first call its `unscale_`: it looks for gradients that are not finite, and here they become None.
+
         Raises:
             StateError: if curvature is due and nothing was collected.
             FloatingPointError: if more steps in a row than `patience` were skipped.
@@ -262,6 +266,8 @@ class Preconditioner:
         one = self._passes[0] if self._is_untouched(complete) else None
         passes, self._passes, self._untouched = self._passes, [], {}
         rows = [found.rows for found in passes if found.rows is not None]
+        dtype = (rows[0] if rows else self.structure.rows).dtype
+        complete = {name: gradient.to(dtype) for name, gradient in complete.items()}
         looks = due or next(iter(complete.values())).device.type == "cpu"
         sums = set(complete) if one is not None else set()
         if looks:
@@ -280,7 +286,8 @@ class Preconditioner:
         damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
         found = self._direction(complete, one, sums, damping, due=due)
         self._advance(due=due)
-        return found if looks else _masked(found, complete)
+        found = found if looks else _masked(found, complete)
+        return {name: step.to(parameters[name].dtype) for name, step in found.items()}
 
     def _lifts(self, found: Collector, *, due: bool) -> bool:
         return due and found.coefficients is not None and not self.structure.averages
@@ -420,7 +427,7 @@ def _is_hooked(parameter: nn.Parameter) -> bool:
 
 
 def _interchangeable(gradient: Tensor, direction: Tensor) -> bool:
-    return gradient.dtype == direction.dtype and gradient.stride() == direction.stride()
+    return gradient.stride() == direction.stride()
 
 
 def _same(gradient: Tensor, earlier: Tensor, version: int) -> bool:

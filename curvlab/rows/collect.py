@@ -25,7 +25,7 @@ from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
-from curvlab.rows.owners import Owner, decomposing
+from curvlab.rows.owners import Owner, decomposing, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.rows import Rows
@@ -99,6 +99,8 @@ class Collector(AbstractContextManager["Collector"]):
         names = {name for owner in owners for name in owner.names.values()}
         self.parameters = {name: p for name, p in model.named_parameters() if name in names}
         """Those of the owners."""
+        # Half precision is enough for a sweep, not for factorisations.
+        self._dtype = torch.promote_types(widest(self.parameters.values()), torch.float32)
         self._space = ParameterSpace({name: p.shape for name, p in self.parameters.items()})
         self._leave = ExitStack()
         self._recorder = Recorder([owner for owner in owners if owner.ruled])
@@ -182,7 +184,8 @@ class Collector(AbstractContextManager["Collector"]):
         by_position = signature(self._loss.forward).bind(*args, **kwargs).arguments.values() if kwargs else args
         self._z, self._targets = by_position
         self.cleared = all(p.grad is None for p in self.parameters.values())
-        self._terms = self._samples.terms(self._loss, self._z.detach(), self._targets)
+        z = self._z.detach()
+        self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
         self._take_factored()
         self._sweeping = True
         try:
@@ -202,7 +205,7 @@ class Collector(AbstractContextManager["Collector"]):
         if self._draw is None:
             return
         terms.check(self._draw.kind)
-        seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape)
+        seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
         scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
         if self._check or not scales:
             self._swept = self._sweep(z, seeds)
@@ -290,7 +293,8 @@ class Collector(AbstractContextManager["Collector"]):
         return self._summands[owner]
 
     def _summand(self, owner: Owner, z: Tensor) -> LayerRows:
-        layer = self._rows(owner, {call: _gradient(call, z)[None] for call in self._factored[owner]})
+        gradients = {call: _gradient(call, z)[None] for call in self._factored[owner]}
+        layer = self._rows(owner, gradients).to(self._dtype)
         mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
         return layer if mine is None else layer._with_factors(*mine.factors[:-1], layer.factors[-1])
 
@@ -325,13 +329,13 @@ class Collector(AbstractContextManager["Collector"]):
     def _whole(self, draw: Draw, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         samples = layers[0].shape[1]
         rows = Rows(
-            layers=in_parameter_order(self.parameters, layers),
+            layers=in_parameter_order(self.parameters, [layer.to(self._dtype) for layer in layers]),
             space=self._space,
             kind="jacobian" if draw.kind in ("exact", "ggn") else draw.kind,
             count=terms.count,
             terms=terms.terms,
             reduction=terms.reduction,
-            sample_weights=terms.sample_weights.view(samples, -1).sum(1).to(layers[0].dtype),
+            sample_weights=terms.sample_weights.view(samples, -1).sum(1).to(self._dtype),
         )
         if rows.kind != "jacobian":
             return rows

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvlab.errors import unknown_name
 from curvlab.rows.engine import Engine, read, sweep
 from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_seeds
-from curvlab.rows.owners import trainable
+from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import NodeChoice, Samples
@@ -47,7 +47,7 @@ def jacobian(
         output: which tensor of a structured output to use: a key, an attribute, an index or a function.
         engine: "backpack" for chains of modules that BackPACK knows, "autograd" for any architecture; "auto" takes the first
             that applies, and autograd where there is one row a sample, a plain backward pass. It logs which and why.
-        dtype: floating-point type of the rows and of all products with them; that of the parameters if None. The sweep is in
+        dtype: floating-point type of the rows and of all products with them; the parameters' widest if None. The sweep is in
             the model's own type, or in that of `torch.autocast`, whose round-off it keeps: relative errors of rows and Gram
             matrices are a small multiple of 4e-3 for bfloat16, of 6e-8 for float32.
 
@@ -58,7 +58,8 @@ def jacobian(
     Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
     """
     reading = read(model, inputs, nodes)
-    return _converted(_jacobian_rows(model, sweep(model, reading, output, engine, _every_output(reading[1]))), dtype)
+    rows = _jacobian_rows(model, sweep(model, reading, output, engine, _every_output(reading[1])))
+    return rows.to(dtype or widest(trainable(model).values()))
 
 
 def sqrt_fisher(
@@ -116,10 +117,10 @@ def sqrt_fisher(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
     reading = read(model, inputs, nodes)
-    first = next(iter(trainable(model).values()))
+    of_rows = dtype or widest(trainable(model).values())
 
     def terms_of(z: Tensor) -> LossTerms:
-        terms = reading[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, first.dtype)), targets)
+        terms = reading[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, of_rows)), targets)
         terms.check(kind, part=share is not None)
         return terms
 
@@ -127,7 +128,7 @@ def sqrt_fisher(
     factor: OutputFactor | None
     if kind in ("exact", "ggn") and keep_jacobian:
         swept = sweep(model, reading, output, engine, _every_output(reading[1]))
-        base = _converted(_jacobian_rows(model, swept), dtype)
+        base = _jacobian_rows(model, swept).to(of_rows)
         terms = terms_of(swept.output)
         factor = terms.root()
         layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
@@ -141,7 +142,7 @@ def sqrt_fisher(
         swept = sweep(model, reading, output, engine, seed, single=single)
         terms = terms_of(swept.output)
         factor = terms.root() if kind in ("exact", "ggn") else None
-        layers = tuple(layer if dtype is None else layer.to(dtype) for layer in swept.layers)
+        layers = tuple(layer.to(of_rows) for layer in swept.layers)
     return Rows(
         layers=layers,
         space=_space(model),
@@ -175,10 +176,6 @@ def _sampler(
     if generator is None:
         raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
     return lambda terms: terms.sampled(samples, generator, share=share)
-
-
-def _converted(rows: Rows, dtype: torch.dtype | None) -> Rows:
-    return rows if dtype is None else rows.to(dtype)
 
 
 def _space(model: nn.Module) -> ParameterSpace:

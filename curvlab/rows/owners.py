@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import UnsupportedModel
@@ -68,6 +70,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if unborn:
         raise UnsupportedModel(f"{', '.join(unborn)} have no shape yet: call the model on a batch first.")
     return parameters
+
+
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the floating-point type that holds all entries of several tensors."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] = ()) -> list[Owner]:

@@ -273,7 +273,7 @@ def compare(
     expected = {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, reference, strict=True)}
     if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
         return (), False
-    eps = torch.finfo(z.dtype).eps
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
     # Gradients that cancel exactly, such as a shift before a softmax, are round-off at the scale of what cancels.
     round_off = 100 * eps * max(float(g.norm()) for g in (cotangent, *expected.values()))
     wrong = []

@@ -402,6 +402,27 @@ def test_a_step_that_overflows_under_a_scaler_leaves_no_rows_behind(unscaled: bo
     assert_close(flat(model), flat(expected.preconditioner.model), 1e-10)
 
 
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9, "kl_clip": 1e-2}, {"lr": "quadratic", "damping": LevenbergMarquardt(1.0)}], ids=str
+)
+def test_parameters_in_half_precision_train(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).bfloat16()
+    loss, x = nn.CrossEntropyLoss(), torch.randn(30, 4).bfloat16()
+    y = x[:, :3].argmax(1)
+    optimizer = NaturalGradient(model, loss, structure="kfac", **{"lr": 0.3, "damping": 0.1} | options)
+    values = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        with optimizer.collect():
+            value = loss(model(x), y)
+            value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert values[-1] < 0.6 * values[0]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_the_repr_lists_every_hyper_parameter() -> None:
     text = repr(optimiser(network(), momentum=0.9, weight_decay=0.1, kl_clip=0.01, damping=LevenbergMarquardt()))
     for name in ("lr: 0.3", "momentum: 0.9", "nesterov", "weight_decay: 0.1", "decoupled=False", "kl_clip=0.01"):

@@ -690,6 +690,49 @@ def test_loss_scaling_changes_nothing_but_the_gradient() -> None:
     assert_close(now(pre), reference(fitted, dict(zip(pre.parameters, gradient, strict=True))), 1e-3)
 
 
+class Cast(nn.Module):
+    """Layers in types of their own."""
+
+    def __init__(self, types: tuple[torch.dtype, ...]) -> None:
+        super().__init__()
+        self.layers, self.types = network(), types
+        for layer, dtype in zip(self.layers[::2], types, strict=True):
+            layer.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, dtype in zip(self.layers[::2], self.types, strict=True):
+            x = layer(x.to(dtype)).tanh()
+        return x
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("types", [(HALF,) * 3, (HALF, SINGLE, HALF), (SINGLE, DOUBLE, SINGLE)], ids=str)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_curvature_of_half_and_mixed_precision_is_in_float32_or_wider(
+    key: str, kind: Kind, types: tuple[torch.dtype, ...]
+) -> None:
+    model, exact = Cast(types), Cast((DOUBLE,) * 3)
+    exact.load_state_dict(model.state_dict())
+    loss, (x, y) = nn.CrossEntropyLoss(), data(12)
+    x = x.bfloat16().double()
+    found = []
+    for network in (model, exact):
+        pre = Preconditioner(network, loss, make(key, **options(key)), kind=kind, damping=0.5)
+        for _ in range(2):
+            run(pre, x, y)
+            pre.precondition()
+        found.append(now(pre).double())
+        assert pre.structure.rows.dtype == max((SINGLE, *types), key=lambda t: t.itemsize) or network is exact
+    assert [p.grad.dtype for p in model.layers[::2].parameters() if p.grad is not None] == [
+        t for t in types for _ in "wb"
+    ]
+    eps = max(torch.finfo(dtype).eps for dtype in types)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 8 * eps
+
+
 @pytest.mark.parametrize("key", ["kfac", "full", "diagonal"])
 def test_nodes_of_a_graph_are_one_sample(key: str) -> None:
     from torch_geometric.nn import GCN

@@ -89,6 +89,40 @@ def test_structures_of_half_precision_models(key: str, autocast: bool) -> None:
         rows = rows_of(made, x if autocast else x.bfloat16(), "exact", dtype=torch.float32)
     exact = rows_of(copy.deepcopy(model).double(), x.double(), "exact")
     got, expected = STRUCTURES[key]().update(rows), STRUCTURES[key]().update(exact)
-    g = torch.randn(exact.P, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g = torch.randn(exact.P, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).bfloat16().double()
     solved = got.solve(g.float(), "rel:0.1")
     assert error(solved, expected.solve(g, "rel:0.1")) < 6 * HALF  # type: ignore[arg-type]
+    assert torch.equal(got.solve(g.bfloat16(), "rel:0.1"), solved)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"The vector is torch.float64 at '0.weight', the structure torch.float32"):
+        got.solve(g, 1.0)
+    if not autocast:
+        widened = STRUCTURES[key]().update(rows.to(torch.bfloat16))
+        assert widened.rows.dtype == torch.float32
+        assert error(widened.solve(g.float(), "rel:0.1"), solved.double()) < 6 * HALF  # type: ignore[arg-type]
+
+
+class Mixed(nn.Module):
+    """A body in one type and a head in another."""
+
+    def __init__(self, body: torch.dtype, head: torch.dtype) -> None:
+        super().__init__()
+        self.types = body, head
+        self.body, self.head = nn.Linear(20, 16).to(body), nn.Linear(16, 5).to(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body, head = self.types
+        return self.head(self.body(x.to(body)).tanh().to(head))
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+def test_rows_of_parameters_of_several_types_are_in_the_widest(types: tuple[torch.dtype, ...], kind: str) -> None:
+    model, x = Mixed(*types), torch.randn(12, 20)
+    rows = rows_of(model, x, kind)
+    assert {layer.dtype for layer in rows.layers} == {rows.sample_weights.dtype} == {types[1]}
+    exact = Mixed(torch.float64, torch.float64)
+    exact.load_state_dict(model.state_dict())
+    if kind != "mc":
+        tolerance = 3 * HALF if torch.bfloat16 in types else 1e-6
+        assert error(rows.gram(), rows_of(exact, x.double(), kind).gram()) < tolerance
+    assert curvlab.jacobian(model, x).dense().dtype == types[1]
