@@ -106,6 +106,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._recorder = Recorder([owner for owner in owners if owner.ruled])
         self._factored: dict[Owner, list[Call]] = {}
         self._arguments: Arguments | None = None
+        self._entered: list[int] = []
         self._z: Tensor | None = None
         self._upstream: Tensor | None = None
         self._returned: Any = None
@@ -143,11 +144,20 @@ class Collector(AbstractContextManager["Collector"]):
     @property
     def seen(self) -> tuple[Arguments, Any, bool]:
         """What the model was called on, the targets, and whether the loss was called on what the model returned."""
-        assert self._arguments is not None
         assert self._z is not None
         z, returned = self._z, self._returned
         same = isinstance(returned, Tensor) and returned.shape == z.shape and torch.equal(returned, z)
-        return self._arguments, self._targets, same
+        return self._unchanged(), self._targets, same
+
+    def _unchanged(self) -> Arguments:
+        """Return what the model was called on, to call it once more."""
+        assert self._arguments is not None
+        if _versions(self._arguments) != self._entered:
+            raise UnsupportedModel(
+                "The model's inputs were changed in place after it was called on them, so that its pass cannot be repeated. "
+                "Give it copies, or call precondition() or step() before the next batch takes their memory."
+            )
+        return self._arguments
 
     def _is_watching(self) -> bool:
         return torch.is_grad_enabled() and not self._sweeping
@@ -161,6 +171,7 @@ class Collector(AbstractContextManager["Collector"]):
                 "those of several before one step accumulate."
             )
         self._arguments = detached((args, kwargs))
+        self._entered = _versions(self._arguments)
 
     def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
         if self._is_watching():
@@ -300,7 +311,6 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _dense(self, z: Tensor, seeds: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""
-        assert self._arguments is not None
         left = [owner for owner in self._owners if owner not in self._factored]
         if not left:
             return []
@@ -312,7 +322,7 @@ class Collector(AbstractContextManager["Collector"]):
                 f"The parameters {', '.join(names)} have no factored rows, and the loss takes {len(z)} outputs of "
                 f"{self._count()} samples. Call it on [N, C, T], or leave them to the plain gradient: plain={names}."
             )
-        return dense_rows(self._model, self._arguments, None, seeds, left)
+        return dense_rows(self._model, self._unchanged(), None, seeds, left)
 
     def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, joint, `w s/√count`."""
@@ -388,6 +398,11 @@ def _multiple(terms: LossTerms, upstream: Tensor) -> float:
 def _gradient(call: Call, like: Tensor) -> Tensor:
     """Return the gradient at a layer's output, zero if none arrived."""
     return like.new_zeros(call.shape) if call.gradient is None else call.gradient
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    """Return how often each tensor was changed in place."""
+    return [x._version for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _scaled(gradient: Float[Tensor, "N ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -476,6 +477,37 @@ def test_the_quadratic_model_takes_the_loss_of_what_the_model_returns(
     with made.collect():
         made.preconditioner.loss(change(model(x)), y).backward()
     with pytest.raises(UnsupportedModel, match="something else than what the model returned"):
+        made.step()
+
+
+class InPlace(nn.Module):
+    """Doubles its inputs where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.shift = network(), nn.Parameter(torch.zeros(3, dtype=DOUBLE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.mul_(2)) + self.shift
+
+
+@pytest.mark.parametrize("options", [{}, {"plain": ("shift",), "lr": "quadratic"}], ids=["bare parameter", "quadratic"])
+def test_a_model_that_changes_its_inputs_is_refused_where_its_pass_is_repeated(options: dict[str, Any]) -> None:
+    x, y = data()
+    take(optimiser(InPlace(), plain=("shift",)), x, y)
+    with pytest.raises(UnsupportedModel, match="inputs were changed in place"):
+        take(optimiser(InPlace(), **options), x, y)
+
+
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_memory_of_a_batch_may_be_taken_unless_its_pass_is_repeated(*, quadratic: bool) -> None:
+    (x, y), (others, _) = data(), data(seed=2)
+    made = optimiser(network(), lr="quadratic" if quadratic else 0.1)
+    made.zero_grad()
+    with made.collect():
+        made.preconditioner.loss(made.preconditioner.model(x), y).backward()
+    x.copy_(others)
+    with pytest.raises(UnsupportedModel, match="before the next batch") if quadratic else nullcontext():
         made.step()
 
 
