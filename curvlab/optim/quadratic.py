@@ -60,7 +60,8 @@ class Batch:
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         z: Tensor = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
-        return z
+        # A step changes the loss by less than the round-off of half precision.
+        return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def value(self, parameters: Named) -> float:
         """Return the loss at other parameters."""
@@ -118,7 +119,8 @@ class LevenbergMarquardt:
     """Damping that follows how well the quadratic model predicts the loss.
 
     Every `every` steps, with r the decrease of the batch's loss over the promised one: `ρ ← ωᵏρ` if r > 3/4, `ρ ← ρ/ωᵏ`
-    if r < 1/4, with k = `every`.
+    if r < 1/4, with k = `every`. The promise follows the gradient, so call `backward()` on the loss itself and no multiple; a
+    GradScaler's factor is known.
 
     Args:
         initial: ρ at the start.
