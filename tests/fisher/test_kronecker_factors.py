@@ -142,6 +142,26 @@ def test_inverses_of_factors_kept_as_roots(rows: int, rho: float, dtype: torch.d
     assert float(error.max()) < 1000 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("uses", [1, 100])
+def test_factors_of_one_width_are_inverted_beside_singular_ones(uses: int) -> None:
+    """Factors of 258 to 264 columns share memory's width; one has no Cholesky factor, and the others keep theirs."""
+    wanted = []
+    for d, rho, rank in ((258, 0.1, 300), (261, 1e-17, 40), (258, 0.2, 300), (264, 0.3, 300)):
+        moment = Moment(None)
+        root = draw(1, 300, 1, min(rank, d), seed=d)
+        moment.update(root if rank > d else root @ draw(rank, d, seed=d + 1), 300.0, 0.0)
+        wanted.append((moment, torch.tensor([rho], dtype=DOUBLE)))
+    kinds = []
+    for (moment, rho), inverse in zip(wanted, inverses(wanted, uses), strict=True):
+        (alone,) = inverses([(moment, rho)], uses)
+        assert_close(inverse.dense(), alone.dense())
+        if rho > 1e-9:
+            M = moment.dense()[0]
+            assert_close(inverse.dense()[0], torch.linalg.inv(M + rho * torch.eye(len(M), dtype=DOUBLE)))
+        kinds.append(type(inverse).__name__)
+    assert kinds == ["CholeskyInverse", "MatrixInverse", "CholeskyInverse", "CholeskyInverse"]
+
+
 def test_eigenvectors_where_single_precision_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     found = torch.linalg.eigh
 
