@@ -7,6 +7,8 @@ where neither hooks nor version counters tell, so numbers decide: both sides are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache, reduce
+from math import hypot, isfinite, sqrt
 
 import torch
 from jaxtyping import Float
@@ -31,18 +33,20 @@ def adds_up(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Floa
 
 def _agree(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Tensor | None, directions: int) -> bool:
     layout, like = rows.layout, rows.factors[-1]
-    generator = torch.Generator().manual_seed(directions)
-    units, width = (
-        torch.randn(layout.units + layout.width, directions, generator=generator, device="cpu")
-        .to(like)
-        .split([layout.units, layout.width])
-    )
+    units, width = _random(layout.units + layout.width, directions).to(like).split([layout.units, layout.width])
     terms = rows.along(units, width)
     if coefficients is not None:
         terms = terms * coefficients[:, None]
-    columns = [
+    along_width = [
         slot.columns(gradients[slot.name], layout.units) @ width[slot.start : slot.stop] for slot in layout.slots
     ]
-    difference = terms.sum(0) - (units * torch.stack(columns).sum(0)).sum(0)
-    size = terms.abs().sum(0).square().mean().sqrt()
-    return bool((difference.abs() <= ROUND_OFF * torch.finfo(like.dtype).eps * size).all())
+    found = (units * reduce(torch.add, along_width)).sum(0)
+    sums, sizes, sought = torch.stack([terms.sum(0), terms.abs().sum(0), found]).tolist()
+    round_off = ROUND_OFF * torch.finfo(like.dtype).eps * hypot(*sizes) / sqrt(directions)
+    return isfinite(round_off) and all(abs(one - other) <= round_off for one, other in zip(sums, sought, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _random(entries: int, directions: int) -> Float[Tensor, "entries directions"]:
+    """Return normal entries, the same in every step."""
+    return torch.randn(entries, directions, generator=torch.Generator().manual_seed(directions), device="cpu")

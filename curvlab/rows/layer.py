@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -271,19 +271,27 @@ class KroneckerRows(SharedRows):
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ`.
 
-        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`. For `T > 1` it is the faster of forming the
-        rows, `(R·T + S·U + R·S)·Q·O·I`, and of the pairs of positions, `Q·N·M·T·(U·I + W·O·(U + V))`.
+        For `T = 1` this is `(g gᵀ) ∘ (a aᵀ)`, at `Q·(R·S·O + N·M·I)`; `a aᵀ` of one and the same inputs is kept where it
+        takes no more memory than they. For `T > 1` it is the faster of forming the rows, `(R·T + S·U + R·S)·Q·O·I`, and of
+        the pairs of positions, `Q·N·M·T·(U·I + W·O·(U + V))`.
         """
         if not isinstance(other, KroneckerRows):
             self._add_dense_gram(out, other)
         elif self.positions == other.positions == 1:
-            for q in range(self.a.shape[2]):
-                weight = self.a[:, 0, q] @ other.a[:, 0, q].T
+            N, _, Q, I = self.a.shape  # noqa: E741
+            kept = self._similarities if other.a is self.a and N <= I else None
+            for q in range(Q):
+                weight = kept[q] if kept else self.a[:, 0, q] @ other.a[:, 0, q].T
                 add_product(out, self.g[:, :, 0, q], other.g[:, :, 0, q], weight, symmetric=other is self)
         elif self._forming_cost(other) <= PAIRING_OVERHEAD * self._pairing_cost(other):
             self._add_formed_gram(out, other)
         else:
             self._add_pairwise_gram(out, other)
+
+    @cached_property
+    def _similarities(self) -> list[Float[Tensor, "N N"]]:
+        """Inner products of the inputs of samples at one position each, one matrix a group."""
+        return [a @ a.T for a in self.a[:, 0].unbind(1)]
 
     def _forming_cost(self, other: KroneckerRows) -> int:
         return (self.count * (self.positions + other.count) + other.count * other.positions) * self.size
