@@ -9,9 +9,10 @@ of N samples with V outputs, the rows being `Σ_t g[v,n,t,:] ⊗ a[n,t,:]`:
                 T > 1, the cheaper of forming the rows:      R·T·I·O + R²/2·I·O
                 and of visiting the pairs of positions:      N²/2·(T²·I + T²·V·O + T·V²·O)
 
-A symmetric matrix counts once, its diagonal included: above, `R²/2` stands for `R·(R+1)/2`, `N²/2` for `N·(N+1)/2`.
-Activations, pooling and copies count nothing. So this is what no implementation of the form can do without, rather than
-what one of them does; a rate in operations a second counts two for a multiply-add.
+A symmetric matrix counts once, its diagonal included: above, `R²/2` stands for `R·(R+1)/2`, `N²/2` for `N·(N+1)/2`. In
+full it counts as the matrix product that it is, `R²` and `N²`. Activations, pooling and copies count nothing. So the first
+count is what no implementation of the form can do without, and the second what one does by matrix products as they are
+written; a rate in operations a second counts two for a multiply-add.
 """
 
 from __future__ import annotations
@@ -40,21 +41,27 @@ class Layer:
     outputs: int
 
 
-def operations(network: nn.Sequential, inputs: Float[Tensor, "N ..."]) -> Operations:
-    """Count the multiply-adds of the Gram matrix of a chain of dense layers and convolutions."""
+def operations(network: nn.Sequential, inputs: Float[Tensor, "N ..."], *, once: bool = True) -> Operations:
+    """Count the multiply-adds of the Gram matrix of a chain of dense layers and convolutions.
+
+    Args:
+        network: the chain.
+        inputs: its inputs.
+        once: whether a symmetric matrix counts once, or in full.
+    """
     layers, V = layers_of(network, inputs)
     N = len(inputs)
     R = V * N
     forward = sum(N * layer.positions * layer.inputs * layer.outputs for layer in layers)
     backward = sum(R * layer.positions * layer.inputs * layer.outputs for layer in layers[1:])
-    return Operations(forward + backward, sum(gram_product(layer, V, N) for layer in layers))
+    return Operations(forward + backward, sum(gram_product(layer, V, N, once=once) for layer in layers))
 
 
-def gram_product(layer: Layer, V: int, N: int) -> int:
-    """Count the multiply-adds of a layer's share of the Gram matrix of `V·N` rows."""
+def gram_product(layer: Layer, V: int, N: int, *, once: bool = True) -> int:
+    """Count the multiply-adds of a layer's share of the Gram matrix of `V·N` rows, a symmetric one once or in full."""
     T, I, O = layer.positions, layer.inputs, layer.outputs  # noqa: E741
     R = V * N
-    of_rows, of_samples = R * (R + 1) // 2, N * (N + 1) // 2
+    of_rows, of_samples = (size * (size + 1) // 2 if once else size**2 for size in (R, N))
     if T == 1:
         return of_rows * (O + 1) + of_samples * I
     return min(R * T * I * O + of_rows * I * O, of_samples * T * (T * I + T * V * O + V * V * O))

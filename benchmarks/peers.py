@@ -112,12 +112,10 @@ def _product(rows: Float[Tensor, "R P"]) -> Gram:
 
 
 METHODS: dict[MethodName, Method] = {
-    "curvlab": Method("curvlab, BackPACK engine", _curvlab("backpack"), operations=lambda n: n.sweep + n.product),
-    "curvlab-autograd": Method(
-        "curvlab, autograd engine", _curvlab("autograd"), operations=lambda n: n.sweep + n.product
-    ),
+    "curvlab": Method("curvlab, BackPACK", _curvlab("backpack"), operations=lambda n: n.sweep + n.product),
+    "curvlab-autograd": Method("curvlab, autograd", _curvlab("autograd"), operations=lambda n: n.sweep + n.product),
     "curvlab-product": Method("curvlab, products only", _curvlab_product, operations=lambda n: n.product),
     "backpack": Method("BackPACK SqrtGGNExact", _backpack, scale=2.0),
-    "torch-func": Method("torch.func vmap(jacrev)", _torch_func),
+    "torch-func": Method("torch.func jacrev", _torch_func),
     "nngeometry": Method("nngeometry GramMatrix", _nngeometry),
 }

@@ -18,8 +18,9 @@ from benchmarks.worker import Measurement, Request
 Line = Entry[Request, Measurement]
 
 LEGEND = (
-    "Ratio: the time over that of the first line. Memory: the peak beyond what was held before. Share: the time that "
-    "the factored form's multiply-adds take at the rate of matrix products of these sizes, over the time taken."
+    "Ratio: the time over that of the first line. Memory: the peak beyond what was held before. Rate: the multiply-adds of the "
+    "factored form a second, relative to matrix products of these sizes. Once: the same without the halves of symmetric "
+    "products that mirror the others, which no implementation has to compute."
 )
 
 
@@ -31,12 +32,12 @@ def heading(entries: Sequence[Line]) -> str:
 
 def table(entries: Sequence[Line], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one task; the first entry is what the others are compared with."""
-    made = tables.empty(style, ["method"], ["seconds", "ratio", "memory", "error", "share"])
+    made = tables.empty(style, ["method"], ["seconds", "ratio", "memory", "error", "rate", "once"])
     for entry in entries:
         measured = entry.measurement
-        share = None if measured.outcome != "done" else measured.share
+        rates = measured.rates if measured.outcome == "done" else ()
         cells = tables.cells(measured, entries[0].measurement, entry.error)
-        made.add_row(METHODS[entry.request.method].title, *cells, *([] if share is None else [f"{share:.0%}"]))
+        made.add_row(METHODS[entry.request.method].title, *cells, *(f"{rate:.0%}" for rate in rates))
     return made
 
 

@@ -45,19 +45,22 @@ class Measurement(Timed):
     """What came of it.
 
     Attributes:
-        multiply_adds: what the method does of the factored form; None if it works otherwise.
+        multiply_adds: what the method does of the factored form, symmetric matrices once; None if it works otherwise.
+        full_multiply_adds: the same, symmetric matrices in full.
         matmul_rate: largest rate among the task's matrix products, in multiply-adds a second.
     """
 
     multiply_adds: int | None = None
+    full_multiply_adds: int | None = None
     matmul_rate: float | None = None
 
     @property
-    def share(self) -> float | None:
-        """Share of the time that the multiply-adds take at the rate of matrix products."""
-        if self.multiply_adds is None or self.matmul_rate is None:
-            return None
-        return self.multiply_adds / (self.median * self.matmul_rate)
+    def rates(self) -> tuple[float, ...]:
+        """Multiply-adds a second relative to matrix products, symmetric matrices in full and once; none if not counted."""
+        if self.multiply_adds is None or self.full_multiply_adds is None or self.matmul_rate is None:
+            return ()
+        by_products = self.median * self.matmul_rate
+        return self.full_multiply_adds / by_products, self.multiply_adds / by_products
 
 
 def measure(request: Request) -> tuple[Measurement, Tensor]:
@@ -66,7 +69,11 @@ def measure(request: Request) -> tuple[Measurement, Tensor]:
     task, method = TASKS[request.task], METHODS[request.method]
     method.prepare(*task.build(2, request.device))()
     network, inputs = task.build(request.samples, request.device)
-    count, sizes = operations(network, inputs), matrix_products(network, inputs)
+    sizes = matrix_products(network, inputs)
+    once, full = (
+        None if method.operations is None else method.operations(operations(network, inputs, once=once))
+        for once in (True, False)
+    )
     compute = method.prepare(network, inputs)
     kept: list[Tensor] = []
     peak = meter.growth(lambda: kept.append(compute()), request.device)
@@ -76,7 +83,8 @@ def measure(request: Request) -> tuple[Measurement, Tensor]:
         outcome="done",
         seconds=seconds,
         peak_bytes=peak,
-        multiply_adds=None if method.operations is None else method.operations(count),
+        multiply_adds=once,
+        full_multiply_adds=full,
         matmul_rate=max(
             math.prod(size) / statistics.median(taken) for size, taken in zip(sizes, products, strict=True)
         ),

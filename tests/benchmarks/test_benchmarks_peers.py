@@ -53,6 +53,9 @@ def test_operations_of_a_dense_chain_by_hand():
     # N = 5, V = 2, R = 10: 55 pairs of rows, 15 of samples; inputs 4 + 1 and 3 + 1.
     assert count.sweep == 5 * (5 * 3 + 4 * 2) + 10 * 4 * 2
     assert count.product == 55 * (3 + 1) + 15 * 5 + 55 * (2 + 1) + 15 * 4
+    in_full = operations(network, torch.randn(5, 4), once=False)
+    assert in_full.sweep == count.sweep
+    assert in_full.product == 100 * (3 + 1) + 25 * 5 + 100 * (2 + 1) + 25 * 4
     assert matrix_products(network, torch.randn(5, 4)) == [(10, 2, 3), (10, 3, 10), (10, 2, 10)]
 
 
@@ -94,15 +97,18 @@ def test_measurement_in_this_process():
     assert len(measurement.seconds) == 2
     assert gram.shape == (20, 20)
     assert measurement.peak_bytes >= 0
+    in_full, once = measurement.rates
     time_at_full_rate = measurement.multiply_adds / measurement.matmul_rate
-    assert measurement.share == pytest.approx(time_at_full_rate / measurement.median, rel=1e-12)
+    assert once == pytest.approx(time_at_full_rate / measurement.median, rel=1e-12)
+    assert in_full / once == pytest.approx(measurement.full_multiply_adds / measurement.multiply_adds, rel=1e-12)
+    assert measurement.full_multiply_adds > measurement.multiply_adds
 
 
 @pytest.mark.usefixtures("threads")
 def test_a_spent_budget_leaves_one_timed_call():
     measurement, _ = measure(request("torch-func", repeats=50, seconds=1e-9))
     assert len(measurement.seconds) == 1
-    assert measurement.share is None
+    assert measurement.rates == ()
 
 
 @pytest.mark.usefixtures("threads")
@@ -143,11 +149,11 @@ def test_files_hold_the_comparison(tmp_path):
     report.save(tmp_path / "comparison.md", [comparison], {})
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     assert lines[0] == "## Gram matrix of a LeNet on 28×28 images, N = 2, float32, cpu, 1 thread"
-    cells = {cells[0]: cells[1:] for line in lines if len(cells := [c.strip() for c in line.split("|")[1:-1]]) == 6}
-    assert cells["curvlab, BackPACK engine"] == ["0.3", "1×", "3.0 GiB", "0.0e+00", ""]
-    assert cells["BackPACK SqrtGGNExact"] == ["60", "200×", "3.0 GiB", "1.5e-07", ""]
-    assert cells["torch.func vmap(jacrev)"] == ["out of memory", "", "", "", ""]
-    assert "torch.func vmap(jacrev): out of memory (killed by the system)." in lines
+    cells = {cells[0]: cells[1:] for line in lines if len(cells := [c.strip() for c in line.split("|")[1:-1]]) == 7}
+    assert cells["curvlab, BackPACK"] == ["0.3", "1×", "3.0 GiB", "0.0e+00", "", ""]
+    assert cells["BackPACK SqrtGGNExact"] == ["60", "200×", "3.0 GiB", "1.5e-07", "", ""]
+    assert cells["torch.func jacrev"] == ["out of memory", "", "", "", "", ""]
+    assert "torch.func jacrev: out of memory (killed by the system)." in lines
     report.save(tmp_path / "comparison.json", [comparison], {"python": "3.11"})
     stored = json.loads((tmp_path / "comparison.json").read_text())
     assert stored["environment"] == {"python": "3.11"}
