@@ -35,7 +35,7 @@ class CommonOptions:
     """Timed calls of a method."""
     seconds: float = 30.0
     """No further call of a method starts after this much timed work (unit: seconds)."""
-    timeout: float = 1800.0
+    timeout: float = 600.0
     """A method's process is stopped after this time (unit: seconds)."""
     threads: int = os.cpu_count() or 1
     """Threads of each process."""
