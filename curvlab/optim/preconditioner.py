@@ -24,7 +24,7 @@ with the whole batch, and the inverses of Kronecker factors are shared out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -116,7 +116,7 @@ class Preconditioner:
         self._modules = {name: module for name, module in model.named_modules() if module in modules}
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
-        self._checked = False
+        self._checked: set[Hashable] = set()
 
     def __repr__(self) -> str:
         shown = {
@@ -173,13 +173,12 @@ class Preconditioner:
             self._owners,
             draw,
             samples=Nodes(None) if self.graph else None,
-            check=self.due and not (self._checked or coupled),
+            checked=None if coupled or not self.due else self._checked,
         )
         with collector:
             yield
         if collector.cleared:
             self._passes = []
-        self._checked = self._checked or collector.checked
         self._passes.append(collector)
         self._untouched = {
             n: (p.grad, p.grad._version)

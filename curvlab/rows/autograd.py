@@ -25,6 +25,7 @@ from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
+from curvlab.rows.route import route_to
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output, unhooked
 
@@ -58,7 +59,7 @@ def sweep(
         finally:
             for handle in handles:
                 handle.remove()
-        seeds = seed(chosen.detach())
+        seeds, route = seed(chosen.detach()), route_to(z)
         factored = recorder.calls(samples, seeds.shape[1])
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
@@ -74,7 +75,7 @@ def sweep(
         for made, g in zip(calls, gradients, strict=True)
     }
     layers = [form(owner, {made: at[made] for made in own}, samples) for owner, own in factored.items()]
-    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]))
+    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]), route)
 
 
 def backward(
@@ -160,7 +161,7 @@ def dense_rows(
         except Exception as failure:
             raise UnsupportedModel(
                 f"The parameters {names} have no factored rows, and dense ones could not be formed by calling the model "
-                f"on single samples: {failure}"
+                f"on single samples, which the first axis of all inputs and outputs must number: {failure}"
             ) from failure
     return [_as_dense(owner, rows, seeds) for owner in owners]
 

@@ -41,9 +41,11 @@ from backpack.extensions.secondorder.sqrt_ggn.custom_module import SqrtGGNScaleM
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
 from curvlab.rows.owners import owners_of, trainable
 from curvlab.rows.products import distinct
+from curvlab.rows.route import Route
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
     Arguments,
@@ -223,8 +225,13 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     layers = []
     for owner in owners_of(twin):
         (site,), (x, g) = owner.sites, extension.kept[owner.module]
+        if not samples.fit(x, seeds.shape[1]):
+            raise UnsupportedModel(
+                f"The model's output has {seeds.shape[1]} entries along its first axis, and layer {owner.name!r} sees {len(x)}: "
+                "the first axis must be the sample. Keep the positions of a sample on an axis of their own, [N, C, T]."
+            )
         layers.append(samples.form(site, (x,), g))
-    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), layers))
+    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), layers), Route())
 
 
 def _twin(module: Any) -> Any:

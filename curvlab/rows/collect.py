@@ -8,7 +8,7 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -28,6 +28,7 @@ from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
 from curvlab.rows.owners import Owner, decomposing, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.record import Call, Recorder, form
+from curvlab.rows.route import Route, route_to
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
@@ -66,7 +67,8 @@ class Collector(AbstractContextManager["Collector"]):
         owners: the modules whose rows are wanted.
         draw: the rows of S; None if only those of the gradient are wanted, which takes no further sweep.
         samples: what a sample is.
-        check: whether to compare the rows of S with a reverse pass through the same graph.
+        checked: passes, known by their shapes and graphs, of which the rows of S need not be compared with a reverse pass;
+            those of this pass are added. No comparison if None.
 
     Raises:
         StateError: on exit, unless there was one forward pass, one call of the loss and one backward pass.
@@ -84,17 +86,16 @@ class Collector(AbstractContextManager["Collector"]):
         draw: Draw | None,
         *,
         samples: Samples | None = None,
-        check: bool = False,
+        checked: set[Hashable] | None = None,
     ) -> None:
         self.rows: Rows | None = None
         """Rows of S."""
         self.coefficients: Tensor | None = None
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
-        self.checked = False
-        """Whether rows have been compared with a reverse pass, which tells nothing where numbers are not finite."""
         self.cleared = False
         """Whether there were no gradients to add to when the loss was called."""
-        self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, check
+        self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, False
+        self._checked = checked
         self._samples = samples or Samples()
         names = {name for owner in owners for name in owner.names.values()}
         self.parameters = {name: p for name, p in model.named_parameters() if name in names}
@@ -111,6 +112,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._upstream: Tensor | None = None
         self._returned: Any = None
         self._targets: Any = None
+        self._route = Route()
+        self._pass: Hashable = None
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
         self._summands: dict[Owner, LayerRows] = {}
@@ -198,6 +201,10 @@ class Collector(AbstractContextManager["Collector"]):
         z = self._z.detach()
         self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
         self._take_factored()
+        self._route = route_to(self._z)
+        shapes = tuple(call.inputs[0].shape for call in self._calls())
+        self._pass = (self._route, self._z.shape, shapes)
+        self._check = self._checked is not None and self._pass not in self._checked
         self._sweeping = True
         try:
             self._seed(self._samples.lay_out(self._z), self._terms)
@@ -226,6 +233,9 @@ class Collector(AbstractContextManager["Collector"]):
                 self._take_factored()
                 self._dense_layers = self._dense(z, seeds)
                 refuse(self._wrong(z, seeds))
+        if scales:
+            # The numbers of a pass do not depend on whether it was checked.
+            self._swept = {}
 
     def _take_factored(self) -> None:
         apart = unfactored(self._model)
@@ -234,7 +244,9 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
-        wrong, self.checked = compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])
+        wrong, told = compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])
+        if told and not wrong and self._checked is not None and (self._route.fixed or self._count() == 1):
+            self._checked.add(self._pass)
         return wrong
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:

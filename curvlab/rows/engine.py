@@ -75,24 +75,24 @@ def _checked_sweep(
     arguments, samples = reading
 
     def forward() -> Tensor:
-        with differentiable_recurrence(model):
+        with left_as_found(model), differentiable_recurrence(model):
             return samples.lay_out(samples.choose(call(model, arguments, pick)))
 
     def attempt() -> tuple[Swept, tuple[str, ...]]:
-        if chosen == "backpack":
-            swept = backpack.sweep(model, arguments, pick, seed, samples)
-        else:
-            swept = autograd.sweep(model, arguments, pick, seed, samples, unfactored(once_for))
+        with left_as_found(model):
+            if chosen == "backpack":
+                swept = backpack.sweep(model, arguments, pick, seed, samples)
+            else:
+                swept = autograd.sweep(model, arguments, pick, seed, samples, unfactored(once_for))
         check_finite(swept)
         return swept, wrong_rows(model, forward, swept, chosen, once_for)
 
-    with left_as_found(model):
-        swept, wrong = attempt()
-        if wrong and chosen == "autograd":
-            with without_factors(once_for, wrong):
-                swept, wrong = attempt()
-                refuse(wrong)
-        refuse(wrong)
+    swept, wrong = attempt()
+    if wrong and chosen == "autograd":
+        with without_factors(once_for, wrong):
+            swept, wrong = attempt()
+            refuse(wrong)
+    refuse(wrong)
     return swept
 
 

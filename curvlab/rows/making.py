@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import unknown_name
 from curvlab.rows.engine import Engine, read, sweep
@@ -23,6 +24,7 @@ from curvlab.rows.samples import NodeChoice, Samples
 from curvlab.rows.sweep import PickOutput, Seed, Swept
 
 
+@torch.inference_mode(False)
 def jacobian(
     model: nn.Module,
     inputs: Any,
@@ -62,6 +64,7 @@ def jacobian(
     return rows.to(dtype or widest(trainable(model).values()))
 
 
+@torch.inference_mode(False)
 def sqrt_fisher(
     model: nn.Module,
     loss: nn.Module,
@@ -117,6 +120,7 @@ def sqrt_fisher(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
     reading = read(model, inputs, nodes)
+    targets = tree_map_only(Tensor, lambda y: y.clone() if y.is_inference() else y, targets)
     of_rows = dtype or widest(trainable(model).values())
 
     def terms_of(z: Tensor) -> LossTerms:

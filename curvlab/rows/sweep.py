@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import trainable
+from curvlab.rows.route import Route
 
 Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
 """Chooses the rows to propagate back, given the model's output."""
@@ -36,11 +37,13 @@ class Swept:
         output: the model's output, as the loss takes it.
         seeds: rows at the output, in the layout of rows.
         layers: rows of every layer.
+        route: the way of samples through the model.
     """
 
     output: Float[Tensor, "L C ..."]
     seeds: Float[Tensor, "V N C ..."]
     layers: tuple[LayerRows, ...]
+    route: Route
 
 
 def structural_twin(model: nn.Module, trained: Mapping[str, bool] | None = None) -> nn.Module:
@@ -59,14 +62,19 @@ def structural_twin(model: nn.Module, trained: Mapping[str, bool] | None = None)
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Give every module back the attributes and buffers that it had before the block."""
+    """Give every module back the attributes and buffers that it had before the block, and buffers their numbers."""
     found = [(holder, dict(holder)) for module in model.modules() for holder in (vars(module), module._buffers)]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for holder, content in found:
             holder.clear()
             holder.update(content)
+        with torch.no_grad():
+            for buffer, version, numbers in buffers:
+                if buffer._version != version:
+                    buffer.copy_(numbers)
 
 
 def as_arguments(inputs: Any) -> Arguments:
@@ -80,7 +88,12 @@ def as_arguments(inputs: Any) -> Arguments:
 
 def detached(arguments: Arguments) -> Arguments:
     """Detach tensors, so that no backward pass reaches what the user computed them from."""
-    found: Arguments = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), arguments)
+
+    def free(x: Tensor) -> Tensor:
+        # A tensor of inference mode cannot be saved for a backward pass; a copy can.
+        return (x.clone() if x.is_inference() else x.detach()).requires_grad_(x.requires_grad)
+
+    found: Arguments = tree_map_only(Tensor, free, arguments)
     return found
 
 
@@ -216,16 +229,17 @@ def wrong_rows(
     engine: str,
     once_for: nn.Module,
 ) -> tuple[str, ...]:
-    """Compare random combinations of rows with one reverse pass, once for a model (`once_for`) and shape.
+    """Compare random combinations of rows with one reverse pass, once for a model (`once_for`), its graph and shapes.
 
-    One pass catches sequence-first inputs, reshaped batches, weights that are used elsewhere, and samples that interact.
+    One pass catches sequence-first inputs, reshaped batches, weights that are used elsewhere, and samples that interact. It is
+    repeated for every batch where samples may move to places that depend on numbers.
 
     Returns:
         The parameters whose rows are wrong.
     """
     parameters = trainable(model)
     key = (
-        engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training,
+        engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training, swept.route,
         tuple((layer.name, layer.factors[0].shape) for layer in swept.layers),
     )  # fmt: skip
     if key in _checked.setdefault(once_for, set()):
@@ -233,7 +247,7 @@ def wrong_rows(
     with torch.enable_grad():
         z = forward()
     wrong, told = compare(parameters, z, swept.seeds, swept.layers)
-    if told and not wrong:
+    if told and not wrong and (swept.route.fixed or swept.seeds.shape[1] == 1):
         _checked[once_for].add(key)
     return wrong
 

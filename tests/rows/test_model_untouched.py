@@ -237,3 +237,40 @@ def test_decomposed_layers_are_put_back(name: str) -> None:
     cotangent = torch.linspace(-1, 1, before.numel(), dtype=before.dtype).view(before.shape)
     product = sum(float((g * v[name]).sum()) for name, g in pull(cotangent)[0].items())
     assert abs(float(rows.matvec(v) @ cotangent.T.flatten()) - product) < 1e-9 * (1 + abs(product))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, in place, and averages what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x - self.mean)
+        self.calls += 1
+        self.mean.lerp_(x.mean(0), 0.5)
+        return z
+
+
+def test_buffers_that_the_forward_pass_changes_in_place() -> None:
+    model, x = Counting(), torch.randn(4, 3)
+    rows = jacobian(model, x)
+    assert float(model.calls) == 0
+    assert not bool(model.mean.any())
+    assert_close(rows.dense(), dense_jacobian(model.layer, x))
+
+
+@pytest.mark.parametrize("engine", ["backpack", "autograd"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_inference_mode(engine: Any, kind: Any) -> None:
+    model, loss = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), nn.MSELoss()
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    expected = sqrt_fisher(model, loss, x, y, kind, engine=engine)
+    with torch.inference_mode():
+        same = (x.clone(), y.clone())
+        inside = sqrt_fisher(model, loss, *same, kind, engine=engine)
+        assert torch.equal(inside.gram(), expected.gram())
+    assert torch.equal(sqrt_fisher(model, loss, *same, kind, engine=engine).gram(), expected.gram())
