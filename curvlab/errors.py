@@ -20,6 +20,10 @@ class StateError(CurvlabError):
     """A structure that was asked for something its state does not hold."""
 
 
+class Weightless(ValueError):
+    """Targets of a batch that all have no weight, so that the mean of its loss does not exist."""
+
+
 class NotPositiveDefinite(CurvlabError):
     """A structure with a negative eigenvalue where positivity is needed."""
 

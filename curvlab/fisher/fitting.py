@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,13 +21,16 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from curvlab.errors import StateError
+from curvlab.errors import StateError, Weightless
 from curvlab.fisher.state import State
 from curvlab.rows import Rows
 from curvlab.rows.batches import shuffles
+from curvlab.rows.loss.terms import weightless
 from curvlab.study import storage
 from curvlab.study.faults import UsageError
 from curvlab.study.progress import progress
+
+logger = logging.getLogger("curvlab")
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,13 @@ class Position:
     Attributes:
         number: of the pass, from 0.
         done: batches of this pass.
+        absorbed: those among them that had targets with weight.
         seen: fingerprints of the batches of the first pass.
     """
 
     number: int = 0
     done: int = 0
+    absorbed: int = 0
     seen: list[str] = field(default_factory=list)
 
 
@@ -102,7 +108,7 @@ class Fitting:
                 for batch in self._new_batches(number):
                     found += 1
                     if batch is not None:
-                        self.structure._absorb(self._rows(batch), number, first=self._at.done == 0)
+                        self._absorb(batch, number)
                         self._at.done += 1
                         self._write(whenever=False)
                     if self.shows:
@@ -111,7 +117,17 @@ class Fitting:
                 if number == self._at.number:
                     self._write(whenever=True)
                     if number + 1 < passes:
-                        self._at.number, self._at.done = number + 1, 0
+                        self._at.number, self._at.done, self._at.absorbed = number + 1, 0, 0
+
+    def _absorb(self, batch: Any, number: int) -> None:
+        """Add a batch, unless none of its targets counts."""
+        try:
+            rows = self._rows(batch)
+        except Weightless:
+            logger.info("Batch %d of pass %d has no target that carries weight.", self._at.done + 1, number + 1)
+            return
+        self.structure._absorb(rows, number, first=self._at.absorbed == 0)
+        self._at.absorbed += 1
 
     def _rows(self, batch: Any) -> Rows:
         """Form the rows of a batch, those of an only one once for all passes."""
@@ -163,6 +179,8 @@ class Fitting:
     def _check_found(self, number: int, found: int) -> None:
         if found == 0:
             raise ValueError("The data hold no batch.")
+        if number == self._at.number and self._at.absorbed == 0:
+            raise weightless()
         if number == self._at.number and found < max(self._at.done, len(self._at.seen)):
             raise ValueError(f"Pass {number + 1} ended after {found} batches; there were {len(self._at.seen)} before.")
 
@@ -173,6 +191,7 @@ class Fitting:
             "identity": dict(self.checkpoint.identity),
             "number": self._at.number,
             "done": self._at.done,
+            "absorbed": self._at.absorbed,
             "seen": self._at.seen,
             "start": self._start,
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -196,7 +215,7 @@ class Fitting:
                     f"{str(checkpoint.path)!r} is the checkpoint of another fit: {name} differs. Delete it, or choose another "
                     "path."
                 )
-        self._at = Position(content["number"], content["done"], content["seen"])
+        self._at = Position(content["number"], content["done"], content["absorbed"], content["seen"])
         self._start = content["start"]
         if self.generator is not None:
             self.generator.set_state(content["generator"])

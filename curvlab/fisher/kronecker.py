@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.errors import unknown_name
+from curvlab.errors import StateError, unknown_name
 from curvlab.fisher.block import Batch, Block, Relation, State, check_rtol
 from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
@@ -28,6 +28,8 @@ from curvlab.rows.rows import gram
 from curvlab.rows.side_by_side import times
 
 Sharing = Literal["expand", "reduce", "gradient"]
+
+Factored = TypeVar("Factored", bound=SharedRows)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,20 @@ class KroneckerBlock(Block):
             return rows, batch.sample_weights
         assert isinstance(rows, SharedRows)
         return rows.map_rows(lambda g: g.sum(0, keepdim=True)), rows.sizes() * (batch.sample_weights > 0)
+
+    def _factored(self, rows: LayerRows, expected: type[Factored]) -> Factored:
+        """Return rows that have the factors which this block was made for.
+
+        Raises:
+            StateError: they have not.
+        """
+        if not isinstance(rows, expected):
+            raise StateError(
+                f"Layer {self.name!r} had factored rows in the first batch and has none in this one: the first axis of its "
+                "inputs is the sample's in some batches only, as in one of a single sample. Use batches of equal size "
+                "(drop_last=True), or a structure without Kronecker factors, such as 'block-diagonal'."
+            )
+        return rows
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: ARG002
         """Whether the basis spans these rows, if they went into its factors."""
@@ -292,8 +308,7 @@ class LinearBlock(KroneckerBlock):
         self.width: Moment = Moment(options.rtol, complete=self._leaves_span)
 
     def elements(self, batch: Batch) -> int:  # noqa: D102
-        rows = batch.layers[0]
-        assert isinstance(rows, KroneckerRows)
+        rows = self._factored(batch.layers[0], KroneckerRows)
         (*_, Q, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
         return Q * (O**2 + I**2)
 
@@ -361,7 +376,8 @@ class EmbeddingBlock(KroneckerBlock):
         self.units: DiagonalMoment = DiagonalMoment()
         self.width: Moment = Moment(options.rtol)
 
-    def elements(self, batch: Batch) -> int:  # noqa: ARG002, D102
+    def elements(self, batch: Batch) -> int:  # noqa: D102
+        self._factored(batch.layers[0], EmbeddingRows)
         return self.parts[0].units + self.parts[0].width ** 2
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102

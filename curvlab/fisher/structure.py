@@ -114,6 +114,9 @@ class Structure(State):
         structure = cls(**options)
 
         def rows_of(batch: Sequence[Any]) -> Rows:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+                raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}{size}.")
             inputs, targets = batch
             return sqrt_fisher(
                 model,
@@ -224,6 +227,10 @@ class Structure(State):
         rows = self.rows
         if coefficients.ndim not in (1, 2) or coefficients.shape[-1] != rows.R:
             raise ValueError(f"Coefficients are [R] or [K, R] with R = {rows.R}, got {tuple(coefficients.shape)}.")
+        if coefficients.dtype != rows.dtype:
+            raise ValueError(
+                f"The coefficients are {coefficients.dtype}, the structure {rows.dtype}. Convert the former."
+            )
         rho = self._damping(damping)
         c = coefficients.reshape(-1, rows.R)
         named: dict[str, Tensor] = {}

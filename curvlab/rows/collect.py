@@ -199,6 +199,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._z, self._targets = by_position
         self.cleared = all(p.grad is None for p in self.parameters.values())
         z = self._z.detach()
+        if z.shape[:1] == (0,):
+            raise ValueError("The outputs that the loss was called on hold zero samples.")
         self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
         self._take_factored()
         self._route = route_to(self._z)

@@ -90,6 +90,11 @@ class LayerRows(ABC):
     def dense(self) -> Float[Tensor, "R P_l"]:
         """Form the rows. Memory `R·P_l`."""
 
+    def formed(self) -> DenseRows:
+        """Return the same rows, formed. Memory `R·P_l`."""
+        rows = self.dense().view(*self.shape, self.layout.units, self.layout.width)
+        return DenseRows(self.name, self.layout, rows)
+
     @property
     def count(self) -> int:
         """Number of rows `R = V·N`."""

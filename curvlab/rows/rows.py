@@ -129,9 +129,17 @@ class Rows:
         """
         return gram(self.layers, self.layers if other is None else other.layers)
 
+    def _check_type(self, what: str, dtype: torch.dtype) -> None:
+        if dtype != self.dtype:
+            raise ValueError(
+                f"The {what}: {dtype}, the rows: {self.dtype}. Convert one of them; rows.to({dtype}) converts these."
+            )
+
     def matvec(self, vector: Vector) -> Float[Tensor, "... R"]:
         """Multiply the rows with parameters (by name or flat; one leading axis is a block of vectors)."""
         named, _ = self.space.unpack(vector)
+        for name, value in named.items():
+            self._check_type(f"vector at {name!r}", value.dtype)
         blocked = (vector.ndim == 2) if isinstance(vector, Tensor) else _is_blocked(vector, self.space)
         product = sum(layer.matvec(layer.layout.join(named)) for layer in self.layers)
         assert isinstance(product, Tensor)
@@ -141,6 +149,7 @@ class Rows:
         """Combine rows: `Sᵀc` by parameter name; a leading axis of `c` is kept."""
         if coefficients.ndim not in (1, 2) or coefficients.shape[-1] != self.R:
             raise ValueError(f"Coefficients are [R] or [K, R] with R = {self.R}, got {tuple(coefficients.shape)}.")
+        self._check_type("coefficients", coefficients.dtype)
         block = coefficients.reshape(-1, self.R)
         named: dict[str, Tensor] = {}
         for layer in self.layers:
@@ -212,7 +221,7 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         return first
     scales = _merge_scales(parts, weights)
     stacked = [
-        layers[0].scale(scales[0]).concatenate([x.scale(s) for x, s in zip(layers[1:], scales[1:], strict=True)])
+        _stacked([layer.scale(scale) for layer, scale in zip(layers, scales, strict=True)])
         for layers in zip(*(part.layers for part in parts), strict=True)
     ]
     bases = [part._jacobian for part in parts if part._jacobian is not None]
@@ -229,6 +238,13 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         _jacobian=merge(bases) if len(bases) == len(parts) else None,
         factor=factors[0].joined(factors[1:], scales) if len(factors) == len(parts) else None,
     )
+
+
+def _stacked(layers: Sequence[LayerRows]) -> LayerRows:
+    """Stack the rows of one layer, formed where they are factored in some of the batches only."""
+    if len({type(layer) for layer in layers}) > 1:
+        layers = [layer.formed() for layer in layers]
+    return layers[0].concatenate(layers[1:])
 
 
 def _merge_scales(parts: Sequence[Rows], weights: Sequence[float]) -> list[float]:

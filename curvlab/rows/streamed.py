@@ -130,7 +130,7 @@ def as_bytes(memory: int | str) -> int:
     Raises:
         ValueError: it is not a positive number of bytes.
     """
-    found = re.fullmatch(r"([0-9.]+) *([KMGT]iB|B)", str(memory).strip()) if isinstance(memory, str) else None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT]iB|B)", str(memory).strip()) if isinstance(memory, str) else None
     amount = float(found[1]) * 2.0 ** UNITS[found[2]] if found else memory
     if isinstance(amount, str) or not amount >= 1:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fisher_oracle import case
+from oracle import assert_close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -167,3 +168,25 @@ def test_fingerprints_see_every_tensor() -> None:
     ]
     assert all(fingerprint(other) != same for other in others)
     assert fingerprint(x.bfloat16()) != fingerprint(x.half())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_batches_without_a_target_that_counts(key: str) -> None:
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([-100, -100, 0, 2, -100, -100])
+    whole = cf.STRUCTURES[key].fit(model, loss, (x, y)).to_dense()
+    for sizes in (2, 1):
+        parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        assert_close(cf.STRUCTURES[key].fit(model, loss, parts).to_dense(), whole)
+    with pytest.raises(ValueError, match="No target carries weight"):
+        cf.STRUCTURES[key].fit(model, loss, [(x[:1], y[:1]), (x[4:], y[4:])])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [((torch.ones(2, 3), torch.ones(2), 1), "got a tuple of 3"), ({"x": torch.ones(2, 3)}, "got a dict")],
+)
+def test_batches_that_are_no_pairs(batch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"A batch is a pair \(inputs, targets\), {message}"):
+        cf.KFAC.fit(nn.Linear(3, 2), nn.MSELoss(), [batch])

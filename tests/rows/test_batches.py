@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.rows
+from curvlab.errors import StateError
 from curvlab.fisher import STRUCTURES, Full
 from curvlab.rows import Rows, merge, sqrt_fisher
 
@@ -178,3 +179,38 @@ def test_batches_of_different_lengths() -> None:
             copy = structure(**options)
             copy.load_state_dict(together.state_dict())
             assert_close(copy.to_dense(), together.to_dense())
+
+
+class Latents(nn.Module):
+    """Attends to its inputs with queries of its own, which a batch of one sample takes for that sample's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, 3, 4))
+        self.query, self.key, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.key(x)
+        return self.last(((self.query(self.latents) @ k.mT).softmax(-1) @ k).mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (1, 1, 3)])
+@pytest.mark.parametrize("key", sorted(set(STRUCTURES) - {"kfac", "ekfac"}))
+def test_layers_that_are_factored_in_some_batches_only(key: str, sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, loss = Latents().double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 2, 4, dtype=torch.float64), torch.randint(3, (5,))
+    whole = STRUCTURES[key].fit(model, loss, (x, y))
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    assert_close(STRUCTURES[key].fit(model, loss, parts).to_dense(), whole.to_dense())
+
+
+@pytest.mark.parametrize("key", ["kfac", "ekfac"])
+def test_kronecker_factors_of_a_layer_that_loses_its_own(key: str) -> None:
+    model, loss = Latents(), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 2, 4), torch.randint(3, (5,))
+    structure = STRUCTURES[key]().update(sqrt_fisher(model, loss, x[:1], y[:1]))
+    before = structure.to_dense()
+    with pytest.raises(StateError, match="Layer 'query' had factored rows in the first batch and has none in this one"):
+        structure.update(sqrt_fisher(model, loss, x[1:], y[1:]), 1.0)
+    assert torch.equal(structure.to_dense(), before)

@@ -300,3 +300,12 @@ def test_numbers_do_not_depend_on_whether_a_pass_is_checked() -> None:
         assert collector.rows is not None
         found.append(collector.rows.dense())
     assert torch.equal(*found)
+
+
+def test_an_empty_batch_is_named() -> None:
+    model, loss = nn.Linear(3, 2), nn.MSELoss(reduction="sum")
+    with (
+        pytest.raises(ValueError, match="hold zero samples"),
+        Collector(model, loss, owners_of(model), draw("exact")),
+    ):
+        loss(model(torch.randn(0, 3)), torch.randn(0, 2)).backward()

@@ -407,3 +407,24 @@ class TestLosses:
         targets = torch.zeros(4, CLASSES)
         targets[1, 2] = torch.nan
         self.refuse(ValueError, "targets are not finite, first at sample 1", loss, targets)
+
+
+@pytest.mark.parametrize("engine", ["auto", "backpack", "autograd"])
+def test_positions_on_the_first_axis_of_the_output(engine: Any) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5), nn.Flatten(0, 1))
+    indices, targets = torch.randint(5, (3, 4)), torch.randint(5, (12,))
+    for call in (
+        lambda: jacobian(model, indices, engine=engine),
+        lambda: sqrt_fisher(model, nn.CrossEntropyLoss(), indices, targets, engine=engine),
+    ):
+        with pytest.raises(UnsupportedModel, match="first axis"):
+            call()
+
+
+def test_vectors_of_another_type_than_the_rows() -> None:
+    model, x = model_and_inputs()
+    rows = jacobian(model, x)
+    with pytest.raises(ValueError, match=r"The coefficients: torch.float32, the rows: torch.float64"):
+        rows.rmatvec(torch.ones(rows.R, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"The vector at .*: torch.float32, the rows: torch.float64"):
+        rows.matvec(torch.ones(rows.P, dtype=torch.float32))

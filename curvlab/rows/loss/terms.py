@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import UnsupportedModel
+from curvlab.errors import UnsupportedModel, Weightless
 from curvlab.rows.loss.factor import OutputFactor
 from curvlab.rows.loss.likelihood import Draws, Lay, Likelihood
 
@@ -70,7 +70,7 @@ class LossTerms:
 
         Raises:
             UnsupportedModel: for kinds "exact" and "mc" of losses whose Hessian is no Fisher matrix; see `Likelihood`.
-            ValueError: if no target carries weight.
+            Weightless: if no target carries weight.
         """
         if self.count == 0 and not part:
             raise weightless()
@@ -127,9 +127,9 @@ class LossTerms:
         return replace(self, likelihood=self.likelihood.relaid(lay), z=z, weight=weight, score=score)
 
 
-def weightless() -> ValueError:
+def weightless() -> Weightless:
     """Return the error for targets that all have no weight."""
-    return ValueError("No target carries weight (all ignored, or class weights of zero), so the mean does not exist.")
+    return Weightless("No target carries weight (all ignored, or class weights of zero), so the mean does not exist.")
 
 
 def _one_row_a_position(rows: Float[Tensor, "K N C X"]) -> Float[Tensor, "V N C X"]:
