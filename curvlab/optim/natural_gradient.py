@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,6 +17,9 @@ from curvlab.optim.hyper import Hyper, Interval, Schedule
 from curvlab.optim.preconditioner import Preconditioner
 from curvlab.optim.quadratic import Batch, LevenbergMarquardt, agreement, best_combination, inner
 from curvlab.rows.loss import Kind
+
+_HOOKS = re.compile("_optimizer_.*_hooks")
+"""Names of the attributes in which `torch.optim.Optimizer` keeps hooks, and which it makes anew in a copy."""
 
 
 @dataclass
@@ -134,19 +138,41 @@ class NaturalGradient(torch.optim.Optimizer):
         )
         made = [dict(group) for group in groups]
         self._own: list[set[str]] = []
+        self._names = {p: name for name, p in model.named_parameters()}
         if self._quadratic and any({"lr", "momentum"} & set(group) for group in made):
             raise ValueError('lr="quadratic" takes one step for all groups: leave lr and momentum out of param_groups.')
         super().__init__(made, {**first, "nesterov": nesterov})
-        self._names = {p: name for name, p in model.named_parameters()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it sets itself, functions of the step leave alone."""
-        self._own.append(set(param_group))
+        """Add a group of the model's parameters; what it sets itself, functions of the step leave alone.
+
+        Raises:
+            ValueError: if it holds parameters of anything else.
+        """
+        own, params = set(param_group), param_group["params"]
+        if not isinstance(params, Tensor | set):
+            params = param_group["params"] = list(params)
+        given = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+        foreign = [str(tuple(p.shape)) for p in given if isinstance(p, Tensor) and p not in self._names]
+        if foreign:
+            raise ValueError(
+                f"Parameter group {len(self.param_groups)} holds {len(foreign)} tensors that are not parameters of the "
+                f"{type(self.preconditioner.model).__name__} that the optimiser was made for, of shape {', '.join(foreign)}. "
+                "Give them an optimiser of their own, or make a new NaturalGradient of a module that has them."
+            )
         super().add_param_group(param_group)
+        self._own.append(own)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle everything, not only what SGD has."""
-        return vars(self)
+        """Copy and pickle everything but what others put on this instance and torch leaves out, too.
+
+        These are hooks, and methods that are replaced: a learning-rate scheduler wraps `step`, bound to the original.
+        """
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not (hasattr(type(self), name) or name == "_opt_called" or _HOOKS.fullmatch(name))
+        }
 
     def __repr__(self) -> str:
         extra = (
@@ -277,8 +303,11 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         """Step along the direction and the last step as the quadratic model says."""
         moving = {name: p for p, name in self._names.items() if name in direction}
-        last = {name: self.state[p]["last_step"] for name, p in moving.items() if "last_step" in self.state[p]}
-        directions = [direction, last] if last else [direction]
+        known = any("last_step" in self.state[p] for p in moving.values())
+        last = (
+            {name: self.state[p].get("last_step", torch.zeros_like(p)) for name, p in moving.items()} if known else None
+        )
+        directions = [direction] if last is None else [direction, last]
         best = best_combination(batch, gradients, directions, damping)
         for name, p in moving.items():
             self.state[p]["last_step"] = step = sum(c * d[name] for c, d in zip(best.tolist(), directions, strict=True))
@@ -289,7 +318,17 @@ class NaturalGradient(torch.optim.Optimizer):
         return super().state_dict() | {"preconditioner": self.preconditioner.state_dict(), "rho": self._rho.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state into an optimiser of the same configuration."""
+        """Restore a state into an optimiser of the same configuration.
+
+        Raises:
+            ValueError: for the state of another kind of optimiser, before anything is changed.
+        """
+        missing = [name for name in ("preconditioner", "rho") if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"The state has no {' and no '.join(map(repr, missing))}, so it is that of another optimiser than "
+                "NaturalGradient. Load what NaturalGradient.state_dict() returned."
+            )
         super().load_state_dict(state_dict)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
         self._rho.value = state_dict["rho"]

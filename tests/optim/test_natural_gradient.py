@@ -167,6 +167,56 @@ def test_copies_and_pickles_go_on_alike(damping: Any) -> None:
         assert other.damping == original.damping
 
 
+def test_copies_of_a_scheduled_optimiser_move_the_model_that_was_copied() -> None:
+    model, loss = network(), nn.CrossEntropyLoss()
+    made = optimiser(model, loss, structure="kfac")
+    scheduler = torch.optim.lr_scheduler.StepLR(made, 2)
+    made.register_step_post_hook(lambda *_: None)
+    take(made, *data(seed=0))
+    scheduler.step()
+    before = flat(model)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        twin = other.preconditioner.model
+        take(other, *data(seed=1))
+        assert torch.equal(flat(model), before)
+        assert not torch.equal(flat(twin), before)
+        assert not other._optimizer_step_post_hooks
+    take(made, *data(seed=1))
+    assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_groups_of_other_parameters_are_refused(*, late: bool) -> None:
+    model, other = network(), nn.Linear(3, 2).double()
+    own = {"params": model[0].parameters()}
+    message = r"group 1 holds 2 tensors that are not parameters of the Sequential .* shape \(2, 3\), \(2,\)"
+    if late:
+        made = optimiser(model, param_groups=[own])
+        for params in (other.parameters(), other.named_parameters()):
+            with pytest.raises(ValueError, match=message):
+                made.add_param_group({"params": params})
+        made.add_param_group({"params": model[2].parameters(), "lr": 0.0})
+        before = copy.deepcopy(model)
+        take(made, *data())
+        assert torch.equal(model[2].weight, before[2].weight)
+        assert not torch.equal(model[0].weight, before[0].weight)
+    else:
+        with pytest.raises(ValueError, match=message):
+            optimiser(model, param_groups=[own, {"params": other.parameters()}])
+
+
+def test_the_state_of_another_optimiser_is_refused_before_anything_changes() -> None:
+    model = network()
+    made = optimiser(model, momentum=0.5)
+    take(made, *data())
+    before = copy.deepcopy(made.state_dict())
+    with pytest.raises(ValueError, match=r"has no 'preconditioner' and no 'rho', so it is that of another optimiser"):
+        made.load_state_dict(torch.optim.SGD(model.parameters(), lr=7.0).state_dict())
+    assert made.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
+    assert made.preconditioner.steps == 1
+    assert len(made.state) == len(before["state"])
+
+
 def test_groups_have_rates_of_their_own_and_plain_parameters_move_along_their_gradient() -> None:
     model, (x, y) = network(), data()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}]
@@ -312,6 +362,21 @@ def test_the_quadratic_step_is_conjugate_gradient_on_a_quadratic_loss() -> None:
         take(made, x, y)
         residuals.append(float((model(x) - y).detach().norm()))
     assert residuals[-1] < 1e-6 < 1e-2 < residuals[-2]
+
+
+def test_the_quadratic_step_takes_no_last_step_for_zero() -> None:
+    """A plain parameter gets its first gradient when others have moved already."""
+    model, (x, y) = network(), data()
+    made = optimiser(model, lr="quadratic", plain=("0.bias",))
+    take(made, x, y)
+    twin = copy.deepcopy(made)
+    for late in (made, twin):
+        bias = late.preconditioner.model[0].bias
+        late.state[bias].clear()
+    twin.state[twin.preconditioner.model[0].bias]["last_step"] = torch.zeros(6, dtype=DOUBLE)
+    for late in (made, twin):
+        take(late, x, y)
+    assert torch.equal(flat(model), flat(twin.preconditioner.model))
 
 
 def test_damping_follows_the_quality_of_the_quadratic_model() -> None:
