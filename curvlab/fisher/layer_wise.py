@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -278,12 +279,11 @@ class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ �
         self._partition = None if partition is None else tuple(tuple(group) for group in partition)
         self._sigma: Callable[[int], Tensor]
         if sigma is None:
-            self._sigma = lambda L: torch.eye(L, dtype=torch.float64, device="cpu")
+            self._sigma = _identity
         elif callable(sigma):
             self._sigma = sigma
         else:
-            fixed = _checked(torch.as_tensor(sigma, dtype=torch.float64, device="cpu"))
-            self._sigma = lambda _: fixed
+            self._sigma = partial(_fixed, _checked(torch.as_tensor(sigma, dtype=torch.float64, device="cpu")))
         self._given = sigma
 
     @property
@@ -330,6 +330,14 @@ def tridiagonal(L: int) -> Float[Tensor, "L L"]:
     """Return the matrix with ones on its three central diagonals."""
     index = torch.arange(L, device="cpu")
     return ((index[:, None] - index[None, :]).abs() <= 1).double()
+
+
+def _identity(L: int) -> Float[Tensor, "L L"]:
+    return torch.eye(L, dtype=torch.float64, device="cpu")
+
+
+def _fixed(sigma: Float[Tensor, "L L"], _: int) -> Float[Tensor, "L L"]:
+    return sigma
 
 
 def _checked(sigma: Tensor) -> Float[Tensor, "L L"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -140,7 +141,7 @@ class RowBlock(Block):
 
     def _row_system(self) -> System:
         layers = self.layers
-        return self._make_system(gram(layers, layers), lambda: gram64(layers), symmetric=True)
+        return self._make_system(gram(layers, layers), partial(gram64, layers), symmetric=True)
 
     def systems(self) -> list[System]:  # noqa: D102
         return [self.system]

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -193,7 +194,7 @@ class System:
         if not _trusted(factor, failed, factor.dtype):
             return False
         self.damping = damping
-        self._solver = lambda rhs: torch.cholesky_solve(rhs.to(factor), factor).to(rhs)
+        self._solver = partial(_by_cholesky, factor)
         return True
 
     def _use_scaled(self) -> bool:
@@ -211,14 +212,12 @@ class System:
         if bool(failed.any()) or not bool(((pivots.amax(-1) / pivots.amin(-1)).square() < limit).all()):
             return False
         self.damping = 0.0
-        column = scale[..., None]
-        self._solver = lambda rhs: (column * torch.cholesky_solve(column * rhs.to(factor), factor)).to(rhs)
+        self._solver = partial(_by_scaled_cholesky, factor, scale[..., None])
         return True
 
     def _use_eigen(self, damping: float) -> None:
-        eigen, scale = self.eigen, self.eigen.inverse(damping)[..., None]
         self.damping = damping
-        self._solver = lambda rhs: (eigen.vectors @ (scale * (eigen.vectors.mT @ rhs.to(scale)))).to(rhs)
+        self._solver = partial(_by_eigen, self.eigen.vectors, self.eigen.inverse(damping)[..., None])
 
     def _rescue(self, damping: float) -> None:
         """Solve a system that plain Cholesky could not, and say so."""
@@ -236,6 +235,23 @@ class System:
             IllConditioned,
             stacklevel=2,
         )
+
+
+def _by_cholesky(factor: Float[Tensor, "*B n n"], rhs: Float[Tensor, "*B n K"]) -> Float[Tensor, "*B n K"]:
+    return torch.cholesky_solve(rhs.to(factor), factor).to(rhs)
+
+
+def _by_scaled_cholesky(
+    factor: Float[Tensor, "*B n n"], scale: Float[Tensor, "*B n 1"], rhs: Float[Tensor, "*B n K"]
+) -> Float[Tensor, "*B n K"]:
+    solution: Tensor = scale * torch.cholesky_solve(scale * rhs.to(factor), factor)
+    return solution.to(rhs)
+
+
+def _by_eigen(
+    vectors: Float[Tensor, "*B n n"], scale: Float[Tensor, "*B n 1"], rhs: Float[Tensor, "*B n K"]
+) -> Float[Tensor, "*B n K"]:
+    return (vectors @ (scale * (vectors.mT @ rhs.to(scale)))).to(rhs)
 
 
 def _symmetrised(matrix: Float[Tensor, "*B n n"]) -> Float[Tensor, "*B n n"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,10 @@ from curvlab.rows import Rows
 from curvlab.rows.layer import KroneckerRows, LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.products import cached, chunks
+
+
+def _gram_in_float64(layer: LayerRows) -> Float[Tensor, "U n n"]:
+    return unit_roots(layer.to(torch.float64)).gram()
 
 
 class UnitBlock(RowBlock):
@@ -66,8 +71,7 @@ class UnitBlock(RowBlock):
 
     def _row_system(self) -> System:
         """Return the stack of row sides; samples that hardly excite a unit have short rows there, but not null ones."""
-        layer = self.layers[0]
-        again = lambda: unit_roots(layer.to(torch.float64)).gram()  # noqa: E731
+        again = partial(_gram_in_float64, self.layers[0])
         return System(
             self.roots.gram(), self._title, self.config.rtol, again, scaled=isinstance(self.roots, PlainRoots)
         )

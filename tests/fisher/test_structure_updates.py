@@ -1,7 +1,9 @@
 """Batches, decays, windows, sides and saved states: what a structure's state is after several updates."""
 
+import copy
 import io
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +22,7 @@ from fisher_oracle import (
     positions,
     reference,
     rows_of,
+    sigma_of,
 )
 from oracle import DOUBLE, assert_close
 from torch import Tensor, nn
@@ -438,3 +441,34 @@ def test_rows_may_change_their_samples_only() -> None:
     for decay in (0.0, 1.0):
         with pytest.raises(ValueError, match="other parameters"):
             structure.update(other.rows, decay)
+
+
+class TestCopies:
+    """Pickles and deep copies, at every stage, go on as the original does and leave it alone."""
+
+    COPIES: tuple[Callable[[cf.Structure], cf.Structure], ...] = (
+        copy.deepcopy,
+        lambda made: pickle.loads(pickle.dumps(made)),
+    )
+
+    def check(self, made: cf.Structure) -> None:
+        data = case("mlp", "ce-all")
+        fresh = [copied(made) for copied in self.COPIES]
+        v = made.update(data.rows).matvec(draw(data.reference.P))
+        for rho in (0.1, 0.0, 0.01):
+            unused = [copied(made) for copied in self.COPIES]
+            expected = made.solve(v, rho)
+            used = [copied(made) for copied in self.COPIES]
+            for other in (*unused, *used, *(one.update(data.rows) for one in fresh)):
+                assert torch.equal(other.solve(v, rho), expected)
+            fresh = []
+
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_every_structure(self, spec: str) -> None:
+        self.check(build(spec, list(positions(case("mlp", "ce-all").model))))
+
+    @pytest.mark.parametrize("given", [False, True])
+    @pytest.mark.parametrize("side", ["rows", "parameters"])
+    def test_every_sigma(self, side: str, *, given: bool) -> None:
+        groups = len(cf.LayerWise().update(case("mlp", "ce-all").rows).rows.layers)
+        self.check(cf.LayerWise(sigma_of(groups).tolist() if given else None, side=side))
