@@ -69,7 +69,8 @@ def compare(
         - `seconds`: of building the structure and of one step; `mib`: of the state that it keeps.
 
     Raises:
-        ValueError: for an unknown structure, with the nearest suggested; others as `curvlab.sqrt_fisher`.
+        ValueError: for an unknown structure, with the nearest suggested, and where the Fisher matrix or a structure is
+            zero; others as `curvlab.sqrt_fisher`.
 
     Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
     """
@@ -86,6 +87,12 @@ def compare(
     gradient = exact.jacobian().rmatvec(u)
     projector = _projector(exact)
     reference = Full().update(exact)
+    if reference.largest_eigenvalue() == 0:
+        raise ValueError(
+            f"The exact Fisher matrix of {type(model).__name__} and {type(loss).__name__} on these data is zero, so no "
+            "step moves an output that the loss weighs: there is nothing to compare. A softmax over one output is such a "
+            "case (use BCEWithLogitsLoss or more outputs), saturated outputs are another."
+        )
     coefficients = exact.dual(u)
     lifts = _agree(exact, exact.rmatvec(coefficients), gradient)
 
@@ -102,6 +109,11 @@ def compare(
         structure.update(own)
         built = time.perf_counter() - started
         largest = structure.largest_eigenvalue()
+        if largest == 0:
+            raise ValueError(
+                f"The structure {name!r} of rows of kind {kind!r} is zero, or has no positive eigenvalue, on these data, so "
+                "nothing is relative to its largest eigenvalue. Leave it out, or use kind='exact'."
+            )
         values = structure.eigvalsh().abs()
         rank = int((values > exact.P * torch.finfo(values.dtype).eps * values.max()).sum())
         for rho in damping:

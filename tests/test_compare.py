@@ -99,6 +99,18 @@ def test_an_unknown_structure_is_named_with_the_nearest() -> None:
         curvlab.compare(_model(), loss, (X, y), structures=["blockdiagonal"])
 
 
+def test_a_fisher_matrix_of_zero_is_refused() -> None:
+    model = nn.Linear(10, 1).double()
+    with pytest.raises(ValueError, match=r"The exact Fisher matrix of Linear and CrossEntropyLoss .* is zero"):
+        curvlab.compare(model, nn.CrossEntropyLoss(), (X, torch.zeros(12, dtype=torch.long)), ["full", "kfac"])
+
+
+def test_a_structure_of_rows_of_zero_is_named() -> None:
+    model = _model()
+    with pytest.raises(ValueError, match=r"The structure 'kfac' of rows of kind 'empirical' is zero"):
+        curvlab.compare(model, nn.MSELoss(), (X, model(X).detach()), ["kfac"], kind="empirical")
+
+
 def test_the_model_is_left_as_it_was() -> None:
     loss, y = LOSSES["mse"]
     model = _model()

@@ -11,11 +11,13 @@ is for many products at one point, and for the kinds that are no Gauss-Newton ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlab.errors import Weightless
 from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.batches import Data
 from curvlab.rows.engine import Engine
@@ -90,23 +92,29 @@ class Fisher(Operator):
         """Copy all parameters, frozen ones and those that are left out included."""
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
+    def _rows_of(self, inputs: Any, targets: Any) -> Rows:
+        return sqrt_fisher(
+            self.model,
+            self.loss,
+            inputs,
+            targets,
+            self.kind,
+            samples=self.samples,
+            generator=self.generator,
+            output=self.pick,
+            engine=self.engine,
+        )
+
     def _sweep(self) -> Rows:
         if self.generator is not None and self._state is not None:
             self.generator.set_state(self._state)
-        parts = [
-            sqrt_fisher(
-                self.model,
-                self.loss,
-                inputs,
-                targets,
-                self.kind,
-                samples=self.samples,
-                generator=self.generator,
-                output=self.pick,
-                engine=self.engine,
-            )
-            for inputs, targets in self.batches
-        ]
+        parts: list[Rows] = []
+        weightless: Weightless | None = None
+        for inputs, targets in self.batches:
+            try:
+                parts.append(self._rows_of(inputs, targets))
+            except Weightless as error:
+                weightless = error
         if not parts:
-            raise ValueError("The data hold no batch: they are empty, or can be passed once only.")
+            raise weightless or ValueError("The data hold no batch: they are empty, or can be passed once only.")
         return restricted(merge(parts), self._names)

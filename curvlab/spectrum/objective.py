@@ -2,6 +2,7 @@
 
 Batches merge as the loss has it: a mean over all data is `Σ terms·(mean of a batch) / Σ terms`, `terms` being the
 divisor that the loss applied to the batch, and sums add. `Objective.total` does that for whatever is linear in the loss.
+A batch whose divisor is 0, such as one whose targets are all ignored, has no mean and no part in the merged one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn import WeightedCrossEntropy
 from curvlab.nn.modes import randomness
 from curvlab.rows.batches import Data, as_batches, shuffles
 from curvlab.rows.loss import LOSSES, loss_terms
@@ -28,6 +30,9 @@ from curvlab.spectrum.selection import choose
 
 Loss = nn.Module | Callable[[Tensor, Any], Tensor]
 Parameters = dict[str, Tensor]
+
+CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, WeightedCrossEntropy)
+"""Losses whose targets may be classes."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +107,29 @@ class Objective:
         return {name: own[name].detach() for name in self.names}
 
     def total(self, share: Callable[[Part], Tensor]) -> Tensor:
-        """Merge over all batches what `share` makes of each, which is to be linear in the loss."""
+        """Merge over all batches what `share` makes of each, which is to be linear in the loss.
+
+        Raises:
+            ValueError: if there is no batch, or none whose mean has a term.
+        """
         merged: Tensor | None = None
-        weights = 0.0
+        weights, skipped = 0.0, 0
         adds = self._adds
         with left_as_found(self.model):
             for batch in self.batches:
                 part = self._part(batch)
                 weight = 1.0 if adds else self._terms(part)
+                if weight == 0:
+                    skipped += 1
+                    continue
                 own = share(part) if adds else weight * share(part)
                 merged = own if merged is None else merged + own
                 weights += weight
+        if merged is None and skipped:
+            raise ValueError(
+                f"{_name(self.loss)} is a mean over no terms in any of the {skipped} batches: all targets are ignored or of "
+                "weight 0. Check the targets, ignore_index and the weights of the loss."
+            )
         if merged is None:
             raise ValueError("The data hold no batch: they are empty, or can be passed once only.")
         return merged if adds else merged / weights
@@ -134,7 +151,7 @@ class Objective:
             )
         with torch.no_grad(), left_as_found(self.model):
             part = self._part(next(iter(self.batches)))
-            loss_terms(self.loss, part.output({}), part.targets).check("exact")
+            loss_terms(self.loss, part.output({}), part.targets).check("exact", part=not self.single)
 
     @property
     def single(self) -> bool:
@@ -156,12 +173,16 @@ class Objective:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}.")
         inputs, targets = batch
+        if isinstance(self.loss, CLASS_LOSSES) and isinstance(targets, Tensor) and targets.dtype == torch.uint8:
+            targets = targets.long()  # vmap does not take them, although the losses do
         return Part(self.model, self.loss, as_arguments(inputs), targets, self.pick)
 
     def _terms(self, part: Part) -> float:
         """Return the divisor of the mean over a batch: known for known losses, else from the ratio of sum to mean."""
         with torch.no_grad():
             z = part.output({})
+            if not len(z):
+                raise ValueError("The inputs hold zero samples.")
             if isinstance(self.loss, nn.Module) and type(self.loss) in LOSSES:
                 return loss_terms(self.loss, z, part.targets).terms
             summed = copy.copy(self.loss)

@@ -401,6 +401,13 @@ def test_integer_targets_of_any_width() -> None:
         assert torch.equal(sqrt_fisher(model, nn.CrossEntropyLoss(), x, y.to(dtype)).dense(), wide.dense())
 
 
+def test_class_weights_of_another_number_of_classes() -> None:
+    model, x = architecture("mlp").make(N=3)
+    loss = nn.CrossEntropyLoss(weight=torch.ones(4))
+    with pytest.raises(ValueError, match=r"weight of shape \(4,\), but the model's output has 3 classes"):
+        sqrt_fisher(model, loss, x, torch.tensor([0, 2, 1]))
+
+
 def test_float32_targets_and_weights_with_a_float64_model() -> None:
     model, x = architecture("mlp").make(N=3)
     y = torch.zeros(3, 3)

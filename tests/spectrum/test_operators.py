@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import KFAC
-from curvlab.nn import HalfSquaredError
+from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
 from curvlab.spectrum import GGN, DenseOperator, Fisher, Hessian, Operator, RowsOperator, StructureOperator
 
 
@@ -188,6 +188,32 @@ class TestBatches:
         loss = nn.NLLLoss(weight=weight, reduction=reduction)
         split = Hessian(model, loss, [(x[:3], y[:3]), (x[3:], y[3:])])
         assert_close(split.to_dense(), Hessian(model, loss, (x, y)).to_dense())
+
+    @pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
+    @pytest.mark.parametrize("empty", [0, 1, 2])
+    def test_batches_whose_targets_are_all_ignored_have_no_part(self, kind: Any, empty: int) -> None:
+        model, (x, y) = network(), samples(9)
+        y[3 * empty : 3 * empty + 3] = -100
+        split = kind(model, nn.CrossEntropyLoss(), [(x[:3], y[:3]), (x[3:6], y[3:6]), (x[6:], y[6:])])
+        assert_close(split.to_dense(), kind(model, nn.CrossEntropyLoss(), (x, y)).to_dense())
+
+    def test_data_whose_targets_are_all_ignored(self) -> None:
+        x, y = samples(6)
+        y = torch.full_like(y, -100)
+        with pytest.raises(ValueError, match="mean over no terms in any of the 2 batches: all targets are ignored"):
+            Hessian(network(), nn.CrossEntropyLoss(), [(x[:3], y[:3]), (x[3:], y[3:])])
+
+    def test_a_batch_without_samples_is_refused(self) -> None:
+        x, y = samples(6)
+        with pytest.raises(ValueError, match="zero samples"):
+            Hessian(network(), nn.CrossEntropyLoss(), [(x, y), (x[:0], y[:0])])
+
+    @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), WeightedCrossEntropy(torch.arange(1, 6, dtype=DOUBLE))])
+    def test_classes_in_a_byte_are_taken_in_forward_mode(self, loss: nn.Module) -> None:
+        model, (x, y) = network(), samples(5)
+        narrow = Hessian(model, loss, (x, y.to(torch.uint8)))
+        assert narrow.batched
+        assert_close(narrow.to_dense(), Hessian(model, loss, (x, y)).to_dense())
 
     def test_loaders(self) -> None:
         model, (x, y) = network(), samples(8)

@@ -123,6 +123,11 @@ def _poisson(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
 def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     assert isinstance(loss, nn.CrossEntropyLoss)
     N, C, X = flat_outputs(z).shape
+    if loss.weight is not None and loss.weight.shape != (C,):
+        raise ValueError(
+            f"CrossEntropyLoss has a weight of shape {tuple(loss.weight.shape)}, but the model's output has {C} classes; "
+            "it needs one weight a class."
+        )
     class_weight = z.new_ones(C) if loss.weight is None else loss.weight.to(z)
     share, counted = (_probabilities if targets.is_floating_point() else _one_hot)(loss, z, targets)
     smooth = (1 - loss.label_smoothing) * share + loss.label_smoothing / C * counted
