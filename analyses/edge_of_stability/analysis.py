@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from analyses.assembly import cells_of, claims_of, problem_faults
+from analyses.assembly import cells_of, claims_of, digest_of, problem_faults
 from analyses.assembly import data_hash as hash_of
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.figures import FIGURES
@@ -12,7 +10,7 @@ from analyses.edge_of_stability.parts import PARTS, published
 from analyses.edge_of_stability.setting import ARGUMENTS, setting_of
 from analyses.part import Observations
 from curvlab.problems.images import IMAGE_SETS, load_images
-from curvlab.study import Analysis, Cell
+from curvlab.study import Analysis, Cell, UsageError
 
 
 def _network(cell: Cell) -> list[str]:
@@ -25,8 +23,11 @@ def _data_hash(config: Config) -> str:
         load_images(str(published.SETTING["problem"]))
     if config.problem not in IMAGE_SETS:
         return hash_of(config.problem)
-    train = setting_of(Cell({"problem": config.problem, "seed": 0}), config).problem.train
-    return hashlib.sha256(b"".join(part.numpy(force=True).tobytes() for part in train)).hexdigest()
+    try:
+        setting = setting_of(Cell({"problem": config.problem, "seed": 0}), config)
+    except ValueError as error:
+        raise UsageError(f"--problem {config.problem} with --samples {config.samples}: {error}") from error
+    return digest_of(setting.problem)
 
 
 def _measure(cell: Cell, config: Config) -> Observations:

@@ -16,8 +16,11 @@ def _network(cell: Cell) -> list[str]:
 
 
 def _data_hash(config: Config) -> str:
-    arguments = {"width": config.swept_widths[0], "samples": config.samples}
-    return data_hash(config.problem, **{name: value for name, value in arguments.items() if name in config.takes})
+    takes = config.takes
+    arguments = {"samples": config.samples}
+    if not isinstance(takes.get("width"), int):
+        arguments["width"] = config.swept_widths[0]
+    return data_hash(config.problem, **{name: value for name, value in arguments.items() if name in takes})
 
 
 def _measure(cell: Cell, config: Config) -> Observations:

@@ -39,6 +39,8 @@ class Config(CommonOptions):
         for activation in self.activation:
             if activation not in ACTIVATIONS:
                 raise unknown_name("activation", activation, ACTIVATIONS)
+        if not self.activation:
+            raise ValueError(f"--activation must name at least one of {', '.join(ACTIVATIONS)}.")
         if any(width < 1 for width in self.widths):
             raise ValueError(f"--widths must be at least 1, got {self.widths}.")
         if self.samples < 2:

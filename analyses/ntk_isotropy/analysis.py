@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from analyses.assembly import cells_of, claims_of, data_hash
+from typing import Any
+
+import torch
+
+from analyses.assembly import cells_of, claims_of, classifies_nodes, digest_of, instance, squared
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.figures import FIGURES
 from analyses.ntk_isotropy.part import network
 from analyses.ntk_isotropy.parts import PARTS
 from analyses.part import Observations
-from curvlab.study import Analysis, Cell
+from curvlab.problems import Problem
+from curvlab.study import Analysis, Cell, UsageError
 
 
 def _data_hash(config: Config) -> str:
-    return data_hash(config.problem, width=config.middle_width or 1)
+    wanted: dict[str, Any] = squared(config.problem)
+    if not isinstance(config.takes.get("width"), int):
+        wanted["width"] = config.middle_width or 1
+    problem = instance(config.problem, **wanted)
+    digest = digest_of(problem)
+    _check_loss(config.problem, problem)
+    return digest
+
+
+def _check_loss(spec: str, problem: Problem) -> None:
+    """Refuse a loss that the predictions do not hold for.
+
+    Raises:
+        UsageError: its output Hessian is not the identity over the number of samples.
+    """
+    x, y = problem.train
+    with torch.no_grad():
+        outputs = problem.model(x if classifies_nodes(spec) else x[:2])[:2]
+    try:
+        hessian = torch.autograd.functional.hessian(lambda z: problem.loss(z, y[:2]), outputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UsageError(f"--problem {spec}: the loss {problem.loss} refuses the model's outputs: {error}") from error
+    size = outputs.numel()
+    expected = torch.eye(size, dtype=outputs.dtype, device=outputs.device) / len(outputs)
+    if not torch.allclose(hessian.reshape(size, size), expected, rtol=1e-4, atol=1e-6):
+        raise UsageError(
+            f"--problem {spec} has the loss {problem.loss}, but every prediction assumes a squared error whose Hessian in the "
+            "outputs is I/N. Use curvlab.nn.HalfSquaredError, with targets shaped like the outputs; or give your function an "
+            "argument `loss` with the default 'cross-entropy', and return such a problem when it is called with 'half-squared'"
+        )
 
 
 def _measure(cell: Cell, config: Config) -> Observations:

@@ -125,10 +125,9 @@ class Setting:
         """Whether both K-FAC factors of a layer tell all samples (and outputs) apart; units that never fire do not help."""
         layer = self.jacobian.layers[index]
         assert isinstance(layer, KroneckerRows)
-        inputs, rows = layer.a[:, 0, 0], layer.g[:, :, 0, 0].flatten(0, 1)
+        inputs = layer.a[:, 0, 0]
         last = index == self.depth - 1
-        told_apart = last or int(torch.linalg.matrix_rank(rows)) == len(rows)
-        return told_apart and int(torch.linalg.matrix_rank(inputs)) == len(inputs)
+        return (last or rows_of_full_rank(layer)) and int(torch.linalg.matrix_rank(inputs)) == len(inputs)
 
     @property
     def active(self) -> float:
@@ -187,6 +186,12 @@ class Setting:
         for train, test in zip(self.jacobian.layers, self.test_jacobian.layers, strict=True):
             total += formula(*_factors(train), *_factors(test))
         return total
+
+
+def rows_of_full_rank(layer: KroneckerRows) -> bool:
+    """Whether the back-propagated rows of a dense layer tell all samples and outputs apart."""
+    rows = layer.g[:, :, 0, 0].flatten(0, 1)
+    return int(torch.linalg.matrix_rank(rows)) == len(rows)
 
 
 def _factors(layer: Any) -> tuple[Float[np.ndarray, "R M"], Float[np.ndarray, "N m"]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from analyses.assembly import cells_of, claims_of, data_hash
+from analyses.assembly import cells_of, claims_of, digest_of, instance
 from analyses.part import Observations
 from analyses.training.config import Config
 from analyses.training.figures import FIGURES
 from analyses.training.parts import PARTS
-from curvlab.study import Analysis, Cell
+from curvlab.study import Analysis, Cell, UsageError
 
 RACES = ("tuning", "judging", "timing")
 """Parts whose cells run on the problem, and not on networks of their own."""
@@ -16,6 +16,17 @@ RACES = ("tuning", "judging", "timing")
 def _place(cell: Cell) -> tuple[int, str]:
     """Tuning comes first, because the other races choose by it; runs of one method stand side by side."""
     return list(PARTS).index(str(cell["part"])), str(cell.coordinates.get("method", ""))
+
+
+def _data_hash(config: Config) -> str:
+    problem = instance(config.problem)
+    targets = problem.train[1]
+    if targets.is_floating_point():
+        raise UsageError(
+            f"--problem {config.problem} has targets {list(targets.shape)} {targets.dtype}, but races need classes to have an "
+            "accuracy to reach: make the targets integers, with a loss such as torch.nn.CrossEntropyLoss"
+        )
+    return digest_of(problem)
 
 
 def _measure(cell: Cell, config: Config) -> Observations:
@@ -44,7 +55,7 @@ ANALYSIS: Analysis[Config] = Analysis(
     config=Config,
     claims=claims_of(PARTS),
     cells=cells_of(PARTS, _place),
-    data_hash=lambda config: data_hash(config.problem),
+    data_hash=_data_hash,
     measure=_measure,
     resources=_resources,
     figures=FIGURES,

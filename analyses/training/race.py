@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from analyses.assembly import digest_of
 from analyses.training.config import Config
 from analyses.training.methods import Method, Optimiser, Point
 from analyses.training.run import Checkpoint, Trace, train
@@ -53,7 +54,9 @@ def race(method: Method, index: int, config: Config, seed: int) -> Trace:
     """Run a method in one of its configurations, from a checkpoint if the run was interrupted."""
     point: Mapping[str, float] = method.points[index]
     problem = problem_of(config, seed)
-    name = digest([config.problem, config.dtype, vars(config.task), method.name, dict(point), seed])[:40]
+    name = digest(
+        [config.problem, config.dtype, vars(config.task), method.name, dict(point), seed, digest_of(problem)]
+    )[:40]
     folder = config.results / ".cache" / "training" / "checkpoints"
     checkpoint = Checkpoint(folder / f"{name}.pt")
     if config.fresh:

@@ -2,13 +2,17 @@
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
+import torch
+
 from curvlab.errors import CurvlabError, unknown_name
 from curvlab.problems.chebyshev import chebyshev_problem
 from curvlab.problems.classification import image_problem
+from curvlab.problems.files import DataUnavailable
 from curvlab.problems.graphs import GRAPHS, graph_problem
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.problems.problem import Problem
@@ -61,7 +65,7 @@ def resolve(spec: str, **arguments: Any) -> Problem:
 
     Raises:
         ProblemError: The name is unknown, the module or function does not exist or is not a function, it
-            needs an argument that is not given, or it returns something else.
+            needs an argument that is not given, raises, or returns something else.
         ValueError: An argument is not one of `ARGUMENTS`, or the function refuses its value.
         DataUnavailable: The problem's data are absent and cannot be fetched, or are damaged.
     """
@@ -77,12 +81,28 @@ def resolve(spec: str, **arguments: Any) -> Problem:
         raise ProblemError(
             f"Problem {spec!r}: {error}. It was called with {sorted(passed)}; other arguments need a default."
         ) from error
-    problem = function(**passed)
+    problem = _called(spec, function, passed)
     if not isinstance(problem, Problem):
         raise ProblemError(
             f"Problem {spec!r} returned {type(problem).__name__}; it must return a curvlab.problems.Problem."
         )
     return problem
+
+
+def _called(spec: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Return what the function returns; what a user's own raises is named, but for a shortage of data or memory."""
+    if ":" not in spec:
+        return function(**arguments)
+    try:
+        return function(**arguments)
+    except (DataUnavailable, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        raise ProblemError(
+            f"Problem {spec!r}: the function raised {type(error).__name__}: {error} "
+            f"(in {frame.f_code.co_name}, {frame.f_code.co_filename}:{line}), called with {dict(arguments)}."
+        ) from error
 
 
 def swept_arguments(spec: str) -> dict[str, Any]:
@@ -111,6 +131,10 @@ def _function(spec: str) -> Callable[..., Any]:
         raise ProblemError(
             f"Problem {spec!r}: importing {module_name!r} failed ({error}). Run from the folder that holds "
             "the module, or add that folder to PYTHONPATH."
+        ) from error
+    except Exception as error:
+        raise ProblemError(
+            f"Problem {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}."
         ) from error
     function = getattr(module, function_name, None)
     if function is None:

@@ -19,7 +19,7 @@ from curvlab.study.environment import available_memory, check_device
 from curvlab.study.faults import MemoryShortage, StudyError, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
-from curvlab.study.options import C, nearest, recorded, share
+from curvlab.study.options import C, nearest, recorded, repeats, share
 from curvlab.study.progress import Advance
 from curvlab.study.task import Outcome, Task
 from curvlab.study.units import duration, size
@@ -47,7 +47,7 @@ class Plan(Generic[C]):
         """The plan of a configuration.
 
         Raises:
-            UsageError: an unknown claim, or a device that cannot be used.
+            UsageError: an unknown claim, an option that names a value twice, or a device that cannot be used.
             DataUnavailable: from the analysis.
             ValueError: the analysis has two claims or two cells of the same name.
         """
@@ -56,6 +56,8 @@ class Plan(Generic[C]):
         cells = tuple(analysis.cells(config))
         for what, names in (("claims", [c.id for c in claims]), ("cells", [c.key for c in cells])):
             if repeated := {name for name, count in Counter(names).items() if count > 1}:
+                if repeated_values := repeats(config):
+                    raise UsageError(f"{repeated_values}; name each once")
                 raise ValueError(f"{analysis.name} has {what} that are called the same: {', '.join(sorted(repeated))}")
         if config.claims:
             known = {claim.id: claim for claim in claims}

@@ -106,11 +106,18 @@ def _select(
     rows = measurements
     if cells is not None and claim.needs is not every_cell:
         rows = rows[rows["cell"].isin([cell.key for cell in cells if claim.needs(cell)])]
+    found = rows
     if claim.quantities:
         rows = rows[rows["quantity"].isin(claim.quantities)]
     if rows.empty:
-        raise _Undecidable("nothing was measured for it")
+        apart = sorted(name for name in set(found["quantity"]) if name.startswith(_prefixes(claim)))
+        raise _Undecidable("nothing was measured for it" + (f", only {', '.join(apart)}" if apart else ""))
     return rows
+
+
+def _prefixes(claim: Claim) -> tuple[str, ...]:
+    """How the names of quantities begin that were kept apart from the claim's, such as those outside its assumptions."""
+    return tuple(f"{name}_" for name in claim.quantities)
 
 
 def _check_finite(rows: pd.DataFrame) -> None:

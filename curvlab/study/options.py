@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,32 @@ class CommonOptions:
             raise ValueError(f"--workers must be at least 1, or 0 for one per core; got {self.workers}")
         if self.shard is not None:
             share(self.shard)
+        for field in dataclasses.fields(self):
+            for value in _values(self, field.name):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{_option(field.name)} must be finite, got {value}")
+
+
+def _values(config: object, name: str) -> tuple[object, ...]:
+    """The values of an option, one or several."""
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _option(name: str) -> str:
+    """An option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def repeats(config: CommonOptions) -> str:
+    """The options with a value that stands in them twice, in words; empty if there is none."""
+    found = [
+        f"{_option(field.name)} names {value} {count} times"
+        for field in dataclasses.fields(config)
+        for value, count in Counter(_values(config, field.name)).items()
+        if count > 1
+    ]
+    return "; ".join(found)
 
 
 HOW = frozenset(

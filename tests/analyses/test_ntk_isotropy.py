@@ -120,6 +120,25 @@ def test_the_measured_response_is_the_dense_one(structure: str) -> None:
     assert torch.allclose(tested, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+def test_networks_short_of_rank_do_not_count_against_kfac() -> None:
+    """At width 16 fewer units than samples leave a factor of every hidden layer short of rank."""
+    config = Config(widths=(16,), seeds=1, structures=("kfac",))
+    claims = [claim for part in ("steps", "inputs") for claim in PARTS[part].claims(config)]
+    wanted = [claim for claim in claims if claim.id in ("linear-training-kfac", "kfac-leverage", "kfac-forster")]
+    cells = [
+        cell
+        for part in ("steps", "inputs")
+        for cell in PARTS[part].cells(config)
+        if cell.coordinates.get("scale", 1.0) == 1.0
+    ]
+    rows = [{**cell.coordinates, **row} for cell in cells for row in PARTS[str(cell["part"])].measure(cell, config)]
+    verdicts = judge(wanted, _table(rows, cells))
+    assert len(verdicts) == 3
+    for verdict in verdicts:
+        assert verdict.outcome == "inconclusive", verdict
+        assert "short_of_rank" in verdict.note
+
+
 def test_claims_have_distinct_ids_sources_and_cells() -> None:
     config = Config()
     claims = ANALYSIS.claims(config)

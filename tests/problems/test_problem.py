@@ -119,9 +119,16 @@ def demanding(width, path):
 
 def wrong(seed=0):
     return seed
+
+def failing(width=4):
+    raise KeyError("pixels")
+
+def hungry():
+    raise MemoryError("no room")
 """
     )
     (tmp_path / "broken.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "unfinished.py").write_text("width = depth\n")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -138,6 +145,7 @@ def test_user_function_gets_the_arguments_that_it_names(user_module):
         ("digitz", "Unknown problem 'digitz'. Did you mean 'digits'.* module:function"),
         ("nowhere:problem", "importing 'nowhere' failed .*PYTHONPATH"),
         ("broken:problem", "importing 'broken' failed .*a_module_that_is_not_there"),
+        ("unfinished:problem", "importing 'unfinished' raised NameError: name 'depth' is not defined"),
         ("mine:problm", "Unknown function of mine 'problm'. Did you mean 'problem'"),
         ("mine:constant", "constant is int, not a function"),
         ("mine:demanding", r"missing a required argument: 'path'.*called with \['width'\]"),
@@ -149,6 +157,16 @@ def test_specs_that_lead_nowhere_are_explained(user_module, spec, message):
         resolve(spec, width=5)
     assert isinstance(caught.value, CurvlabError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_what_a_users_function_raises_is_named_and_chained(user_module):
+    with pytest.raises(
+        ProblemError, match=r"'mine:failing'.* raised KeyError: 'pixels' \(in failing, .*mine.py:\d+\)"
+    ) as caught:
+        resolve("mine:failing", width=5)
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(MemoryError):
+        resolve("mine:hungry")
 
 
 def test_misspelt_argument_is_refused():

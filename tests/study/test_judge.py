@@ -226,6 +226,12 @@ def test_an_estimate_that_cannot_be_used_costs_only_its_own_claim(estimate, note
     assert fine.outcome == "supported"
 
 
+def test_what_was_measured_outside_the_assumptions_only_is_named():
+    apart = pd.DataFrame({"quantity": ["gap_short_of_rank", "other"], "value": [3.0, 1.0], "seed": [0, 0]})
+    [verdict] = judge([claim(LESS, "gap")], apart)
+    assert (verdict.outcome, verdict.note) == ("inconclusive", "nothing was measured for it, only gap_short_of_rank")
+
+
 def test_nothing_measured():
     nothing = pd.DataFrame({"quantity": [], "value": [], "seed": []})
     [verdict] = judge([claim(LESS)], nothing)

@@ -75,6 +75,8 @@ def test_the_recorded_configuration_can_be_fed_back(tmp_path, config):
         ('{"activation": "tanh"}', "activation = 'tanh'"),
         ('{"damping": "none"}', "damping = 'none'"),
         ('{"training": {"step": 3}}', "did you mean 'steps'"),
+        ('{"damping": NaN}', "--damping must be finite, got nan"),
+        ('{"window": [0.0, Infinity]}', "--window must be finite, got inf"),
         ('{"seeds": 0}', "--seeds must be at least 1"),
         ("[1]", r"options = \[1\]"),
         ("{", "is not JSON"),
@@ -100,7 +102,9 @@ def test_an_unknown_option_suggests_the_nearest(capsys):
     assert "--widths" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--shard", "0/2"], ["--shard", "3/2"], ["--shard", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0"], ["--shard", "0/2"], ["--shard", "3/2"], ["--shard", "x"], ["--damping", "nan"]]
+)
 def test_options_outside_their_range(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line(Options(), *arguments)

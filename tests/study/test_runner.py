@@ -462,6 +462,11 @@ def test_a_figure_that_fails_costs_neither_the_others_nor_the_results(run, capsy
     assert "spoilt" not in (folder / "report.md").read_text()
 
 
+def test_a_value_that_an_option_names_twice_is_wrong_usage(run, capsys):
+    assert run("--seeds", "1", "--offsets", "0", "1", "1") == 2
+    assert "--offsets names 1.0 2 times; name each once" in capsys.readouterr().err
+
+
 def test_names_that_occur_twice_are_a_bug_of_the_analysis(run):
     twice = replace(ANALYSIS, cells=lambda config: [*ANALYSIS.cells(config), ANALYSIS.cells(config)[0]])
     with pytest.raises(ValueError, match="dummy has cells that are called the same"):
