@@ -94,8 +94,7 @@ class Collector(AbstractContextManager["Collector"]):
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
         self.cleared = False
         """Whether there were no gradients to add to when the loss was called."""
-        self._model, self._loss, self._owners, self._draw, self._check = model, loss, owners, draw, False
-        self._checked = checked
+        self._model, self._loss, self._owners, self._draw, self._checked = model, loss, owners, draw, checked
         self._samples = samples or Samples()
         names = {name for owner in owners for name in owner.names.values()}
         self.parameters = {name: p for name, p in model.named_parameters() if name in names}
@@ -203,10 +202,6 @@ class Collector(AbstractContextManager["Collector"]):
             raise ValueError("The outputs that the loss was called on hold zero samples.")
         self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
         self._take_factored()
-        self._route = route_to(self._z)
-        shapes = tuple(call.inputs[0].shape for call in self._calls())
-        self._pass = (self._route, self._z.shape, shapes)
-        self._check = self._checked is not None and self._pass not in self._checked
         self._sweeping = True
         try:
             self._seed(self._samples.lay_out(self._z), self._terms)
@@ -227,10 +222,11 @@ class Collector(AbstractContextManager["Collector"]):
         terms.check(self._draw.kind)
         seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
         scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
-        if self._check or not scales:
+        checks = self._is_new()
+        if checks or not scales:
             self._swept = self._sweep(z, seeds)
         self._dense_layers = self._dense(z, seeds)
-        if self._check and (wrong := self._wrong(z, seeds)):
+        if checks and (wrong := self._wrong(z, seeds)):
             with without_factors(self._model, wrong):
                 self._take_factored()
                 self._dense_layers = self._dense(z, seeds)
@@ -238,6 +234,15 @@ class Collector(AbstractContextManager["Collector"]):
         if scales:
             # The numbers of a pass do not depend on whether it was checked.
             self._swept = {}
+
+    def _is_new(self) -> bool:
+        """Whether no pass like this one has been checked, where passes are."""
+        if self._checked is None:
+            return False
+        assert self._z is not None
+        self._route = route_to(self._z)
+        self._pass = (self._route, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
+        return self._pass not in self._checked
 
     def _take_factored(self) -> None:
         apart = unfactored(self._model)
@@ -247,7 +252,7 @@ class Collector(AbstractContextManager["Collector"]):
     def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
         wrong, told = compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])
-        if told and not wrong and self._checked is not None and (self._route.fixed or self._count() == 1):
+        if told and not wrong and self._checked is not None and self._route.stands_for(self._count()):
             self._checked.add(self._pass)
         return wrong
 

@@ -21,7 +21,7 @@ from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import NodeChoice, Samples
-from curvlab.rows.sweep import PickOutput, Seed, Swept
+from curvlab.rows.sweep import PickOutput, Seed, Swept, savable
 
 
 @torch.inference_mode(False)
@@ -120,7 +120,7 @@ def sqrt_fisher(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
     reading = read(model, inputs, nodes)
-    targets = tree_map_only(Tensor, lambda y: y.clone() if y.is_inference() else y, targets)
+    targets = tree_map_only(Tensor, savable, targets)
     of_rows = dtype or widest(trainable(model).values())
 
     def terms_of(z: Tensor) -> LossTerms:

@@ -30,6 +30,10 @@ class Route:
     functions: Hashable = ()
     fixed: bool = True
 
+    def stands_for(self, samples: int) -> bool:
+        """Whether what is found out about a pass holds for all passes like it, of so many samples."""
+        return self.fixed or samples == 1
+
 
 def route_to(z: Tensor) -> Route:
     """Read the graph of an output. Cost: one visit to each of its functions."""

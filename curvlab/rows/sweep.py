@@ -88,13 +88,13 @@ def as_arguments(inputs: Any) -> Arguments:
 
 def detached(arguments: Arguments) -> Arguments:
     """Detach tensors, so that no backward pass reaches what the user computed them from."""
-
-    def free(x: Tensor) -> Tensor:
-        # A tensor of inference mode cannot be saved for a backward pass; a copy can.
-        return (x.clone() if x.is_inference() else x.detach()).requires_grad_(x.requires_grad)
-
-    found: Arguments = tree_map_only(Tensor, free, arguments)
+    found: Arguments = tree_map_only(Tensor, lambda x: savable(x).detach().requires_grad_(x.requires_grad), arguments)
     return found
+
+
+def savable(x: Tensor) -> Tensor:
+    """Return a tensor that a graph can save for its backward pass: a copy of one that was made in inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def select_output(result: Any, pick: PickOutput) -> Tensor:
@@ -247,7 +247,7 @@ def wrong_rows(
     with torch.enable_grad():
         z = forward()
     wrong, told = compare(parameters, z, swept.seeds, swept.layers)
-    if told and not wrong and (swept.route.fixed or swept.seeds.shape[1] == 1):
+    if told and not wrong and swept.route.stands_for(swept.seeds.shape[1]):
         _checked[once_for].add(key)
     return wrong
 
