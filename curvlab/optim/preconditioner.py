@@ -24,7 +24,7 @@ with the whole batch, and the inverses of Kronecker factors are shared out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -40,6 +40,7 @@ from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
 from curvlab.optim.sums import adds_up
 from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.guard import Checks
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, check_loss
 from curvlab.rows.owners import Owner, owners_of
@@ -116,7 +117,7 @@ class Preconditioner:
         self._modules = {name: module for name, module in model.named_modules() if module in modules}
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
-        self._checked: set[Hashable] = set()
+        self._checks = Checks()
 
     def __repr__(self) -> str:
         shown = {
@@ -173,7 +174,8 @@ class Preconditioner:
             self._owners,
             draw,
             samples=Nodes(None) if self.graph else None,
-            checked=None if coupled or not self.due else self._checked,
+            checks=self._checks,
+            coupled=coupled,
         )
         with collector:
             yield

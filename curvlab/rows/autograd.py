@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -26,7 +27,7 @@ from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
 from curvlab.rows.route import route_to
-from curvlab.rows.samples import Samples
+from curvlab.rows.samples import Samples, entries
 from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output, unhooked
 
 logger = logging.getLogger("curvlab")
@@ -59,8 +60,13 @@ def sweep(
         finally:
             for handle in handles:
                 handle.remove()
-        seeds, route = seed(chosen.detach()), route_to(z)
-        factored = recorder.calls(samples, seeds.shape[1])
+        seeds = seed(chosen.detach())
+        route = route_to(z, recorder.made, trainable(model), entries(samples, seeds.shape[1]))
+        factored = {
+            owner: made
+            for owner, made in recorder.calls(samples, seeds.shape[1]).items()
+            if route.elsewhere.isdisjoint(owner.names.values())
+        }
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
         edges = [made.edge for made in calls]
@@ -68,6 +74,8 @@ def sweep(
             largest = max((made.shape.numel() for made in calls), default=1)
             gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
         else:
+            if others:
+                route = replace(route, unknown=f"the model, called on single samples for {others[0].label}")
             gradients = backward(z, edges, seeds)
             dense = dense_rows(model, arguments, pick, seeds, others)
     at = {

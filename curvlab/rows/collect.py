@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
+from curvlab.rows.guard import Checks, compare, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
 from curvlab.rows.owners import Owner, decomposing, widest
@@ -31,15 +32,7 @@ from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.route import Route, route_to
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Samples
-from curvlab.rows.sweep import (
-    Arguments,
-    compare,
-    detached,
-    in_parameter_order,
-    refuse,
-    unfactored,
-    without_factors,
-)
+from curvlab.rows.sweep import Arguments, detached, in_parameter_order
 
 PROPORTIONAL = 1e-2
 """Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
@@ -67,8 +60,8 @@ class Collector(AbstractContextManager["Collector"]):
         owners: the modules whose rows are wanted.
         draw: the rows of S; None if only those of the gradient are wanted, which takes no further sweep.
         samples: what a sample is.
-        checked: passes, known by their shapes and graphs, of which the rows of S need not be compared with a reverse pass;
-            those of this pass are added. No comparison if None.
+        checks: what has been compared with a reverse pass so far; what is compared here is added.
+        coupled: modules in which samples interact, as in batch normalisation; rows are then those of the batch as it is.
 
     Raises:
         StateError: on exit, unless there was one forward pass, one call of the loss and one backward pass.
@@ -86,7 +79,8 @@ class Collector(AbstractContextManager["Collector"]):
         draw: Draw | None,
         *,
         samples: Samples | None = None,
-        checked: set[Hashable] | None = None,
+        checks: Checks | None = None,
+        coupled: Sequence[str] = (),
     ) -> None:
         self.rows: Rows | None = None
         """Rows of S."""
@@ -94,7 +88,8 @@ class Collector(AbstractContextManager["Collector"]):
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
         self.cleared = False
         """Whether there were no gradients to add to when the loss was called."""
-        self._model, self._loss, self._owners, self._draw, self._checked = model, loss, owners, draw, checked
+        self._model, self._loss, self._owners, self._draw = model, loss, owners, draw
+        self._checks, self._coupled = checks or Checks(), coupled
         self._samples = samples or Samples()
         names = {name for owner in owners for name in owner.names.values()}
         self.parameters = {name: p for name, p in model.named_parameters() if name in names}
@@ -112,7 +107,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._returned: Any = None
         self._targets: Any = None
         self._route = Route()
-        self._pass: Hashable = None
+        self._kind: Hashable = None
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
         self._summands: dict[Owner, LayerRows] = {}
@@ -201,6 +196,8 @@ class Collector(AbstractContextManager["Collector"]):
         if z.shape[:1] == (0,):
             raise ValueError("The outputs that the loss was called on hold zero samples.")
         self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
+        if self._draw is not None:
+            self._read_graph()
         self._take_factored()
         self._sweeping = True
         try:
@@ -222,7 +219,7 @@ class Collector(AbstractContextManager["Collector"]):
         terms.check(self._draw.kind)
         seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
         scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
-        checks = self._is_new()
+        checks = self._is_due()
         if checks or not scales:
             self._swept = self._sweep(z, seeds)
         self._dense_layers = self._dense(z, seeds)
@@ -235,25 +232,41 @@ class Collector(AbstractContextManager["Collector"]):
             # The numbers of a pass do not depend on whether it was checked.
             self._swept = {}
 
-    def _is_new(self) -> bool:
-        """Whether no pass like this one has been checked, where passes are."""
-        if self._checked is None:
-            return False
+    def _is_due(self) -> bool:
+        """Whether the rows of this pass are to be compared with a reverse pass."""
         assert self._z is not None
-        self._route = route_to(self._z)
-        self._pass = (self._route, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
-        return self._pass not in self._checked
+        if len(self._factored) < len(self._owners) and not self._samples.interact:
+            self._route = replace(self._route, unknown="the model, called on single samples,")
+        self._kind = (self._route.functions, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
+        return self._checks.due(self._kind, self._route, self.parameters)
+
+    def _read_graph(self) -> None:
+        assert self._z is not None
+        self._route = route_to(
+            self._z,
+            self._recorder.made,
+            self.parameters,
+            1 if self._samples.interact else self._count(),
+            coupled=bool(self._coupled),
+        )
 
     def _take_factored(self) -> None:
-        apart = unfactored(self._model)
+        apart = unfactored(self._model) | self._route.elsewhere
         found = self._recorder.calls(self._samples, self._count())
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
+        left = [owner.label for owner in self._owners if owner not in self._factored]
+        if left and self._coupled and self._draw is not None:
+            raise UnsupportedModel(
+                f"{', '.join(self._coupled)} normalise by the batch, so {', '.join(left)}, which are used outside their layers, "
+                f"have no rows. Call eval() on the former, or leave the latter to the plain gradient: plain={left}."
+            )
 
     def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
-        wrong, told = compare(self.parameters, z, seeds, [*self._factored_layers(), *self._dense_layers])
-        if told and not wrong and self._checked is not None and self._route.stands_for(self._count()):
-            self._checked.add(self._pass)
+        layers = [*self._factored_layers(), *self._dense_layers]
+        wrong, told = compare(self.parameters, z, seeds, layers, coupled=bool(self._coupled))
+        if not wrong:
+            self._checks.add(self._kind, self._route, told)
         return wrong
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
+from curvlab.rows.guard import refuse, unfactored, without_factors, wrong_rows
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import (
     Arguments,
@@ -24,11 +25,7 @@ from curvlab.rows.sweep import (
     check_finite,
     differentiable_recurrence,
     left_as_found,
-    refuse,
     structural_twin,
-    unfactored,
-    without_factors,
-    wrong_rows,
 )
 
 logger = logging.getLogger("curvlab")

@@ -52,6 +52,11 @@ class Owner:
         return len(self.sites) > 1 or any(site.names != self.names for site in self.sites)
 
     @property
+    def label(self) -> str:
+        """The names of its parameters, as messages list them."""
+        return ", ".join(self.names.values())
+
+    @property
     def ruled(self) -> bool:
         """Whether all modules that use its parameters have rules."""
         return all(rule_for(site.module) is not None for site in self.sites)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
 from curvlab.rows.modules import Inputs, Site
 from curvlab.rows.owners import Owner
 from curvlab.rows.parameters import Layout
+from curvlab.rows.route import edge_of
 from curvlab.rows.samples import Samples
 
 
@@ -34,6 +35,7 @@ class Call:
         inputs: the tensors that it was called on.
         shape: shape of its output.
         edge: edge of the graph at its output, None without a gradient.
+        sources: edges at those inputs that depend on parameters.
         gradient: gradient at its output, once a backward pass of the user has brought it.
     """
 
@@ -41,6 +43,7 @@ class Call:
     inputs: Inputs
     shape: torch.Size
     edge: GradientEdge | None
+    sources: Sequence[GradientEdge]
     gradient: Tensor | None = None
 
 
@@ -84,11 +87,17 @@ class Recorder:
         if not watching():
             return
         named = signature(module.forward).bind(*args, **kwargs).arguments if kwargs else dict(enumerate(args))
-        inputs = tuple(x.detach() for x in named.values() if isinstance(x, Tensor))
-        call = Call(site, inputs, output.shape, get_gradient_edge(output) if output.requires_grad else None)
+        tensors = [x for x in named.values() if isinstance(x, Tensor)]
+        sources = [edge for x in tensors if (edge := edge_of(x)) is not None]
+        call = Call(site, tuple(x.detach() for x in tensors), output.shape, edge_of(output), sources)
         self._calls[site].append(call)
         if made is not None:
             made(call, output)
+
+    @property
+    def made(self) -> list[Call]:
+        """All calls."""
+        return [call for calls in self._calls.values() for call in calls]
 
     def calls(self, samples: Samples, count: int) -> dict[Owner, list[Call]]:
         """Return the calls of every owner that can be factored: with samples on the first axis of its inputs.

@@ -1,51 +1,143 @@
-"""The way of samples through a model, as far as the graph of a forward pass tells.
+"""The way of samples through a model, as the graph of a forward pass tells it.
 
-Rows are formed from what layers see, entry by entry along the first axis. That is checked by a reverse pass, which need not
-be repeated while passes have the same shapes and the same graph, unless the graph moves samples to places that depend on
-numbers: sequences that are sorted by length, experts that are sent some of the samples.
+Rows are formed from what layers see, entry by entry along the first axis, and from the gradients at their outputs. That is right
+if a parameter has no other use in the pass, and if whatever lies between a layer and the output keeps samples apart. The
+graph tells both, whatever the numbers are: weights of zero, gates that are closed, batches in which nothing is missing.
+Where it cannot tell, numbers decide: a reverse pass, for every batch.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-_MOVES = re.compile("Index|Gather|Scatter|Sort|Topk|MaskedSelect|Take|Put|PackPadded")
-_BUILT_IN = re.compile(r"\d$|AccumulateGrad$")
+from curvlab.rows.apart import COUPLING, SHARED, Mixes, Shape, follow
+
+Edge = tuple[Node, int]
 
 
 @dataclass(frozen=True)
 class Route:
-    """What tells passes apart.
+    """What the graph of a pass tells.
 
     Attributes:
         functions: digest of the functions between parameters and output.
-        fixed: whether none of them may move samples to places that depend on numbers, as functions of one's own may.
+        reached: parameters that the output depends on; all if None.
+        elsewhere: parameters that are used outside the layers that were recorded.
+        unknown: the first function that is not known to keep samples apart, None if all are.
     """
 
     functions: Hashable = ()
-    fixed: bool = True
-
-    def stands_for(self, samples: int) -> bool:
-        """Whether what is found out about a pass holds for all passes like it, of so many samples."""
-        return self.fixed or samples == 1
+    reached: frozenset[str] | None = None
+    elsewhere: frozenset[str] = frozenset()
+    unknown: str | None = None
 
 
-def route_to(z: Tensor) -> Route:
-    """Read the graph of an output. Cost: one visit to each of its functions."""
-    names: list[str] = []
-    seen: set[Node] = set()
-    stack: list[Node | None] = [z.grad_fn]
+@runtime_checkable
+class Passed(Protocol):
+    """One call of a layer."""
+
+    edge: GradientEdge | None
+    """Edge of the graph at its output."""
+    sources: Sequence[GradientEdge]
+    """Edges at its inputs."""
+
+
+def route_to(
+    z: Tensor,
+    calls: Collection[Passed],
+    parameters: Mapping[str, Tensor],
+    samples: int | None,
+    *,
+    coupled: bool = False,
+) -> Route:
+    """Read the graph of an output.
+
+    Args:
+        z: the output, samples on its first axis, which may hold several positions of each.
+        calls: of the layers whose rows may be factored.
+        parameters: by name.
+        samples: their number; None if they are not the first axis of what layers see.
+        coupled: whether samples may interact in batch normalisation.
+
+    Cost: three visits to each function.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    end = [] if z.grad_fn is None else [z.grad_fn]
+    functions, reached = _visited(end, (), names)
+    outputs = {(edge.node, edge.output_nr) for call in calls if (edge := call.edge) is not None}
+    sources = [edge.node for call in calls for edge in call.sources]
+    _, elsewhere = _visited([*end, *sources], {node for node, _ in outputs}, names)
+    unknown = None
+    if samples is None:
+        unknown = "the batching of graphs"
+    elif samples > 1 and end:
+        unknown = _obstacle(z, outputs, samples, coupled)
+    return Route(hash(tuple(functions)), frozenset(reached), frozenset(elsewhere), unknown)
+
+
+def edge_of(x: Tensor) -> GradientEdge | None:
+    """Return the edge of the graph at a tensor, if it has one."""
+    return get_gradient_edge(x) if x.requires_grad else None
+
+
+def _visited(roots: Sequence[Node], blocked: Collection[Node], names: Mapping[int, str]) -> tuple[list[str], set[str]]:
+    """Return the functions that roots depend on, not going through blocked ones, and the parameters among them."""
+    functions: list[str] = []
+    found: set[str] = set()
+    seen: set[Node] = set(blocked)
+    stack = list(roots)
     while stack:
-        function = stack.pop()
-        if function is None or function in seen:
+        node = stack.pop()
+        if node in seen:
             continue
-        seen.add(function)
-        names.append(function.name())
-        stack.extend(following for following, _ in function.next_functions)
-    fixed = all(_BUILT_IN.search(name) and not _MOVES.search(name) for name in set(names))
-    return Route(hash(tuple(names)), fixed)
+        seen.add(node)
+        functions.append(node.name())
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+    return functions, found
+
+
+def _obstacle(z: Tensor, outputs: Collection[Edge], samples: int, coupled: bool) -> str | None:
+    """Return a function on the way from the output to layers that may not keep samples apart."""
+    edge = get_gradient_edge(z)
+    axes: dict[Edge, int] = {}
+    stack: list[tuple[Edge, int]] = [((edge.node, edge.output_nr), 0)]
+    while stack:
+        at, axis = stack.pop()
+        node, name = at[0], at[0].name()
+        if at in axes:
+            if axes[at] != axis:
+                return name
+            continue
+        axes[at] = axis
+        shape = _shape(at)
+        misplaced = axis != 0 or shape[0] != samples if axis != SHARED else at in outputs
+        if (axis != SHARED and shape[axis] % samples) or (at in outputs and misplaced):
+            return name
+        following = [None if other is None else (other, nr) for other, nr in node.next_functions]
+        if axis == SHARED:
+            stack.extend((other, SHARED) for other in following if other is not None)
+            continue
+        if not following:
+            continue
+        if coupled and name in COUPLING:
+            stack.extend((other, SHARED if k else axis) for k, other in enumerate(following) if other is not None)
+            continue
+        try:
+            found = follow(node, axis, shape, [None if other is None else _shape(other) for other in following])
+        except (Mixes, AttributeError, AssertionError, IndexError):
+            return name
+        stack.extend((other, own) for other, own in zip(following, found, strict=True) if other is not None)
+    return None
+
+
+def _shape(edge: Edge) -> Shape:
+    node, nr = edge
+    return tuple(node._input_metadata[nr].shape)  # type: ignore[attr-defined]

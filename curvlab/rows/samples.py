@@ -145,6 +145,11 @@ class Nodes(Samples):
         return Grouping(torch.zeros(len(x), dtype=torch.long, device=x.device), 1)
 
 
+def entries(samples: Samples, count: int) -> int | None:
+    """Return the number of samples, None if they are not the first axis of what layers see: several graphs."""
+    return None if samples.interact and count > 1 else count
+
+
 def _is_sample(z: Tensor) -> bool:
     return z.ndim == 3 and z.shape[0] == 1
 

@@ -1,13 +1,12 @@
-"""What the two engines share: inputs and outputs, what a sweep leaves behind, and its check."""
+"""What the two engines share: inputs and outputs, and what a sweep leaves behind."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.owners import trainable
 from curvlab.rows.route import Route
 
 Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
@@ -195,106 +193,3 @@ def check_finite(swept: Swept) -> None:
                     f"The derivative at layer {layer.name!r} is not finite, first at sample {sample}, although the "
                     "output is: a function there has no derivative or overflows."
                 )
-
-
-_checked: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
-_unfactored: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-
-
-def unfactored(model: nn.Module) -> frozenset[str]:
-    """Return the parameters that are used outside their layers, as far as a check has found them."""
-    return _unfactored.get(model, frozenset())
-
-
-@contextmanager
-def without_factors(model: nn.Module, wrong: Sequence[str]) -> Iterator[None]:
-    """Remember that rows of these parameters do not follow from their layers, if a second attempt succeeds without.
-
-    Raises:
-        UnsupportedModel: naming them, if it does not.
-    """
-    before = unfactored(model)
-    _unfactored[model] = before | set(wrong)
-    try:
-        yield
-    except UnsupportedModel:
-        _unfactored[model] = before
-        refuse(wrong)
-
-
-def wrong_rows(
-    model: nn.Module,
-    forward: Callable[[], Float[Tensor, "N C ..."]],
-    swept: Swept,
-    engine: str,
-    once_for: nn.Module,
-) -> tuple[str, ...]:
-    """Compare random combinations of rows with one reverse pass, once for a model (`once_for`), its graph and shapes.
-
-    One pass catches sequence-first inputs, reshaped batches, weights that are used elsewhere, and samples that interact. It is
-    repeated for every batch where samples may move to places that depend on numbers.
-
-    Returns:
-        The parameters whose rows are wrong.
-    """
-    parameters = trainable(model)
-    key = (
-        engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training, swept.route,
-        tuple((layer.name, layer.factors[0].shape) for layer in swept.layers),
-    )  # fmt: skip
-    if key in _checked.setdefault(once_for, set()):
-        return ()
-    with torch.enable_grad():
-        z = forward()
-    wrong, told = compare(parameters, z, swept.seeds, swept.layers)
-    if told and not wrong and swept.route.stands_for(swept.seeds.shape[1]):
-        _checked[once_for].add(key)
-    return wrong
-
-
-def refuse(wrong: Sequence[str]) -> None:
-    """Raise `UnsupportedModel` if there are parameters whose rows are wrong."""
-    if wrong:
-        raise UnsupportedModel(
-            f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
-            "first axis of the model's inputs and outputs is not the sample (sequence-first inputs, reshaped batches), or "
-            "the model is random. Make the first axis the sample; where samples are the nodes of a graph, say with "
-            "nodes= which of them carry rows."
-        )
-
-
-def compare(
-    parameters: Mapping[str, Tensor],
-    z: Float[Tensor, "M C ..."],
-    seeds: Float[Tensor, "V M C ..."],
-    layers: Sequence[LayerRows],
-) -> tuple[tuple[str, ...], bool]:
-    """Compare random combinations of rows with one reverse pass through a graph, which is kept.
-
-    Returns:
-        The parameters whose rows are wrong, and whether that told anything: not if all seeds are zero, or not finite.
-    """
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(layers[0].shape, generator=generator, dtype=torch.float64, device="cpu").to(z)
-    with torch.enable_grad():
-        # A zero term ties outputs that depend on no parameter, or not on all, to the graph.
-        zero = sum(p.sum() * 0 for p in parameters.values())
-        # A model may fold positions into the first axis of its output.
-        positions = len(z) // w.shape[1]
-        cotangent = torch.einsum("vm,vm...->m...", w.repeat_interleave(positions, 1), seeds)
-        with unhooked(parameters.values()):
-            reference = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
-    expected = {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, reference, strict=True)}
-    if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
-        return (), False
-    eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
-    # Gradients that cancel exactly, such as a shift before a softmax, are round-off at the scale of what cancels.
-    round_off = 100 * eps * max(float(g.norm()) for g in (cotangent, *expected.values()))
-    wrong = []
-    for layer in layers:
-        coefficients = w.reshape(1, -1).to(layer.dtype)
-        for name, value in layer.layout.split(layer.rmatvec(coefficients)[0]).items():
-            error = float((value - expected[name]).norm())
-            if not error <= round_off + eps**0.5 * float(expected[name].norm()):
-                wrong.append(name)
-    return tuple(wrong), bool(cotangent.any())

@@ -40,7 +40,7 @@ def collect(
 ) -> Collector:
     args, kwargs = unpack(inputs)
     model.zero_grad()
-    with Collector(model, loss, owners_of(model), how, checked=None if how is None else set()) as found:
+    with Collector(model, loss, owners_of(model), how) as found:
         (factor * loss(model(*args, **kwargs), targets)).backward()
     return found
 
@@ -134,7 +134,7 @@ def test_positions_folded_into_the_samples_are_sampled_alike() -> None:
     loss = nn.CrossEntropyLoss()
 
     def passes(how: Draw) -> Collector:
-        with Collector(model, loss, owners_of(model), how, checked=set()) as found:
+        with Collector(model, loss, owners_of(model), how) as found:
             loss(model(tokens).flatten(0, 1), targets).backward()
         return found
 
@@ -169,7 +169,7 @@ def test_the_model_and_the_loss_are_left_as_they_were() -> None:
 def test_inplace_activations_and_evaluations_in_between_change_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).double()
     loss, inputs, targets = nn.CrossEntropyLoss(), torch.randn(5, 4, dtype=DOUBLE), torch.randint(3, (5,))
-    with Collector(model, loss, owners_of(model), draw("empirical"), checked=set()) as found:
+    with Collector(model, loss, owners_of(model), draw("empirical")) as found:
         with torch.no_grad():
             loss(model(torch.randn(9, 4, dtype=DOUBLE)), torch.randint(3, (9,)))
         loss(model(inputs), targets).backward()
@@ -276,7 +276,7 @@ def test_nodes_of_a_graph(kind: str) -> None:
     model, loss = GCN(4, 6, 2, 3).double(), nn.CrossEntropyLoss()
     x, edges, nodes = torch.randn(8, 4, dtype=DOUBLE), torch.randint(8, (2, 20)), torch.tensor([1, 4, 6])
     targets = torch.randint(3, (3,))
-    with Collector(model, loss, owners_of(model), draw(kind, samples=5), samples=Nodes(None), checked=set()) as found:
+    with Collector(model, loss, owners_of(model), draw(kind, samples=5), samples=Nodes(None)) as found:
         loss(model(x, edges)[nodes], targets).backward()
     rows = found.rows
     assert rows is not None
@@ -293,9 +293,9 @@ def test_numbers_do_not_depend_on_whether_a_pass_is_checked() -> None:
     model, inputs = PLAIN[0].make(4, 0)
     loss, targets = loss_case("ce").make(outputs(model, inputs), "mean")
     args, kwargs = unpack(inputs)
-    found = []
-    for checked in (set(), None):
-        with Collector(model, loss, owners_of(model), draw("empirical"), checked=checked) as collector:
+    found, checks = [], Checks()
+    for _ in range(2):
+        with Collector(model, loss, owners_of(model), draw("empirical"), checks=checks) as collector:
             loss(model(*args, **kwargs), targets).backward()
         assert collector.rows is not None
         found.append(collector.rows.dense())

@@ -381,7 +381,7 @@ def test_rows_of_a_training_step(case: Case, kind: Any) -> None:
     if case.domain is not same:
         model = nn.Sequential(model, {"poisson-rate": nn.Softplus(), "probability": nn.Sigmoid()}[case.name])
     loss, y = case.make("mean"), case.targets(outputs(model, x))
-    with Collector(model, loss, owners_of(model), Draw(kind), checked=set()) as found:
+    with Collector(model, loss, owners_of(model), Draw(kind)) as found:
         (3 * loss(model(x), y)).backward()
     assert found.rows is not None
     S = found.rows.dense()

@@ -69,7 +69,7 @@ def test_a_factor_outside_the_loss_module_is_part_of_the_gradient_only() -> None
     """In a training step `(2 * loss).backward()`: the rows are those of the loss that was given, and Sᵀc the gradient."""
     model, x = network()
     loss = LOSSES["class weights"]
-    with Collector(model, loss, owners_of(model), Draw("exact"), checked=set()) as found:
+    with Collector(model, loss, owners_of(model), Draw("exact")) as found:
         (2 * loss(model(x), LABELS)).backward()
     assert found.rows is not None
     assert found.coefficients is not None

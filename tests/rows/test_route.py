@@ -9,10 +9,10 @@ from oracle import DOUBLE, assert_close, dense_jacobian
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Full
 from curvlab.optim import Preconditioner
-from curvlab.rows import jacobian, sweep
-from curvlab.rows.route import route_to
+from curvlab.rows import guard, jacobian
 
 
 class ByLength(nn.Module):
@@ -94,29 +94,174 @@ class Doubling(torch.autograd.Function):
     ("route", "times"),
     [
         (F.relu, 1),
-        (lambda h: h[:, :2].repeat(1, 2), 1),
+        (lambda h: h[:, :2] @ torch.ones(2, 4, dtype=DOUBLE), 1),
         (lambda h: h.masked_fill(h > 0, 0.0), 1),
+        (lambda h: h.softmax(-1) * h.mean(1, keepdim=True), 1),
+        (lambda h: torch.cat([h[:, 2:], h[:, :2]], -1).unsqueeze(1).transpose(1, 2).flatten(1), 1),
         (lambda h: h[torch.arange(len(h))], 3),
         (lambda h: h.gather(1, torch.zeros_like(h, dtype=torch.long)), 3),
+        (lambda h: torch.eye(len(h), dtype=DOUBLE) @ h, 3),
+        (lambda h: h.roll(0, 0), 3),
         (Doubling.apply, 3),
     ],
 )
-def test_only_a_way_that_depends_on_numbers_is_checked_for_every_batch(
-    route: Callable[[Tensor], Tensor], times: int, monkeypatch: pytest.MonkeyPatch
+def test_only_what_is_not_known_to_keep_samples_apart_is_checked_for_every_batch(
+    route: Callable[[Tensor], Tensor], times: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compared: list[int] = []
-    compare = sweep.compare
+    compare = guard.compare
 
     def note(parameters: Any, z: Any, seeds: Any, layers: Any) -> Any:
         compared.append(1)
         return compare(parameters, z, seeds, layers)
 
-    monkeypatch.setattr(sweep, "compare", note)
+    monkeypatch.setattr(guard, "compare", note)
     model = Routed(route).to(DOUBLE)
     for _ in range(3):
         jacobian(model, torch.randn(5, 3, dtype=DOUBLE), engine="autograd")
     assert len(compared) == times
-    assert route_to(model(torch.randn(5, 3, dtype=DOUBLE))).fixed is (times == 1)
+    said = [record.message for record in caplog.records if "another backward pass for every batch" in record.message]
+    assert len(said) == (times > 1)
+
+
+class Gated(nn.Module):
+    """Something else beside a layer, behind a gate that opens later."""
+
+    def __init__(self, beside: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.beside, self.gate = nn.Linear(3, 3), nn.Linear(3, 2), beside, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h + self.gate * self.beside(self.first, h))
+
+
+BESIDE = {
+    "weight": lambda layer, h: torch.tanh(F.linear(h, layer.weight.T)),
+    "mean": lambda layer, h: h.mean(0),  # noqa: ARG005
+    "permutation": lambda layer, h: torch.eye(len(h), dtype=DOUBLE).roll(1, 0) @ h,  # noqa: ARG005
+    "pairs": lambda layer, h: h.view(2, 2, 3).flip(1).reshape(4, 3),  # noqa: ARG005
+    "sum": lambda layer, h: h * h.norm(),  # noqa: ARG005
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_gate_that_opens(beside: str) -> None:
+    """Nothing passed through it while rows were checked."""
+    model, x = Gated(BESIDE[beside]).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
+    assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
+    model.gate = 1.0
+    if beside == "weight":
+        assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
+    else:
+        with pytest.raises(UnsupportedModel, match=r"first\.weight.*samples interact"):
+            jacobian(model, x)
+
+
+class ZeroHead(nn.Module):
+    """Uses a weight twice, below a head that starts from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(torch.tanh(self.first(x)), self.first.weight.T)))
+
+
+class ZeroPositions(nn.Module):
+    """Positions, as many as samples, below a head that starts from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place, self.head = nn.Embedding(7, 4), nn.Embedding(9, 4), nn.Linear(4, 3)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.token(i) + self.place(torch.arange(i.shape[1]))).mean(1))
+
+
+@pytest.mark.parametrize("make", [ZeroHead, ZeroPositions])
+def test_a_head_that_starts_from_zero(make: type[nn.Module]) -> None:
+    """A check of gradients that are zero has checked nothing."""
+    model, loss = make().to(DOUBLE), nn.CrossEntropyLoss()
+    x = torch.randn(4, 3, dtype=DOUBLE) if make is ZeroHead else torch.randint(7, (4, 4))
+    y, natural = torch.randint(2, (4,)), Preconditioner(model, loss, Full(), kind="exact", damping=1e-2)
+    sgd = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(4):
+        assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
+        sgd.zero_grad()
+        with natural.collect():
+            loss(model(x), y).backward()
+        natural.precondition()
+        z = model(x).detach()
+        p = torch.softmax(z, -1)
+        H = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        J = dense_jacobian(model, x).view(z.shape[1], 4, -1)
+        assert_close(natural.structure.to_dense(), torch.einsum("cnp,ncd,dnq->pq", J, H, J) / 4)
+        sgd.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_a_small_branch_are_compared_with_its_own_gradient(dtype: torch.dtype) -> None:
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.large(1e3 * x) + 1e-4 * self.small(x).flip(0)
+
+    with pytest.raises(UnsupportedModel, match=r"gradient of small\.weight\."):
+        jacobian(Branched().to(dtype), torch.randn(4, 3, dtype=dtype))
+
+
+def test_parts_that_compute_in_single_precision() -> None:
+    """Their round-off is measured, and is no sign of samples that interact."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).float()
+            h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).double()
+            return self.last(torch.tanh(self.norm(h)))
+
+    model, x = Mixed().to(DOUBLE), torch.randn(5, 3, dtype=DOUBLE)
+    error = jacobian(model, x).dense() - dense_jacobian(model, x)
+    assert float(error.norm()) < 1e-5
+
+
+def test_batch_normalisation_does_not_hide_a_weight_that_is_used_elsewhere() -> None:
+    class Normalised(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.first, self.norm, self.last, self.again = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.first(x))
+            return self.last(torch.tanh(F.linear(h, self.first.weight) if self.again else h))
+
+    x, y, loss = torch.randn(6, 3), torch.randint(2, (6,)), nn.CrossEntropyLoss()
+    for again in (False, True):
+        model = Normalised(again)
+        natural = Preconditioner(model, loss, "kfac", kind="mc", damping=1e-2)
+
+        def step(model: nn.Module = model, natural: Preconditioner = natural) -> None:
+            with natural.collect():
+                loss(model(x), y).backward()
+            natural.precondition()
+
+        if again:
+            with pytest.raises(
+                UnsupportedModel, match=r"norm normalise by the batch, so first\.weight.*outside.*plain="
+            ):
+                step()
+        else:
+            step()
 
 
 @pytest.mark.parametrize("kind", ["empirical", "exact"])

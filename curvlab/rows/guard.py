@@ -1,0 +1,196 @@
+"""The guard: rows are compared with a reverse pass wherever they do not follow from the structure of a pass.
+
+Random combinations of rows must be the gradient of the same combination of outputs, parameter by parameter, each relative to
+its own. That is done
+
+    once        for a pass whose graph shows that samples stay apart (`curvlab.rows.apart`), for parameters whose gradient is
+                not zero; those whose gradient is, such as all below a head of zeros, are compared the next time
+    every time  for any other pass; the first one is announced
+
+What a model's own arithmetic loses, such as parts that compute in half precision, is measured, by repeating the reverse pass at
+another scale, where rows and gradient differ by more than their type explains.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.errors import UnsupportedModel
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.owners import trainable
+from curvlab.rows.route import Route
+from curvlab.rows.sweep import Swept, unhooked
+
+logger = logging.getLogger("curvlab")
+
+NOISE = 100.0
+"""Largest difference that counts as round-off, in units of that of the reverse pass."""
+NOTHING = 10.0
+"""Largest rows beside a gradient of zero that count as round-off, in units of that of the largest gradient."""
+
+_unfactored: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+@dataclass
+class Checks:
+    """What has been compared so far, of one model.
+
+    Attributes:
+        told: parameters whose rows were right, by the kind of pass.
+        announced: whether it has been said that all passes are compared.
+    """
+
+    told: dict[Hashable, set[str]] = field(default_factory=dict)
+    announced: bool = False
+
+    def due(self, kind: Hashable, route: Route, names: Collection[str]) -> bool:
+        """Whether rows of a pass are to be compared."""
+        if route.unknown is not None:
+            return True
+        depending = set(names) if route.reached is None else route.reached.intersection(names)
+        return not depending <= self.told.get(kind, set())
+
+    def add(self, kind: Hashable, route: Route, told: Collection[str]) -> None:
+        """Remember the parameters whose rows were right."""
+        self.told.setdefault(kind, set()).update(told)
+        if route.unknown is not None and not self.announced:
+            self.announced = True
+            logger.warning(
+                "Rows are checked by another backward pass for every batch: %s is not known to keep samples apart.",
+                route.unknown,
+            )
+
+
+_checks: WeakKeyDictionary[nn.Module, Checks] = WeakKeyDictionary()
+
+
+def unfactored(model: nn.Module) -> frozenset[str]:
+    """Return the parameters whose rows do not follow from their layers, as far as a comparison has found them."""
+    return _unfactored.get(model, frozenset())
+
+
+@contextmanager
+def without_factors(model: nn.Module, wrong: Sequence[str]) -> Iterator[None]:
+    """Remember that rows of these parameters do not follow from their layers, if a second attempt succeeds without.
+
+    Raises:
+        UnsupportedModel: naming them, if it does not.
+    """
+    before = unfactored(model)
+    _unfactored[model] = before | set(wrong)
+    try:
+        yield
+    except UnsupportedModel:
+        _unfactored[model] = before
+        refuse(wrong)
+
+
+def wrong_rows(
+    model: nn.Module,
+    forward: Callable[[], Float[Tensor, "N C ..."]],
+    swept: Swept,
+    engine: str,
+    once_for: nn.Module,
+) -> tuple[str, ...]:
+    """Compare the rows of a sweep, if that is due, with a reverse pass; what was found is kept for a model, `once_for`.
+
+    One pass catches sequence-first inputs, reshaped batches, weights that are used elsewhere, and samples that interact.
+
+    Returns:
+        The parameters whose rows are wrong.
+    """
+    parameters = trainable(model)
+    kind = (
+        engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training, swept.route.functions,
+        tuple((layer.name, layer.factors[0].shape) for layer in swept.layers),
+    )  # fmt: skip
+    checks = _checks.setdefault(once_for, Checks())
+    if not checks.due(kind, swept.route, parameters):
+        return ()
+    with torch.enable_grad():
+        z = forward()
+    wrong, told = compare(parameters, z, swept.seeds, swept.layers)
+    if not wrong:
+        checks.add(kind, swept.route, told)
+    return wrong
+
+
+def refuse(wrong: Sequence[str]) -> None:
+    """Raise `UnsupportedModel` if there are parameters whose rows are wrong."""
+    if wrong:
+        raise UnsupportedModel(
+            f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
+            "first axis of the model's inputs and outputs is not the sample (sequence-first inputs, reshaped batches), or "
+            "the model is random. Make the first axis the sample; where samples are the nodes of a graph, say with "
+            "nodes= which of them carry rows."
+        )
+
+
+def compare(
+    parameters: Mapping[str, Tensor],
+    z: Float[Tensor, "M C ..."],
+    seeds: Float[Tensor, "V M C ..."],
+    layers: Sequence[LayerRows],
+    *,
+    coupled: bool = False,
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Compare random combinations of rows with one reverse pass through a graph, which is kept.
+
+    Args:
+        parameters: by name.
+        z: outputs, with their graph.
+        seeds: rows at the output.
+        layers: rows of the layers.
+        coupled: whether samples interact, as in batch normalisation, so that only sums over them are gradients.
+
+    Returns:
+        The parameters whose rows are wrong, and those that are right. A parameter is neither if its gradient is zero, and all are
+        neither if something is not finite.
+
+    Cost: one reverse pass, another one where round-off has to be measured.
+    """
+    V, N = layers[0].shape
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu").to(z).expand(V, N)
+    # A model may fold positions into the first axis of its output.
+    cotangent = torch.einsum("vm,vm...->m...", w.repeat_interleave(len(z) // N, 1), seeds)
+    expected = _pulled(z, parameters, cotangent)
+    if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
+        return (), frozenset()
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
+    found = {
+        name: value
+        for layer in layers
+        for name, value in layer.layout.split(layer.rmatvec(w.reshape(1, -1).to(layer.dtype))[0]).items()
+    }
+    errors = {name: float((value - expected[name]).norm()) for name, value in found.items()}
+    sizes = {name: float(expected[name].norm()) for name in found}
+    limits = {name: eps**0.5 * size for name, size in sizes.items()}
+    largest = max(float(cotangent.norm()), *sizes.values())
+    doubtful = [name for name in found if not errors[name] <= limits[name]]
+    if doubtful:
+        # Gradients that cancel exactly, such as a shift before a softmax, are round-off of what cancels.
+        again = _pulled(z, parameters, cotangent / 3)
+        for name in doubtful:
+            limits[name] += NOISE * float((3 * again[name] - expected[name]).norm())
+            if sizes[name] == 0:
+                limits[name] += NOTHING * eps * largest
+    wrong = tuple(name for name in found if not errors[name] <= limits[name])
+    return wrong, frozenset(name for name in found if sizes[name] > 0 and name not in wrong)
+
+
+def _pulled(z: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+    """Return gradients by name, dense ones, zero where the output does not depend on a parameter."""
+    with torch.enable_grad(), unhooked(parameters.values()):
+        # A zero term ties outputs that depend on no parameter, or not on all, to the graph.
+        zero = sum(p.sum() * 0 for p in parameters.values())
+        gradients = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, gradients, strict=True)}
