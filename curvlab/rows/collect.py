@@ -25,7 +25,7 @@ from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
 from curvlab.rows.guard import Checks, compare, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds
+from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds, watching
 from curvlab.rows.owners import Owner, decomposing, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.record import Call, Recorder, form
@@ -124,7 +124,7 @@ class Collector(AbstractContextManager["Collector"]):
         handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
             self._model.register_forward_hook(self._on_output),
-            self._loss.register_forward_pre_hook(self._on_loss, with_kwargs=True),
+            self._loss.register_forward_pre_hook(self._on_loss, with_kwargs=True, prepend=True),
             *self._recorder.hook(self._on_layer, self._is_watching),
         ]
         for handle in handles:
@@ -183,6 +183,7 @@ class Collector(AbstractContextManager["Collector"]):
             # The graph would keep the hook, the hook the collector, and the collector the graph.
             self._leave.callback(output.register_hook(take).remove)
 
+    @watching
     def _on_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
             return

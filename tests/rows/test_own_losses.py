@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import curvlab
 from curvlab.errors import NotPositiveDefinite, UnsupportedModel
 from curvlab.fisher import EKFAC, Full
-from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, PerSample, Scaled, Task
-from curvlab.optim import NaturalGradient
+from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
+from curvlab.optim import NaturalGradient, Preconditioner
 from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.loss import loss_terms
@@ -539,3 +539,92 @@ def test_fixed_variances() -> None:
         GaussianNLL(0.0)
     with pytest.raises(ValueError, match="factor must be at least 0, not -1"):
         Scaled(nn.MSELoss(), -1.0)
+
+
+# --- losses with hooks ------------------------------------------------------------------------------------------------
+
+
+def tripled(loss: nn.Module) -> None:
+    loss.register_forward_hook(lambda _, __, value: 3 * value)
+
+
+def sharpened(loss: nn.Module) -> None:
+    loss.register_forward_pre_hook(lambda _, args: (2 * args[0] + args[0] ** 2, args[1]))
+
+
+def replaced(loss: nn.Module) -> None:
+    forward = type(loss).forward
+    loss.forward = lambda z, y: 3 * forward(loss, z, y)  # type: ignore[method-assign]
+
+
+HOOKED = [
+    (hook, loss, part)
+    for hook in (tripled, sharpened, replaced)
+    for loss in ("mse", "half", "ce")
+    for part in (False, True)
+]
+
+
+def hooked(hook: Callable[[nn.Module], None], name: str, reduction: str, part: bool) -> tuple[nn.Module, Any, Any, Any]:
+    model, x = architecture("mlp").make(N=4)
+    loss, y = loss_case(name).make(0.1 * outputs(model, x), reduction)
+    if hook is sharpened and name != "ce":
+        y = y - 5  # so that the Hessian is definite
+    hook(loss)
+    return model, (Scaled(loss, 2.0) if part else loss), x, y
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("hook", "name", "part"), HOOKED)
+def test_a_loss_with_hooks_is_what_the_user_calls(hook: Any, name: str, part: bool, reduction: str) -> None:
+    model, loss, x, y = hooked(hook, name, reduction, part)
+    if hook is replaced and reduction == "mean":
+        with pytest.raises(UnsupportedModel, match=r"with its hooks is not a sum over samples(?s:.)*Wrap a function"):
+            sqrt_fisher(model, loss, x, y, "ggn")
+        return
+    z, J = outputs(model, x), dense_jacobian(model, x)
+    if hook is not sharpened or name != "ce":
+        assert_close(fisher(sqrt_fisher(model, loss, x, y, "ggn")), dense_ggn(J, loss, z, y))
+    empirical = sqrt_fisher(model, loss, x, y, "empirical")
+    slopes = jacrev(lambda at: loss(at, y))(z) * (empirical.count / (2 if part else 1)) ** 0.5  # √w s, w the multiple
+    seeds = torch.einsum("nc,nm->ncm", slopes, torch.eye(len(z), dtype=DOUBLE)).permute(0, 2, 1).flatten(1)
+    assert_close(fisher(empirical), (seeds @ output_major(J, len(z))).mT @ (seeds @ output_major(J, len(z))))
+    for kind in ("exact", "mc"):
+        with pytest.raises(UnsupportedModel, match="with its hooks"):
+            sqrt_fisher(model, loss, x, y, kind, generator=generator())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical"])
+@pytest.mark.parametrize("hook", [tripled, sharpened])
+def test_steps_with_a_loss_that_has_hooks(hook: Any, kind: Any) -> None:
+    model, loss, x, y = hooked(hook, "mse", "mean", False)
+    preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=1e-2)
+    with preconditioner.collect():
+        loss(model(x), y).backward()
+    g = torch.cat([p.grad.flatten() for p in model.parameters()])
+    F_ = fisher(sqrt_fisher(model, loss, x, y, kind))
+    preconditioner.precondition()
+    step = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert_close(step, torch.linalg.solve(F_ + 1e-2 * torch.eye(len(g), dtype=DOUBLE), g), 1e-8)
+    assert len(loss._forward_hooks) + len(loss._forward_pre_hooks) == 1
+
+
+def test_hooks_that_only_look_on_leave_a_loss_what_it_is() -> None:
+    model, x = architecture("mlp").make(N=4)
+    loss, y = loss_case("ce").make(outputs(model, x), "mean")
+    expected = fisher(sqrt_fisher(model, loss, x, y))
+    seen: list[Tensor] = []
+    loss.register_forward_hook(lambda _, __, value: seen.append(value.detach()))
+    assert_close(fisher(sqrt_fisher(model, loss, x, y)), expected)
+    with Collector(model, loss, owners_of(model), Draw("exact"), checked=set()) as found:
+        loss(model(x), y).backward()
+    assert found.rows is not None
+    assert_close(fisher(found.rows), expected)
+
+
+def test_hooks_on_a_loss_that_does_not_say_how_it_is_reduced() -> None:
+    model, x = architecture("mlp").make(N=4)
+    loss = WeightedCrossEntropy(torch.ones(4, dtype=DOUBLE))
+    tripled(loss)
+    with pytest.raises(UnsupportedModel, match="has hooks, or a forward of its own, that change it"):
+        sqrt_fisher(model, loss, x, torch.tensor([0, 1, 2, 0]))

@@ -17,7 +17,7 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, Scaled
 from curvlab.rows.loss.composed import multi_task, scaled
 from curvlab.rows.loss.factor import OutputFactor, Scaling, restored
-from curvlab.rows.loss.own import WRAP, own_terms
+from curvlab.rows.loss.own import WRAP, has_gradient, is_altered, own_terms, watching
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
 from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_seeds
 
@@ -32,6 +32,7 @@ __all__ = [
     "identity_seeds",
     "loss_terms",
     "restored",
+    "watching",
 ]
 
 
@@ -51,7 +52,8 @@ def loss_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
     """Take a loss module apart at given outputs and targets.
 
     Args:
-        loss: a module whose exact type stands in `LOSSES`, or any twice-differentiable one with an attribute `reduction`.
+        loss: a module whose exact type stands in `LOSSES`, or any twice-differentiable one with an attribute `reduction`. One
+            with forward hooks or a `forward` of its own that change its gradient is of the latter kind.
         z: outputs `[N, C, …]`.
         targets: as the loss takes them.
 
@@ -63,10 +65,24 @@ def loss_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
     if isinstance(targets, Tensor) and targets.is_floating_point() and not torch.isfinite(targets).all():
         sample = int((~torch.isfinite(targets)).reshape(len(targets), -1).any(1).nonzero()[0])
         raise ValueError(f"The targets are not finite, first at sample {sample}.")
-    terms = LOSSES.get(type(loss), own_terms)(loss, z, targets)
+    terms = _terms(loss, z, targets)
     if bool((terms.weight < 0).any()):
         raise ValueError(f"{type(loss).__name__} has negative weights, so the curvature has no square root.")
     return terms
+
+
+def _terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
+    reader = LOSSES.get(type(loss), own_terms)
+    if reader is own_terms or not is_altered(loss):
+        return reader(loss, z, targets)
+    try:
+        if has_gradient(loss, z, targets, lambda at: reader(loss, at, targets)):
+            return reader(loss, z, targets)
+    except (UnsupportedModel, ValueError):
+        pass  # What the hooks make of outputs and targets may fit all the same.
+    if getattr(loss, "reduction", None) is None:
+        raise UnsupportedModel(f"{type(loss).__name__} has hooks, or a forward of its own, that change it. {WRAP}")
+    return own_terms(loss, z, targets)
 
 
 LOSSES: dict[type[nn.Module], Reader] = {

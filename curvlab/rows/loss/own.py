@@ -3,13 +3,15 @@
 The loss says by its attribute `reduction` whether it is a mean or a sum. A copy with reduction="sum" has to add up over
 samples, which is checked: samples are told apart by the binary digits of their indices, so that any two fall into different
 halves of the batch for some digit. A mean's divisor is the ratio of the copy's gradient to the loss's own.
+
+What is taken apart is what the user calls, forward hooks and a `forward` of the instance's own included.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ from curvlab.rows.loss.table import reduction_of
 from curvlab.rows.loss.terms import LossTerms
 
 Value = Callable[[Tensor, Any], Tensor]
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
 NEARBY = 1e-2
 """How far outputs are moved where the gradient of a loss vanishes."""
@@ -66,20 +69,55 @@ def own_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
     )
 
 
+def watching(hook: Hook) -> Hook:
+    """Mark a hook on a loss that only looks on, so that it is no part of the loss."""
+    hook.watches = True  # type: ignore[attr-defined]
+    return hook
+
+
+def is_altered(loss: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` of its own, so that it may be another loss than its class."""
+    called = as_called(loss)
+    return "forward" in vars(called) or bool(called._forward_pre_hooks or called._forward_hooks)
+
+
+def as_called(loss: nn.Module) -> nn.Module:
+    """Return a copy without the hooks that only look on."""
+    called = copy.copy(loss)
+    hooks = loss._forward_pre_hooks
+    called._forward_pre_hooks = type(hooks)((k, hook) for k, hook in hooks.items() if not hasattr(hook, "watches"))
+    return called
+
+
+def has_gradient(loss: nn.Module, z: Tensor, targets: Any, terms: Callable[[Tensor], LossTerms]) -> bool:
+    """Whether a loss has the gradient of given terms, at the outputs and nearby; not known where both vanish."""
+    ramp = torch.linspace(0, NEARBY, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
+    vanish = True
+    for at in (z, z * (1 - ramp)):
+        found = _gradient(as_called(loss), at, targets)
+        expected = terms(at)
+        if expected.count == 0:
+            return False
+        gradient = (expected.weight * expected.score / expected.count).view_as(z)
+        if not float((found - gradient).norm()) <= torch.finfo(z.dtype).eps ** 0.5 * float(gradient.norm()):
+            return False
+        vanish = vanish and not bool(gradient.any())
+    return not vanish
+
+
 def _name(loss: nn.Module) -> str:
-    name = type(loss).__name__
+    name = type(loss).__name__ + (" with its hooks" if is_altered(loss) else "")
     return f"{name}({inner})" if isinstance(inner := getattr(loss, "name", None), str) else name
 
 
 def _as_sum(loss: nn.Module) -> Value:
-    """Return the sum over samples that a loss is the mean of, or the loss; past its hooks."""
-    summed = copy.copy(loss)
+    """Return the sum over samples that a loss is the mean of, or the loss."""
+    summed = as_called(loss)
     try:
         summed.reduction = "sum"  # type: ignore[assignment]
     except AttributeError as error:
         raise UnsupportedModel(f"The attribute reduction of {type(loss).__name__} cannot be set. {WRAP}") from error
-    value: Value = summed.forward
-    return value
+    return summed
 
 
 def _gradient(value: Value, z: Tensor, targets: Any) -> Tensor:
@@ -141,7 +179,7 @@ def _of(targets: Any, part: Int[Tensor, " M"], N: int) -> Any:
 def _divisor(loss: nn.Module, name: str, total: Value, z: Tensor, targets: Any) -> float:
     """Return the ratio of sum to mean, which is the same at all outputs: where all gradients vanish, it is told nearby."""
     for at in (z, z + NEARBY):
-        both, mean = _gradient(total, at, targets), _gradient(loss.forward, at, targets)
+        both, mean = _gradient(total, at, targets), _gradient(as_called(loss), at, targets)
         if bool(mean.any()):
             ratio = float((both * both).sum() / (both * mean).sum())
             distance = float((both - ratio * mean).norm())
