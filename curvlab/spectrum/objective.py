@@ -187,7 +187,10 @@ class Objective:
                 return loss_terms(self.loss, z, part.targets).terms
             summed = copy.copy(self.loss)
             summed.reduction = "sum"  # type: ignore[union-attr]
-            ratio = float(summed(z, part.targets) / part.of_output(z))
+            total, mean = summed(z, part.targets), part.of_output(z)
+            if float(total) == 0 and not bool(mean.isfinite()):
+                return 0.0
+            ratio = float(total / mean)
         if not isfinite(ratio) or ratio <= 0:
             raise ValueError(
                 f"The divisor of {_name(self.loss)} on a batch cannot be told from its sum and its mean, whose ratio is "

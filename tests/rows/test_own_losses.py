@@ -13,14 +13,15 @@ from torch.func import jacrev
 from torch.nn import functional as F
 
 import curvlab
-from curvlab.errors import NotPositiveDefinite, UnsupportedModel
-from curvlab.fisher import EKFAC, Full
+from curvlab.errors import NotPositiveDefinite, UnsupportedModel, Weightless
+from curvlab.fisher import EKFAC, KFAC, Full
 from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
 from curvlab.optim import NaturalGradient, Preconditioner
 from curvlab.rows import Rows, merge, sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.loss import loss_terms
 from curvlab.rows.owners import owners_of
+from curvlab.rows.streamed import bytes_of
 from curvlab.spectrum import GGN, rank
 
 Values = Callable[[Tensor, Tensor], Tensor]
@@ -628,3 +629,49 @@ def test_hooks_on_a_loss_that_does_not_say_how_it_is_reduced() -> None:
     tripled(loss)
     with pytest.raises(UnsupportedModel, match="has hooks, or a forward of its own, that change it"):
         sqrt_fisher(model, loss, x, torch.tensor([0, 1, 2, 0]))
+
+
+# --- batches without targets that count -------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A mean over samples whose target is not negative, as a user would write it."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        counts = y >= 0
+        total = F.cross_entropy(z[counts], y[counts], reduction="sum")
+        return total / counts.sum() if self.reduction == "mean" else total
+
+
+class Skipping(nn.CrossEntropyLoss):
+    """A subclass of a loss that skips targets."""
+
+
+OWN_MEANS = [Masked("mean"), Skipping(ignore_index=-1)]
+
+
+@pytest.mark.parametrize("loss", OWN_MEANS)
+def test_a_mean_over_no_targets_has_no_weight(loss: nn.Module) -> None:
+    model, x = architecture("mlp").make(N=6)
+    none, some = torch.full((3,), -1), torch.tensor([0, -1, 2])
+    for kind in ("ggn", "empirical"):
+        with pytest.raises(Weightless, match="No target carries weight"):
+            sqrt_fisher(model, loss, x[:3], none, kind)
+        with pytest.raises(Weightless), Collector(model, loss, owners_of(model), Draw(kind), checked=set()):
+            loss(model(x[:3]), none)
+    z, J = outputs(model, x), dense_jacobian(model, x)
+    expected = dense_ggn(J, nn.CrossEntropyLoss(ignore_index=-1), z, torch.cat([none, some]))
+    batches = [(x[:3], none), (x[3:], some)]
+    v = torch.randn(J.shape[1], dtype=DOUBLE)
+    for structure in (Full, KFAC):
+        alone = structure.fit(model, loss, batches[1:], kind="ggn")
+        assert_close(structure.fit(model, loss, batches, kind="ggn").matvec(v), alone.matvec(v))
+    assert_close(GGN(model, loss, batches).to_dense(), expected, 1e-9)
+    data, S = (x, torch.cat([none, some])), sqrt_fisher(model, loss, x, torch.cat([none, some]), "ggn")
+    memory = 16 * -(-bytes_of(S) // 6)
+    streamed = curvlab.gram(model, data, loss=loss, kind="ggn", memory=memory)
+    assert_close(torch.linalg.eigvalsh(streamed), torch.linalg.eigvalsh(S.gram()), 1e-9)

@@ -177,7 +177,10 @@ def _of(targets: Any, part: Int[Tensor, " M"], N: int) -> Any:
 
 
 def _divisor(loss: nn.Module, name: str, total: Value, z: Tensor, targets: Any) -> float:
-    """Return the ratio of sum to mean, which is the same at all outputs: where all gradients vanish, it is told nearby."""
+    """Return the ratio of sum to mean, which is the same at all outputs: where all gradients vanish, it is told nearby.
+
+    It is 0 where the mean is 0/0, as where all targets are ignored.
+    """
     for at in (z, z + NEARBY):
         both, mean = _gradient(total, at, targets), _gradient(as_called(loss), at, targets)
         if bool(mean.any()):
@@ -185,6 +188,8 @@ def _divisor(loss: nn.Module, name: str, total: Value, z: Tensor, targets: Any) 
             distance = float((both - ratio * mean).norm())
             if 0 < ratio < float("inf") and distance <= torch.finfo(z.dtype).eps ** 0.5 * float(both.norm()):
                 return ratio
+    if not (bool(both.any()) or bool(total(z, targets)) or bool(as_called(loss)(z, targets).isfinite())):
+        return 0.0
     raise ValueError(
         f"The divisor of {name} on a batch cannot be told from its sum and its mean. Use reduction='sum', or: {WRAP}"
     )
