@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
@@ -57,6 +58,7 @@ class Recorder:
     def __init__(self, owners: Sequence[Owner]) -> None:
         self._owners = owners
         self._calls: dict[Site, list[Call]] = {site: [] for owner in owners for site in owner.sites}
+        self._transformed: set[Site] = set()
 
     def hook(
         self, made: Callable[[Call, Tensor], None] | None = None, watching: Callable[[], bool] = lambda: True
@@ -88,6 +90,10 @@ class Recorder:
             return
         named = signature(module.forward).bind(*args, **kwargs).arguments if kwargs else dict(enumerate(args))
         tensors = [x for x in named.values() if isinstance(x, Tensor)]
+        if any(is_functorch_wrapped_tensor(x) for x in (*tensors, output)):
+            # Within torch.func, where the first axis is not that of the samples and nothing outlives the transform.
+            self._transformed.add(site)
+            return
         sources = [edge for x in tensors if (edge := edge_of(x)) is not None]
         call = Call(site, tuple(x.detach() for x in tensors), output.shape, edge_of(output), sources)
         self._calls[site].append(call)
@@ -110,7 +116,9 @@ class Recorder:
         return {
             owner: calls
             for owner, calls in found.items()
-            if calls and all(samples.fit(call.inputs[0], count) for call in calls)
+            if calls
+            and self._transformed.isdisjoint(owner.sites)
+            and all(samples.fit(call.inputs[0], count) for call in calls)
         }
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import architecture, assert_close, loss_case, outputs
+from oracle import architecture, assert_close, dense_jacobian, loss_case, outputs
 from torch import Tensor, nn
+from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -119,3 +120,30 @@ def test_amounts_of_memory() -> None:
     for wrong in ("2GB", "lots", "", 0, "0B"):
         with pytest.raises(ValueError, match="memory is a number of bytes or text such as '2GiB'"):
             as_bytes(wrong)
+
+
+class Laplacian(nn.Module):
+    """The Laplacian of a network with respect to its inputs, by torch.func."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__()
+        self.batched = batched
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        def value(point: Tensor) -> Tensor:
+            return self.net(point[None])[0, 0] if self.batched else self.net(point)[0]
+
+        return vmap(lambda point: jacrev(jacrev(value))(point).trace())(x)[:, None]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_models_that_differentiate_by_torch_func(N: int, batched: bool) -> None:
+    """Whatever axis inside of the transforms is as long as there are samples."""
+    model, x = Laplacian(batched), torch.randn(N, 2, dtype=torch.float64)
+    J = dense_jacobian(model, x)
+    assert_close(curvlab.jacobian(model, x).dense(), J)
+    assert_close(curvlab.gram(model, x), J @ J.T)
+    y = torch.zeros(N, 1, dtype=torch.float64)
+    assert_close(curvlab.gram(model, (x, y), loss=nn.MSELoss(), memory=8000), 2 / N * J @ J.T)
