@@ -10,6 +10,7 @@ for every panel, multiplied with it and forgotten:
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from curvlab.errors import UnsupportedModel
+from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
 from curvlab.rows.batches import joined
 from curvlab.rows.engine import Engine
 from curvlab.rows.loss import Kind
@@ -38,6 +41,14 @@ UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
 PROBED = 2
 """Samples of which the rows are formed to tell how large those of others are."""
+
+BY_SAMPLE: dict[type[nn.Module], str] = {
+    WeightedCrossEntropy: "weights",
+    GaussianNLL: "variance",
+    nn.BCEWithLogitsLoss: "weight",
+    nn.BCELoss: "weight",
+}
+"""Losses that may hold a tensor of the targets' axes, the first of which is the sample."""
 
 
 def gram(
@@ -74,6 +85,7 @@ def gram(
         progress: whether to show it, on stderr.
 
     Raises:
+        UnsupportedModel: as in `curvlab.sqrt_fisher`, and for a loss of one's own that holds one entry a sample.
         ValueError: for data that do not fit the above, targets without weight, or an `out` of another shape or type.
         MemoryError: if the rows of one sample do not fit.
 
@@ -212,16 +224,48 @@ class _Chunks:
         if self.generator is not None:
             self.generator.set_state(self._start)  # type: ignore[attr-defined]
         inputs, targets = chosen
-        rows = sqrt_fisher(
-            self.model,
-            self.loss,
-            inputs,
-            targets,
-            self.kind,
-            samples=self.samples,
-            generator=self.generator,
-            share=(part.start, self.total),
-            output=self.output,
-            engine=self.engine,
-        )
+        loss = _of_samples(self.loss, targets, part, self.total)
+        try:
+            rows = sqrt_fisher(
+                self.model,
+                loss,
+                inputs,
+                targets,
+                self.kind,
+                samples=self.samples,
+                generator=self.generator,
+                share=(part.start, self.total),
+                output=self.output,
+                engine=self.engine,
+            )
+        except (RuntimeError, ValueError) as error:
+            held = _held_by_sample(loss, self.total)
+            if not held or part.stop - part.start == self.total:
+                raise
+            raise UnsupportedModel(
+                f"{type(loss).__name__} holds {', '.join(held)} with one entry a sample, and cannot be called on some of the "
+                "samples. Hand them over with the targets: curvlab.nn.PerSample(function), called as function(outputs, "
+                "(targets, weights))."
+            ) from error
         return replace(rows, _jacobian=None)
+
+
+def _of_samples(loss: nn.Module, targets: Any, part: slice, total: int) -> nn.Module:
+    """Return a loss on some of the samples, of one that may hold an entry for each."""
+    own = copy.copy(loss)
+    own._buffers = dict(loss._buffers)
+    own._modules = dict(loss._modules)
+    if isinstance(own, Scaled):
+        own.loss = _of_samples(own.loss, targets, part, total)
+    name = BY_SAMPLE.get(type(own))
+    value = None if name is None else getattr(own, name)
+    if name is None or value is None or not isinstance(targets, Tensor):
+        return own
+    if value.ndim == targets.ndim and len(value) == total:
+        setattr(own, name, value[part])
+    return own
+
+
+def _held_by_sample(loss: nn.Module, total: int) -> list[str]:
+    tensors = {**vars(loss), **dict(loss.named_buffers()), **dict(loss.named_parameters())}
+    return [name for name, held in tensors.items() if isinstance(held, Tensor) and held.shape[:1] == (total,)]

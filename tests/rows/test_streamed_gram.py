@@ -1,5 +1,6 @@
 """Gram matrices in chunks against those of all rows at once."""
 
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab
-from curvlab.nn import HalfSquaredError, MultiTask, Task
+from curvlab.errors import UnsupportedModel
+from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, Scaled, Task, WeightedCrossEntropy
 from curvlab.rows.streamed import as_bytes, bytes_of
 
 
@@ -147,3 +149,48 @@ def test_models_that_differentiate_by_torch_func(N: int, batched: bool) -> None:
     assert_close(curvlab.gram(model, x), J @ J.T)
     y = torch.zeros(N, 1, dtype=torch.float64)
     assert_close(curvlab.gram(model, (x, y), loss=nn.MSELoss(), memory=8000), 2 / N * J @ J.T)
+
+
+def by_sample(N: int, *rest: int) -> Tensor:
+    return torch.linspace(0.5, 2, N, dtype=torch.float64).view(N, *(1,) * len(rest)).expand(N, *rest).contiguous()
+
+
+HELD: dict[str, Callable[[], nn.Module]] = {
+    "weights": lambda: WeightedCrossEntropy(by_sample(7)),
+    "variance": lambda: GaussianNLL(by_sample(7, 3)),
+    "one-variance": lambda: GaussianNLL(by_sample(7, 1), "sum"),
+    "output-variance": lambda: GaussianNLL(by_sample(3)),
+    "bce": lambda: nn.BCEWithLogitsLoss(by_sample(7, 1)),
+    "scaled": lambda: Scaled(nn.BCEWithLogitsLoss(by_sample(7, 3), reduction="sum"), 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", HELD)
+def test_losses_that_hold_an_entry_a_sample(name: str, kind: Any) -> None:
+    model, x = architecture("mlp").make(N=7)
+    loss = HELD[name]()
+    y = torch.arange(7) % 3 if name == "weights" else (outputs(model, x) > 0).double()
+    S = curvlab.sqrt_fisher(model, loss, x, y, kind)
+    held = {key: value.clone() for key, value in loss.state_dict().items()}
+    for memory in budgets(S):
+        assert_close(curvlab.gram(model, (x, y), loss=loss, kind=kind, memory=memory), S.gram(), 1e-13)
+    for key, value in loss.state_dict().items():
+        assert torch.equal(value, held[key])
+
+
+class OwnWeights(nn.Module):
+    reduction = "sum"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("importance", by_sample(7, 1))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return (self.importance * (z - y) ** 4).sum()
+
+
+def test_an_own_loss_that_holds_an_entry_a_sample_is_told_where_to_put_it() -> None:
+    model, x = architecture("mlp").make(N=7)
+    with pytest.raises(UnsupportedModel, match=r"OwnWeights holds importance with one entry a sample(?s:.)*PerSample"):
+        curvlab.gram(model, (x, torch.zeros(7, 3).double()), loss=OwnWeights(), kind="ggn")
