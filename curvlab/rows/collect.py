@@ -125,6 +125,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
             self._model.register_forward_hook(self._on_output),
             self._loss.register_forward_pre_hook(self._on_loss, with_kwargs=True, prepend=True),
+            self._loss.register_forward_hook(self._on_value),
             *self._recorder.hook(self._on_layer, self._is_watching),
         ]
         for handle in handles:
@@ -207,7 +208,12 @@ class Collector(AbstractContextManager["Collector"]):
             self._sweeping = False
             if self._z.retains_grad:
                 self._z.grad = None
-        self._leave.callback(self._z.register_hook(self._on_upstream).remove)
+
+    @watching
+    def _on_value(self, *_: Any) -> None:
+        # Only now have all collectors on this loss swept from its outputs.
+        if self._is_watching() and self._z is not None:
+            self._leave.callback(self._z.register_hook(self._on_upstream).remove)
 
     def _on_upstream(self, gradient: Tensor) -> None:
         if not self._sweeping:

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -748,3 +749,32 @@ def test_nodes_of_a_graph_are_one_sample(key: str) -> None:
     pre.precondition()
     fitted = make(key).update(sqrt_fisher(model, loss, (x, edges), targets, nodes=nodes))
     assert_close(now(pre), reference(fitted, gradient), 1e-8)
+
+
+@pytest.mark.parametrize("second", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("first", ["mc", "ggn", "empirical"])
+@pytest.mark.parametrize("structure", ["kfac", "full"])
+def test_two_preconditioners_share_a_pass(structure: str, first: Any, second: Any) -> None:
+    """One a layer, with structures of their own: each does what it does alone."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    loss, x, y = nn.CrossEntropyLoss(), torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+
+    def make(only: str) -> Preconditioner:
+        if only == "0":
+            return Preconditioner(model, loss, structure, kind=first, plain=("2",))
+        return Preconditioner(model, loss, "diagonal", kind=second, plain=("0",))
+
+    def step(*layers: str) -> dict[str, Tensor]:
+        model.zero_grad()
+        made = [make(layer) for layer in layers]
+        with ExitStack() as within:
+            for preconditioner in made:
+                within.enter_context(preconditioner.collect())
+            loss(model(x), y).backward()
+        for preconditioner in made:
+            preconditioner.precondition()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if n[0] in layers and p.grad is not None}
+
+    expected = step("0") | step("2")
+    for name, found in step("0", "2").items():
+        torch.testing.assert_close(found, expected[name])

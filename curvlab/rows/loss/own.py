@@ -84,8 +84,9 @@ def is_altered(loss: nn.Module) -> bool:
 def as_called(loss: nn.Module) -> nn.Module:
     """Return a copy without the hooks that only look on."""
     called = copy.copy(loss)
-    hooks = loss._forward_pre_hooks
-    called._forward_pre_hooks = type(hooks)((k, hook) for k, hook in hooks.items() if not hasattr(hook, "watches"))
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(loss, name)
+        setattr(called, name, type(hooks)((k, hook) for k, hook in hooks.items() if not hasattr(hook, "watches")))
     return called
 
 
