@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.rows import sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.guard import Checks
 from curvlab.rows.owners import owners_of
 from curvlab.rows.samples import Nodes
 
