@@ -44,11 +44,6 @@ class TestLayers:
                 lambda layer, x: layer(x[:, 0], torch.arange(len(x))),
                 r"'layer' was called on one axis with offsets.*indices \[N, T\]",
             ),
-            (
-                nn.GRU(1, 2),
-                lambda layer, x: layer(nn.utils.rnn.pack_sequence([x[..., None] / 3]))[1][0],
-                "GRU was called on a PackedSequence.*padded sequences.*weights of the loss",
-            ),
             (nn.LSTM(1, 2), lambda layer, x: layer(x.flatten()[:, None] / 3)[0], "LSTM was called on .* sample axis"),
             (nn.RNNCell(2, 2), lambda layer, x: layer(x[0] / 3)[None], r"RNNCell was called .* \[N, features\]"),
             (

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.modules.composite import Composite, Project, Projection
@@ -70,29 +71,48 @@ def _cell_parts(module: nn.Module, suffix: str = "") -> dict[str, Mapping[str, s
     }
 
 
-def _network(module: nn.RNNBase, project: Project, input: Any, hx: Any = None) -> tuple[Tensor, Any]:  # noqa: A002
+def _network(module: nn.RNNBase, project: Project, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002
     """Run as `nn.LSTM`, `nn.GRU` and `nn.RNN` do."""
-    if not isinstance(input, Tensor) or input.ndim != 3:
-        what = "an input without a sample axis" if isinstance(input, Tensor) else f"a {type(input).__name__}"
+    if isinstance(input, PackedSequence):
+        x, lengths = pad_packed_sequence(input, batch_first=True)
+        inside = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+        outputs, last = _layers(module, project, x, hx, inside)
+        return _packed_like(input, outputs, lengths), last
+    if input.ndim != 3:
         raise UnsupportedModel(
-            f"{type(module).__name__} was called on {what}. Call it on padded sequences [N, T, features], and leave out "
-            "what lies beyond a sequence's end by the weights of the loss."
+            f"{type(module).__name__} was called on an input without a sample axis. Call it on sequences [N, T, features]."
         )
-    x = input if module.batch_first else input.transpose(0, 1)
+    outputs, last = _layers(module, project, input if module.batch_first else input.transpose(0, 1), hx, None)
+    return outputs if module.batch_first else outputs.transpose(0, 1), last
+
+
+def _packed_like(given: PackedSequence, padded: Float[Tensor, "N T H"], lengths: Int[Tensor, " N"]) -> PackedSequence:
+    """Pack sequences in the order of others."""
+    order = given.sorted_indices
+    if order is not None:
+        padded, lengths = padded[order], lengths[order.to(lengths.device)]
+    data = pack_padded_sequence(padded, lengths, batch_first=True).data
+    return PackedSequence(data, given.batch_sizes, order, given.unsorted_indices)
+
+
+def _layers(
+    module: nn.RNNBase, project: Project, x: Float[Tensor, "N T I"], hx: Any, inside: Bool[Tensor, "N T"] | None
+) -> tuple[Float[Tensor, "N T H"], Any]:
+    """Return the last layer's outputs, and the last states of all; `inside` says which times a sequence has, all if None."""
     suffixes = _suffixes(module)
     ends: list[State] = []
     for depth, layer in enumerate(suffixes):
         found = []
         for suffix in layer:
             first = _initial(module, x, hx, len(ends))
-            outputs, end = _unrolled(_STEPS[module.mode], project, suffix, x, first)
+            outputs, end = _unrolled(_STEPS[module.mode], project, suffix, x, first, inside)
             found.append(outputs)
             ends.append(end)
         x = torch.cat(found, dim=-1)
         if depth < len(suffixes) - 1:
             x = F.dropout(x, module.dropout, module.training)
     last = tuple(torch.stack(states) for states in zip(*ends, strict=True))
-    return x if module.batch_first else x.transpose(0, 1), last if len(last) > 1 else last[0]
+    return x, last if len(last) > 1 else last[0]
 
 
 def _initial(module: nn.RNNBase, x: Tensor, hx: Any, k: int) -> State:
@@ -105,16 +125,29 @@ def _initial(module: nn.RNNBase, x: Tensor, hx: Any, k: int) -> State:
 
 
 def _unrolled(
-    step: Step, project: Project, suffix: str, x: Float[Tensor, "N T I"], state: State
+    step: Step,
+    project: Project,
+    suffix: str,
+    x: Float[Tensor, "N T I"],
+    state: State,
+    inside: Bool[Tensor, "N T"] | None,
 ) -> tuple[Float[Tensor, "N T H"], State]:
-    """Return h at every time, and the last state; in reverse for a reverse direction."""
+    """Return h at every time, and the last state; in reverse for a reverse direction.
+
+    Sequences keep their state at times that they do not have.
+    """
     own, feed_back = project[f"ih{suffix}"](x), project[f"hh{suffix}"]
+    times = range(x.shape[1])
     backwards = suffix.endswith("_reverse")
     states = []
-    for now in own.unbind(1)[:: -1 if backwards else 1]:
-        state = step(now, feed_back(state[0]), state)
+    for t in reversed(times) if backwards else times:
+        after = step(own[:, t], feed_back(state[0]), state)
         if f"hr{suffix}" in project:
-            state = (project[f"hr{suffix}"](state[0]), *state[1:])
+            after = (project[f"hr{suffix}"](after[0]), *after[1:])
+        if inside is not None:
+            now = inside[:, t, None]
+            after = tuple(torch.where(now, new, old) for new, old in zip(after, state, strict=True))
+        state = after
         states.append(state[0])
     return torch.stack(states[:: -1 if backwards else 1], dim=1), state
 
