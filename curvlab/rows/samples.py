@@ -177,7 +177,8 @@ class Graphs(Samples):
         if len(z) != self.count:
             raise UnsupportedModel(
                 f"The model returned {len(z)} output vectors for {self.count} graph{'s' * (self.count > 1)}. If these "
-                f"are nodes: {REMEDY}. If these are graphs, pool by the vector `batch` of the inputs."
+                f"are nodes: {REMEDY}. If these are graphs, pool by the vector `batch` of the inputs. "
+                "If these are samples, give the argument `batch` another name."
             )
         return z
 
@@ -195,6 +196,8 @@ def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeC
 
     Raises:
         ValueError: edges end outside the nodes.
+
+    Edges that the inputs do not list, as those of a model that finds neighbours itself, belong to no known graph.
     """
     if nodes is not None:
         return Nodes(nodes if isinstance(nodes, Tensor) else nodes(inputs))
@@ -234,8 +237,13 @@ def _graph_of(model: nn.Module, arguments: Arguments) -> tuple[Tensor | None, Te
     return (
         x if isinstance(x, Tensor) else None,
         edges if _is_index(edges, 2) and edges.shape[0] == 2 else None,
-        batch if _is_index(batch, 1) and edges is not None else None,
+        batch if _is_index(batch, 1) and (edges is not None or _gathers(batch)) else None,
     )
+
+
+def _gathers(batch: Tensor) -> bool:
+    """Whether numbers can be those of the graphs that entries belong to, as no edges tell: in order, and some repeated."""
+    return len(batch) > 1 and bool((batch.diff() >= 0).all()) and int(batch[0]) >= 0 and int(batch[-1]) + 1 < len(batch)
 
 
 def _is_index(value: Any, axes: int) -> TypeGuard[Tensor]:

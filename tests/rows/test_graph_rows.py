@@ -24,6 +24,7 @@ from torch_geometric.nn import (
     global_add_pool,
     global_mean_pool,
 )
+from torch_geometric.nn.models import SchNet
 
 from curvlab import compare, jacobian, linearize, sqrt_fisher
 from curvlab.errors import UnsupportedModel
@@ -457,6 +458,67 @@ class TestGraphs:
         rows = jacobian(model, batch)
         assert [type(layer) for layer in rows.layers] == [DenseRows, KroneckerRows]
         assert_close(rows.dense(), reference(model, lambda p: functional_call(model, p, (batch,))))
+
+
+class TestGraphsWithoutEdges:
+    """Point clouds: a graph is known by the argument `batch` alone, its edges are found inside."""
+
+    BATCH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+
+    def made(self) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
+        def near(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+            i, j = ((batch[:, None] == batch) & ~torch.eye(len(batch), dtype=torch.bool)).nonzero().T
+            return torch.stack([i, j]), (pos[i] - pos[j]).norm(dim=1)
+
+        torch.manual_seed(0)
+        model = SchNet(
+            hidden_channels=4, num_filters=3, num_interactions=1, num_gaussians=3, cutoff=5.0, interaction_graph=near
+        )
+        return model.to(DOUBLE), (torch.randint(1, 5, (9,)), torch.randn(9, 3, dtype=DOUBLE), self.BATCH)
+
+    def by_graph(self, model: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        z, pos, batch = args
+        parameters = list(model.parameters())
+        rows = []
+        for n in range(3):
+            (out,) = model(z[batch == n], pos[batch == n])[0]
+            found = torch.autograd.grad(out, parameters, allow_unused=True)
+            rows.append(
+                torch.cat(
+                    [
+                        (torch.zeros_like(p) if g is None else g).flatten()
+                        for p, g in zip(parameters, found, strict=True)
+                    ]
+                )
+            )
+        return torch.stack(rows)
+
+    def test_schnet(self) -> None:
+        model, args = self.made()
+        rows = jacobian(model, args)
+        assert rows.shape == (1, 3)
+        assert_close(rows.dense(), self.by_graph(model, args))
+        kinds = {layer.name: type(layer) for layer in rows.layers}
+        assert kinds["lin1"] is kinds["interactions.0.conv.lin1"] is KroneckerRows
+        assert kinds["interactions.0.mlp.0"] is DenseRows
+        loss, targets = nn.MSELoss(), torch.randn(3, 1, dtype=DOUBLE)
+        S = sqrt_fisher(model, loss, dict(zip(("z", "pos", "batch"), args, strict=True)), targets)
+        assert_close(S.gram(), 2 / 3 * rows.gram())
+
+    def test_labels_named_batch_are_of_samples(self) -> None:
+        class OfLabels(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.shift = nn.Linear(FEATURES, CLASSES), nn.Embedding(3, CLASSES)
+
+            def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+                return torch.tanh(self.layer(x) + self.shift(batch))
+
+        model, x = OfLabels().to(DOUBLE), torch.randn(4, FEATURES, dtype=DOUBLE)
+        args = (x, torch.tensor([2, 0, 0, 1]))
+        assert_close(jacobian(model, args).dense(), reference(model, lambda p: functional_call(model, p, args)))
+        with pytest.raises(UnsupportedModel, match=r"4 output vectors for 2 graphs.*give the argument `batch` another"):
+            jacobian(model, (x, torch.tensor([0, 0, 1, 1])))
 
 
 class TestErrors:
