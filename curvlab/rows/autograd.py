@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
-from operator import itemgetter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call, vjp, vmap
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.linearize import differentiable_attention
@@ -77,7 +76,7 @@ def sweep(
             if others:
                 route = replace(route, unknown=f"the model, called on single samples for {others[0].label}")
             gradients = backward(z, edges, seeds)
-            dense = dense_rows(model, arguments, pick, seeds, others)
+            dense = dense_rows(model, arguments, pick, z.detach(), seeds, others)
     at = {
         made: seeds.new_zeros(len(seeds), *made.shape) if g is None else g
         for made, g in zip(calls, gradients, strict=True)
@@ -148,11 +147,12 @@ def backward_over_graphs(
 
 
 def dense_rows(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+    model: nn.Module, arguments: Arguments, pick: PickOutput, z: Tensor, seeds: Tensor, owners: Sequence[Owner]
 ) -> list[LayerRows]:
     """Rows of single samples, for parameters without a factored form. Memory `R·P` of those.
 
-    All samples at once by `torch.func`, or one after the other if it cannot vectorise the model.
+    All samples at once by `torch.func`, or one after the other if it cannot vectorise the model. Tensors among the
+    arguments that do not have N entries are shared by all samples; one that has by chance, if the outputs `z` say so.
 
     Raises:
         UnsupportedModel: if the model cannot be called on single samples.
@@ -160,59 +160,113 @@ def dense_rows(
     if not owners:
         return []
     names = ", ".join(name for owner in owners for name in owner.names.values())
+    first: dict[str, Tensor] | None = None
+    failure: Exception | None = None
+    for split in _splits(arguments, seeds.shape[1]):
+        try:
+            outputs, rows = _of_samples(model, split, pick, seeds, owners, names)
+        except Exception as error:
+            failure = failure or error
+            continue
+        if _alike(outputs, z):
+            return [_as_dense(owner, rows, seeds) for owner in owners]
+        first = rows if first is None else first
+    if first is None:
+        raise UnsupportedModel(
+            f"The parameters {names} have no factored rows, and dense ones could not be formed by calling the model "
+            f"on single samples, which the first axis of all inputs and outputs must number: {failure}"
+        ) from failure
+    return [_as_dense(owner, first, seeds) for owner in owners]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Arguments, flattened, and which of them hold something of every sample on their first axis."""
+
+    leaves: list[Any]
+    structure: TreeSpec
+    of_samples: tuple[bool, ...]
+
+    def sample(self, n: int) -> Arguments:
+        """Return the arguments of one sample."""
+        return self.joined([x[n : n + 1] if own else x for x, own in zip(self.leaves, self.of_samples, strict=True)])
+
+    def joined(self, leaves: Iterable[Any]) -> Arguments:
+        """Return leaves as arguments."""
+        found: Arguments = tree_unflatten(leaves, self.structure)
+        return found
+
+
+def _splits(arguments: Arguments, N: int) -> Iterator[_Split]:
+    """Yield the ways to tell samples' tensors from shared ones: all that can be samples', then all but one."""
+    leaves, structure = tree_flatten(arguments)
+    may = tuple(isinstance(x, Tensor) and x.ndim > 0 and len(x) == N for x in leaves)
+    yield _Split(leaves, structure, may)
+    if N > 1 and sum(may) > 1:
+        for k in reversed([k for k, own in enumerate(may) if own]):
+            yield _Split(leaves, structure, (*may[:k], False, *may[k + 1 :]))
+
+
+def _alike(outputs: Tensor, z: Tensor) -> bool:
+    """Whether outputs of single samples are those of the batch."""
+    close = torch.finfo(z.dtype).eps ** 0.5
+    return outputs.shape == z.shape and float((outputs - z).norm()) <= close * float(z.norm())
+
+
+def _of_samples(
+    model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner], names: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return outputs `[N, C, …]` and gradients `[V, N, *shape]` by name."""
     try:
-        rows = _vectorised(model, arguments, pick, seeds, owners)
+        return _vectorised(model, split, pick, seeds, owners)
     except Exception as error:
         logger.info("Rows of %s by one sample after the other, as torch.func failed: %s", names, error)
-        try:
-            rows = _one_by_one(model, arguments, pick, seeds, owners)
-        except Exception as failure:
-            raise UnsupportedModel(
-                f"The parameters {names} have no factored rows, and dense ones could not be formed by calling the model "
-                f"on single samples, which the first axis of all inputs and outputs must number: {failure}"
-            ) from failure
-    return [_as_dense(owner, rows, seeds) for owner in owners]
+        return _one_by_one(model, split, pick, seeds, owners)
 
 
 def _vectorised(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
-) -> dict[str, Tensor]:
-    """Return gradients `[V, N, *shape]` by name."""
+    model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+) -> tuple[Tensor, dict[str, Tensor]]:
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     names = [name for owner in owners for name in owner.names.values()]
+    own = [x for x, of_samples in zip(split.leaves, split.of_samples, strict=True) if of_samples]
 
-    def of_sample(sample: Arguments, cotangents: Tensor) -> dict[str, Tensor]:
-        args, kwargs = tree_map_only(Tensor, lambda x: x[None], sample)
+    def of_sample(sample: list[Tensor], cotangents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        found = iter(sample)
+        leaves = [
+            next(found)[None] if of_samples else x for x, of_samples in zip(split.leaves, split.of_samples, strict=True)
+        ]
+        args, kwargs = split.joined(leaves)
 
         def output(parameters: dict[str, Tensor]) -> Tensor:
             return select_output(functional_call(model, {**values, **parameters}, args, kwargs), pick)[0]
 
-        pull = vjp(output, {name: values[name] for name in names})[1]
+        z, pull = vjp(output, {name: values[name] for name in names})
         rows: dict[str, Tensor] = vmap(lambda c: pull(c)[0])(cotangents)
-        return rows
+        return z, rows
 
-    sample_axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
-        found: dict[str, Tensor] = vmap(of_sample, in_dims=(sample_axes, 1))(arguments, seeds)
-    return {name: rows.transpose(0, 1) for name, rows in found.items()}
+        z, found = vmap(of_sample, in_dims=(0, 1))(own, seeds)
+    return z, {name: rows.transpose(0, 1) for name, rows in found.items()}
 
 
 def _one_by_one(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
-) -> dict[str, Tensor]:
-    """Return gradients `[V, N, *shape]` by name."""
+    model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+) -> tuple[Tensor, dict[str, Tensor]]:
     parameters: dict[str, Tensor] = {
         name: getattr(owner.module, local) for owner in owners for local, name in owner.names.items()
     }
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    outputs = []
     for n in range(seeds.shape[1]):
-        args, kwargs = tree_map_only(Tensor, itemgetter(slice(n, n + 1)), arguments)
+        args, kwargs = split.sample(n)
         with torch.enable_grad():
             z = select_output(model(*args, **kwargs), pick)[0]
+        outputs.append(z.detach())
         for (name, p), g in zip(parameters.items(), backward(z, list(parameters.values()), seeds[:, n]), strict=True):
             found[name].append(seeds.new_zeros(len(seeds), *p.shape) if g is None else g)
-    return {name: torch.stack(rows, dim=1) for name, rows in found.items()}
+    return torch.stack(outputs), {name: torch.stack(rows, dim=1) for name, rows in found.items()}
 
 
 def _as_dense(owner: Owner, rows: dict[str, Tensor], seeds: Tensor) -> LayerRows:

@@ -361,7 +361,7 @@ class Collector(AbstractContextManager["Collector"]):
                 f"The parameters {', '.join(names)} have no factored rows, and the loss takes {len(z)} outputs of "
                 f"{self._count()} samples. Call it on [N, C, T], or leave them to the plain gradient: plain={names}."
             )
-        return dense_rows(self._model, self._unchanged(), None, seeds, left)
+        return dense_rows(self._model, self._unchanged(), None, z.detach(), seeds, left)
 
     def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, joint, `w s/√count`."""
