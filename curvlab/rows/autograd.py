@@ -231,7 +231,7 @@ def _vectorised(
     names = [name for owner in owners for name in owner.names.values()]
     own = [x for x, of_samples in zip(split.leaves, split.of_samples, strict=True) if of_samples]
 
-    def of_sample(sample: list[Tensor], cotangents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_sample(sample: list[Tensor], cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         found = iter(sample)
         leaves = [
             next(found)[None] if of_samples else x for x, of_samples in zip(split.leaves, split.of_samples, strict=True)
@@ -242,13 +242,15 @@ def _vectorised(
             return select_output(functional_call(model, {**values, **parameters}, args, kwargs), pick)[0]
 
         z, pull = vjp(output, {name: values[name] for name in names})
-        rows: dict[str, Tensor] = vmap(lambda c: pull(c)[0])(cotangents)
-        return z, rows
+        return z, pull(cotangent)[0]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
-        z, found = vmap(of_sample, in_dims=(0, 1))(own, seeds)
-    return z, {name: rows.transpose(0, 1) for name, rows in found.items()}
+        # Samples inside rows: in the other order torch's rule of PReLU gives an axis too many.
+        found: tuple[Tensor, dict[str, Tensor]] = vmap(
+            lambda cotangents: vmap(of_sample)(own, cotangents), out_dims=(None, 0)
+        )(seeds)
+    return found
 
 
 def _one_by_one(

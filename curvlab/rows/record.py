@@ -118,8 +118,13 @@ class Recorder:
             for owner, calls in found.items()
             if calls
             and self._transformed.isdisjoint(owner.sites)
-            and all(samples.fit(call.inputs[0], count) for call in calls)
+            and all(_is_batch(x := call.inputs[0]) and samples.fit(x, count) for call in calls)
         }
+
+
+def _is_batch(x: Tensor) -> bool:
+    """Whether an input has an axis before that of features; indices have none of these."""
+    return x.ndim > int(x.is_floating_point())
 
 
 def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples) -> LayerRows:
