@@ -10,7 +10,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -102,7 +105,7 @@ def backward(
         )
         return found
 
-    with unhooked(reached):
+    with unhooked(reached), _named_checkpoints():
         if len(seeds) == 1:
             found = [None if g is None else g[None] for g in pulled(seeds[0], batched=False, keep=keep)]
         else:
@@ -117,6 +120,19 @@ def backward(
                 found = [torch.stack(gradients) if gradients else None for gradients in arrived]
     at_edge = iter(found)
     return [None if edge is None else next(at_edge) for edge in edges]
+
+
+@contextmanager
+def _named_checkpoints() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise UnsupportedModel(
+            "The model checkpoints activations with use_reentrant=True, through which torch brings no gradients to single "
+            "layers. Call torch.utils.checkpoint.checkpoint with use_reentrant=False."
+        ) from error
 
 
 def backward_over_graphs(
@@ -217,11 +233,27 @@ def _of_samples(
     model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner], names: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return outputs `[N, C, …]` and gradients `[V, N, *shape]` by name."""
+    if any(_is_own(hook) for module in model.modules() for hook in _hooks(module)):
+        # Under torch.func it might store a tensor that is dead afterwards.
+        logger.info("Rows of %s by one sample after the other, as the model has hooks.", names)
+        return _one_by_one(model, split, pick, seeds, owners)
     try:
         return _vectorised(model, split, pick, seeds, owners)
     except Exception as error:
         logger.info("Rows of %s by one sample after the other, as torch.func failed: %s", names, error)
         return _one_by_one(model, split, pick, seeds, owners)
+
+
+def _hooks(module: nn.Module) -> Iterable[Any]:
+    return chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is the user's own, neither torch's nor ours."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    origin = getattr(hook, "__module__", None) or type(hook).__module__
+    return origin.partition(".")[0] not in ("torch", "curvlab")
 
 
 def _vectorised(
@@ -241,16 +273,14 @@ def _vectorised(
         def output(parameters: dict[str, Tensor]) -> Tensor:
             return select_output(functional_call(model, {**values, **parameters}, args, kwargs), pick)[0]
 
-        z, pull = vjp(output, {name: values[name] for name in names})
-        return z, pull(cotangent)[0]
+        pulled = vjp(output, {name: values[name] for name in names})
+        return pulled[0], pulled[1](cotangent)[0]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         # Samples inside rows: in the other order torch's rule of PReLU gives an axis too many.
-        found: tuple[Tensor, dict[str, Tensor]] = vmap(
-            lambda cotangents: vmap(of_sample)(own, cotangents), out_dims=(None, 0)
-        )(seeds)
-    return found
+        z, rows = vmap(lambda cotangents: vmap(of_sample)(own, cotangents))(seeds)
+    return z[0], rows
 
 
 def _one_by_one(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from oracle import DOUBLE, assert_close, dense_jacobian
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curvlab import jacobian, sqrt_fisher
+from curvlab.errors import UnsupportedModel
 from curvlab.optim import Preconditioner
 
 KINDS = ["exact", "empirical", "mc"]
@@ -76,3 +78,55 @@ def test_prelu_beside_dense_rows_also_of_as_many_samples_as_outputs(N: int, kind
     model, x = Bent().to(DOUBLE), torch.randn(N, 4, dtype=DOUBLE)
     assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
     fisher_of_rows(model, x, kind)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = checkpoint(lambda h: torch.tanh(self.inner(h)), self.first(x), use_reentrant=self.reentrant)
+        return self.last(inner)
+
+
+@pytest.mark.parametrize("N", [1, 3])
+def test_checkpoints(N: int) -> None:
+    x = torch.randn(N, 4, dtype=DOUBLE)
+    loss, targets = nn.CrossEntropyLoss(), torch.arange(N) % 3
+    model, reentrant = (Checkpointed(reentrant=flag).to(DOUBLE) for flag in (False, True))
+    J = jacobian(model, x).dense()
+    plain = nn.Sequential(model.first, model.inner, nn.Tanh(), model.last)
+    assert_close(J, dense_jacobian(plain, x))
+    for kind in KINDS:
+        fitting = {"generator": torch.Generator()} if kind == "mc" else {}
+        with pytest.raises(UnsupportedModel, match=r"use_reentrant=True.*Call .*use_reentrant=False"):
+            sqrt_fisher(reentrant, loss, x, targets, kind, **fitting)
+    with pytest.raises(UnsupportedModel, match=r"use_reentrant=True.*Call .*use_reentrant=False"):
+        jacobian(reentrant, x)
+    preconditioner = Preconditioner(reentrant, loss, "full", kind="exact")
+    with pytest.raises(UnsupportedModel, match=r"use_reentrant=True"), preconditioner.collect():
+        loss(reentrant(x), targets).backward()
+
+
+def test_what_hooks_store_can_be_used_afterwards() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.scale, self.last = nn.Linear(4, 5), nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x) * self.scale))
+
+    model, x, stored = Scaled().to(DOUBLE), torch.randn(3, 4, dtype=DOUBLE), []
+    J = dense_jacobian(model, x)
+    model.first.register_forward_hook(lambda _, __, y: stored.append(y.detach()))
+    model.last.register_forward_pre_hook(lambda _, args: stored.append(args[0] * 1))
+    assert_close(jacobian(model, x).dense(), J)
+    loss, targets = nn.CrossEntropyLoss(), torch.arange(3)
+    preconditioner = Preconditioner(model, loss, "full", kind="exact")
+    with preconditioner.collect():
+        loss(model(x), targets).backward()
+    assert stored
+    assert all(bool(kept.detach().sum().isfinite()) for kept in stored)
