@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.functional import called_with
 from curvlab.nn.modes import randomness
 
 
@@ -55,7 +56,7 @@ class Linearized(nn.Module):
         step = {name: present[name] - origin[name] for name in origin}
 
         def outputs(parameters: dict[str, Tensor]) -> Any:
-            return functional_call(self._base, parameters, args, kwargs)
+            return called_with(self._base, parameters, args, kwargs)
 
         with differentiable_attention():
             values, changes = jvp(outputs, (origin,), (step,))[:2]

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.functional import called_with
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.optim.hyper import Hyper, whole
 from curvlab.rows.loss import flat_outputs, loss_terms
@@ -59,7 +60,7 @@ class Batch:
             )
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        z: Tensor = functional_call(self.model, {**buffers, **parameters}, args, kwargs)
+        z: Tensor = called_with(self.model, {**buffers, **parameters}, args, kwargs)
         # A step changes the loss by less than the round-off of half precision.
         return z.to(torch.promote_types(z.dtype, torch.float32))
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.functional import called_with
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
@@ -271,7 +272,7 @@ def _vectorised(
         args, kwargs = split.joined(leaves)
 
         def output(parameters: dict[str, Tensor]) -> Tensor:
-            return select_output(functional_call(model, {**values, **parameters}, args, kwargs), pick)[0]
+            return select_output(called_with(model, {**values, **parameters}, args, kwargs), pick)[0]
 
         pulled = vjp(output, {name: values[name] for name in names})
         return pulled[0], pulled[1](cotangent)[0]

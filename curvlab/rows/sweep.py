@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.functional import attributes_kept
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.route import Route
 
@@ -61,14 +62,11 @@ def structural_twin(model: nn.Module, trained: Mapping[str, bool] | None = None)
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Give every module back the attributes and buffers that it had before the block, and buffers their numbers."""
-    found = [(holder, dict(holder)) for module in model.modules() for holder in (vars(module), module._buffers)]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with attributes_kept(model):
+            yield
     finally:
-        for holder, content in found:
-            holder.clear()
-            holder.update(content)
         with torch.no_grad():
             for buffer, version, numbers in buffers:
                 if buffer._version != version:

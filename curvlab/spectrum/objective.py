@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import WeightedCrossEntropy
+from curvlab.nn.functional import called_with
 from curvlab.nn.modes import randomness
 from curvlab.rows.batches import Data, as_batches, shuffles
 from curvlab.rows.loss import LOSSES, loss_terms
@@ -51,7 +51,7 @@ class Part:
         constants = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         state = {**constants, **buffers, **parameters}
-        return select_output(functional_call(self.model, state, args, kwargs), self.pick)
+        return select_output(called_with(self.model, state, args, kwargs), self.pick)
 
     def of_output(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, ""]:
         """Return the loss of an output."""

@@ -274,3 +274,24 @@ def test_inference_mode(engine: Any, kind: Any) -> None:
         inside = sqrt_fisher(model, loss, *same, kind, engine=engine)
         assert torch.equal(inside.gram(), expected.gram())
     assert torch.equal(sqrt_fisher(model, loss, *same, kind, engine=engine).gram(), expected.gram())
+
+
+def test_a_layer_under_two_names_beside_a_bare_parameter() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, CLASSES)
+            self.body = nn.Sequential(self.fc, nn.Tanh())
+            self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.scale * x)
+
+    model, x = Aliased().double(), vectors(4)(3)
+    expected = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).T.flatten()]
+    reference = torch.stack([torch.cat([g.flatten() for g in row]) for row in expected])
+    unchanged = photograph(model)
+    assert_close(jacobian(model, x).dense(), reference)
+    assert_close(jacobian(linearize(model), x).dense(), reference)
+    unchanged()
+    assert isinstance(model.fc.weight, nn.Parameter)

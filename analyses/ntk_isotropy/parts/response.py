@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
 import curvlab
 from analyses.estimates import (
@@ -30,6 +29,7 @@ from analyses.ntk_isotropy.part import PAPER, Part, cells_of
 from analyses.ntk_isotropy.setting import SMOOTH, Setting, flat, make, setting_of
 from analyses.part import TOLERANCE_FACTOR, Expectation, Observations, where
 from curvlab.fisher import Structure
+from curvlab.nn.functional import called_with
 from curvlab.study import Cell, Claim, Equivalence, Identity, Inequality
 
 NAME = "response"
@@ -125,7 +125,7 @@ def _finite_step(structure: Structure, setting: Setting, response: Float[Tensor,
 
     def outputs(sign: float) -> Tensor:
         moved = {name: p + sign * epsilon * direction[name][0] for name, p in parameters.items()}
-        return flat(functional_call(setting.problem.model, moved, (setting.inputs,)))
+        return flat(called_with(setting.problem.model, moved, (setting.inputs,)))
 
     with torch.no_grad():
         measured = (outputs(1.0) - outputs(-1.0)) / (2 * epsilon)

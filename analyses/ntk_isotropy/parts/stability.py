@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 
 import curvlab
 from analyses.estimates import by_seed
@@ -18,6 +18,7 @@ from analyses.ntk_isotropy.parts.steps import frozen, natural, outputs, train
 from analyses.ntk_isotropy.setting import Setting, flat, make, setting_of
 from analyses.part import Observations, where
 from curvlab import theory
+from curvlab.nn.functional import called_with
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.rows import gram
 from curvlab.study import Cell, Claim, Equivalence, Inequality
@@ -78,7 +79,7 @@ def _hessian_top(setting: Setting, model: nn.Module, structure: str) -> float:
         start += size
 
     def loss(values: Mapping[str, Tensor]) -> Tensor:
-        result: Tensor = setting.problem.loss(functional_call(model, dict(values), (setting.inputs,)), setting.targets)
+        result: Tensor = setting.problem.loss(called_with(model, values, (setting.inputs,)), setting.targets)
         return result
 
     def hessian_vector(vector: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
