@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import time
@@ -17,7 +18,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from analyses.edge_of_stability.optimisers import Optimiser
+from analyses.checkpoints import take_up
+from analyses.edge_of_stability.optimisers import Optimiser, Steps
 from analyses.edge_of_stability.setting import Setting, flat
 from curvlab.spectrum import Operator, eigenpairs
 from curvlab.study.storage import write
@@ -100,7 +102,7 @@ def descend(
 
     Cost: a gradient a step; a measurement takes two to four block products from the last eigenvectors.
     """
-    run, start, subspace = _resume(checkpoint, model, optimiser)
+    run, start, subspace = _resume(checkpoint, model, setting, optimiser)
     chosen, saved = frozenset(measured), time.monotonic()
     hessian = setting.hessian(model)
     for step in range(start, steps + 1):
@@ -161,15 +163,29 @@ def _save(path: Path, run: Run, step: int, subspace: Tensor | None, model: nn.Mo
     write(path, buffer.getvalue())
 
 
-def _resume(path: Path | None, model: nn.Module, optimiser: Optimiser) -> tuple[Run, int, Tensor | None]:
-    if path is None or not path.exists():
-        return Run(), 0, None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimiser.steps.load_state_dict(state["optimiser"])
-    seen = state["run"]
+def _resume(
+    path: Path | None, model: nn.Module, setting: Setting, optimiser: Optimiser
+) -> tuple[Run, int, Tensor | None]:
+    def rehearse(state: dict[str, Any]) -> None:
+        loss = setting.problem.loss
+        trial, steps = copy.deepcopy((model, optimiser.steps), {id(loss): loss})
+        _, _, subspace = _restore(state, trial, steps)
+        if subspace is not None and subspace.shape[-1] != len(flat(trial)):
+            raise ValueError(f"the eigenvectors have {subspace.shape[-1]} entries and not {len(flat(trial))}")
+        setting.gradient(trial)
+        steps.step()
+
+    return take_up(path, rehearse, lambda state: _restore(state, model, optimiser.steps)) or (Run(), 0, None)
+
+
+def _restore(state: dict[str, Any], model: nn.Module, steps: Steps) -> tuple[Run, int, Tensor | None]:
+    seen, step = state["run"], int(state["step"])
+    if not len(seen["losses"]) == len(seen["squares"]) == step:
+        raise ValueError(f"{len(seen['losses'])} losses do not lead to step {step}")
     points = [Point(**point) for point in seen["points"]]
-    return Run(seen["losses"], seen["squares"], points, seen["diverged"]), state["step"], state["subspace"]
+    model.load_state_dict(state["model"])
+    steps.load_state_dict(state["optimiser"])
+    return Run(seen["losses"], seen["squares"], points, seen["diverged"]), step, state["subspace"]
 
 
 def flow(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from analyses.checkpoints import take_up
 from analyses.training.methods import Optimiser
 from analyses.training.tasks import Task
 from curvlab.problems import Problem
@@ -72,21 +74,31 @@ class Checkpoint:
 
     path: Path | None
 
-    def load(self, model: nn.Module, optimiser: Optimiser) -> tuple[int, Trace]:
-        """Restore a run and return the steps taken and its trace."""
-        if self.path is None or not self.path.exists():
-            return 0, Trace()
-        state: dict[str, Any] = torch.load(self.path, weights_only=False)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        return state["step"], state["trace"]
+    def load(
+        self, problem: Problem, optimiser: Optimiser, go_on: Callable[[Problem, Optimiser, int], object]
+    ) -> tuple[int, Trace]:
+        """Restore a run and return the steps taken and its trace; nothing, if the file cannot be taken up.
+
+        Args:
+            problem: what the run trains.
+            optimiser: of the model's parameters.
+            go_on: takes a step, by its number from 0; tried on copies first.
+        """
+
+        def rehearse(state: dict[str, Any]) -> None:
+            model, loss, trial = copy.deepcopy((problem.model, problem.loss, optimiser))
+            step, _ = _restore(state, model, trial)
+            go_on(replace(problem, model=model, loss=loss), trial, step)
+
+        return take_up(self.path, rehearse, lambda state: _restore(state, problem.model, optimiser)) or (0, Trace())
 
     def save(self, model: nn.Module, optimiser: Optimiser, step: int, trace: Trace) -> None:
         """Keep a run, atomically."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "trace": trace}
+        points = [asdict(point) for point in trace.points]
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "points": points}
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         torch.save(state, unfinished)
         unfinished.replace(self.path)
@@ -95,6 +107,17 @@ class Checkpoint:
         """Forget the run."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _restore(state: dict[str, Any], model: nn.Module, optimiser: Optimiser) -> tuple[int, Trace]:
+    """Take up the content of a checkpoint and return the steps taken and the trace."""
+    points = [Evaluation(int(at["step"]), float(at["loss"]), float(at["accuracy"])) for at in state["points"]]
+    step = int(state["step"])
+    if not points or step < points[-1].step:
+        raise ValueError(f"{len(points)} evaluations do not lead to step {step}")
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    return step, Trace(points)
 
 
 def train(
@@ -118,7 +141,11 @@ def train(
     """
     checkpoint = checkpoint or Checkpoint(None)
     model = problem.model
-    done, trace = checkpoint.load(model, optimiser)
+
+    def go_on(trained: Problem, stepper: Optimiser, step: int) -> object:
+        return take_step(trained, stepper, *batches(problem, task, seed, step, passes))
+
+    done, trace = checkpoint.load(problem, optimiser, go_on)
     if not trace.points:
         trace.points.append(evaluate(problem, 0))
     saved = time.monotonic()

@@ -120,7 +120,7 @@ def _products(hessian: Hessian, request: Request) -> tuple[float, float]:
 
 
 def _measure_and_save(request: Request, folder: Path) -> Measurement:
-    measurement, values = measure(request, torch.load(request.course))
+    measurement, values = measure(request, torch.load(request.course, weights_only=True))
     np.save(folder / "values.npy", values.numpy(force=True))
     return measurement
 

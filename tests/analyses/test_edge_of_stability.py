@@ -138,6 +138,41 @@ def test_a_run_that_is_taken_up_again_is_the_same(
     assert not path.exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "keys", "model", "moments", "eigenvectors", "losses"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_computed_again(
+    damage: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(descent, "SAVED", -1.0)
+    whole = setting.network()
+    expected = descend(whole, setting, adam(whole, 0.01), 4, (0, 2, 4))
+    path, model = tmp_path / "run.pt", setting.network()
+
+    def interrupt(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        descend(model, setting, adam(model, 0.01), 4, (0, 2, 4), before=interrupt, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    names = list(state["model"])
+    crafted = {
+        "truncated": state,
+        "keys": [1, 2],
+        "model": {**state, "model": {**state["model"], names[0]: torch.ones(2, 3)}},
+        "moments": {**state, "optimiser": {**state["optimiser"], "state": {0: {"step": torch.ones(())}}}},
+        "eigenvectors": {**state, "subspace": state["subspace"][:, 1:]},
+        "losses": {**state, "run": {**state["run"], "losses": [1.0]}},
+    }
+    torch.save(crafted[damage], path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    model = setting.network()
+    assert descend(model, setting, adam(model, 0.01), 4, (0, 2, 4), checkpoint=path) == expected
+    assert torch.equal(flat(model), flat(whole))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt.damaged"]
+    assert "cannot be taken up" in caplog.text
+
+
 def test_divergence_keeps_what_was_measured(setting: Setting) -> None:
     model = setting.network()
     optimiser = momentum(model, "gd", 50.0, 0.0)

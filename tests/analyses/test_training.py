@@ -214,6 +214,56 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert list(tmp_path.iterdir()) == []
 
 
+class _Planted:
+    """Unpickled as code would be: it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["code", "truncated", "keys", "model", "momentum", "evaluations"])
+def test_a_damaged_or_crafted_checkpoint_is_set_aside_and_the_run_computed_again(
+    damage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    method, task = METHODS["sgd"], Task(batch=32, steps=6, every=3, loss=0.1, accuracy=0.9)
+    make = partial(optimiser_of, method, point=method.points[0], config=CONFIG, seed=0)
+    whole = problem.to()
+    expected = train(whole, make(problem=whole), task, 0)
+
+    monkeypatch.setattr("analyses.training.run.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("analyses.training.run.batch", _failing_at(4))
+    path, first, planted = tmp_path / "run.pt", problem.to(), tmp_path / "planted"
+    with pytest.raises(_Interrupted):
+        train(first, make(problem=first), task, 0, Checkpoint(path))
+    monkeypatch.setattr("analyses.training.run.batch", batch)
+    state = torch.load(path, weights_only=True)
+    momenta = state["optimiser"]["state"]
+    momenta_of_other_shape = {key: {"momentum_buffer": torch.ones(7)} for key in momenta}
+    crafted = {
+        "code": {**state, "points": _Planted(planted)},
+        "truncated": state,
+        "keys": {"step": 4},
+        "model": {**state, "model": {**state["model"], "0.weight": torch.ones(2, 3)}},
+        "momentum": {**state, "optimiser": {**state["optimiser"], "state": momenta_of_other_shape}},
+        "evaluations": {**state, "points": []},
+    }
+    assert momenta
+    torch.save(crafted[damage], path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+
+    second = problem.to()
+    assert train(second, make(problem=second), task, 0, Checkpoint(path)) == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt.damaged"]
+    assert not planted.exists()
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "analyses.checkpoints"]
+    assert f"The checkpoint {path} cannot be taken up" in warning
+
+
 def _failing_at(step: int):
     def failing(problem: Problem, task: Task, seed: int, at: int):
         if at == step:

@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Te
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(f"{file}.{rank}") for rank in range(2)]
+    return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
