@@ -90,7 +90,7 @@ class Fitting:
 
         Raises:
             ValueError: the data are empty, shuffled, differ between passes, or lack a length where progress is asked for.
-            StateError: a checkpoint is of another fit.
+            StateError: a checkpoint is damaged or of another fit.
         """
         self._check()
         self._start = None if self.generator is None else self.generator.get_state()
@@ -208,7 +208,18 @@ class Fitting:
         self._written = time.monotonic()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        content = torch.load(checkpoint.path, weights_only=True)
+        kept = io.BytesIO(checkpoint.path.read_bytes())
+        try:
+            self._take_up(torch.load(kept, weights_only=True), checkpoint)
+        except (StateError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise StateError(
+                f"{str(checkpoint.path)!r} is damaged, or not the checkpoint of a fit ({type(error).__name__}). Delete it, or "
+                "choose another path."
+            ) from error
+
+    def _take_up(self, content: Any, checkpoint: Checkpoint) -> None:
         for name, value in checkpoint.identity.items():
             if content["identity"].get(name) != value:
                 raise StateError(

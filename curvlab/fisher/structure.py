@@ -108,7 +108,7 @@ class Structure(State):
 
         Raises:
             ValueError: if the data are empty, cannot be passed as often as needed, or differ between passes.
-            StateError: if the checkpoint is that of another fit, or cannot be written.
+            StateError: if the checkpoint is damaged, is that of another fit, or cannot be written.
             UnsupportedModel: see `curvlab.sqrt_fisher`; for dropout and batch normalisation in training mode, too.
         """
         structure = cls(**options)

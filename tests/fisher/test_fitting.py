@@ -84,6 +84,21 @@ def test_batches_that_are_done_cost_no_sweep(tmp_path: Path, monkeypatch: pytest
     cf.EKFAC.fit(data.model, data.loss, Loader(data.inputs, data.targets), checkpoint=tmp_path / "done")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "keys", "state"])
+def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    data = case("mlp", "ce", N=6)
+    path = tmp_path / "state"
+    loader = Loader(data.inputs, data.targets)
+    cf.KFAC.fit(data.model, data.loss, loader, checkpoint=path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        content = torch.load(path, weights_only=True)
+        torch.save({"identity": content["identity"]} if damage == "keys" else {**content, "state": {}}, path)
+    with pytest.raises(StateError, match=r"state' is damaged, or not the checkpoint of a fit \(\w+\)\. Delete it"):
+        cf.KFAC.fit(data.model, data.loss, loader, checkpoint=path)
+
+
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
     data = case("mlp", "ce", N=6)
     path = tmp_path / "state"
