@@ -64,7 +64,7 @@ def compare(
         - `anisotropy`: ‖M − αP‖_F / ‖αP‖_F, 0 for an isotropic response;
         - `cosine`: of the step with that of the full exact matrix at the same `damping`;
         - `lambda_max`: largest eigenvalue of M;
-        - `eta_max`: 2/λ_max, the largest stable learning rate where the loss is quadratic;
+        - `eta_max`: 2/λ_max, the largest stable learning rate of the linearised model, for the first step;
         - `rank`: eigenvalues of the structure above P·ε·λ_max in modulus;
         - `seconds`: of building the structure and of one step; `mib`: of the state that it keeps.
 
