@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import signal
 from dataclasses import replace
 
 import dummy_analysis
@@ -61,3 +62,11 @@ def run(tmp_path, monkeypatch):
     call.stored = lambda: load(call.results / "dummy" / "latest")
     call.outcomes = lambda: dict(zip(call.stored().verdicts["claim"], call.stored().verdicts["outcome"], strict=True))
     return call
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Undo that a shell makes what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
