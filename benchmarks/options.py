@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def command(
     prog: str, chosen: type[Chosen], run: Callable[[Chosen, Console, Console], int], argv: Sequence[str] | None
 ) -> int:
     """Parse the options and run; returns the exit code. `run` takes a console for results and one for progress."""
-    console, progress = Console(), Console(stderr=True)
+    console, progress = Console(width=None if sys.stdout.isatty() else tables.WIDTH), Console(stderr=True)
     try:
         options = tyro.cli(chosen, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
         return run(options, console, progress)

@@ -17,6 +17,9 @@ from curvlab.study.units import size
 FORMATS = (".md", ".json")
 """Suffixes of files that a comparison can be written to."""
 
+WIDTH = 240
+"""Columns of tables that no terminal shows."""
+
 Section = tuple[str, Table, Sequence[str]]
 """A heading, a table in the style `box.MARKDOWN` and notes."""
 
@@ -72,5 +75,5 @@ def save(
 
 def _markdown(table: Table) -> str:
     text = io.StringIO()
-    Console(file=text, width=240).print(table)
+    Console(file=text, width=WIDTH).print(table)
     return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
