@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,18 +42,25 @@ def called_with(
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module back the attributes, parameters and buffers that it had before the block, the same objects."""
-    found = [
-        (holder, dict(holder))
-        for module in model.modules()
-        for holder in (vars(module), module._parameters, module._buffers)
-    ]
+    """Give every module back the attributes, parameters and buffers that it had before the block, the same objects.
+
+    Lists, dictionaries and sets that are attributes get their entries back. What a forward pass does elsewhere, to objects
+    inside those or to files, stays.
+    """
+    found: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        held = vars(module)
+        found += [(holder, dict(holder)) for holder in (held, module._parameters, module._buffers)]
+        found += [(value, copy(value)) for value in held.values() if type(value) in _CONTAINERS]
     try:
         yield
     finally:
         for holder, content in found:
             holder.clear()
-            holder.update(content)
+            (holder.extend if isinstance(holder, list) else holder.update)(content)
+
+
+_CONTAINERS = (list, dict, set)
 
 
 def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:

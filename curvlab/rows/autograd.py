@@ -78,7 +78,7 @@ def sweep(
             gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
         else:
             if others:
-                route = replace(route, unknown=f"the model, called on single samples for {others[0].label}")
+                route = replace(route, unknown=f"rows of {others[0].label} by calls on single samples")
             gradients = backward(z, edges, seeds)
             dense = dense_rows(model, arguments, pick, z.detach(), seeds, others)
     at = {

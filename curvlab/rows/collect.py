@@ -242,8 +242,9 @@ class Collector(AbstractContextManager["Collector"]):
     def _is_due(self) -> bool:
         """Whether the rows of this pass are to be compared with a reverse pass."""
         assert self._z is not None
-        if len(self._factored) < len(self._owners) and not self._samples.interact:
-            self._route = replace(self._route, unknown="the model, called on single samples,")
+        apart = next((owner.label for owner in self._owners if owner not in self._factored), None)
+        if apart is not None and not self._samples.interact:
+            self._route = replace(self._route, unknown=f"rows of {apart} by calls on single samples")
         self._kind = (self._route.functions, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
         return self._checks.due(self._kind, self._route, self.parameters)
 

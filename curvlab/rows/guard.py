@@ -64,7 +64,7 @@ class Checks:
         if route.unknown is not None and not self.announced:
             self.announced = True
             logger.warning(
-                "Rows are checked by another backward pass for every batch: %s is not known to keep samples apart.",
+                "Rows are checked by another backward pass for every batch, because of %s: samples may interact there.",
                 route.unknown,
             )
 

@@ -140,4 +140,4 @@ def _obstacle(z: Tensor, outputs: Collection[Edge], samples: int, coupled: bool)
 
 def _shape(edge: Edge) -> Shape:
     node, nr = edge
-    return tuple(node._input_metadata[nr].shape)  # type: ignore[attr-defined]
+    return tuple(node._input_metadata[nr].shape)

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
+from curvlab.errors import UnsupportedModel
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
@@ -39,6 +40,8 @@ logger = logging.getLogger("curvlab")
 
 SWEEP = 16
 """Vectors in one sweep, by default."""
+SLOPE = 0.05
+"""Largest relative distance of a product from a difference of gradients."""
 _announced: WeakSet[nn.Module] = WeakSet()
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -82,6 +85,7 @@ class DerivativeOperator(Operator):
         self.sweep = sweep
         self._recorded: list[Product] | None = None
         self.batched = batched and self._agrees()
+        self._check()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -129,8 +133,7 @@ class DerivativeOperator(Operator):
 
     def _agrees(self) -> bool:
         """Return whether the batched product of a random vector is that by double backward; says so if not."""
-        drawn = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=self.dtype, device="cpu")
-        vectors = self.space.unflatten(drawn.to(self.device))
+        vectors = self.space.unflatten(self._random(1))
         with differentiable_attention():
             reference = self._by_backward(vectors)
             try:
@@ -147,6 +150,9 @@ class DerivativeOperator(Operator):
             logger.info("Products by double backward, one vector at a time: %s.", reason.rstrip("."))
         return False
 
+    def _check(self) -> None:
+        """Refuse products that are not those of a symmetric matrix of second derivatives."""
+
     @abstractmethod
     def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
         """Return the product of a batch with one vector, for `vmap`."""
@@ -155,12 +161,52 @@ class DerivativeOperator(Operator):
     def _record(self, part: Part) -> Product:
         """Return the product of a batch with one vector, by reverse mode alone."""
 
+    def _random(self, number: int) -> Float[Tensor, "K P"]:
+        shape, generator = (number, self.size), torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator, dtype=self.dtype, device="cpu").to(self.device)
+
     def _attached(self) -> Parameters:
         return {name: value.requires_grad_() for name, value in self.objective.parameters.items()}
 
 
 class Hessian(DerivativeOperator):
-    """The Hessian of a loss over a data set with respect to a model's parameters."""
+    """The Hessian of a loss over a data set with respect to a model's parameters.
+
+    When it is made, two products are compared with each other by symmetry, in float64 one with a difference of gradients, too.
+
+    Raises:
+        UnsupportedModel: if products are not those of a symmetric matrix, because a second derivative of torch's is wrong.
+    """
+
+    def _check(self) -> None:
+        u, v = self._random(2)
+        Hu, Hv = self.matmat(torch.stack([u, v]))
+        eps = torch.finfo(self.dtype).eps
+        asymmetry, size = float((u @ Hv - v @ Hu).abs()), float(Hu.norm() + Hv.norm())
+        if not asymmetry <= eps**0.25 * size:
+            raise UnsupportedModel(
+                f"Products with the Hessian are not symmetric: uᵀHv and vᵀHu differ by {asymmetry:.2g}, beside ‖Hu‖ + ‖Hv‖ = "
+                f"{size:.2g}. {self._blame}"
+            )
+        if self.dtype == torch.float64 and not self._is_slope(v, Hv):
+            logger.warning("A product with the Hessian is not the change of the gradient. %s", self._blame)
+
+    def _is_slope(self, v: Float[Tensor, " P"], Hv: Float[Tensor, " P"]) -> bool:
+        """Whether differences of gradients confirm a product, or differ among themselves, as they do across kinks."""
+        eps = torch.finfo(self.dtype).eps
+        step = eps ** (1 / 3) * (1 + float(self.space.flatten(self.objective.parameters).norm())) / float(v.norm())
+        slopes = [self.objective.slope(v, h) for h in (step, step / 4)]
+        round_off = 100 * eps * float(self.objective.gradient()[1].norm()) / step
+        errors = [float((slope - Hv).norm()) for slope in slopes]
+        apart = float((slopes[0] - slopes[1]).norm())
+        return min(errors) <= max(SLOPE * float(Hv.norm()), 4 * apart, round_off)
+
+    @property
+    def _blame(self) -> str:
+        return (
+            "A function inside the model has a wrong second derivative, or stops gradients. Use GGN, which takes first "
+            "derivatives only, or write that function in plain torch."
+        )
 
     def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
         at, gradient = self.objective.parameters, grad(part.value)

@@ -41,7 +41,9 @@ KEPT = 2
 SMALL = 4
 """A space of at most so many bases is not worth a restart: the basis may fill it."""
 DENSE = 2048
-"""A space of at most so many dimensions is taken whole once as many products have been spent on it."""
+"""A basis may fill a space of at most so many dimensions."""
+WHOLE = 3
+"""Such a space is taken whole once one product for so many dimensions has been spent on it."""
 ENOUGH = 0.1
 """Unit vectors that keep so much of their square in every direction are orthogonal after one projection."""
 ROUND_OFF = 10
@@ -126,7 +128,9 @@ def eigenpairs(
         raise ValueError(f"max_products must be at least 1, got {max_products}.")
     width = min(operator.size, block or wanted + GUARDS)
     capacity = max(wanted, width) + BLOCKS * width
-    basis = _Basis(operator, width, operator.size if operator.size <= SMALL * capacity else capacity)
+    whole = operator.size <= max(SMALL * capacity, DENSE)
+    basis = _Basis(operator, width, operator.size if whole else capacity)
+    max_products = min(max_products, operator.size)
     with operator.held():
         basis.begin(start)
         while True:
@@ -134,13 +138,14 @@ def eigenpairs(
             limit = max(tolerance, ROUND_OFF * torch.finfo(operator.dtype).eps) * ritz.largest
             unconverged = ritz.norms > limit
             if basis.spans_all:
-                unconverged = torch.zeros_like(unconverged)
+                limit = max(limit, torch.finfo(operator.dtype).eps ** 0.5 * ritz.largest)
+                unconverged = ritz.norms > limit
             complete = len(ritz.values) >= wanted and not bool(unconverged.any())
             if complete or basis.spans_all or basis.products >= max_products:
                 break
             if basis.is_full:
                 basis.restart(ritz.coefficients)
-            if basis.products >= operator.size and operator.size <= DENSE:
+            if whole and operator.size > SMALL * capacity and WHOLE * basis.products >= operator.size:
                 basis.take_all()
             else:
                 basis.widen(ritz.residuals[unconverged.to(operator.device)][:width])
@@ -235,10 +240,10 @@ class _Basis:
             self.spans_all = not self._append(self.operator.project(self._random(self.width)))
 
     def take_all(self) -> None:
-        """Let the basis span the whole space."""
-        n = self.operator.size
-        self._allocate(n)
-        self._append(self.operator.project(torch.eye(n, dtype=self.operator.dtype, device=self.operator.device)))
+        """Let the basis span the whole space, with what it holds already."""
+        while self.count < self.operator.size:
+            if not self._append(self.operator.project(self._random(self.operator.size - self.count))):
+                break
         self.spans_all = True
 
     def restart(self, coefficients: Float[Tensor, "j b"]) -> None:
@@ -262,6 +267,13 @@ class _Basis:
         if not self.operator.euclidean:
             self._duals[before : self.count] = self.operator.metric(fresh)
         cross = (self._duals[: self.count] @ images.T).double().cpu()
+        mirrored = (self._images[: self.count] @ self._duals[before : self.count].T).double().cpu()
+        asymmetry, largest = float((cross - mirrored).norm()), float(mirrored.norm() + images.norm())
+        if not asymmetry <= self._eps**0.25 * largest:
+            raise ValueError(
+                f"{self.operator!r} is not symmetric: xᵀAy and yᵀAx differ by {asymmetry:.2g}, beside {largest:.2g}. Eigenpairs "
+                "are of symmetric operators; give (A + Aᵀ)/2, or mend the product."
+            )
         cross[before:] = (cross[before:] + cross[before:].T) / 2
         self._projected[: self.count, before : self.count] = cross
         self._projected[before : self.count, : self.count] = cross.T

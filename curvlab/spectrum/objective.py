@@ -139,6 +139,17 @@ class Objective:
         both = self.total(self._value_and_gradient)
         return both[0], both[1:]
 
+    def slope(self, direction: Float[Tensor, " P"], step: float) -> Float[Tensor, " P"]:
+        """Return the central difference of gradients along a direction, over `2·step`."""
+        here = self.parameters
+        move = self.space.unflatten(step * direction)
+
+        def moved(sign: float) -> Tensor:
+            at = {name: value + sign * move[name] for name, value in here.items()}
+            return self.total(lambda part: self._value_and_gradient(part, at))[1:]
+
+        return (moved(1.0) - moved(-1.0)) / (2 * step)
+
     def check_fisher(self) -> None:
         """Refuse a loss whose Hessian at the outputs is not known to be a Fisher matrix.
 
@@ -198,9 +209,9 @@ class Objective:
             )
         return ratio
 
-    def _value_and_gradient(self, part: Part) -> Float[Tensor, " Q"]:
-        """Return the loss, followed by its gradient."""
-        own = {name: value.requires_grad_() for name, value in self.parameters.items()}
+    def _value_and_gradient(self, part: Part, at: Parameters | None = None) -> Float[Tensor, " Q"]:
+        """Return the loss, followed by its gradient, at the parameters as they are or at others."""
+        own = {name: value.detach().requires_grad_() for name, value in (at or self.parameters).items()}
         with torch.enable_grad():
             z = part.output(own)
             if not len(z):

@@ -295,3 +295,24 @@ def test_a_layer_under_two_names_beside_a_bare_parameter() -> None:
     assert_close(jacobian(linearize(model), x).dense(), reference)
     unchanged()
     assert isinstance(model.fc.weight, nn.Parameter)
+
+
+def test_lists_and_dictionaries_that_the_forward_pass_fills() -> None:
+    class Logging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
+            self.seen: list[Tensor] = []
+            self.by_name: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x * self.scale)
+            self.by_name["last"] = self.seen[-1]
+            return self.layer(self.seen[-1])
+
+    model, x = Logging(), torch.randn(4, 3)
+    seen, by_name = model.seen, model.by_name
+    jacobian(model, x)
+    assert model.seen is seen
+    assert model.by_name is by_name
+    assert (seen, by_name) == ([], {})

@@ -226,3 +226,19 @@ class TestErrors:
     def test_an_unknown_end(self) -> None:
         with pytest.raises(ValueError, match=r"Unknown end of the spectrum 'bigest'\. Did"):
             eigenpairs(self.A, 1, "bigest")  # type: ignore[arg-type]
+
+
+def test_an_operator_that_is_not_symmetric_is_named() -> None:
+    matrix = torch.randn(30, 30, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"DenseOperator.*is not symmetric.*mend the product"):
+        eigenpairs(DenseOperator(matrix), k=2)
+
+
+@pytest.mark.parametrize("size", [40, 300])
+def test_no_more_products_than_dimensions(size: int) -> None:
+    """Eigenvalues that lie close together, to a tolerance that no Krylov space reaches early."""
+    values = 1 + 1e-9 * torch.arange(size, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+    found = eigenpairs(DenseOperator(basis * values @ basis.T), k=3, tolerance=1e-15)
+    assert found.products <= size
+    assert torch.allclose(found.values, values[-3:].flip(0), rtol=1e-12)

@@ -1,6 +1,7 @@
 """Hessian and GGN of models whose parameters have several names, or whose layers torch differentiates wrongly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from oracle import DOUBLE, assert_close, trainable, vectors
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
+from curvlab.errors import UnsupportedModel
 from curvlab.spectrum import GGN, Hessian
 
 
@@ -91,3 +93,66 @@ def test_torchs_own_second_derivative_of_the_fused_weight_norm_is_wrong() -> Non
     assert not torch.allclose(found, expected), (
         "torch differentiates its fused weight norm twice and right: remove curvlab/nn/weight_norm.py and this test."
     )
+
+
+class _Bent(torch.autograd.Function):
+    """x³/3, with a second derivative of another function: unsymmetric, or merely wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3 / 3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _Slope.apply(g, x)
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x)
+        return g * x**2
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor]:
+        g, x = ctx.saved_tensors
+        return c * x**2, c.roll(1, -1) * g * x * Bent.factor
+
+
+class Bent(nn.Module):
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(_Bent.apply(self.first(x)))
+
+
+def test_a_hessian_that_is_not_symmetric_is_refused() -> None:
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    with pytest.raises(UnsupportedModel, match="Hessian are not symmetric.*Use GGN"):
+        Hessian(Bent().double(), nn.MSELoss(), (x, y))
+
+
+def test_a_hessian_that_is_not_the_slope_of_the_gradient_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Stopped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(h * torch.sigmoid(3 * h).detach())
+
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    Hessian(Stopped().double(), nn.MSELoss(), (x, y))
+    assert "not the change of the gradient" in caplog.text
+    caplog.clear()
+    for activation in (nn.ReLU(), nn.Tanh(), nn.GELU()):
+        model = nn.Sequential(nn.Linear(3, 30), activation, nn.Linear(30, 30), activation, nn.Linear(30, 2)).double()
+        Hessian(model, nn.MSELoss(), (x, y))
+    assert "not the change" not in caplog.text
