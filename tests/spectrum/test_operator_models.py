@@ -134,7 +134,7 @@ class Bent(nn.Module):
 
 def test_a_hessian_that_is_not_symmetric_is_refused() -> None:
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-    with pytest.raises(UnsupportedModel, match="Hessian are not symmetric.*Use GGN"):
+    with pytest.raises(UnsupportedModel, match=r"Hessian are not symmetric.*Use GGN"):
         Hessian(Bent().double(), nn.MSELoss(), (x, y))
 
 
