@@ -14,6 +14,7 @@ from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
 from curvlab.rows.guard import refuse, unfactored, without_factors, wrong_rows
+from curvlab.rows.owners import contiguous_gradients
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import (
     Arguments,
@@ -72,7 +73,7 @@ def _checked_sweep(
     arguments, samples = reading
 
     def forward() -> Tensor:
-        with left_as_found(model), differentiable_recurrence(model):
+        with left_as_found(model), differentiable_recurrence(model), contiguous_gradients(model):
             return samples.lay_out(samples.choose(call(model, arguments, pick)))
 
     def attempt() -> tuple[Swept, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import UnsupportedModel
@@ -152,8 +153,24 @@ def decomposing(model: nn.Module, owners: Iterable[Owner]) -> Iterator[None]:
         if composite is not None:
             project = composite.projections(module)
             pairs.append((composite, {part: known.get((module, part), own) for part, own in project.items()}))
-    with decomposed(pairs):
+    with decomposed(pairs), contiguous_gradients(model):
         yield
+
+
+@contextmanager
+def contiguous_gradients(model: nn.Module) -> Iterator[None]:
+    """Give normalisations gradients in contiguous memory, as torch's backward of one sample is wrong for others."""
+
+    def on_output(_: nn.Module, __: object, output: Tensor) -> None:
+        if output.requires_grad and len(output) == 1:
+            output.register_hook(lambda gradient: gradient.contiguous())
+
+    handles = [m.register_forward_hook(on_output) for m in model.modules() if isinstance(m, _NormBase)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_mode(module: nn.Module, name: str) -> None:
