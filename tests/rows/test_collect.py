@@ -195,7 +195,7 @@ def test_batch_normalisation_in_training_uses_the_statistics_of_the_batch() -> N
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
     loss, inputs, targets = nn.CrossEntropyLoss(), torch.randn(9, 4, dtype=DOUBLE), torch.randint(3, (9,))
-    with Collector(model, loss, owners_of(model, fixed=False), draw("empirical")) as found:
+    with Collector(model, loss, owners_of(model, fixed=False), draw("empirical"), coupled=["1"]) as found:
         loss(model(inputs), targets).backward()
     assert found.rows is not None
     assert found.coefficients is not None

@@ -528,9 +528,10 @@ class TestErrors:
             with pytest.raises(UnsupportedModel, match=r"7 output vectors for 1 graph.*nodes=.*mask, or indices"):
                 jacobian(made(name), args)
 
-        class Dense(nn.Module):
-            """Propagation by an argument with a name of its own."""
+    def test_propagation_by_rows_of_an_argument(self) -> None:
+        """The features are an input that all nodes share, a row of the matrix is a sample."""
 
+        class Dense(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.layer = nn.Linear(FEATURES, CLASSES)
@@ -538,10 +539,10 @@ class TestErrors:
             def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
                 return mixing @ torch.tanh(self.layer(x))
 
-        inputs = (args[0], torch.rand(7, 7, dtype=DOUBLE))
+        inputs = (random_graph()[0], torch.rand(7, 7, dtype=DOUBLE))
         model = Dense().to(DOUBLE)
-        with pytest.raises(UnsupportedModel, match=r"samples interact.*nodes of a graph, say with nodes="):
-            jacobian(model, inputs)
+        everywhere = torch.arange(7)
+        assert_close(jacobian(model, inputs).dense(), of_nodes(model, inputs, everywhere))
         assert_close(jacobian(model, inputs, nodes=NODES).dense(), of_nodes(model, inputs, NODES))
 
     @pytest.mark.parametrize(

@@ -617,7 +617,7 @@ def test_hooks_that_only_look_on_leave_a_loss_what_it_is() -> None:
     seen: list[Tensor] = []
     loss.register_forward_hook(lambda _, __, value: seen.append(value.detach()))
     assert_close(fisher(sqrt_fisher(model, loss, x, y)), expected)
-    with Collector(model, loss, owners_of(model), Draw("exact"), checked=set()) as found:
+    with Collector(model, loss, owners_of(model), Draw("exact")) as found:
         loss(model(x), y).backward()
     assert found.rows is not None
     assert_close(fisher(found.rows), expected)
@@ -661,7 +661,7 @@ def test_a_mean_over_no_targets_has_no_weight(loss: nn.Module) -> None:
     for kind in ("ggn", "empirical"):
         with pytest.raises(Weightless, match="No target carries weight"):
             sqrt_fisher(model, loss, x[:3], none, kind)
-        with pytest.raises(Weightless), Collector(model, loss, owners_of(model), Draw(kind), checked=set()):
+        with pytest.raises(Weightless), Collector(model, loss, owners_of(model), Draw(kind)):
             loss(model(x[:3]), none)
     z, J = outputs(model, x), dense_jacobian(model, x)
     expected = dense_ggn(J, nn.CrossEntropyLoss(ignore_index=-1), z, torch.cat([none, some]))
