@@ -109,8 +109,8 @@ class Preconditioner:
         self.skipped = 0
         self._last_due: int | None = None
         self._skipped_in_a_row = 0
-        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self._owners = _preconditioned(model, self.plain)
+        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self._names = {name for owner in self._owners for name in owner.names.values()}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         modules = {owner.module for owner in self._owners}

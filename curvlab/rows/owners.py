@@ -67,14 +67,34 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters, in `named_parameters()` order.
 
     Raises:
-        UnsupportedModel: if there are none, or a lazy module has not made its own yet.
+        UnsupportedModel: if there are none, a lazy module has not made its own yet, they have no numbers or complex ones, and for
+            compiled TorchScript.
     """
+    scripted = next(
+        (name or "the model" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None
+    )
+    if scripted is not None:
+        raise UnsupportedModel(
+            f"{scripted} is scripted or traced (TorchScript), which hides what happens inside. Use the module in Python that it "
+            "was made from, with its state_dict."
+        )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UnsupportedModel("The model has no trainable parameter: set requires_grad on those to analyse.")
     unborn = [name for name, p in parameters.items() if isinstance(p, UninitializedParameter)]
     if unborn:
         raise UnsupportedModel(f"{', '.join(unborn)} have no shape yet: call the model on a batch first.")
+    complex_ = [name for name, p in parameters.items() if p.is_complex()]
+    if complex_:
+        raise UnsupportedModel(
+            f"{', '.join(complex_)} are complex: curvature is that of real parameters. Keep real and imaginary part, as of "
+            "torch.view_as_real, and join them in forward."
+        )
+    empty = [name for name, p in parameters.items() if p.is_meta]
+    if empty:
+        raise UnsupportedModel(
+            f"{', '.join(empty)} are on the meta device and have no numbers: call model.to_empty(device=…) and load a state_dict."
+        )
     return parameters
 
 

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn import HalfSquaredError
+from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.layer import DenseRows, KroneckerRows
+from curvlab.spectrum import Hessian
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -423,3 +425,26 @@ def test_vectors_of_another_type_than_the_rows() -> None:
         rows.rmatvec(torch.ones(rows.R, dtype=torch.float32))
     with pytest.raises(ValueError, match=r"The vector at .*: torch.float32, the rows: torch.float64"):
         rows.matvec(torch.ones(rows.P, dtype=torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(3, 2, dtype=torch.complex64), r"weight, bias are complex.*view_as_real"),
+        (lambda: nn.Linear(3, 2, device="meta"), r"weight, bias are on the meta device.*to_empty"),
+        (
+            lambda: nn.Sequential(torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3))),
+            r"0 is scripted or traced.*in Python",
+        ),
+    ],
+    ids=["complex", "meta", "traced"],
+)
+def test_parameters_of_which_there_is_no_curvature(make: Callable[[], nn.Module], message: str) -> None:
+    model, x, y, loss = make(), torch.ones(4, 3), torch.zeros(4, 2), nn.MSELoss()
+    with pytest.raises(UnsupportedModel, match=message):
+        jacobian(model, x)
+    with pytest.raises(UnsupportedModel, match=message):
+        Hessian(model, loss, (x, y))
+    with pytest.raises(UnsupportedModel, match=message):
+        Preconditioner(model, loss)
