@@ -199,7 +199,7 @@ class Hessian(DerivativeOperator):
         round_off = 100 * eps * float(self.objective.gradient()[1].norm()) / step
         errors = [float((slope - Hv).norm()) for slope in slopes]
         apart = float((slopes[0] - slopes[1]).norm())
-        return min(errors) <= max(SLOPE * float(Hv.norm()), 4 * apart, round_off)
+        return bool(min(errors) <= max(SLOPE * float(Hv.norm()), 4 * apart, round_off))
 
     @property
     def _blame(self) -> str:
