@@ -114,3 +114,24 @@ def test_a_language_model_end_to_end(transformers: Any) -> None:
     assert structure.space.size == sum(p.numel() for p in trainable(model).values())
     step = structure.solve(torch.ones(structure.space.size, dtype=DOUBLE), 0.1)
     assert bool(step.isfinite().all())
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma"])
+def test_models_that_compute_in_float32_inside(transformers: Any, family: str) -> None:
+    """Their round-off in float64 is no sign of samples that interact."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=16,
+        pad_token_id=0,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(DOUBLE).eval()
+    inputs = {"input_ids": torch.randint(1, 11, (SAMPLES, 4))}
+    rows = jacobian(model, inputs, output=lambda found: found.logits[:, -1])
+    assert_close(rows.dense(), gradients(model, model(**inputs).logits[:, -1]), 1e-5)
