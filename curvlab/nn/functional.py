@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from curvlab.nn.weight_norm import differentiable_weight_norm
@@ -50,8 +49,6 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     """
     found: list[tuple[Any, Any]] = []
     for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # its parameters are not in dictionaries
         held = vars(module)
         found += [(holder, dict(holder)) for holder in (held, module._parameters, module._buffers)]
         found += [(value, copy(value)) for value in held.values() if type(value) in _CONTAINERS]

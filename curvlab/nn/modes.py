@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+
+from curvlab.errors import UnsupportedModel
+
+
+def refuse_script(model: nn.Module) -> None:
+    """Refuse TorchScript, whose parameters are not in dictionaries.
+
+    Raises:
+        UnsupportedModel: naming the module.
+    """
+    modules = model.named_modules()
+    scripted = next(
+        (name or type(model).__name__ for name, m in modules if isinstance(m, torch.jit.ScriptModule)), None
+    )
+    if scripted is not None:
+        raise UnsupportedModel(
+            f"{scripted} is scripted or traced (TorchScript), which hides what happens inside. Use the module in Python that it "
+            "was made from, with its state_dict."
+        )
 
 
 def randomness(module: nn.Module) -> str | None:

@@ -30,7 +30,7 @@ from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
 from curvlab.rows.route import route_to
-from curvlab.rows.samples import Samples, entries
+from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output, unhooked
 
 logger = logging.getLogger("curvlab")
@@ -64,7 +64,7 @@ def sweep(
             for handle in handles:
                 handle.remove()
         seeds = seed(chosen.detach())
-        route = route_to(z, recorder.made, trainable(model), entries(samples, seeds.shape[1]))
+        route = route_to(z, recorder.made, trainable(model), samples.along_first(seeds.shape[1]))
         factored = {
             owner: made
             for owner, made in recorder.calls(samples, seeds.shape[1]).items()

@@ -254,7 +254,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._z,
             self._recorder.made,
             self.parameters,
-            1 if self._samples.interact else self._count(),
+            self._samples.along_first(self._count()),
             coupled=bool(self._coupled),
         )
 

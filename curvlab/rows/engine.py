@@ -14,7 +14,7 @@ from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
 from curvlab.rows.guard import refuse, unfactored, without_factors, wrong_rows
-from curvlab.rows.owners import contiguous_gradients
+from curvlab.rows.owners import contiguous_gradients, trainable
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import (
     Arguments,
@@ -70,6 +70,7 @@ def sweep(
 def _checked_sweep(
     model: nn.Module, reading: Reading, pick: PickOutput, chosen: str, seed: Seed, once_for: nn.Module
 ) -> Swept:
+    trainable(model)
     arguments, samples = reading
 
     def forward() -> Tensor:

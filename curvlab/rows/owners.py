@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import UnsupportedModel
-from curvlab.nn.modes import randomness
+from curvlab.nn.modes import randomness, refuse_script
 from curvlab.rows.modules import (
     Composite,
     Names,
@@ -70,14 +70,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         UnsupportedModel: if there are none, a lazy module has not made its own yet, they have no numbers or complex ones, and for
             compiled TorchScript.
     """
-    scripted = next(
-        (name or "the model" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None
-    )
-    if scripted is not None:
-        raise UnsupportedModel(
-            f"{scripted} is scripted or traced (TorchScript), which hides what happens inside. Use the module in Python that it "
-            "was made from, with its state_dict."
-        )
+    refuse_script(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UnsupportedModel("The model has no trainable parameter: set requires_grad on those to analyse.")

@@ -73,6 +73,10 @@ class Samples:
         """Return the samples of the entries along the first axis of a layer's input; None if they are the samples."""
         return None
 
+    def along_first(self, count: int) -> int | None:
+        """Return how many samples, of a number of entries, the first axis of what layers see holds; None if that varies."""
+        return count
+
 
 @dataclass(frozen=True, eq=False)
 class Nodes(Samples):
@@ -144,10 +148,9 @@ class Nodes(Samples):
         """Return one sample."""
         return Grouping(torch.zeros(len(x), dtype=torch.long, device=x.device), 1)
 
-
-def entries(samples: Samples, count: int) -> int | None:
-    """Return the number of samples, None if they are not the first axis of what layers see: several graphs."""
-    return None if samples.interact and count > 1 else count
+    def along_first(self, count: int) -> int:  # noqa: ARG002
+        """Return 1."""
+        return 1
 
 
 def _is_sample(z: Tensor) -> bool:
@@ -189,6 +192,10 @@ class Graphs(Samples):
     def grouping(self, x: Tensor) -> Grouping | None:
         """Return the graphs of nodes or edges."""
         return None if len(x) == self.count else self.tables[len(x)]
+
+    def along_first(self, count: int) -> int | None:  # noqa: ARG002
+        """Return 1 for a single graph, None for several."""
+        return 1 if self.count == 1 else None
 
 
 def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeChoice) -> Samples:

@@ -101,16 +101,17 @@ def eigenpairs(
             the distance of the wanted eigenvalues to the first one beyond the block decides on the convergence, so a
             block as wide as a cluster passes over it; and a block finds as many copies of a multiple eigenvalue as it
             is wide.
-        max_products: products with single vectors after which the best pairs so far are returned.
+        max_products: products with single vectors after which the best pairs so far are returned; at most P.
 
     Raises:
-        ValueError: for options out of range, a start of another size, and products that are not finite.
+        ValueError: for options out of range, a start of another size, products that are not finite, and an operator that is not
+            symmetric.
         NotPositiveDefinite: if the operator's inner product is none.
 
     Warns:
         NotConverged: if `max_products` did not suffice.
 
-    Cost: beside the products about `6·m·P` operations a vector, m being the number of vectors in the basis, at most
+    Cost: beside the products about `7·m·P` operations a vector, m being the number of vectors in the basis, at most
     `k + 8·block`; memory `2·m·P`, `3·m·P` with an inner product of its own. Where the basis fills the whole space, the
     result is that of a dense decomposition. What the start is exactly orthogonal to stays unseen, as in all Krylov
     methods; random starts make that improbable.
@@ -148,7 +149,9 @@ def eigenpairs(
             if whole and operator.size > SMALL * capacity and WHOLE * basis.products >= operator.size:
                 basis.take_all()
             else:
-                basis.widen(ritz.residuals[unconverged.to(operator.device)][:width])
+                basis.widen(
+                    ritz.residuals[unconverged.to(operator.device)][: min(width, max_products - basis.products)]
+                )
     found = _result(ritz, ~unconverged, which, basis)
     if not bool(found.converged.all()):
         warnings.warn(

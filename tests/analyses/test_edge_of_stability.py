@@ -18,7 +18,7 @@ from analyses.edge_of_stability import ANALYSIS, descent
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import Point, Run, descend, flow
 from analyses.edge_of_stability.figures import FIGURES
-from analyses.edge_of_stability.optimisers import adam, frozen, momentum, natural
+from analyses.edge_of_stability.optimisers import Optimiser, adam, frozen, momentum, natural
 from analyses.edge_of_stability.parts import PARTS, chebyshev, losses, preconditioned, published, training
 from analyses.edge_of_stability.setting import Setting, flat, setting_of
 from analyses.edge_of_stability.windows import Edge
@@ -116,12 +116,17 @@ def test_alignment_is_that_of_the_dense_eigenvectors(setting: Setting, monkeypat
     assert point.step_share == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["adam", "natural"])
 def test_a_run_that_is_taken_up_again_is_the_same(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(descent, "SAVED", -1.0)
+
+    def optimiser(model: nn.Module) -> Optimiser:
+        return adam(model, 0.01) if method == "adam" else natural(model, setting, make("kfac"), 1e-2, 0.1)
+
     whole = setting.network()
-    expected = descend(whole, setting, adam(whole, 0.01), 8, (0, 4, 8))
+    expected = descend(whole, setting, optimiser(whole), 8, (1, 4, 8))
     path, model = tmp_path / "run.pt", setting.network()
 
     def interrupt(step: int) -> None:
@@ -129,10 +134,13 @@ def test_a_run_that_is_taken_up_again_is_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        descend(model, setting, adam(model, 0.01), 8, (0, 4, 8), before=interrupt, checkpoint=path)
+        descend(model, setting, optimiser(model), 8, (1, 4, 8), before=interrupt, checkpoint=path)
     assert path.exists()
-    model = setting.network()
-    again = descend(model, setting, adam(model, 0.01), 8, (0, 4, 8), checkpoint=path)
+    model, taken_up = setting.network(), []
+    restored = descent._restore
+    monkeypatch.setattr(descent, "_restore", lambda *at: taken_up.append(at) or restored(*at))
+    again = descend(model, setting, optimiser(model), 8, (1, 4, 8), checkpoint=path)
+    assert len(taken_up) == 2, "a rehearsal, and the run"
     assert again == expected
     assert torch.equal(flat(model), flat(whole))
     assert not path.exists()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.nn import HalfSquaredError
+from curvlab.nn import HalfSquaredError, linearize
 from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.layer import DenseRows, KroneckerRows
@@ -446,5 +446,8 @@ def test_parameters_of_which_there_is_no_curvature(make: Callable[[], nn.Module]
         jacobian(model, x)
     with pytest.raises(UnsupportedModel, match=message):
         Hessian(model, loss, (x, y))
+    if "traced" in message:
+        with pytest.raises(UnsupportedModel, match=message):
+            linearize(model)
     with pytest.raises(UnsupportedModel, match=message):
         Preconditioner(model, loss)
