@@ -65,11 +65,7 @@ def sweep(
                 handle.remove()
         seeds = seed(chosen.detach())
         route = route_to(z, recorder.made, trainable(model), samples.along_first(seeds.shape[1]))
-        factored = {
-            owner: made
-            for owner, made in recorder.calls(samples, seeds.shape[1]).items()
-            if route.elsewhere.isdisjoint(owner.names.values())
-        }
+        factored = recorder.calls(samples, seeds.shape[1], route)
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
         edges = [made.edge for made in calls]

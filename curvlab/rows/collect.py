@@ -259,13 +259,13 @@ class Collector(AbstractContextManager["Collector"]):
         )
 
     def _take_factored(self) -> None:
-        apart = unfactored(self._model) | self._route.elsewhere
-        found = self._recorder.calls(self._samples, self._count())
+        apart = unfactored(self._model)
+        found = self._recorder.calls(self._samples, self._count(), self._route)
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
         left = [owner.label for owner in self._owners if owner not in self._factored]
         if left and self._coupled and self._draw is not None:
             raise UnsupportedModel(
-                f"{', '.join(self._coupled)} normalise by the batch, so {', '.join(left)}, which are used outside their layers, "
+                f"{', '.join(self._coupled)} normalise by the batch, so {', '.join(left)}, which have no factored rows in this pass, "
                 f"have no rows. Call eval() on the former, or leave the latter to the plain gradient: plain={left}."
             )
 

@@ -23,7 +23,7 @@ from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRow
 from curvlab.rows.modules import Inputs, Site
 from curvlab.rows.owners import Owner
 from curvlab.rows.parameters import Layout
-from curvlab.rows.route import edge_of
+from curvlab.rows.route import Route, edge_of
 from curvlab.rows.samples import Samples
 
 
@@ -105,12 +105,13 @@ class Recorder:
         """All calls."""
         return [call for calls in self._calls.values() for call in calls]
 
-    def calls(self, samples: Samples, count: int) -> dict[Owner, list[Call]]:
+    def calls(self, samples: Samples, count: int, route: Route) -> dict[Owner, list[Call]]:
         """Return the calls of every owner that can be factored: with samples on the first axis of its inputs.
 
         Args:
             samples: what a sample is.
             count: their number N.
+            route: which parameters and calls the graph leaves out.
         """
         found = {owner: [call for site in owner.sites for call in self._calls[site]] for owner in self._owners}
         return {
@@ -118,6 +119,8 @@ class Recorder:
             for owner, calls in found.items()
             if calls
             and self._transformed.isdisjoint(owner.sites)
+            and route.elsewhere.isdisjoint(owner.names.values())
+            and route.misplaced.isdisjoint(calls)
             and all(_is_batch(x := call.inputs[0]) and samples.fit(x, count) for call in calls)
         }
 

@@ -28,12 +28,14 @@ class Route:
         functions: digest of the functions between parameters and output.
         reached: parameters that the output depends on; all if None.
         elsewhere: parameters that are used outside the layers that were recorded.
+        misplaced: calls of layers whose outputs do not have the samples on their first axis, such as tables of positions.
         unknown: the first function that is not known to keep samples apart, None if all are.
     """
 
     functions: Hashable = ()
     reached: frozenset[str] | None = None
     elsewhere: frozenset[str] = frozenset()
+    misplaced: frozenset[Passed] = frozenset()
     unknown: str | None = None
 
 
@@ -68,19 +70,19 @@ def route_to(
     """
     names = {id(p): name for name, p in parameters.items()}
     end = [] if z.grad_fn is None else [z.grad_fn]
-    outputs = {(edge.node, edge.output_nr) for call in calls if (edge := call.edge) is not None}
+    outputs = {(edge.node, edge.output_nr): call for call in calls if (edge := call.edge) is not None}
     sources = [edge.node for call in calls for edge in call.sources]
     elsewhere = _names(_visited([*end, *sources], {node for node, _ in outputs}), names)
-    unknown = None
+    unknown, misplaced = None, frozenset[Passed]()
     if samples is None:
         unknown = "graphs in one batch"
     elif samples > 1 and end:
-        unknown, seen = _obstacle(z, outputs, samples, coupled)
+        unknown, seen, misplaced = _follow(z, outputs, samples, coupled)
     else:
         seen = _visited(end, ())
     if unknown is not None:
-        return Route(elsewhere=elsewhere, unknown=unknown)
-    return Route(hash(tuple(map(type, seen))), _names(seen, names), elsewhere)
+        return Route(elsewhere=elsewhere, misplaced=misplaced, unknown=unknown)
+    return Route(hash(tuple(map(type, seen))), _names(seen, names), elsewhere, misplaced)
 
 
 def edge_of(x: Tensor) -> GradientEdge | None:
@@ -109,8 +111,17 @@ def _names(nodes: Collection[Node], names: Mapping[int, str]) -> frozenset[str]:
     return frozenset(names[end] for end in ends if end in names)
 
 
-def _obstacle(z: Tensor, outputs: Collection[Edge], samples: int, coupled: bool) -> tuple[str | None, Collection[Node]]:
-    """Return a function on the way from the output to layers that may not keep samples apart, or all that it depends on."""
+def _follow(
+    z: Tensor, outputs: Mapping[Edge, Passed], samples: int, coupled: bool
+) -> tuple[str | None, list[Node], frozenset[Passed]]:
+    """Follow the samples from the output to the layers.
+
+    Returns:
+        A function on the way that may not keep them apart, the functions that were met, and the calls of layers among them that
+        do not have the samples on the first axis of their outputs. What lies behind functions that may mix samples is not met.
+    """
+    unknown: str | None = None
+    misplaced: set[Passed] = set()
     edge = get_gradient_edge(z)
     axes: dict[Edge, int] = {}
     stack: list[tuple[Edge, int]] = [((edge.node, edge.output_nr), 0)]
@@ -118,27 +129,30 @@ def _obstacle(z: Tensor, outputs: Collection[Edge], samples: int, coupled: bool)
         at, axis = stack.pop()
         node, name = at[0], at[0].name()
         if at in axes:
-            if axes[at] != axis:
-                return name, ()
+            unknown = name if axes[at] != axis else unknown
             continue
         axes[at] = axis
         shape = _shape(at)
-        misplaced = axis != 0 or shape[0] != samples if axis != SHARED else at in outputs
-        if (axis != SHARED and shape[axis] % samples) or (at in outputs and misplaced):
-            return name, ()
+        if at in outputs and (axis != 0 or shape[0] != samples):
+            misplaced.add(outputs[at])
         following = [None if other is None else (other, nr) for other, nr in node.next_functions]
-        if axis == SHARED or not following:
-            stack.extend((other, SHARED) for other in following if other is not None)
+        inputs = [None if other is None else _shape(other) for other in following]
+        found: Sequence[int]
+        if axis == SHARED:
+            found = [SHARED] * len(following)
+        elif shape[axis] % samples:
+            unknown = name
             continue
-        if coupled and name in COUPLING:
-            stack.extend((other, SHARED if k else axis) for k, other in enumerate(following) if other is not None)
-            continue
-        try:
-            found = follow(node, axis, shape, [None if other is None else _shape(other) for other in following])
-        except (Mixes, AttributeError, AssertionError, IndexError):
-            return name, ()
+        elif coupled and name in COUPLING:
+            found = [axis, *[SHARED] * (len(following) - 1)]
+        else:
+            try:
+                found = follow(node, axis, shape, inputs) if following else ()
+            except (Mixes, AttributeError, AssertionError, IndexError):
+                unknown = name
+                continue
         stack.extend((other, own) for other, own in zip(following, found, strict=True) if other is not None)
-    return None, list(dict.fromkeys(node for node, _ in axes))
+    return unknown, list(dict.fromkeys(node for node, _ in axes)), frozenset(misplaced)
 
 
 def _shape(edge: Edge) -> Shape:

@@ -257,7 +257,7 @@ def test_batch_normalisation_does_not_hide_a_weight_that_is_used_elsewhere() -> 
 
         if again:
             with pytest.raises(
-                UnsupportedModel, match=r"norm normalise by the batch, so first\.weight.*outside.*plain="
+                UnsupportedModel, match=r"norm normalise by the batch, so first\.weight.*no factored rows.*plain="
             ):
                 step()
         else:
@@ -283,3 +283,20 @@ def unchecked(model: nn.Module) -> nn.Module:
     fresh = Positions().to(DOUBLE)
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+def test_positions_have_one_form_whatever_the_batch() -> None:
+    """Also as many as samples, below a head of zeros, so that a structure trains on."""
+    model, loss = ZeroPositions().to(DOUBLE), nn.CrossEntropyLoss()
+    natural = Preconditioner(model, loss, "kfac", kind="exact", damping=1e-1)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    for N in (4, 3, 4, 5):
+        x, y = torch.randint(7, (N, 4)), torch.randint(3, (N,))
+        kinds = {layer.name: type(layer).__name__ for layer in jacobian(model, x).layers}
+        assert kinds == {"token": "EmbeddingRows", "place": "DenseRows", "head": "KroneckerRows"}
+        assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
+        sgd.zero_grad()
+        with natural.collect():
+            loss(model(x), y).backward()
+        natural.precondition()
+        sgd.step()
