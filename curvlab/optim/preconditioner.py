@@ -39,7 +39,7 @@ from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
 from curvlab.optim.sums import adds_up
-from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.collect import Collector, Draw, no_rows_beside
 from curvlab.rows.guard import Checks
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, check_loss
@@ -202,10 +202,7 @@ class Preconditioner:
             raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. Make a new one.")
         without = tuple(name for owner in self._owners if not owner.ruled for name in owner.names.values())
         if coupled and without:
-            raise UnsupportedModel(
-                f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none "
-                f"at all. Call eval() on the former, or leave the latter to the plain gradient: plain={without}."
-            )
+            raise no_rows_beside(coupled, without)
         if coupled and not self.structure.averages:
             raise UnsupportedModel(
                 f"{', '.join(coupled)} normalise by the batch, so samples interact and the {self.structure.key} "

@@ -262,12 +262,9 @@ class Collector(AbstractContextManager["Collector"]):
         apart = unfactored(self._model)
         found = self._recorder.calls(self._samples, self._count(), self._route)
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
-        left = [owner.label for owner in self._owners if owner not in self._factored]
-        if left and self._coupled and self._draw is not None:
-            raise UnsupportedModel(
-                f"{', '.join(self._coupled)} normalise by the batch, so {', '.join(left)}, which have no factored rows in this pass, "
-                f"have no rows. Call eval() on the former, or leave the latter to the plain gradient: plain={left}."
-            )
+        without = tuple(name for o in self._owners if o not in self._factored for name in o.names.values())
+        if self._coupled and without and self._draw is not None:
+            raise no_rows_beside(self._coupled, without)
 
     def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
@@ -409,6 +406,14 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples)
+
+
+def no_rows_beside(coupled: Sequence[str], without: tuple[str, ...]) -> UnsupportedModel:
+    """Return the error for parameters without factored rows in a model whose samples interact."""
+    return UnsupportedModel(
+        f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none at all. Call "
+        f"eval() on the former, or leave the latter to the plain gradient: plain={without}."
+    )
 
 
 def _even(terms: LossTerms) -> bool:
