@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 
-class Composite(TorchFunctionMode):
+class WeightNormAsQuotient(TorchFunctionMode):
     """Runs `torch._weight_norm` as a quotient, of which torch has all derivatives."""
 
     def __torch_function__(
@@ -32,7 +32,7 @@ class Composite(TorchFunctionMode):
 
 def differentiable_weight_norm(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a forward pass of the model records weight norms that have all derivatives."""
-    return Composite() if any(map(_weight_normed, model.modules())) else nullcontext()
+    return WeightNormAsQuotient() if any(map(_weight_normed, model.modules())) else nullcontext()
 
 
 def _weight_normed(module: nn.Module) -> bool:

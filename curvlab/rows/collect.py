@@ -411,8 +411,8 @@ class Collector(AbstractContextManager["Collector"]):
 def no_rows_beside(coupled: Sequence[str], without: tuple[str, ...]) -> UnsupportedModel:
     """Return the error for parameters without factored rows in a model whose samples interact."""
     return UnsupportedModel(
-        f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none at all. Call "
-        f"eval() on the former, or leave the latter to the plain gradient: plain={without}."
+        f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none at all. "
+        f"Call eval() on the former, or leave the latter to the plain gradient: plain={without}."
     )
 
 
