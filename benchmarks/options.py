@@ -14,8 +14,10 @@ import tyro
 from rich.console import Console
 
 from benchmarks import tables
-from curvlab.study.environment import available_memory, check_device
-from curvlab.study.faults import StudyError, UsageError
+from curvlab.study.environment import check_device
+from curvlab.study.faults import UsageError
+from curvlab.tools.errors import CommandError
+from curvlab.tools.memory import available_memory
 
 
 class MachineFields(TypedDict):
@@ -91,6 +93,6 @@ def command(
     try:
         options = tyro.cli(chosen, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
         return run(options, console, progress)
-    except StudyError as error:
+    except CommandError as error:
         progress.print(f"error: {error}", style="red", highlight=False)
         return error.exit_code

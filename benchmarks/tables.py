@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.process import Machine, Result, Timed
-from curvlab.study.storage import write, write_json
-from curvlab.study.units import size
+from curvlab.tools.storage import write, write_json
+from curvlab.tools.text import size
 
 FORMATS = (".md", ".json")
 """Suffixes of files that a comparison can be written to."""

@@ -1,7 +1,8 @@
 """What curvlab raises and warns about."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+
+from curvlab.tools.text import unknown
 
 
 class CurvlabError(Exception):
@@ -38,7 +39,4 @@ class OutsideRange(UserWarning):
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for an unknown name, with the nearest known one suggested."""
-    known = list(known)
-    nearest = get_close_matches(name, known, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
+    return ValueError(unknown(what, name, known))

@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from curvlab.study import Analysis, Results, UsageError, load, nearest
+from curvlab.study import Analysis, Results, UsageError, load
+from curvlab.tools.text import unknown
 
 __all__ = ["Paper", "find", "names"]
 
@@ -87,6 +88,6 @@ def find(name: str) -> Paper:
         UsageError: there is none; the message suggests the nearest.
     """
     if name not in names():
-        raise UsageError(nearest(name, names(), "paper"))
+        raise UsageError(unknown("paper", name, names()))
     paper: Paper = import_module(f"{__name__}.{name}").PAPER
     return paper

@@ -11,9 +11,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import tyro
 
-from curvlab.study import DataUnavailable, Results, StudyError, style
+from curvlab.study import DataUnavailable, Results, style
 from curvlab.study import main as run_analysis
-from curvlab.study.storage import make_folder, write
+from curvlab.tools.errors import CommandError
+from curvlab.tools.storage import make_folder, write
 from paper_figures import Paper, find, names
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(_entry(name, _at(find(name), options), options.results))
             return 0
         return _make(options.paper, _at(find(options.paper), options), options)
-    except StudyError as error:
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 

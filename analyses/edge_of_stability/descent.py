@@ -22,7 +22,7 @@ from analyses.checkpoints import take_up
 from analyses.edge_of_stability.optimisers import Optimiser, Steps
 from analyses.edge_of_stability.setting import Setting, flat
 from curvlab.spectrum import Operator, eigenpairs
-from curvlab.study.storage import write
+from curvlab.tools.storage import write
 
 DIVERGED = 100.0
 """Loss, relative to the first, above which a run counts as diverged; it is stopped there and keeps what was measured."""

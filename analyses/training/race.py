@@ -14,7 +14,7 @@ from analyses.training.methods import Method, Optimiser, Point
 from analyses.training.run import Checkpoint, Trace, train
 from curvlab.fisher import STRUCTURES
 from curvlab.problems import Problem, resolve
-from curvlab.study.storage import digest
+from curvlab.tools.storage import digest
 
 TUNING_SEED = 1000
 """Seed of network, batches and draws while configurations are chosen; judged runs have seeds from 0."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks import fits, tables
 from benchmarks.graphs.methods import CLASSES, FEATURES, HIDDEN, METHODS
 from benchmarks.graphs.worker import Measurement, Request
-from curvlab.study.units import size
+from curvlab.tools.text import size
 
 LEGEND = (
     "Memory: the peak of a call beyond what was held before. Exponent: the slope of log cost against log size over the "

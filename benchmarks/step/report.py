@@ -13,7 +13,7 @@ from benchmarks import tables
 from benchmarks.step.methods import METHODS
 from benchmarks.step.runner import Entry
 from benchmarks.tasks import TASKS
-from curvlab.study.units import size
+from curvlab.tools.text import size
 
 LEGEND = (
     "Every: steps from one inversion to the next. Ms: the mean over whole periods of the median of each kind of step. "

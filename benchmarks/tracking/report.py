@@ -13,7 +13,7 @@ from benchmarks import tables
 from benchmarks.tracking.methods import BLOCK, METHODS
 from benchmarks.tracking.runner import Entry
 from benchmarks.tracking.worker import TOP
-from curvlab.study.units import size
+from curvlab.tools.text import size
 
 LEGEND = (
     "Seconds: all measurements of the run. Ratio: over the first line. Products: with single vectors. Residual: the largest "

@@ -26,9 +26,8 @@ from curvlab.fisher.state import State
 from curvlab.rows import Rows
 from curvlab.rows.batches import shuffles
 from curvlab.rows.loss.terms import weightless
-from curvlab.study import storage
-from curvlab.study.faults import UsageError
-from curvlab.study.progress import progress
+from curvlab.tools import storage
+from curvlab.tools.progress import progress
 
 logger = logging.getLogger("curvlab")
 
@@ -201,7 +200,7 @@ class Fitting:
         torch.save(content, buffer)
         try:
             storage.write(self.checkpoint.path, buffer.getvalue())
-        except UsageError as error:
+        except storage.WriteError as error:
             raise StateError(
                 f"checkpoint={str(self.checkpoint.path)!r} cannot be written: {error.__cause__}."
             ) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from curvlab.fisher.block import Batch, Block
-from curvlab.study.environment import available_memory
-from curvlab.study.units import size
+from curvlab.tools.memory import available_memory
+from curvlab.tools.text import size
 
 WORTH_CHECKING = 1 << 28
 """Bytes from which on an update looks first at how much memory there is."""

@@ -11,7 +11,6 @@ for every panel, multiplied with it and forgotten:
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isqrt
@@ -33,11 +32,8 @@ from curvlab.rows.making import jacobian, sqrt_fisher
 from curvlab.rows.rows import Rows
 from curvlab.rows.rows import gram as product
 from curvlab.rows.sweep import PickOutput
-from curvlab.study.progress import progress as showing
-from curvlab.study.units import size
-
-UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
-"""Binary logarithms of the units in which memory is given."""
+from curvlab.tools.progress import progress as showing
+from curvlab.tools.text import as_bytes, size
 
 PROBED = 2
 """Samples of which the rows are formed to tell how large those of others are."""
@@ -134,21 +130,6 @@ def _whole(data: Any, loss: nn.Module | None) -> Any:
 
 def _label(panel: int, chunk: int) -> str:
     return f"chunk {chunk + 1} of the panel from {panel + 1}"
-
-
-def as_bytes(memory: int | str) -> int:
-    """Read an amount of memory, such as "512MiB".
-
-    Raises:
-        ValueError: it is not a positive number of bytes.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT]iB|B)", str(memory).strip()) if isinstance(memory, str) else None
-    amount = float(found[1]) * 2.0 ** UNITS[found[2]] if found else memory
-    if isinstance(amount, str) or not amount >= 1:
-        raise ValueError(
-            f"memory is a number of bytes or text such as '2GiB' (units {', '.join(UNITS)}), got {memory!r}."
-        )
-    return int(amount)
 
 
 def bytes_of(rows: Rows) -> int:

@@ -2,10 +2,9 @@
 
 An analysis describes itself as an `Analysis` (a question, claims, cells, a measurement per cell, figures) and
 hands it to `main`, which gives it its command line, cache, statistics, results folder and exit code. This
-package knows nothing of curvature and imports nothing else of curvlab.
+package knows nothing of curvature and imports nothing of curvlab but `curvlab.tools`.
 
-A name is imported when it is first used: progress bars and files, which all of curvlab has from here, need no
-matplotlib and no pandas.
+A name is imported when it is first used, so that a command line answers before matplotlib and pandas are there.
 """
 
 from importlib import import_module
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
         every_cell,
         no_assumptions,
     )
-    from curvlab.study.faults import DataUnavailable, MemoryShortage, StorageFull, StudyError, UsageError
+    from curvlab.study.faults import DataUnavailable, MemoryShortage, UsageError
     from curvlab.study.judging import judge
-    from curvlab.study.options import CommonOptions, nearest
+    from curvlab.study.options import CommonOptions
     from curvlab.study.results import Results, latest, load
     from curvlab.study.runner import main
 
@@ -44,8 +43,6 @@ __all__ = [
     "MemoryShortage",
     "Results",
     "Scalar",
-    "StorageFull",
-    "StudyError",
     "UsageError",
     "Verdict",
     "contradicts",
@@ -54,7 +51,6 @@ __all__ = [
     "latest",
     "load",
     "main",
-    "nearest",
     "no_assumptions",
 ]
 

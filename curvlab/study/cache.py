@@ -12,7 +12,7 @@ from pathlib import Path
 
 from curvlab.study.cells import Cell
 from curvlab.study.measurements import Row
-from curvlab.study.storage import digest, write
+from curvlab.tools.storage import digest, write
 
 log = logging.getLogger(__name__)
 

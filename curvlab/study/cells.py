@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from curvlab.study.storage import canonical
+from curvlab.tools.storage import canonical
 
 Scalar = str | int | float | bool
 

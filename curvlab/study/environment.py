@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware, threads, and how much memory is free."""
+"""What a run ran on: versions, commit, hardware and threads."""
 
 import importlib.metadata
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from curvlab.study.faults import UsageError
+from curvlab.tools.memory import physical_memory
 
 PACKAGES = (
     "curvlab",
@@ -24,12 +25,6 @@ PACKAGES = (
     "matplotlib",
 )
 
-CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Memory limits of a container, versions 2 and 1: folder, limit, use, and the file cache in that use."""
-
 
 def environment(source: Path, device: str) -> dict[str, object]:
     """Everything that ``environment.json`` records; ``source`` is a file of the code that is run."""
@@ -42,7 +37,7 @@ def environment(source: Path, device: str) -> dict[str, object]:
         "hardware": {
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "memory_bytes": _physical_memory(),
+            "memory_bytes": physical_memory(),
             "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
         },
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
@@ -78,33 +73,12 @@ def git_state(source: Path) -> dict[str, object]:
         return {"commit": None, "dirty": None}
 
 
-def available_memory(device: str) -> float | None:
-    """Bytes that a cell can still allocate on ``device``; None where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    free = [1024 * kibibytes for kibibytes in _entries("/proc/meminfo", "MemAvailable:")]
-    for folder, limit, used, cached in CGROUPS:
-        if _read(f"{folder}/{limit}").isdigit():
-            reclaimable = sum(_entries(f"{folder}/memory.stat", cached))
-            free.append(int(_read(f"{folder}/{limit}")) - int(_read(f"{folder}/{used}")) + reclaimable)
-    return float(min(free)) if free else _physical_memory()
-
-
-def _entries(path: str, name: str) -> list[int]:
-    """The number after ``name`` in a table of the kernel; empty where there is no such table or entry."""
-    lines = (line.split() for line in _read(path).splitlines())
-    return [int(line[1]) for line in lines if line and line[0] == name]
-
-
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -113,10 +87,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

@@ -15,15 +15,17 @@ from curvlab.study.analysis import Analysis
 from curvlab.study.cache import CellCache
 from curvlab.study.cells import Cell
 from curvlab.study.claims import Claim, Failure
-from curvlab.study.environment import available_memory, check_device
-from curvlab.study.faults import MemoryShortage, StudyError, UsageError
+from curvlab.study.environment import check_device
+from curvlab.study.faults import MemoryShortage, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
-from curvlab.study.options import C, nearest, recorded, repeats, share
-from curvlab.study.progress import Advance
+from curvlab.study.options import C, recorded, repeats, share
 from curvlab.study.task import Outcome, Task
-from curvlab.study.units import duration, size
 from curvlab.study.workers import chunked, cores, in_processes
+from curvlab.tools.errors import CommandError
+from curvlab.tools.memory import available_memory
+from curvlab.tools.progress import Advance
+from curvlab.tools.text import duration, size, unknown
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class Plan(Generic[C]):
             known = {claim.id: claim for claim in claims}
             for name in config.claims:
                 if name not in known:
-                    raise UsageError(f"--claims: {nearest(name, known, 'claim')}")
+                    raise UsageError(f"--claims: {unknown('claim', name, known)}")
             claims = tuple(claim for claim in claims if claim.id in config.claims)
             cells = tuple(cell for cell in cells if any(claim.needs(cell) for claim in claims))
         if config.shard:
@@ -165,7 +167,7 @@ class Measured:
 
     rows: dict[Cell, list[Row]]
     failures: list[Failure] = field(default_factory=list)
-    shortage: StudyError | None = None
+    shortage: CommandError | None = None
     interrupted: bool = False
 
 
@@ -210,7 +212,7 @@ def _outcomes(task: Task[C], estimate: Estimate) -> Generator[Outcome]:
         yield from map(task, estimate.costs)
 
 
-def _shortage(plan: Plan[C], outcome: Outcome) -> StudyError | None:
+def _shortage(plan: Plan[C], outcome: Outcome) -> CommandError | None:
     """The failure as a shortage of memory or data, if it is one."""
     if not outcome.out_of_memory:
         return outcome.shortage

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from curvlab.study.faults import StudyError
-from curvlab.study.storage import make_folder, writing
+from curvlab.tools.errors import CommandError
+from curvlab.tools.storage import make_folder, writing
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def recording(path: Path) -> Iterator[None]:
     logging.captureWarnings(True)
     try:
         yield
-    except StudyError as error:
+    except CommandError as error:
         log.error("%s", error)
         raise
     finally:

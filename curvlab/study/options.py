@@ -2,12 +2,11 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -15,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import tyro
 
 from curvlab.study.faults import UsageError
+from curvlab.tools.text import unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +111,6 @@ def share(text: str) -> tuple[int, int]:
     return int(index), int(total)
 
 
-def nearest(name: str, known: Iterable[str], what: str) -> str:
-    """An error message for an unknown name: what it is, the nearest known one, and all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {what} {name!r}; {hint}Known: {', '.join(names)}"
-
-
 def parse(defaults: C, argv: Sequence[str], *, prog: str, description: str) -> C:
     """Options from the command line over those of the file that ``--config`` names over the defaults.
 
@@ -177,7 +169,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(hint)
         names = {field.name for field in dataclasses.fields(hint) if field.init}
         for name in value.keys() - names:
-            raise ValueError(nearest(name, names, f"entry of {where}"))
+            raise ValueError(unknown(f"entry of {where}", name, sorted(names)))
         entries = {name: _decode(hints[name], entry, name) for name, entry in value.items()}
         return cast("Callable[..., Any]", hint)(**entries)
     if kind in (Union, types.UnionType):

@@ -12,7 +12,6 @@ from curvlab.study import report, style
 from curvlab.study.analysis import Analysis
 from curvlab.study.claims import Failure, Verdict
 from curvlab.study.execution import Measured, Plan
-from curvlab.study.faults import StudyError
 from curvlab.study.judging import judge
 from curvlab.study.measurements import tabulate
 from curvlab.study.options import C, recorded
@@ -25,7 +24,8 @@ from curvlab.study.results import (
     write_measurements,
     write_verdicts,
 )
-from curvlab.study.storage import digest, make_folder, write, write_json
+from curvlab.tools.errors import CommandError
+from curvlab.tools.storage import digest, make_folder, write, write_json
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _draw_all(analysis: Analysis[C], results: Results) -> tuple[list[str], list[
         try:
             draw(analysis, name, results)
             drawn.append(name)
-        except StudyError:
+        except CommandError:
             raise
         except Exception as error:
             log.exception("figure %s failed", name)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from curvlab.study.claims import Claim, Failure, Outcome, Verdict, contradicts
 from curvlab.study.measurements import faults, locate, records
-from curvlab.study.units import number
+from curvlab.tools.text import number
 
 STYLES: dict[Outcome, str] = {
     "supported": "green",

@@ -21,7 +21,7 @@ from curvlab.study.cells import Cell
 from curvlab.study.claims import Claim, Failure, Verdict
 from curvlab.study.faults import UsageError
 from curvlab.study.measurements import records
-from curvlab.study.storage import write, write_json, writing
+from curvlab.tools.storage import write, write_json, writing
 
 PARTIAL = "-partial"
 

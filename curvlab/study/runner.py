@@ -18,14 +18,14 @@ from curvlab.study.analysis import Analysis
 from curvlab.study.claims import contradicts
 from curvlab.study.environment import environment
 from curvlab.study.execution import Measured, Plan, measure
-from curvlab.study.faults import StudyError
 from curvlab.study.logbook import recording
 from curvlab.study.options import C, parse, pop_option
-from curvlab.study.progress import progress, say
 from curvlab.study.publish import draw, open_folder, publish
 from curvlab.study.results import load, promote
-from curvlab.study.storage import make_folder
-from curvlab.study.units import size
+from curvlab.tools.errors import CommandError
+from curvlab.tools.progress import progress, say
+from curvlab.tools.storage import WriteError, make_folder
+from curvlab.tools.text import size
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ def main(analysis: Analysis[C], argv: Sequence[str] | None = None) -> int:
         config = parse(analysis.defaults, arguments, prog=analysis.command, description=analysis.description)
     except SystemExit as stop:
         return int(stop.code or 0)
-    except StudyError as error:
+    except CommandError as error:
         return _fail(error)
     console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         with _terminable():
             return _dispatch(analysis, config, arguments, console)
-    except StudyError as error:
+    except CommandError as error:
         return _fail(error)
     except KeyboardInterrupt:
         print("interrupted; every finished cell is kept, the same command goes on", file=sys.stderr)
@@ -186,6 +186,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _fail(error: StudyError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: CommandError) -> int:
+    option = " with --results" if isinstance(error, WriteError) else ""
+    print(f"error: {error}{option}", file=sys.stderr)
     return error.exit_code

@@ -24,8 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from curvlab.study.inference import Summary
-from curvlab.study.options import nearest
-from curvlab.study.storage import write
+from curvlab.tools.storage import write
+from curvlab.tools.text import unknown
 
 COLUMN = 3.25
 """Width of one column, in inches."""
@@ -100,7 +100,7 @@ def look(structure: str) -> Look:
         ValueError: an unknown structure; the message suggests the nearest.
     """
     if structure not in LOOKS:
-        raise ValueError(nearest(structure, LOOKS, "structure"))
+        raise ValueError(unknown("structure", structure, LOOKS))
     return LOOKS[structure]
 
 

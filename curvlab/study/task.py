@@ -11,10 +11,11 @@ import torch
 
 from curvlab.study.cache import CellCache
 from curvlab.study.cells import Cell
-from curvlab.study.faults import DataUnavailable, MemoryShortage, StudyError
+from curvlab.study.faults import DataUnavailable, MemoryShortage
 from curvlab.study.measurements import Row, faults, locate, normalise, records, tabulate
 from curvlab.study.options import C
-from curvlab.study.units import duration
+from curvlab.tools.errors import CommandError
+from curvlab.tools.text import duration
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ class Outcome:
     trouble: bool
     rows: list[Row] | None = None
     reason: str = ""
-    shortage: StudyError | None = None
+    shortage: CommandError | None = None
     out_of_memory: bool = False
     logged: tuple[logging.LogRecord, ...] = ()
 
     @classmethod
     def failed(
-        cls, cell: Cell, reason: str, *, shortage: StudyError | None = None, out_of_memory: bool = False
+        cls, cell: Cell, reason: str, *, shortage: CommandError | None = None, out_of_memory: bool = False
     ) -> "Outcome":
         """A failure."""
         return cls(cell, f"failed: {reason}", True, reason=reason, shortage=shortage, out_of_memory=out_of_memory)

@@ -1,7 +1,6 @@
 """Validation shared by the theory modules: every check names the argument and the remedy."""
 
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -59,13 +58,6 @@ def at_least_one(name: str, value: int) -> None:
     """Raise unless `value` counts something."""
     if value < 1:
         raise ValueError(f"{name}: must be at least 1, got {value}.")
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the known name nearest to `name`, empty if none is near, then all known ones."""
-    known = tuple(known)
-    close = get_close_matches(name, known, n=1)
-    return (f"Did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}."
 
 
 def layer_widths(widths: Sequence[int]) -> tuple[int, ...]:

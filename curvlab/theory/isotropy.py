@@ -29,7 +29,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from curvlab.theory._checks import at_least_one, layer_widths, positive, suggestion, symmetric
+from curvlab.theory._checks import at_least_one, layer_widths, positive, symmetric
+from curvlab.tools.text import suggestion
 
 STRUCTURES = ("full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "kfac")
 """Structures for which a response scale α is derived; no theorem covers the others."""

@@ -21,7 +21,8 @@ from math import pi, sqrt
 import numpy as np
 from jaxtyping import Float
 
-from curvlab.theory._checks import array, at_least_one, length, non_negative, positive, suggestion
+from curvlab.theory._checks import array, at_least_one, length, non_negative, positive
+from curvlab.tools.text import suggestion
 
 Moments = tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "N K"]]
 """E[φ(u)φ(u')] and E[φ'(u)φ'(u')] of a Gaussian pair."""

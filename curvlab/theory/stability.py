@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Complex, Float
 from numpy.typing import ArrayLike
 
-from curvlab.theory._checks import array, positive, suggestion
+from curvlab.theory._checks import array, positive
+from curvlab.tools.text import suggestion
 
 STEPPERS = ("gd", "heavy-ball", "nesterov")
 """The methods."""

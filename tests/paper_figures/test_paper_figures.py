@@ -94,8 +94,8 @@ def test_a_new_paper_is_one_file(tmp_path, monkeypatch):
 
 def test_an_unknown_paper_suggests_the_nearest(capsys):
     assert main(["karakida_2020"]) == 2
-    assert f"unknown paper 'karakida_2020'; did you mean {KARAKIDA!r}?" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="unknown paper"):
+    assert f"Unknown paper 'karakida_2020'. Did you mean {KARAKIDA!r}?" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="Unknown paper"):
         find("__main__")
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, Scaled, Task, WeightedCrossEntropy
-from curvlab.rows.streamed import as_bytes, bytes_of
+from curvlab.rows.streamed import bytes_of
 
 
 def budgets(rows: curvlab.Rows) -> list[int]:
@@ -115,13 +115,6 @@ def test_what_does_not_fit_is_named() -> None:
         curvlab.gram(model, [], loss=nn.MSELoss())
     with pytest.raises(ValueError, match=r"their lengths are \[5, 6\]"):
         curvlab.gram(model, (x, x[:5]), loss=nn.MSELoss())
-
-
-def test_amounts_of_memory() -> None:
-    assert [as_bytes(text) for text in ("512B", "1.5KiB", "2 GiB", 77)] == [512, 1536, 2**31, 77]
-    for wrong in ("2GB", "lots", "", 0, "0B"):
-        with pytest.raises(ValueError, match="memory is a number of bytes or text such as '2GiB'"):
-            as_bytes(wrong)
 
 
 class Laplacian(nn.Module):

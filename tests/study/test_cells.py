@@ -1,6 +1,5 @@
 """Cells, measurements and the cache."""
 
-import json
 import logging
 
 import numpy as np
@@ -10,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curvlab.study import Cell, StorageFull
+from curvlab.study import Cell
 from curvlab.study.cache import CellCache
 from curvlab.study.measurements import faults, locate, normalise, tabulate
-from curvlab.study.storage import digest, write
 
 scalars = (
     st.text(max_size=5)
@@ -137,18 +135,3 @@ def test_an_entry_of_another_cell_is_noticed(cache, caplog):
     cache.path(other).rename(cache.path(CELL))
     assert cache.load(CELL) is None
     assert "damaged" in caplog.text
-
-
-def test_writes_are_whole_or_not_at_all(tmp_path, full_disk):
-    path = tmp_path / "file"
-    write(path, b"old")
-    full_disk.after(0)
-    with pytest.raises(StorageFull, match=r"needs 3 B, .* are available.*--results"):
-        write(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_digests_do_not_depend_on_the_order_of_keys():
-    assert digest({"a": 1, "b": [0.1, "ü"]}) == digest(json.loads('{"b": [0.1, "ü"], "a": 1}'))
-    assert digest({"a": 1}) != digest({"a": 2})

@@ -1,12 +1,11 @@
-"""Version control, memory and the words for them."""
+"""What a run ran on."""
 
 import subprocess
 
 import pytest
 
 from curvlab.study import UsageError
-from curvlab.study.environment import available_memory, check_device, environment, git_state
-from curvlab.study.units import duration, number, size
+from curvlab.study.environment import check_device, environment, git_state
 
 
 def test_git_state_follows_the_repository(tmp_path):
@@ -36,39 +35,7 @@ def test_environment_names_versions_and_hardware(tmp_path):
     assert facts["threads"]["torch"] >= 1
 
 
-def test_available_memory_is_between_a_megabyte_and_what_is_built_in(tmp_path):
-    assert 2**20 < available_memory("cpu") <= environment(tmp_path, "cpu")["hardware"]["memory_bytes"]
-
-
 def test_a_device_that_does_not_exist():
     check_device("cpu")
     with pytest.raises(UsageError, match="--device abacus cannot be used here"):
         check_device("abacus")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.94, "9.9 s"),
-        (59.4, "59 s"),
-        (125, "2 min 05 s"),
-        (3599.9, "1 h 00 min"),
-        (12000, "3 h 20 min"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [(3, "3 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (2**50, "1024.0 TiB")],
-)
-def test_size(amount, text):
-    assert size(amount) == text
-
-
-def test_number():
-    assert number(float("nan")) == "–"
-    assert number(0.123456) == "0.1235"

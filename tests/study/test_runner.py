@@ -433,7 +433,7 @@ def test_help_says_what_a_reader_needs(capsys):
     [
         (["--sedes", "3"], "--seeds"),
         (["--seeds", "many"], "--seeds"),
-        (["--claims", "D1"], "did you mean 'D-1'?"),
+        (["--claims", "D1"], "Did you mean 'D-1'?"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--config", "nowhere.json"], "--config nowhere.json cannot be read"),
         (["--redraw", "nowhere"], "is not a readable results folder"),

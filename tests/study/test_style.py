@@ -46,7 +46,7 @@ def test_every_structure_has_a_look_of_its_own():
     assert tuple(style.LOOKS) == STRUCTURES
     for field in ("color", "marker", "label"):
         assert len({getattr(look, field) for look in style.LOOKS.values()}) == len(STRUCTURES)
-    with pytest.raises(ValueError, match="unknown structure 'k-fac'; did you mean 'kfac'"):
+    with pytest.raises(ValueError, match=r"Unknown structure 'k-fac'\. Did you mean 'kfac'"):
         style.look("k-fac")
 
 

@@ -15,8 +15,9 @@ import dummy_analysis
 import pandas as pd
 import pytest
 
-from curvlab.study import Cell, DataUnavailable, MemoryShortage, StorageFull, execution, workers
+from curvlab.study import Cell, DataUnavailable, MemoryShortage, execution, workers
 from curvlab.study.execution import Plan
+from curvlab.tools.storage import StorageFull
 
 ANALYSIS = replace(dummy_analysis.ANALYSIS, figures={})
 STRUCK = "structure=full, offset=0.0, seed="

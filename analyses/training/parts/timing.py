@@ -29,7 +29,7 @@ from analyses.training.run import batches, take_step
 from analyses.training.tuning import chosen
 from curvlab.problems import Problem
 from curvlab.study import Cell, Claim, Inequality
-from curvlab.study.storage import digest
+from curvlab.tools.storage import digest
 
 NAME = "timing"
 

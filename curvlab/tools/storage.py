@@ -9,7 +9,25 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from curvlab.study.faults import StorageFull, UsageError
+from curvlab.tools.errors import CommandError
+from curvlab.tools.text import size
+
+
+class WriteError(CommandError):
+    """A file that cannot be written, such as for a missing permission (exit code 2)."""
+
+
+class StorageFull(WriteError):
+    """The disk or the quota is exhausted (exit code 3); nothing that was written before is touched."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path, needed: int, available: int) -> None:
+        super().__init__(
+            f"no space left for {path}: needs {size(needed)}, {size(available)} are available; everything "
+            "finished before it is kept. Free some space and run the same command again, or choose a folder on "
+            "another disk"
+        )
 
 
 def canonical(value: object) -> str:
@@ -28,20 +46,18 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
 
     Raises:
         StorageFull: the disk or the quota is exhausted.
-        UsageError: it cannot be written for another reason, such as a missing permission.
+        WriteError: it cannot be written for another reason.
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull(path, needed, free_space(path)) from error
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}); choose another folder with --results"
-        ) from error
+        raise WriteError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results and its parents; `writing` lists the errors."""
+    """Make a folder and its parents; `writing` lists the errors."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 

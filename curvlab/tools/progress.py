@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from curvlab.study.units import duration
+from curvlab.tools.text import duration
 
 SECONDS_BETWEEN_LINES = 5.0
 

@@ -5,10 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from curvlab.study import Cell
-from curvlab.study.progress import progress
+from curvlab.tools.progress import progress
 
-CELLS = [Cell({"seed": seed}) for seed in range(5)]
+CELLS = [f"seed={seed}" for seed in range(5)]
 COSTS = dict.fromkeys(CELLS, 2.0)
 
 
@@ -17,7 +16,7 @@ def shown(*, terminal, quiet=False):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
     with progress(console, COSTS, quiet) as advance:
         for cell in CELLS:
-            trouble = cell["seed"] == 2
+            trouble = cell == "seed=2"
             advance(cell, "failed: [no]" if trouble else "0.1 s", trouble)
     return console.file.getvalue()
 
