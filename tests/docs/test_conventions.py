@@ -1,0 +1,39 @@
+"""The pages of `docs` say what the code does: their Python examples run, block after block."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {str(page.relative_to(DOCS)): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+EXAMPLES = {name: text for name, text in PAGES.items() if "```python" in text}
+
+
+def python_of(text: str) -> str:
+    """The fenced Python blocks, each on the lines that it has on its page, so that tracebacks point there."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line == "```python" or (inside and not fence)
+    return "\n".join(lines)
+
+
+def test_blocks_keep_their_line_numbers():
+    assert python_of("text\n```python\na = 1\n```\n```sh\nls\n```\n```python\nb\n```").split("\n") == [
+        *("", "", "a = 1", "", "", "", "", "", "b", "")
+    ]
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_the_python_examples_of_a_page_run(page):
+    torch.manual_seed(0)
+    exec(compile(python_of(EXAMPLES[page]), str(DOCS / page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_files_point_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert ((DOCS / page).parent / target).exists(), f"{page} links to {target}"
