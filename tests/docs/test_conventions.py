@@ -35,5 +35,6 @@ def test_the_python_examples_of_a_page_run(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_to_files_point_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", PAGES[page], flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
         assert ((DOCS / page).parent / target).exists(), f"{page} links to {target}"

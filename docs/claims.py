@@ -1,0 +1,99 @@
+"""Write the tables of claims into the pages of `docs/theory`, from the analyses: `python docs/claims.py`.
+
+A page says which analysis it wants the claims of by a pair of comments, between which the table is:
+
+    <!-- claims of ntk_isotropy -->
+    <!-- end of claims -->
+
+Claims that differ by one word only, such as the name of a structure, share a row.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from curvlab.study import Claim
+
+PAGES = Path(__file__).parent / "theory"
+PLACE = re.compile(r"(<!-- claims of (\w+) -->\n).*?(<!-- end of claims -->)", flags=re.DOTALL)
+HEADER = ("claim", "statement", "decided by", "expected", "source")
+GAP = "…"
+
+
+def updated(page: str) -> str:
+    """The text of a page with the claims as the analyses have them by default."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{table_of(place[2])}\n\n{place[3]}", page)
+
+
+def analyses_of(page: str) -> list[str]:
+    """The analyses whose claims a page shows."""
+    return [place[2] for place in PLACE.finditer(page)]
+
+
+def table_of(analysis: str) -> str:
+    """The claims of an analysis by default, as a table in Markdown."""
+    described = import_module(f"analyses.{analysis}").ANALYSIS
+    families = folded(described.claims(described.defaults))
+    rows = [[f"`{name}`", text, str(one.rule), one.expected, one.source] for name, text, one in families]
+    return "\n".join(map(_line, (HEADER, ["---"] * len(HEADER), *rows)))
+
+
+def folded(claims: Sequence[Claim]) -> list[tuple[str, str, Claim]]:
+    """Families of claims: ids, as `trace-{full, kfac}`, the statement with a gap for what differs, and one of them.
+
+    A family decides by the same rule, expects the same and has the same source; its ids and statements are the same but for
+    one word, which stands in the id and may stand in the statement.
+    """
+    families: list[tuple[list[Claim], str, str]] = []
+    for claim in claims:
+        for i, (members, name, text) in enumerate(families):
+            joined = _joined(members, claim)
+            if joined and (len(members) == 1 or joined == (name, text)):
+                families[i] = ([*members, claim], *joined)
+                break
+        else:
+            families.append(([claim], claim.id, claim.statement))
+    return [(_named(members, name), text, members[0]) for members, name, text in families]
+
+
+def _joined(members: Sequence[Claim], claim: Claim) -> tuple[str, str] | None:
+    """Id and statement that a claim shares with a family, with gaps; None if it is none of the family."""
+    first = members[0]
+    if (str(first.rule), first.expected, first.source) != (str(claim.rule), claim.expected, claim.source):
+        return None
+    left, right = _apart(first.id, claim.id)
+    name = first.id.replace(left, GAP, 1)
+    if not (left and right) or name != claim.id.replace(right, GAP, 1):
+        return None
+    texts = [
+        re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", GAP, one.statement) for word, one in ((left, first), (right, claim))
+    ]
+    return (name, texts[0]) if texts[0] == texts[1] else None
+
+
+def _apart(left: str, right: str) -> tuple[str, str]:
+    """What is left of two ids without the parts, between hyphens, that they begin and end with alike."""
+    a, b = left.split("-"), right.split("-")
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return "-".join(a), "-".join(b)
+
+
+def _named(members: Sequence[Claim], name: str) -> str:
+    if len(members) == 1:
+        return name
+    before, after = name.split(GAP)
+    words = [claim.id.removeprefix(before).removesuffix(after) for claim in members]
+    return f"{before}{{{', '.join(words)}}}{after}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    for path in sorted(PAGES.glob("*.md")):
+        path.write_text(updated(path.read_text()))

@@ -1,0 +1,59 @@
+"""The tables of claims on the pages of `docs/theory` are those of the code."""
+
+import importlib.util
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import analyses
+from curvlab.study import Claim, Inequality
+
+DOCS = Path(__file__).parents[2] / "docs"
+SPEC = importlib.util.spec_from_file_location("claims", DOCS / "claims.py")
+claims = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(claims)
+
+PAGES = {page.name: page.read_text() for page in sorted(claims.PAGES.glob("*.md"))}
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if claims.analyses_of(text)])
+def test_a_page_shows_the_claims_of_the_code(page):
+    assert claims.updated(PAGES[page]) == PAGES[page], "run: python docs/claims.py"
+
+
+def test_every_analysis_has_a_page():
+    shown = [name for text in PAGES.values() for name in claims.analyses_of(text)]
+    modules = [import_module(f"analyses.{module.name}") for module in pkgutil.iter_modules(analyses.__path__)]
+    assert sorted(shown) == sorted(module.ANALYSIS.name for module in modules if hasattr(module, "ANALYSIS"))
+
+
+def claim(name, statement, source="paper", bound=1.0):
+    rule = Inequality(bound, "less")
+    return Claim(name, statement, source, "measured", rule, lambda table: table, "open", "reason")
+
+
+def test_claims_that_differ_by_a_word_share_a_row():
+    family = [claim(f"trace-{key}-0.5", f"The {key} trace of {key}.") for key in ("full", "block-diagonal", "kfac")]
+    alone = claim("other", "The full other.")
+    rows = [(name, text) for name, text, _ in claims.folded([family[0], alone, *family[1:]])]
+    assert rows == [("trace-{full, block-diagonal, kfac}-0.5", "The … trace of …."), ("other", "The full other.")]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        claim("trace-kfac", "The kfac trace."),
+        claim("trace-kfac", "The kfac norm of it."),
+        claim("norm-kfac", "The kfac trace of it."),
+        claim("trace-kfac", "The kfac trace of it.", source="another"),
+        claim("trace-kfac", "The kfac trace of it.", bound=2.0),
+    ],
+)
+def test_claims_that_differ_otherwise_have_rows_of_their_own(other):
+    assert len(claims.folded([claim("trace-full", "The full trace of it."), other])) == 2
+
+
+def test_bars_do_not_break_a_row():
+    assert claims._line(["|x| < 1", "y"]) == r"| \|x\| < 1 | y |"
