@@ -4,4 +4,6 @@ from curvlab.compare import compare
 from curvlab.nn import linearize
 from curvlab.rows import Rows, gram, jacobian, sqrt_fisher
 
-__all__ = ["Rows", "compare", "gram", "jacobian", "linearize", "sqrt_fisher"]
+__all__ = ["Rows", "__version__", "compare", "gram", "jacobian", "linearize", "sqrt_fisher"]
+
+__version__ = "0.1.0"

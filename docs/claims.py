@@ -67,7 +67,8 @@ def _joined(members: Sequence[Claim], claim: Claim) -> tuple[str, str] | None:
     if not (left and right) or name != claim.id.replace(right, GAP, 1):
         return None
     texts = [
-        re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", GAP, one.statement) for word, one in ((left, first), (right, claim))
+        re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", GAP, one.statement)
+        for word, one in ((left, first), (right, claim))
     ]
     return (name, texts[0]) if texts[0] == texts[1] else None
 

@@ -1,4 +1,4 @@
-"""The pages of `docs` say what the code does: their Python examples run, block after block."""
+"""Pages for people say what the code does: their Python examples run, block after block, and their links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {str(page.relative_to(DOCS)): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 EXAMPLES = {name: text for name, text in PAGES.items() if "```python" in text}
 
 
@@ -30,11 +33,11 @@ def test_blocks_keep_their_line_numbers():
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_the_python_examples_of_a_page_run(page):
     torch.manual_seed(0)
-    exec(compile(python_of(EXAMPLES[page]), str(DOCS / page), "exec"), {})
+    exec(compile(python_of(EXAMPLES[page]), str(ROOT / page), "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_to_files_point_somewhere(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", PAGES[page], flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
-        assert ((DOCS / page).parent / target).exists(), f"{page} links to {target}"
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
