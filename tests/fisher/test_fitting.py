@@ -132,6 +132,13 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
         cf.KFAC.fit(data.model, data.loss, loader, checkpoint=tmp_path / "nowhere" / "state")
 
 
+def test_a_full_disk_is_a_checkpoint_that_cannot_be_written(tmp_path, full_disk) -> None:
+    data = case("mlp", "ce", N=6)
+    full_disk.after(0)
+    with pytest.raises(StateError, match=r"state' cannot be written: .*No space left"):
+        cf.KFAC.fit(data.model, data.loss, (data.inputs, data.targets), checkpoint=tmp_path / "state")
+
+
 def test_data_that_differ_between_passes() -> None:
     data = case("mlp", "ce", N=6)
     dataset = TensorDataset(data.inputs, data.targets)
