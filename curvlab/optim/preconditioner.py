@@ -55,7 +55,8 @@ class Preconditioner:
 
     Args:
         model: the model; under `DistributedDataParallel`, its `.module`. Hooks are on it within `collect` only.
-        loss: the loss module that the training loop calls on the model's output and the targets.
+        loss: the loss module that the training loop calls on the model's output and the targets, flattened or not: in
+            `loss(logits.view(-1, C), targets.view(-1))`, positions of a sample have one row as in logits `[N, C, T]`.
         structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`. "empirical" costs no further sweep, "mc"
             one to the layers' outputs a draw, "exact" and "ggn" C of them.

@@ -37,6 +37,7 @@ class Batch:
 
     Attributes:
         direct: whether the loss was called on what the model returned.
+        shape: in which it was, if not that of what the model returned.
         decay: λ of `½ λ‖θ‖²` that parameters, by name, add to the loss.
     """
 
@@ -45,6 +46,7 @@ class Batch:
     arguments: Arguments
     targets: Any
     direct: bool = True
+    shape: Sequence[int] | None = None
     decay: Mapping[str, float] = field(default_factory=dict)
 
     def outputs(self, parameters: Named) -> Tensor:
@@ -56,11 +58,12 @@ class Batch:
         if not self.direct:
             raise UnsupportedModel(
                 "The loss was called on something else than what the model returned. The quadratic model evaluates the loss on "
-                "what the model returns: let the model pick, scale and reshape its output."
+                "what the model returns, perhaps flattened: let the model pick, scale and transpose its output."
             )
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         z: Tensor = called_with(self.model, {**buffers, **parameters}, args, kwargs)
+        z = z if self.shape is None else z.reshape(tuple(self.shape))
         # A step changes the loss by less than the round-off of half precision.
         return z.to(torch.promote_types(z.dtype, torch.float32))
 

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import vjp, vmap
@@ -64,8 +65,9 @@ def sweep(
             for handle in handles:
                 handle.remove()
         seeds = seed(chosen.detach())
-        route = route_to(z, recorder.made, trainable(model), samples.along_first(seeds.shape[1]))
-        factored = recorder.calls(samples, seeds.shape[1], route)
+        N = seeds.shape[1]
+        route = route_to(z, recorder.made, trainable(model), samples.along_first(N))
+        factored = recorder.calls(samples, N, route)
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
         edges = [made.edge for made in calls]
@@ -73,15 +75,17 @@ def sweep(
             largest = max((made.shape.numel() for made in calls), default=1)
             gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
         else:
+            dense = []
             if others:
                 route = replace(route, unknown=f"rows of {others[0].label} by calls on single samples")
+                at_output = seeds_at(chosen, z, seeds)
+                dense = dense_rows(model, arguments, pick, chosen.detach(), at_output, N, others)
             gradients = backward(z, edges, seeds)
-            dense = dense_rows(model, arguments, pick, z.detach(), seeds, others)
     at = {
         made: seeds.new_zeros(len(seeds), *made.shape) if g is None else g
         for made, g in zip(calls, gradients, strict=True)
     }
-    layers = [form(owner, {made: at[made] for made in own}, samples) for owner, own in factored.items()]
+    layers = [form(owner, {made: at[made] for made in own}, samples, N) for owner, own in factored.items()]
     return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]), route)
 
 
@@ -117,6 +121,16 @@ def backward(
                 found = [torch.stack(gradients) if gradients else None for gradients in arrived]
     at_edge = iter(found)
     return [None if edge is None else next(at_edge) for edge in edges]
+
+
+def seeds_at(
+    output: Float[Tensor, "M ..."], z: Float[Tensor, "N C ..."], seeds: Float[Tensor, "V N C ..."]
+) -> Float[Tensor, "V M ..."]:
+    """Bring seeds to an output of which z is a part, or another layout."""
+    if z is output:
+        return seeds
+    (found,) = backward(z, [output], seeds, keep=True)
+    return seeds.new_zeros(len(seeds), *output.shape) if found is None else found
 
 
 @contextmanager
@@ -160,22 +174,42 @@ def backward_over_graphs(
 
 
 def dense_rows(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, z: Tensor, seeds: Tensor, owners: Sequence[Owner]
+    model: nn.Module,
+    arguments: Arguments,
+    pick: PickOutput,
+    output: Float[Tensor, "M ..."],
+    seeds: Float[Tensor, "V M ..."],
+    samples: int,
+    owners: Sequence[Owner],
 ) -> list[LayerRows]:
     """Rows of single samples, for parameters without a factored form. Memory `R·P` of those.
 
     All samples at once by `torch.func`, or one after the other if it cannot vectorise the model. Tensors among the
-    arguments that do not have N entries are shared by all samples; one that has by chance, if the outputs `z` say so.
+    arguments that do not have N entries are shared by all samples; one that has by chance, if the outputs say so.
+
+    Args:
+        model: the model.
+        arguments: that it was called on.
+        pick: which output.
+        output: what it returned.
+        seeds: rows there.
+        samples: their number N, of which the output holds one after the other.
+        owners: those of the parameters.
 
     Raises:
         UnsupportedModel: if the model cannot be called on single samples.
     """
-    if not owners:
-        return []
     names = ", ".join(name for owner in owners for name in owner.names.values())
     first: dict[str, Tensor] | None = None
     failure: Exception | None = None
-    for split in _splits(arguments, seeds.shape[1]):
+    if len(output) % samples:
+        raise UnsupportedModel(
+            f"The parameters {names} have no factored rows, and the model's output has {len(output)} entries along its first "
+            f"axis, which are no equal number for each of {samples} samples. Make the first axis the sample; give positions "
+            "that do not count a weight of zero, as by ignore_index, instead of leaving them out."
+        )
+    z, seeds = output.unflatten(0, (samples, -1)), seeds.unflatten(1, (samples, -1))
+    for split in _splits(arguments, samples):
         try:
             outputs, rows = _of_samples(model, split, pick, seeds, owners, names)
         except Exception as error:
@@ -229,7 +263,7 @@ def _alike(outputs: Tensor, z: Tensor) -> bool:
 def _of_samples(
     model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner], names: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return outputs `[N, C, …]` and gradients `[V, N, *shape]` by name."""
+    """Return outputs `[N, K, …]`, K being the entries of a sample, and gradients `[V, N, *shape]` by name."""
     if any(_is_own(hook) for module in model.modules() for hook in _hooks(module)):
         # Under torch.func it might store a tensor that is dead afterwards.
         logger.info("Rows of %s by one sample after the other, as the model has hooks.", names)
@@ -268,7 +302,7 @@ def _vectorised(
         args, kwargs = split.joined(leaves)
 
         def output(parameters: dict[str, Tensor]) -> Tensor:
-            return select_output(called_with(model, {**values, **parameters}, args, kwargs), pick)[0]
+            return select_output(called_with(model, {**values, **parameters}, args, kwargs), pick)
 
         pulled = vjp(output, {name: values[name] for name in names})
         return pulled[0], pulled[1](cotangent)[0]
@@ -291,7 +325,7 @@ def _one_by_one(
     for n in range(seeds.shape[1]):
         args, kwargs = split.sample(n)
         with torch.enable_grad():
-            z = select_output(model(*args, **kwargs), pick)[0]
+            z = select_output(model(*args, **kwargs), pick)
         outputs.append(z.detach())
         for (name, p), g in zip(parameters.items(), backward(z, list(parameters.values()), seeds[:, n]), strict=True):
             found[name].append(seeds.new_zeros(len(seeds), *p.shape) if g is None else g)

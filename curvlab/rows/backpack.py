@@ -43,6 +43,8 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
+from curvlab.rows.autograd import seeds_at
+from curvlab.rows.modules import is_batch
 from curvlab.rows.owners import owners_of, trainable
 from curvlab.rows.products import distinct
 from curvlab.rows.route import Route
@@ -201,6 +203,8 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
             return f"{where} works in place"
         if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(getattr(module, "padding", 0), str):
             return f"{where} pads by {module.padding_mode!r}, {module.padding!r}"
+        if isinstance(module, nn.Flatten) and module.start_dim <= 0:
+            return f"{where} may fold positions into the axis of samples"
         if not getattr(module, "affine", True):
             return f"{where} has no scale and shift"
         used.add(module)
@@ -221,16 +225,16 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     seeds = seed(chosen.detach())
     extension = _RowsExtension()
     with torch.no_grad():
-        extension.propagate(chain, _seeds_at(chain[-1].output, z, seeds))
+        extension.propagate(chain, seeds_at(chain[-1].output, z, seeds))
     layers = []
     for owner in owners_of(twin):
         (site,), (x, g) = owner.sites, extension.kept[owner.module]
-        if not samples.fit(x, seeds.shape[1]):
+        if not (is_batch(owner.module, x) and samples.fit(x, g.shape[1], seeds.shape[1])):
             raise UnsupportedModel(
                 f"The model's output has {seeds.shape[1]} entries along its first axis, and layer {owner.name!r} sees {len(x)}: "
                 "the first axis must be the sample. Keep the positions of a sample on an axis of their own, [N, C, T]."
             )
-        layers.append(samples.form(site, (x,), g))
+        layers.append(samples.form(site, (x,), g, seeds.shape[1]))
     return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), layers), Route())
 
 
@@ -243,11 +247,3 @@ def _twin(module: Any) -> Any:
             twin._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     twin._modules.update({name: _twin(child) for name, child in module._modules.items() if child is not None})
     return twin
-
-
-def _seeds_at(output: Any, z: Tensor, seeds: Tensor) -> Tensor:
-    """Bring seeds to the chain's output, of which z may be a part, laid out in another way."""
-    if z is output:
-        return seeds
-    found: Tensor = torch.autograd.grad(z, output, seeds, is_grads_batched=True)[0]
-    return found

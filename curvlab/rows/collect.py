@@ -29,6 +29,7 @@ from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds, wat
 from curvlab.rows.owners import Owner, decomposing, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.record import Call, Recorder, form
+from curvlab.rows.returned import Returned
 from curvlab.rows.route import Route, route_to
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Samples
@@ -59,7 +60,7 @@ class Collector(AbstractContextManager["Collector"]):
         loss: the loss module that will be called on the model's output and the targets.
         owners: the modules whose rows are wanted.
         draw: the rows of S; None if only those of the gradient are wanted, which takes no further sweep.
-        samples: what a sample is.
+        samples: what a sample is; the first axis of the model's inputs if None.
         checks: what has been compared with a reverse pass so far; what is compared here is added.
         coupled: modules in which samples interact, as in batch normalisation; rows are then those of the batch as it is.
 
@@ -90,7 +91,7 @@ class Collector(AbstractContextManager["Collector"]):
         """Whether there were no gradients to add to when the loss was called."""
         self._model, self._loss, self._owners, self._draw = model, loss, owners, draw
         self._checks, self._coupled = checks or Checks(), coupled
-        self._samples = samples or Samples()
+        self._samples, self._given = samples or Samples(), samples
         names = {name for owner in owners for name in owner.names.values()}
         self.parameters = {name: p for name, p in model.named_parameters() if name in names}
         """Those of the owners."""
@@ -104,10 +105,11 @@ class Collector(AbstractContextManager["Collector"]):
         self._entered: list[int] = []
         self._z: Tensor | None = None
         self._upstream: Tensor | None = None
-        self._returned: Any = None
+        self._returned = Returned.of(())
         self._targets: Any = None
         self._route = Route()
         self._kind: Hashable = None
+        self._count = 0
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
         self._summands: dict[Owner, LayerRows] = {}
@@ -140,12 +142,10 @@ class Collector(AbstractContextManager["Collector"]):
             self._finish()
 
     @property
-    def seen(self) -> tuple[Arguments, Any, bool]:
-        """What the model was called on, the targets, and whether the loss was called on what the model returned."""
+    def seen(self) -> tuple[Arguments, Any, bool, torch.Size]:
+        """What the model was called on, the targets, whether the loss was called on what it returned, and in which shape."""
         assert self._z is not None
-        z, returned = self._z, self._returned
-        same = isinstance(returned, Tensor) and returned.shape == z.shape and torch.equal(returned, z)
-        return self._unchanged(), self._targets, same
+        return self._unchanged(), self._targets, self._returned.is_what(self._z), self._z.shape
 
     def _unchanged(self) -> Arguments:
         """Return what the model was called on, to call it once more."""
@@ -170,10 +170,11 @@ class Collector(AbstractContextManager["Collector"]):
             )
         self._arguments = detached((args, kwargs))
         self._entered = _versions(self._arguments)
+        self._samples = self._given or Samples.of(self._arguments)
 
     def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
         if self._is_watching():
-            self._returned = returned.detach() if isinstance(returned, Tensor) else None
+            self._returned = Returned.of(returned)
 
     def _on_layer(self, call: Call, output: Tensor) -> None:
         def take(gradient: Tensor) -> None:
@@ -198,12 +199,14 @@ class Collector(AbstractContextManager["Collector"]):
         if z.shape[:1] == (0,):
             raise ValueError("The outputs that the loss was called on hold zero samples.")
         self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
+        laid_out = self._samples.lay_out(self._z)
+        self._count = len(laid_out)
         if self._draw is not None:
             self._read_graph()
         self._take_factored()
         self._sweeping = True
         try:
-            self._seed(self._samples.lay_out(self._z), self._terms)
+            self._seed(laid_out, self._terms)
         finally:
             self._sweeping = False
             if self._z.retains_grad:
@@ -254,13 +257,13 @@ class Collector(AbstractContextManager["Collector"]):
             self._z,
             self._recorder.made,
             self.parameters,
-            self._samples.along_first(self._count()),
+            self._samples.along_first(self._count),
             coupled=bool(self._coupled),
         )
 
     def _take_factored(self) -> None:
         apart = unfactored(self._model)
-        found = self._recorder.calls(self._samples, self._count(), self._route)
+        found = self._recorder.calls(self._samples, self._count, self._route)
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
         without = tuple(name for o in self._owners if o not in self._factored for name in o.names.values())
         if self._coupled and without and self._draw is not None:
@@ -279,21 +282,9 @@ class Collector(AbstractContextManager["Collector"]):
             assert draw.generator is not None
             share = None if draw.share is None else draw.share(len(z), z.device)
             return terms.sampled(draw.samples, draw.generator, joint=True, share=share)
-        samples = len(z) if self._samples.interact else self._count()
-        if len(z) != samples:
-            raise ValueError(
-                f"The loss takes {len(z)} outputs of {samples} samples. Rows of kind {draw.kind!r} need the positions of "
-                "a sample on an axis of their own: call the loss on [N, C, T], or use kind='mc'."
-            )
         if draw.kind == "empirical":
             return terms.empirical(joint=draw.joint)
         return identity_seeds(flat_outputs(z.detach()))
-
-    def _count(self) -> int:
-        """Return the number of samples, of which an output may have several positions."""
-        first = next((x for x in tree_leaves(self._arguments) if isinstance(x, Tensor) and x.ndim), self._z)
-        assert first is not None
-        return len(first)
 
     def _calls(self) -> list[Call]:
         """The calls of all factored layers, each once."""
@@ -326,7 +317,7 @@ class Collector(AbstractContextManager["Collector"]):
         if self._draw is not None:
             self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
-        self._z = self._z.detach()
+        self._returned, self._z = self._returned.detached(self._z), self._z.detach()
 
     def summand(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.
@@ -353,13 +344,14 @@ class Collector(AbstractContextManager["Collector"]):
             return []
         if self._samples.interact:
             return backward_over_graphs(z, [], seeds, left, [slice(None)])[1]
-        if len(z) != self._count():
+        found = self._returned.behind(z, seeds)
+        if found is None:
             names = tuple(name for owner in left for name in owner.names.values())
             raise UnsupportedModel(
-                f"The parameters {', '.join(names)} have no factored rows, and the loss takes {len(z)} outputs of "
-                f"{self._count()} samples. Call it on [N, C, T], or leave them to the plain gradient: plain={names}."
+                f"The parameters {', '.join(names)} have no factored rows, and the loss was not called on one tensor that the "
+                f"model returned, or a function of one. Do so, or leave them to the plain gradient: plain={names}."
             )
-        return dense_rows(self._model, self._unchanged(), None, z.detach(), seeds, left)
+        return dense_rows(self._model, self._unchanged(), *found, len(z), left)
 
     def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, joint, `w s/√count`."""
@@ -374,7 +366,6 @@ class Collector(AbstractContextManager["Collector"]):
         return self._draw is not None and self._draw.kind == "empirical" and self._draw.joint
 
     def _whole(self, draw: Draw, terms: LossTerms, layers: list[LayerRows]) -> Rows:
-        samples = layers[0].shape[1]
         rows = Rows(
             layers=in_parameter_order(self.parameters, [layer.to(self._dtype) for layer in layers]),
             space=self._space,
@@ -382,7 +373,7 @@ class Collector(AbstractContextManager["Collector"]):
             count=terms.count,
             terms=terms.terms,
             reduction=terms.reduction,
-            sample_weights=terms.sample_weights.view(samples, -1).sum(1).to(self._dtype),
+            sample_weights=terms.sample_weights.to(self._dtype),
         )
         if rows.kind != "jacobian":
             return rows
@@ -405,7 +396,7 @@ class Collector(AbstractContextManager["Collector"]):
         return (_multiple(terms, upstream) * root).to(rows.dtype)
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
-        return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples)
+        return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples, self._count)
 
 
 def no_rows_beside(coupled: Sequence[str], without: tuple[str, ...]) -> UnsupportedModel:
@@ -450,5 +441,7 @@ def _versions(arguments: Arguments) -> list[int]:
     return [x._version for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
 
 
-def _scaled(gradient: Float[Tensor, "N ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:
-    return gradient * factor.to(gradient.dtype).view(-1, *(1,) * (gradient.ndim - 1))
+def _scaled(gradient: Float[Tensor, "M ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "M ..."]:
+    """Scale the gradients of every sample, which has an equal number of them, one sample after the other."""
+    of_sample = factor.repeat_interleave(len(gradient) // len(factor))
+    return gradient * of_sample.to(gradient.dtype).view(-1, *(1,) * (gradient.ndim - 1))

@@ -128,16 +128,16 @@ def refuse(wrong: Sequence[str]) -> None:
     if wrong:
         raise UnsupportedModel(
             f"Rows per sample do not reproduce the gradient of {', '.join(wrong)}. Either samples interact, or the "
-            "first axis of the model's inputs and outputs is not the sample (sequence-first inputs, reshaped batches), or "
-            "the model is random. Make the first axis the sample; where samples are the nodes of a graph, say with "
-            "nodes= which of them carry rows."
+            "first axis of the model's inputs and outputs is not the sample (sequence-first inputs, reshaped batches, "
+            "positions that were left out), or the model is random. Make the first axis the sample; where samples are the "
+            "nodes of a graph, say with nodes= which of them carry rows."
         )
 
 
 def compare(
     parameters: Mapping[str, Tensor],
-    z: Float[Tensor, "M C ..."],
-    seeds: Float[Tensor, "V M C ..."],
+    z: Float[Tensor, "N C ..."],
+    seeds: Float[Tensor, "V N C ..."],
     layers: Sequence[LayerRows],
     *,
     coupled: bool = False,
@@ -160,8 +160,7 @@ def compare(
     V, N = layers[0].shape
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu").to(z).expand(V, N)
-    # A model may fold positions into the first axis of its output.
-    cotangent = torch.einsum("vm,vm...->m...", w.repeat_interleave(len(z) // N, 1), seeds)
+    cotangent = torch.einsum("vn,vn...->n...", w, seeds)
     expected = _pulled(z, parameters, cotangent)
     if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
         return (), frozenset()

@@ -41,9 +41,10 @@ def jacobian(
     Args:
         model: any module whose samples do not interact, or a graph network. It is left as it was found.
         inputs: a tensor, a tuple (unpacked), a dict (keywords), or torch-geometric's `Data` or `Batch`, which the model is
-            called on. The first axis is the sample. In a batch of separate graphs with one output vector each, the graph
-            is; the batch is known by the names `edge_index` and `batch`, in order where it is alone, of `Data`, of keywords or
-            of the model's arguments.
+            called on. The first axis is the sample. Outputs `[N·T, C]` of N samples, as many as the first input has, are T
+            positions of each, one sample after the other: their rows are those of the same outputs as `[N, C, T]`. In a
+            batch of separate graphs with one output vector each, the graph is the sample; the batch is known by the names
+            `edge_index` and `batch`, in order where it is alone, of `Data`, of keywords or of the model's arguments.
         nodes: for outputs `[N, C]` of the nodes of a graph, which interact: a mask or indices of those that carry rows, or a
             function that chooses them given the inputs. Rows `(c, n)` of the L chosen nodes are `V = C·L` rows of one
             sample, the graph, in the same order.

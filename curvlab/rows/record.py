@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
-from curvlab.rows.modules import Inputs, Site
+from curvlab.rows.modules import Inputs, Site, is_batch
 from curvlab.rows.owners import Owner
 from curvlab.rows.parameters import Layout
 from curvlab.rows.route import Route, edge_of
@@ -121,18 +121,16 @@ class Recorder:
             and self._transformed.isdisjoint(owner.sites)
             and route.elsewhere.isdisjoint(owner.names.values())
             and route.misplaced.isdisjoint(calls)
-            and all(_is_batch(x := call.inputs[0]) and samples.fit(x, count) for call in calls)
+            and all(
+                is_batch(call.site.module, x := call.inputs[0]) and samples.fit(x, call.shape[0], count)
+                for call in calls
+            )
         }
 
 
-def _is_batch(x: Tensor) -> bool:
-    """Whether an input has an axis before that of features; indices have none of these."""
-    return x.ndim > int(x.is_floating_point())
-
-
-def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples) -> LayerRows:
-    """Form the rows of an owner from the rows `[V, N, *output]` at the outputs of its calls."""
-    parts = [samples.form(call.site, call.inputs, g) for call, g in gradients.items()]
+def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples, count: int) -> LayerRows:
+    """Form the rows of an owner, of a number of samples, from the rows `[V, N, *output]` at the outputs of its calls."""
+    parts = [samples.form(call.site, call.inputs, g, count) for call, g in gradients.items()]
     if len(parts) == 1:
         (rows,) = parts
         return rows if rows.layout == owner.layout else rows.restrict(owner.layout.names)

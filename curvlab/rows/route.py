@@ -90,6 +90,25 @@ def edge_of(x: Tensor) -> GradientEdge | None:
     return get_gradient_edge(x) if x.requires_grad else None
 
 
+def nearest(z: Tensor, edges: Sequence[GradientEdge | None]) -> list[int]:
+    """Return which edges an output depends on without another of them in between."""
+    wanted = {(edge.node, edge.output_nr): k for k, edge in enumerate(edges) if edge is not None}
+    found: set[int] = set()
+    seen: set[Edge] = set()
+    start = edge_of(z)
+    stack: list[Edge] = [] if start is None else [(start.node, start.output_nr)]
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if at in wanted:
+            found.add(wanted[at])
+        else:
+            stack.extend((node, nr) for node, nr in at[0].next_functions if node is not None)
+    return sorted(found)
+
+
 def _visited(roots: Sequence[Node], blocked: Collection[Node]) -> list[Node]:
     """Return the functions that roots depend on, not going through blocked ones."""
     found: list[Node] = []
@@ -133,7 +152,7 @@ def _follow(
             continue
         axes[at] = axis
         shape = _shape(at)
-        if at in outputs and (axis != 0 or shape[0] != samples):
+        if at in outputs and (axis != 0 or shape[0] % samples):
             misplaced.add(outputs[at])
         following = [None if other is None else (other, nr) for other, nr in node.next_functions]
         inputs = [None if other is None else _shape(other) for other in following]

@@ -1,23 +1,27 @@
 """What a sample is: which entries along a first axis, of outputs and of layers' inputs, belong together.
 
-    Samples        the first axis is the sample everywhere; samples do not interact
+    Samples        the first axis is the sample; samples do not interact
     Nodes          outputs `[N, C]` of nodes that interact: one sample, the chosen nodes its extra output axis
     Graphs         outputs `[B, C]` of separate graphs: a graph is a sample, its nodes and edges are positions
 
 Rows of nodes are numbered as those of samples would be, `(c, n)` with c outermost; they are V = C·L rows of one sample, as
 in a graph every node's output depends on all nodes.
+
+Where outputs, or what a layer sees, hold T times as many entries as there are samples, the T positions of every sample are folded
+into the first axis, one sample after the other, as by `logits.view(-1, C)`. Rows are those of the same outputs as `[N, C, T]`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork
@@ -36,42 +40,82 @@ REMEDY = (
 )
 
 
+@dataclass(frozen=True, eq=False)
 class Samples:
-    """The first axis is the sample, of inputs, outputs and whatever a layer sees."""
+    """The first axis is the sample, of inputs, outputs and whatever a layer sees, perhaps with positions folded into it.
+
+    Attributes:
+        lengths: of the first axes of the model's inputs; without any, outputs have no folded positions.
+    """
+
+    lengths: tuple[int, ...] = field(default=(), kw_only=True)
 
     interact = False
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> Samples:
+        """Return those of a model's arguments."""
+        return cls(lengths=tuple(len(x) for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.ndim))
+
+    def count(self, entries: int) -> int:
+        """Return the number N of samples of an output with a number of entries along its first axis.
+
+        It is that of the entries if some input has as many, else the length of the first input if that divides them.
+        """
+        if not self.lengths or entries in self.lengths or not self.lengths[0] or entries % self.lengths[0]:
+            return entries
+        return self.lengths[0]
 
     def choose(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
         """Return the outputs that carry rows, as the loss takes them."""
         return z
 
-    def lay_out(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, "M C ..."]:
-        """Bring chosen outputs into the layout of rows."""
-        return z
+    def lay_out(self, z: Float[Tensor, "M ..."]) -> Float[Tensor, "N C ..."]:
+        """Bring chosen outputs into the layout of rows; folded positions become the innermost part of an extra axis."""
+        N = self.count(len(z))
+        if len(z) == N:
+            return z if z.ndim > 1 else z[:, None]
+        by_sample: Tensor = flat_outputs(z).unflatten(0, (N, -1))
+        return by_sample.permute(0, 2, 3, 1).flatten(2)
 
-    def terms(self, loss: nn.Module, z: Float[Tensor, "N C ..."], targets: Any) -> LossTerms:
+    def terms(self, loss: nn.Module, z: Float[Tensor, "M ..."], targets: Any) -> LossTerms:
         """Take the loss of chosen outputs apart, in the layout of rows; see `loss_terms`."""
-        return loss_terms(loss, z, targets)
+        terms = loss_terms(loss, z, targets)
+        return terms if self.count(len(z)) == len(z) else terms.relaid(self.lay_out)
 
-    def form(self, site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+    def form(self, site: Site, inputs: Inputs, g: Tensor, count: int) -> LayerRows:
         """Form the rows of a layer from its inputs and the rows at its output, of entries along the first axis.
 
         They are in the type of the layer's parameters, whatever autocast computed in.
+
+        Args:
+            site: the layer.
+            inputs: what it was called on.
+            g: rows at its output.
+            count: number N of samples.
         """
-        rule, grouping = rule_for(site.module), self.grouping(inputs[0])
+        rule, grouping = rule_for(site.module), self.grouping(inputs[0], count)
         assert rule is not None
         dtype = getattr(site.module, next(iter(site.names))).dtype
         inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
         rows = rule.rows(site, inputs, g.to(dtype))
         return rows if grouping is None else rows.group(grouping)
 
-    def fit(self, x: Tensor, count: int) -> bool:
-        """Whether it is known to which of a number of samples the entries along the first axis of an input belong."""
-        return x.ndim > 0 and len(x) == count
+    def fit(self, x: Tensor, entries: int, count: int) -> bool:
+        """Whether it is known to which of a number of samples the entries along the first axis of an input belong.
 
-    def grouping(self, x: Tensor) -> Grouping | None:  # noqa: ARG002
+        Args:
+            x: a layer's input.
+            entries: those of its output.
+            count: number N of samples.
+        """
+        return x.ndim > 0 and (len(x) == count or (len(x) == entries and len(x) % count == 0))
+
+    def grouping(self, x: Tensor, count: int) -> Grouping | None:
         """Return the samples of the entries along the first axis of a layer's input; None if they are the samples."""
-        return None
+        if len(x) == count:
+            return None
+        return Grouping(torch.arange(count, device=x.device).repeat_interleave(len(x) // count), count)
 
     def along_first(self, count: int) -> int | None:
         """Return how many samples, of a number of entries, the first axis of what layers see holds; None if that varies."""
@@ -140,11 +184,11 @@ class Nodes(Samples):
             )
         return loss_terms(loss, z, targets).relaid(self.lay_out)
 
-    def fit(self, x: Tensor, count: int) -> bool:  # noqa: ARG002
+    def fit(self, x: Tensor, entries: int, count: int) -> bool:  # noqa: ARG002
         """Return True: all entries belong to the one sample."""
         return True
 
-    def grouping(self, x: Tensor) -> Grouping:
+    def grouping(self, x: Tensor, count: int) -> Grouping:  # noqa: ARG002
         """Return one sample."""
         return Grouping(torch.zeros(len(x), dtype=torch.long, device=x.device), 1)
 
@@ -162,11 +206,11 @@ class Graphs(Samples):
     """Separate graphs in one batch, as torch-geometric's `Batch`: disjoint, with one output vector each.
 
     Attributes:
-        count: number of graphs.
+        graphs: their number.
         tables: the graph of every entry, by the number of entries: nodes, and edges.
     """
 
-    count: int
+    graphs: int
     tables: Mapping[int, Grouping]
 
     interact = True
@@ -177,25 +221,25 @@ class Graphs(Samples):
         Raises:
             UnsupportedModel: there is not one output vector a graph.
         """
-        if len(z) != self.count:
+        if len(z) != self.graphs:
             raise UnsupportedModel(
-                f"The model returned {len(z)} output vectors for {self.count} graph{'s' * (self.count > 1)}. If these "
+                f"The model returned {len(z)} output vectors for {self.graphs} graph{'s' * (self.graphs > 1)}. If these "
                 f"are nodes: {REMEDY}. If these are graphs, pool by the vector `batch` of the inputs. "
                 "If these are samples, give the argument `batch` another name."
             )
         return z
 
-    def fit(self, x: Tensor, count: int) -> bool:  # noqa: ARG002
+    def fit(self, x: Tensor, entries: int, count: int) -> bool:  # noqa: ARG002
         """Whether the entries can be graphs, nodes or edges."""
-        return len(x) == self.count or len(x) in self.tables
+        return len(x) == count or len(x) in self.tables
 
-    def grouping(self, x: Tensor) -> Grouping | None:
+    def grouping(self, x: Tensor, count: int) -> Grouping | None:
         """Return the graphs of nodes or edges."""
-        return None if len(x) == self.count else self.tables[len(x)]
+        return None if len(x) == count else self.tables[len(x)]
 
-    def along_first(self, count: int) -> int | None:  # noqa: ARG002
+    def along_first(self, count: int) -> int | None:
         """Return 1 for a single graph, None for several."""
-        return 1 if self.count == 1 else None
+        return 1 if count == 1 else None
 
 
 def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeChoice) -> Samples:
@@ -212,7 +256,7 @@ def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeC
         return Nodes(None)
     x, edges, batch = _graph_of(model, arguments)
     if edges is None and batch is None:
-        return Samples()
+        return Samples.of(arguments)
     if batch is None:
         length = len(x) if x is not None else 0
         batch = torch.zeros(length, dtype=torch.long, device=None if x is None else x.device)

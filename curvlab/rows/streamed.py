@@ -67,8 +67,9 @@ def gram(
 
     Args:
         model: any module whose samples do not interact, as in `curvlab.jacobian`.
-        data: inputs, or a pair (inputs, targets) with a loss; the first axis of every tensor in them is the sample. Or
-            an iterable of such pairs such as a DataLoader, which are joined; its targets count with a loss only.
+        data: inputs, or a pair (inputs, targets) with a loss; the first axis of every tensor in them is the sample, of
+            targets perhaps with positions folded into it. Or an iterable of such pairs such as a DataLoader, which are
+            joined; its targets count with a loss only.
         loss: as in `curvlab.sqrt_fisher`; rows of J if None.
         kind: as in `curvlab.sqrt_fisher`; has a meaning with a loss only.
         samples: as in `curvlab.sqrt_fisher`.
@@ -177,21 +178,24 @@ class _Chunks:
     engine: Engine
 
     def __post_init__(self) -> None:
-        lengths = {len(tensor) for tensor in self._tensors()}
-        if len(lengths) != 1 or 0 in lengths:
+        lengths = {len(tensor) for tensor in self._tensors(self.data if self.loss is None else self.data[0])}
+        folded = {len(tensor) for tensor in self._tensors(self.data)}
+        if len(lengths) != 1 or 0 in lengths or any(length % self.total for length in folded):
             raise ValueError(
-                f"The first axis of every tensor in the data must be the sample, but their lengths are {sorted(lengths)}."
+                "The first axis of every tensor in the data must be the sample, of targets perhaps with positions folded into "
+                f"it, but their lengths are {sorted(folded)}."
             )
         if self.generator is not None:
             object.__setattr__(self, "_start", self.generator.get_state())
 
-    def _tensors(self) -> Iterator[Tensor]:
-        return (leaf for leaf in tree_flatten(self.data)[0] if isinstance(leaf, Tensor))
+    @staticmethod
+    def _tensors(data: Any) -> Iterator[Tensor]:
+        return (leaf for leaf in tree_flatten(data)[0] if isinstance(leaf, Tensor))
 
     @property
     def total(self) -> int:
         """Number of samples."""
-        return len(next(self._tensors()))
+        return len(next(self._tensors(self.data)))
 
     def probe(self) -> Rows:
         """Return rows of a few samples."""
@@ -199,7 +203,7 @@ class _Chunks:
 
     def rows(self, part: slice) -> Rows:
         """Return the rows of some samples, without those of J behind them."""
-        chosen = tree_map_only(Tensor, lambda tensor: tensor[part], self.data)
+        chosen = tree_map_only(Tensor, lambda tensor: tensor[_entries(part, len(tensor), self.total)], self.data)
         if self.loss is None:
             return jacobian(self.model, chosen, output=self.output, engine=self.engine)
         if self.generator is not None:
@@ -242,9 +246,16 @@ def _of_samples(loss: nn.Module, targets: Any, part: slice, total: int) -> nn.Mo
     value = None if name is None else getattr(own, name)
     if name is None or value is None or not isinstance(targets, Tensor):
         return own
-    if value.ndim == targets.ndim and len(value) == total:
-        setattr(own, name, value[part])
+    whole = len(targets) // (part.stop - part.start) * total
+    if value.ndim == targets.ndim and len(value) == whole:
+        setattr(own, name, value[_entries(part, len(value), total)])
     return own
+
+
+def _entries(part: slice, length: int, total: int) -> slice:
+    """Return the entries of some samples along an axis that holds an equal number of each."""
+    each = length // total
+    return slice(each * part.start, each * part.stop)
 
 
 def _held_by_sample(loss: nn.Module, total: int) -> list[str]:

@@ -127,26 +127,6 @@ def test_positions_of_a_sample_share_a_sampled_row() -> None:
     assert error < 5 / 20_000**0.5
 
 
-def test_positions_folded_into_the_samples_are_sampled_alike() -> None:
-    """A language model's loss is called on [N·T, C]; rows are those of the samples."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    tokens, targets = torch.randint(7, (6, 4)), torch.randint(3, (24,))
-    loss = nn.CrossEntropyLoss()
-
-    def passes(how: Draw) -> Collector:
-        with Collector(model, loss, owners_of(model), how) as found:
-            loss(model(tokens).flatten(0, 1), targets).backward()
-        return found
-
-    found = passes(draw("mc"))
-    assert found.rows is not None
-    assert found.rows.shape == (1, 6)
-    assert_close(found.rows.sample_weights, torch.full((6,), 4.0, dtype=DOUBLE))
-    with pytest.raises(ValueError, match=r"24 outputs of 6 samples.*call the loss on \[N, C, T\]"):
-        passes(draw("empirical"))
-
-
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()

@@ -156,11 +156,10 @@ class TestSamples:
         ("layer", "use"),
         [
             (nn.Linear(4, 3), lambda layer, x: layer(x.transpose(0, 1)).mean(0)),
-            (nn.Linear(4, 3), lambda layer, x: layer(x.reshape(-1, 4)).reshape(len(x), -1)),
             (nn.Embedding(6, 3), lambda layer, x: (layer(torch.arange(5)) * x[..., :1]).sum(1)),
             (nn.Linear(4, 4, bias=False), lambda layer, x: layer(torch.tanh(F.linear(x, layer.weight))).mean(1)),
         ],
-        ids=["sequence-first", "reshaped", "positions-shared-by-all", "used-outside-its-layer"],
+        ids=["sequence-first", "positions-shared-by-all", "used-outside-its-layer"],
     )
     @pytest.mark.parametrize("N", [2, 5])
     def test_layers_without_a_sample_axis_of_their_own(
@@ -406,16 +405,10 @@ class TestLosses:
         self.refuse(ValueError, "targets are not finite, first at sample 1", loss, targets)
 
 
-@pytest.mark.parametrize("engine", ["auto", "backpack", "autograd"])
-def test_positions_on_the_first_axis_of_the_output(engine: Any) -> None:
+def test_backpack_folds_no_positions_into_the_first_axis() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5), nn.Flatten(0, 1))
-    indices, targets = torch.randint(5, (3, 4)), torch.randint(5, (12,))
-    for call in (
-        lambda: jacobian(model, indices, engine=engine),
-        lambda: sqrt_fisher(model, nn.CrossEntropyLoss(), indices, targets, engine=engine),
-    ):
-        with pytest.raises(UnsupportedModel, match="first axis"):
-            call()
+    with pytest.raises(UnsupportedModel, match=r"Flatten '2' may fold positions.*Use engine='autograd'"):
+        jacobian(model, torch.randint(5, (3, 4)), engine="backpack")
 
 
 def test_vectors_of_another_type_than_the_rows() -> None:

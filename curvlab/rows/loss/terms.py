@@ -144,6 +144,8 @@ def identity_seeds(z: Float[Tensor, "N C X"]) -> Float[Tensor, "V N C X"]:
     return eye.view(C * X, 1, C, X).expand(C * X, N, C, X)
 
 
-def flat_outputs(z: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C X"]:
-    """Flatten the extra axes of an output, X = 1 if it has none."""
-    return z.flatten(2) if z.ndim > 2 else z[..., None]
+def flat_outputs(z: Float[Tensor, "N ..."]) -> Float[Tensor, "N C X"]:
+    """Flatten the extra axes of an output, X = 1 if it has none; C = 1 for one number a sample, `[N]`."""
+    if z.ndim > 2:
+        return z.flatten(2)
+    return z[..., None] if z.ndim == 2 else z[:, None, None]

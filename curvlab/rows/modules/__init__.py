@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from curvlab.nn import NTKLinear
 from curvlab.rows.modules.attention import ATTENTION
@@ -37,6 +37,7 @@ __all__ = [
     "Site",
     "composite_for",
     "decomposed",
+    "is_batch",
     "layout_of",
     "rule_for",
     "supported_layers",
@@ -88,6 +89,14 @@ _ELSEWHERE = {
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule of a module, or None if its forward pass or its parameters are not those in the table."""
     return _entry(_rules(), module) if module._parameters.keys() <= {"weight", "bias"} else None
+
+
+def is_batch(module: nn.Module, x: Tensor) -> bool:
+    """Whether an input of a module with a rule has an axis before those of features; indices have none of these."""
+    rule = rule_for(module)
+    if rule is not None and rule.axes is not None:
+        return x.ndim == rule.axes(module)
+    return x.ndim > int(x.is_floating_point())
 
 
 def composite_for(module: nn.Module) -> Composite | None:

@@ -66,5 +66,11 @@ def _on_patches(site: Site, patches: Float[Tensor, "N C ..."], g: Float[Tensor, 
     return KroneckerRows(site.name, site.layout, a, rows)
 
 
-CONVOLUTION = Rule(lambda m: m.out_channels, _convolution)
-TRANSPOSED_CONVOLUTION = Rule(lambda m: m.out_channels, _transposed_convolution, input_first=lambda m: m.groups)
+def _axes(module: Any) -> int:
+    return 2 + len(module.kernel_size)
+
+
+CONVOLUTION = Rule(lambda m: m.out_channels, _convolution, axes=_axes)
+TRANSPOSED_CONVOLUTION = Rule(
+    lambda m: m.out_channels, _transposed_convolution, input_first=lambda m: m.groups, axes=_axes
+)

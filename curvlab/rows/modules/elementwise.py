@@ -62,7 +62,7 @@ def _per_feature(site: Site, plain: Float[Tensor, "N ..."], g: Float[Tensor, "V 
 
 
 BATCH_NORM = Rule(lambda m: m.num_features, _batch_norm)
-INSTANCE_NORM = Rule(lambda m: m.num_features, _instance_norm)
+INSTANCE_NORM = Rule(lambda m: m.num_features, _instance_norm, axes=lambda m: m._get_no_batch_dim() + 1)
 GROUP_NORM = Rule(lambda m: m.num_channels, _group_norm)
 LAYER_NORM = Rule(lambda m: m.weight.numel(), _layer_norm)
 RMS_NORM = Rule(lambda m: m.weight.numel(), _rms_norm)

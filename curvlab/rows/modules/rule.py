@@ -47,12 +47,14 @@ class Rule:
         rows: `(site, inputs, g [V, N, *output])` to the rows of one call.
         check: raises `UnsupportedModel` for settings that the rule does not cover, if there are any.
         input_first: number of groups of a weight `[groups·inputs, outputs, …]`; units come first if None.
+        axes: number of axes of an input with samples, if a module also takes one without.
     """
 
     units: Callable[[Any], int]
     rows: Callable[[Site, Inputs, Tensor], LayerRows]
     check: Callable[[Any, str], None] | None = None
     input_first: Callable[[Any], int] | None = None
+    axes: Callable[[Any], int] | None = None
 
 
 def augmented(a: Tensor, names: Names, bias_scale: float = 1.0, *, axes: int = 1) -> Tensor:
