@@ -30,7 +30,7 @@ from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
-from curvlab.rows.route import route_to
+from curvlab.rows.route import Routes, route_to
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output, unhooked
 
@@ -46,9 +46,12 @@ def sweep(
     pick: PickOutput,
     seed: Seed,
     samples: Samples,
+    known: Routes,
     without: Collection[str] = (),
 ) -> Swept:
     """Propagate the seeds through the model and keep the rows factored, but for parameters named in `without`.
+
+    What its graph tells is looked up in `known`, or added.
 
     Raises:
         UnsupportedModel: naming the layer and the remedy.
@@ -66,7 +69,7 @@ def sweep(
                 handle.remove()
         seeds = seed(chosen.detach())
         N = seeds.shape[1]
-        route = route_to(z, recorder.made, trainable(model), samples.along_first(N))
+        route = route_to(z, recorder.made, trainable(model), samples.along_first(N), known)
         factored = recorder.calls(samples, N, route)
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
@@ -80,13 +83,14 @@ def sweep(
                 route = replace(route, unknown=f"rows of {others[0].label} by calls on single samples")
                 at_output = seeds_at(chosen, z, seeds)
                 dense = dense_rows(model, arguments, pick, chosen.detach(), at_output, N, others)
-            gradients = backward(z, edges, seeds)
+            gradients = backward(z, edges, seeds, keep=route.unknown is not None)
     at = {
         made: seeds.new_zeros(len(seeds), *made.shape) if g is None else g
         for made, g in zip(calls, gradients, strict=True)
     }
     layers = [form(owner, {made: at[made] for made in own}, samples, N) for owner, own in factored.items()]
-    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]), route)
+    graph = None if route.unknown is None else z
+    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]), route, graph)
 
 
 def backward(

@@ -258,6 +258,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._recorder.made,
             self.parameters,
             self._samples.along_first(self._count),
+            self._checks.routes,
             coupled=bool(self._coupled),
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.rows import autograd, backpack
-from curvlab.rows.guard import refuse, unfactored, without_factors, wrong_rows
+from curvlab.rows.guard import checks_of, refuse, unfactored, without_factors, wrong_rows
 from curvlab.rows.owners import contiguous_gradients, trainable
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import (
@@ -82,9 +82,12 @@ def _checked_sweep(
             if chosen == "backpack":
                 swept = backpack.sweep(model, arguments, pick, seed, samples)
             else:
-                swept = autograd.sweep(model, arguments, pick, seed, samples, unfactored(once_for))
+                swept = autograd.sweep(
+                    model, arguments, pick, seed, samples, checks_of(once_for).routes, unfactored(once_for)
+                )
         check_finite(swept)
-        return swept, wrong_rows(model, forward, swept, chosen, once_for)
+        wrong = wrong_rows(model, forward, swept, chosen, once_for)
+        return replace(swept, graph=None), wrong
 
     swept, wrong = attempt()
     if wrong and chosen == "autograd":

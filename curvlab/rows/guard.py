@@ -7,6 +7,9 @@ its own. That is done
                 not zero; those whose gradient is, such as all below a head of zeros, are compared the next time
     every time  for any other pass; the first one is announced
 
+A sweep of curvlab's own is compared with a forward pass of its own the first time, and so with other noise, if a model is random;
+from then on with the graph that it has left.
+
 What a model's own arithmetic loses, such as parts that compute in half precision, is measured, by repeating the reverse pass at
 another scale, where rows and gradient differ by more than their type explains.
 """
@@ -26,13 +29,15 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import trainable
-from curvlab.rows.route import Route
+from curvlab.rows.route import Route, Routes, remember
 from curvlab.rows.sweep import Swept, unhooked
 
 logger = logging.getLogger("curvlab")
 
 NOISE = 100.0
 """Largest difference that counts as round-off, in units of that of the reverse pass."""
+KINDS = 1024
+"""How many kinds of passes are known at a time."""
 NOTHING = 10.0
 """Largest rows beside a gradient of zero that count as round-off, in units of that of the largest gradient."""
 
@@ -44,23 +49,27 @@ class Checks:
     """What has been compared so far, of one model.
 
     Attributes:
+        routes: what graphs have told.
         told: parameters whose rows were right, by the kind of pass.
         announced: whether it has been said that all passes are compared.
     """
 
+    routes: Routes = field(default_factory=dict)
     told: dict[Hashable, set[str]] = field(default_factory=dict)
     announced: bool = False
 
     def due(self, kind: Hashable, route: Route, names: Collection[str]) -> bool:
         """Whether rows of a pass are to be compared."""
-        if route.unknown is not None:
-            return True
+        return route.unknown is not None or self.new(kind, route, names)
+
+    def new(self, kind: Hashable, route: Route, names: Collection[str]) -> bool:
+        """Whether rows of some parameter have not been right yet, in any pass of the kind."""
         depending = set(names) if route.reached is None else route.reached.intersection(names)
         return not depending <= self.told.get(kind, set())
 
     def add(self, kind: Hashable, route: Route, told: Collection[str]) -> None:
         """Remember the parameters whose rows were right."""
-        self.told.setdefault(kind, set()).update(told)
+        remember(self.told, kind, self.told.get(kind, set()).union(told), KINDS)
         if route.unknown is not None and not self.announced:
             self.announced = True
             logger.warning(
@@ -70,6 +79,11 @@ class Checks:
 
 
 _checks: WeakKeyDictionary[nn.Module, Checks] = WeakKeyDictionary()
+
+
+def checks_of(model: nn.Module) -> Checks:
+    """Return what has been compared so far, in sweeps of a model."""
+    return _checks.setdefault(model, Checks())
 
 
 def unfactored(model: nn.Module) -> frozenset[str]:
@@ -112,11 +126,13 @@ def wrong_rows(
         engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training, swept.route.functions,
         tuple((layer.name, layer.factors[0].shape) for layer in swept.layers),
     )  # fmt: skip
-    checks = _checks.setdefault(once_for, Checks())
+    checks = checks_of(once_for)
     if not checks.due(kind, swept.route, parameters):
         return ()
-    with torch.enable_grad():
-        z = forward()
+    z = swept.graph
+    if z is None or checks.new(kind, swept.route, parameters):
+        with torch.enable_grad():
+            z = forward()
     wrong, told = compare(parameters, z, swept.seeds, swept.layers)
     if not wrong:
         checks.add(kind, swept.route, told)

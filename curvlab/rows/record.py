@@ -114,13 +114,15 @@ class Recorder:
             route: which parameters and calls the graph leaves out.
         """
         found = {owner: [call for site in owner.sites for call in self._calls[site]] for owner in self._owners}
+        made = self.made
+        misplaced = {made[number] for number in route.misplaced}
         return {
             owner: calls
             for owner, calls in found.items()
             if calls
             and self._transformed.isdisjoint(owner.sites)
             and route.elsewhere.isdisjoint(owner.names.values())
-            and route.misplaced.isdisjoint(calls)
+            and misplaced.isdisjoint(calls)
             and all(
                 is_batch(call.site.module, x := call.inputs[0]) and samples.fit(x, call.shape[0], count)
                 for call in calls

@@ -4,20 +4,24 @@ Rows are formed from what layers see, entry by entry along the first axis, and f
 if a parameter has no other use in the pass, and if whatever lies between a layer and the output keeps samples apart. The
 graph tells both, whatever the numbers are: weights of zero, gates that are closed, batches in which nothing is missing.
 Where it cannot tell, numbers decide: a reverse pass, for every batch.
+
+What a graph tells depends on its digest alone (`curvlab.rows.digest`), and is kept for graphs of the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvlab.rows.apart import COUPLING, SHARED, Mixes, Shape, follow
+from curvlab.rows.apart import COUPLING, FUNCTIONS, SHARED, Mixes
+from curvlab.rows.digest import Edge, digest, named, shape
 
-Edge = tuple[Node, int]
+LATEST = 256
+"""How many graphs are known at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,21 @@ class Route:
         functions: digest of the functions between parameters and output.
         reached: parameters that the output depends on; all if None.
         elsewhere: parameters that are used outside the layers that were recorded.
-        misplaced: calls of layers whose outputs do not have the samples on their first axis, such as tables of positions.
+        misplaced: numbers of the calls whose outputs do not have the samples on their first axis, such as tables of positions.
         unknown: the first function that is not known to keep samples apart, None if all are.
     """
 
     functions: Hashable = ()
     reached: frozenset[str] | None = None
     elsewhere: frozenset[str] = frozenset()
-    misplaced: frozenset[Passed] = frozenset()
+    misplaced: frozenset[int] = frozenset()
     unknown: str | None = None
+
+
+Entry = TypeVar("Entry")
+
+Routes = dict[Hashable, Route]
+"""What graphs have told, by their digests and by what was asked."""
 
 
 @runtime_checkable
@@ -51,9 +61,10 @@ class Passed(Protocol):
 
 def route_to(
     z: Tensor,
-    calls: Collection[Passed],
+    calls: Sequence[Passed],
     parameters: Mapping[str, Tensor],
     samples: int | None,
+    known: Routes,
     *,
     coupled: bool = False,
 ) -> Route:
@@ -64,25 +75,25 @@ def route_to(
         calls: of the layers whose rows may be factored.
         parameters: by name.
         samples: their number; None if they are not the first axis of what layers see.
+        known: what other graphs have told; what this one does is added.
         coupled: whether samples may interact in batch normalisation.
 
-    Cost: two visits to each function.
+    Cost: a visit to each function, some more for a digest that is not known.
     """
     names = {id(p): name for name, p in parameters.items()}
-    end = [] if z.grad_fn is None else [z.grad_fn]
-    outputs = {(edge.node, edge.output_nr): call for call in calls if (edge := call.edge) is not None}
-    sources = [edge.node for call in calls for edge in call.sources]
-    elsewhere = _names(_visited([*end, *sources], {node for node, _ in outputs}), names)
-    unknown, misplaced = None, frozenset[Passed]()
-    if samples is None:
-        unknown = "graphs in one batch"
-    elif samples > 1 and end:
-        unknown, seen, misplaced = _follow(z, outputs, samples, coupled)
-    else:
-        seen = _visited(end, ())
-    if unknown is not None:
-        return Route(elsewhere=elsewhere, misplaced=misplaced, unknown=unknown)
-    return Route(hash(tuple(map(type, seen))), _names(seen, names), elsewhere, misplaced)
+    end = None if z.grad_fn is None else (z.grad_fn, z.output_nr)
+    numbers, functions = digest(_ends(end, calls), names)
+    asked: list[Hashable] = [samples, coupled, end and end[1]]
+    for call in calls:
+        at = call.edge
+        asked += (None, 0) if at is None else (numbers.get(at.node), at.output_nr)
+        asked += (len(call.sources), *(numbers[edge.node] for edge in call.sources))
+    key = (*asked, *functions)
+    found = known.get(key)
+    if found is None:
+        found = _read(hash(key), end, calls, names, samples, coupled)
+        remember(known, key, found, LATEST)
+    return found
 
 
 def edge_of(x: Tensor) -> GradientEdge | None:
@@ -109,71 +120,103 @@ def nearest(z: Tensor, edges: Sequence[GradientEdge | None]) -> list[int]:
     return sorted(found)
 
 
-def _visited(roots: Sequence[Node], blocked: Collection[Node]) -> list[Node]:
-    """Return the functions that roots depend on, not going through blocked ones."""
-    found: list[Node] = []
-    seen: set[Node] = set(blocked)
-    stack = list(roots)
+def remember(table: dict[Hashable, Entry], key: Hashable, entry: Entry, most: int) -> None:
+    """Add an entry to a table of so many at most, which forgets the oldest."""
+    table[key] = entry
+    if len(table) > most:
+        del table[next(iter(table))]
+
+
+def _ends(end: Edge | None, calls: Sequence[Passed]) -> Iterator[Node]:
+    """Yield the function that an output is of, and those that the inputs of layers are of."""
+    if end is not None:
+        yield end[0]
+    for call in calls:
+        for edge in call.sources:
+            yield edge.node
+
+
+def _read(
+    functions: Hashable,
+    end: Edge | None,
+    calls: Sequence[Passed],
+    names: Mapping[int, str],
+    samples: int | None,
+    coupled: bool,
+) -> Route:
+    """Tell what follows from a digest."""
+    outputs = {(edge.node, edge.output_nr) for call in calls if (edge := call.edge) is not None}
+    unknown, misplaced = None, set[Edge]()
+    if samples is None:
+        unknown = "graphs in one batch"
+    elif samples > 1 and end is not None:
+        unknown, misplaced = _follow(end, outputs, samples, coupled)
+    return Route(
+        functions=functions,
+        reached=_reached([] if end is None else [end[0]], (), names),
+        elsewhere=_reached(_ends(end, calls), {node for node, _ in outputs}, names),
+        misplaced=frozenset(
+            number
+            for number, call in enumerate(calls)
+            if (edge := call.edge) is not None and (edge.node, edge.output_nr) in misplaced
+        ),
+        unknown=unknown,
+    )
+
+
+def _reached(roots: Iterable[Node], blocked: Collection[Node], names: Mapping[int, str]) -> frozenset[str]:
+    """Return the parameters that functions depend on, not going through blocked ones."""
+    seen, stack, found = set(blocked), list(roots), set[str]()
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        found.append(node)
         stack.extend(following for following, _ in node.next_functions if following is not None)
-    return found
+        name = named(node, names)
+        if name is not None:
+            found.add(name)
+    return frozenset(found)
 
 
-def _names(nodes: Collection[Node], names: Mapping[int, str]) -> frozenset[str]:
-    """Return the parameters among the ends of a graph."""
-    ends = (id(node.variable) for node in nodes if not node.next_functions and hasattr(node, "variable"))
-    return frozenset(names[end] for end in ends if end in names)
-
-
-def _follow(
-    z: Tensor, outputs: Mapping[Edge, Passed], samples: int, coupled: bool
-) -> tuple[str | None, list[Node], frozenset[Passed]]:
+def _follow(end: Edge, outputs: Collection[Edge], samples: int, coupled: bool) -> tuple[str | None, set[Edge]]:
     """Follow the samples from the output to the layers.
 
     Returns:
-        A function on the way that may not keep them apart, the functions that were met, and the calls of layers among them that
-        do not have the samples on the first axis of their outputs. What lies behind functions that may mix samples is not met.
+        A function on the way that may not keep them apart, and the outputs of layers among those that were met that do not have
+        the samples on the first axis. What lies behind functions that may mix samples is not met.
     """
     unknown: str | None = None
-    misplaced: set[Passed] = set()
-    edge = get_gradient_edge(z)
+    misplaced: set[Edge] = set()
     axes: dict[Edge, int] = {}
-    stack: list[tuple[Edge, int]] = [((edge.node, edge.output_nr), 0)]
+    stack = [(end, 0)]
     while stack:
         at, axis = stack.pop()
-        node, name = at[0], at[0].name()
+        node = at[0]
         if at in axes:
-            unknown = name if axes[at] != axis else unknown
+            unknown = node.name() if axes[at] != axis else unknown
             continue
         axes[at] = axis
-        shape = _shape(at)
-        if at in outputs and (axis != 0 or shape[0] % samples):
-            misplaced.add(outputs[at])
-        following = [None if other is None else (other, nr) for other, nr in node.next_functions]
-        inputs = [None if other is None else _shape(other) for other in following]
+        out = shape(*at)
+        if at in outputs and (axis != 0 or out[0] % samples):
+            misplaced.add(at)
+        following = [None if other is None else (other, output) for other, output in node.next_functions]
         found: Sequence[int]
         if axis == SHARED:
             found = [SHARED] * len(following)
-        elif shape[axis] % samples:
-            unknown = name
+        elif out[axis] % samples:
+            unknown = node.name()
             continue
-        elif coupled and name in COUPLING:
+        elif not following:
+            continue
+        elif coupled and FUNCTIONS[type(node)].name in COUPLING:
             found = [axis, *[SHARED] * (len(following) - 1)]
         else:
+            inputs = [None if other is None else shape(*other) for other in following]
             try:
-                found = follow(node, axis, shape, inputs) if following else ()
-            except (Mixes, AttributeError, AssertionError, IndexError):
-                unknown = name
+                found = FUNCTIONS[type(node)].follow(node, axis, out, inputs)
+            except (Mixes, AssertionError, IndexError):
+                unknown = node.name()
                 continue
         stack.extend((other, own) for other, own in zip(following, found, strict=True) if other is not None)
-    return unknown, list(dict.fromkeys(node for node, _ in axes)), frozenset(misplaced)
-
-
-def _shape(edge: Edge) -> Shape:
-    node, nr = edge
-    return tuple(node._input_metadata[nr].shape)
+    return unknown, misplaced

@@ -37,12 +37,14 @@ class Swept:
         seeds: rows at the output, in the layout of rows.
         layers: rows of every layer.
         route: the way of samples through the model.
+        graph: the output with its graph, in the layout of rows, where rows of such a pass are always compared.
     """
 
     output: Float[Tensor, "L C ..."]
     seeds: Float[Tensor, "V N C ..."]
     layers: tuple[LayerRows, ...]
     route: Route
+    graph: Float[Tensor, "M C ..."] | None = None
 
 
 def structural_twin(model: nn.Module, trained: Mapping[str, bool] | None = None) -> nn.Module:
