@@ -125,8 +125,7 @@ def _batch_normalised(saved: Saved, axis: int, _: Shape, inputs: Sequence[Shape 
 
 def _product(_: Saved, axis: int, out: Shape, inputs: Sequence[Shape | None]) -> Sequence[int]:
     """Follow `a @ b`, perhaps added to something; a batch of products has an axis more."""
-    *added, _, _ = inputs
-    batched = len(out) == 3
+    added, batched = inputs[:-2], len(out) == 3
     if axis == len(out) - 2:
         pair = [axis, SHARED]
     elif batched and axis == 0:
@@ -236,8 +235,8 @@ _FUNCTIONS: Mapping[str, Function] = {
     "T": Function(_turned, implied=True),
     "Transpose": Function(_transposed, ("_saved_dim0", "_saved_dim1"), implied=True),
     "Permute": Function(_permuted, ("_saved_dims",), implied=True),
-    **_each("Softmax LogSoftmax Cumsum", Function(_along, ("_saved_dim",), implied=True)),
-    "Split": Function(_along, ("_saved_dim", "_saved_split_size"), implied=True),
+    **_each("Softmax SafeSoftmax LogSoftmax Cumsum", Function(_along, ("_saved_dim",), implied=True)),
+    **_each("Split UnsafeSplit", Function(_along, ("_saved_dim", "_saved_split_size"), implied=True)),
     "SplitWithSizes": Function(_along, ("_saved_dim", "_saved_split_sizes"), implied=True),
     **_each("Cat Slice", Function(_along, ("_saved_dim",))),
     **_each("Sum Mean Amax Amin Logsumexp Select Unbind Squeeze", Function(_reduced, ("_saved_dim",))),

@@ -33,7 +33,7 @@ def digest(roots: Iterable[Node], names: Mapping[int, str]) -> tuple[dict[Node, 
     """
     visited: list[Any] = list(dict.fromkeys(roots))
     numbers = {node: number for number, node in enumerate(visited)}
-    entries: list[Hashable] = []
+    entries: list[Any] = []
     add, known_number = entries.append, numbers.get
     for node in visited:
         kind = type(node)

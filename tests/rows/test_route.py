@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Full
 from curvlab.optim import Preconditioner
-from curvlab.rows import guard, jacobian
+from curvlab.rows import guard, jacobian, route
+from curvlab.rows.digest import digest
 
 
 class ByLength(nn.Module):
@@ -98,6 +99,8 @@ class Doubling(torch.autograd.Function):
         (lambda h: h.masked_fill(h > 0, 0.0), 1),
         (lambda h: h.softmax(-1) * h.mean(1, keepdim=True), 1),
         (lambda h: torch.cat([h[:, 2:], h[:, :2]], -1).unsqueeze(1).transpose(1, 2).flatten(1), 1),
+        (lambda h: torch.cat([h.split(2, 1)[1], torch.unsafe_chunk(h, 2, 1)[0].softmax(1)], -1), 1),
+        (lambda h: torch._safe_softmax(h, -1), 1),
         (lambda h: h[torch.arange(len(h))], 3),
         (lambda h: h.gather(1, torch.zeros_like(h, dtype=torch.long)), 3),
         (lambda h: torch.eye(len(h), dtype=DOUBLE) @ h, 3),
@@ -122,6 +125,127 @@ def test_only_what_is_not_known_to_keep_samples_apart_is_checked_for_every_batch
     assert len(compared) == times
     said = [record.message for record in caplog.records if "another backward pass for every batch" in record.message]
     assert len(said) == (times > 1)
+
+
+def test_rows_that_are_always_compared_pay_another_forward_pass_once() -> None:
+    passes: list[int] = []
+
+    def rolled(h: Tensor) -> Tensor:
+        passes.append(len(h))
+        return h.roll(0, 0)
+
+    model = Routed(rolled).to(DOUBLE)
+    for N in (4, 4, 4, 5, 5, 4):
+        jacobian(model, torch.randn(N, 3, dtype=DOUBLE), engine="autograd")
+    assert passes == [4, 4, 4, 4, 5, 5, 5, 4]
+
+
+def test_a_random_model_that_is_always_compared_is_refused() -> None:
+    model = Routed(lambda h: h.roll(0, 0) * torch.rand(())).to(DOUBLE)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModel, match="the model is random"):
+            jacobian(model, torch.randn(4, 3, dtype=DOUBLE))
+
+
+def test_a_function_of_ones_own_by_the_name_of_a_known_one() -> None:
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x.roll(1, 0)
+
+        @staticmethod
+        def backward(_: Any, g: Tensor) -> Tensor:
+            return g.roll(-1, 0)
+
+    model, x = Routed(F.relu).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
+    assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
+    model.route = Relu.apply
+    with pytest.raises(UnsupportedModel, match="samples interact"):
+        jacobian(model, x)
+
+
+def read_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the graphs that are read from here on, digests that are known apart."""
+    found: list[Any] = []
+    read = route._read
+
+    def note(functions: Any, *asked: Any) -> Any:
+        found.append(functions)
+        return read(functions, *asked)
+
+    monkeypatch.setattr(route, "_read", note)
+    return found
+
+
+def test_a_graph_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_graphs(monkeypatch)
+    model, loss = Positions().to(DOUBLE), nn.CrossEntropyLoss()
+    natural = Preconditioner(model, loss, Full(), kind="exact", damping=1e-2)
+
+    def step(T: int) -> int:
+        before, i = len(found), torch.randint(7, (4, T))
+        jacobian(model, i)
+        model.zero_grad()
+        with natural.collect():
+            loss(model(i), torch.randint(3, (4,))).backward()
+        natural.precondition()
+        return len(found) - before
+
+    assert [step(T) for T in (5, 5, 4, 5, 4)] == [2, 0, 2, 0, 0]
+
+
+def test_tables_forget_the_oldest() -> None:
+    table: dict[Any, int] = {}
+    for n in range(5):
+        route.remember(table, n, n, 3)
+    assert table == {2: 2, 3: 3, 4: 4}
+
+
+SHIFT = torch.eye(4, dtype=DOUBLE).roll(1, 0).requires_grad_()
+ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "transpose": (lambda h: h.transpose(0, 0), lambda h: h.transpose(0, 1)),
+    "permute": (lambda h: h.permute(0, 1), lambda h: h.permute(1, 0)),
+    "softmax": (lambda h: h.softmax(1), lambda h: h.softmax(0)),
+    "cumsum": (lambda h: h.cumsum(1), lambda h: h.cumsum(0)),
+    "log_softmax": (lambda h: h.log_softmax(-1), lambda h: h.log_softmax(-2)),
+    "mean": (lambda h: h + h.mean(1)[:, None], lambda h: h + h.mean(0)[:, None]),
+    "unbind": (lambda h: torch.stack(h.unbind(1), 1), lambda h: torch.stack(h.unbind(0), 1)),
+    "split": (lambda h: torch.cat(h.split(1, 1)[::-1], 1), lambda h: torch.cat(h.split(1, 0)[::-1], 0)),
+    "unsqueeze": (
+        lambda h: h.unsqueeze(1).expand(4, 4, 4).mean(1),
+        lambda h: h.unsqueeze(0).expand(4, 4, 4).mean(1),
+    ),
+    "layer_norm": (
+        lambda h: F.layer_norm(h.view(4, 4, 1).expand(4, 4, 4), (4,)).mean(2),
+        lambda h: F.layer_norm(h.view(4, 4, 1).expand(4, 4, 4), (4, 4, 4)).mean(2),
+    ),
+    "view": (lambda h: h.view(4, 1, 4).cumsum(1).view(4, 4), lambda h: h.view(1, 4, 4).cumsum(1).view(4, 4)),
+    "constant": (
+        lambda h: (h * torch.ones(4, dtype=DOUBLE)).softmax(1).view(4, 4),
+        lambda h: (h * torch.ones(1, 1, 4, dtype=DOUBLE)).softmax(1).view(4, 4),
+    ),
+    "order": (lambda h: h @ SHIFT + h.exp() @ SHIFT.exp(), lambda h: h @ SHIFT + SHIFT.exp() @ h.exp()),
+}
+
+
+@pytest.mark.parametrize("alike", ALIKE)
+def test_graphs_of_the_same_functions_are_told_apart(alike: str) -> None:
+    """Of square batches, so that shapes differ as little as can be."""
+    apart, mixing = ALIKE[alike]
+    model, x = Routed(apart).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
+    for _ in range(2):
+        assert_close(jacobian(model, x).dense(), dense_jacobian(model, x).detach())
+    model.route = mixing
+    with pytest.raises(UnsupportedModel, match=r"samples interact|no factored rows"):
+        jacobian(model, x)
+    model.route = apart
+    assert_close(jacobian(model, x).dense(), dense_jacobian(model, x).detach())
+
+
+def test_a_digest_holds_which_output_of_a_function_is_used() -> None:
+    h = torch.randn(3, 3, requires_grad=True)
+    digests = [digest([column.tanh().grad_fn], {})[1] for column in h.unbind(1)]
+    assert len({hash(tuple(entries)) for entries in digests}) == 3
 
 
 class Gated(nn.Module):
