@@ -1,0 +1,1 @@
+"""What checks of rows add to training steps: `python -m benchmarks.checks`."""
