@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curvlab.nn.embedding_bag import differentiable_bags
 from curvlab.nn.weight_norm import differentiable_weight_norm
 
 
@@ -35,7 +36,7 @@ def called_with(
     Raises:
         ValueError: for a name that the model does not have, and for two tensors in place of one.
     """
-    with attributes_kept(model), differentiable_weight_norm(model):
+    with attributes_kept(model), differentiable_weight_norm(model), differentiable_bags(model):
         _put(model, state)
         return model(*args, **(kwargs or {}))
 

@@ -5,7 +5,6 @@ torch computes `w = g·v/‖v‖` by a fused function, which has no forward-mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,26 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
 
-
-class WeightNormAsQuotient(TorchFunctionMode):
-    """Runs `torch._weight_norm` as a quotient, of which torch has all derivatives."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call a function of torch, or what stands for it."""
-        return (_quotient if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+from curvlab.nn.replacing import Replacing
 
 
 def differentiable_weight_norm(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a forward pass of the model records weight norms that have all derivatives."""
-    return WeightNormAsQuotient() if any(map(_weight_normed, model.modules())) else nullcontext()
+    return Replacing({torch._weight_norm: _quotient}) if any(map(_weight_normed, model.modules())) else nullcontext()
 
 
 def _weight_normed(module: nn.Module) -> bool:

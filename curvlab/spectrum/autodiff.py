@@ -42,6 +42,8 @@ SWEEP = 16
 """Vectors in one sweep, by default."""
 SLOPE = 0.05
 """Largest relative distance of a product from a difference of gradients."""
+ONCE = ("is not implemented", "once_differentiable", "ouble backward", "ouble-backward")
+"""What torch's errors say of functions without a second derivative."""
 _announced: WeakSet[nn.Module] = WeakSet()
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -62,8 +64,8 @@ class DerivativeOperator(Operator):
         sweep: vectors that share one; memory is `sweep` times that of a forward pass with its gradient.
 
     Raises:
-        UnsupportedModel: if the model has no trainable parameter, or two passes over the data disagree; names what is
-            random.
+        UnsupportedModel: if the model has no trainable parameter, a function in it can be differentiated once only, or two
+            passes over the data disagree; names what is random.
         ValueError: see `Objective`.
     """
 
@@ -114,7 +116,7 @@ class DerivativeOperator(Operator):
         return self.objective.total(lambda part: self.space.flatten(vmap(self._forward(part))(vectors)))
 
     def _by_backward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
-        with torch.enable_grad():
+        with torch.enable_grad(), _named_derivatives():
             return self.objective.total(lambda part: self._products(self._product(part), vectors))
 
     def _product(self, part: Part) -> Product:
@@ -278,6 +280,21 @@ class GGN(DerivativeOperator):
             return _pull([z], inputs, _pull(slope, [end], change))
 
         return product
+
+
+@contextmanager
+def _named_derivatives() -> Iterator[None]:
+    """Name a function that can be differentiated once only."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error).strip().splitlines()[0].rstrip(".")
+        if not any(sign in told for sign in ONCE):
+            raise
+        raise UnsupportedModel(
+            f"A function inside the model, or the loss, can be differentiated once only, so it has no products: {told}. Write "
+            "that function in plain torch; the rows of curvlab.sqrt_fisher take one derivative."
+        ) from error
 
 
 def _pull(

@@ -23,6 +23,7 @@ from curvlab.nn.functional import called_with
 from curvlab.nn.modes import randomness
 from curvlab.rows.batches import Data, as_batches, shuffles
 from curvlab.rows.loss import LOSSES, loss_terms
+from curvlab.rows.modules.lookup import check_table
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, left_as_found, select_output
@@ -74,7 +75,8 @@ class Objective:
         output: which tensor of a structured output to use, as in `curvlab.jacobian`.
 
     Raises:
-        UnsupportedModel: if there is no trainable parameter, or if two passes over the data disagree.
+        UnsupportedModel: if there is no trainable parameter, gradients of an embedding are not its derivative, or two passes
+            over the data disagree.
         ValueError: for data that are empty or can be passed once only, a loss that is no scalar or not finite, unknown
             parameters, and several batches under a loss that does not tell how they merge.
 
@@ -92,6 +94,9 @@ class Objective:
         self.model, self.loss, self.pick = model, loss, output
         self.batches = repeatable(data)
         own = trainable(model)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                check_table(module, name)
         self.names = choose(own, parameters)
         if not self.names:
             raise ValueError("parameters=[] leaves nothing to differentiate by; leave it out for all of them.")

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.functional import called_with
 from curvlab.spectrum import GGN, Hessian
 
 
-def finite_difference_hessian(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, step: float = 1e-5) -> Tensor:
+def finite_difference_hessian(model: nn.Module, loss: nn.Module, x: Any, y: Tensor, step: float = 1e-5) -> Tensor:
     """Differences of the gradient, central, parameter by parameter."""
-    own = list(model.parameters())
+    own, args = list(model.parameters()), x if isinstance(x, tuple) else (x,)
 
     def gradient() -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(x), y), own)])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(*args), y), own)])
 
     columns = []
     for entry in (p.data.view(-1)[i : i + 1] for p in own for i in range(p.numel())):
@@ -93,6 +94,75 @@ def test_torchs_own_second_derivative_of_the_fused_weight_norm_is_wrong() -> Non
     assert not torch.allclose(found, expected), (
         "torch differentiates its fused weight norm twice and right: remove curvlab/nn/weight_norm.py and this test."
     )
+
+
+class Bagged(nn.Module):
+    """A bag of embeddings, of rows `[N, 3]` or, with offsets, of the same indices in one axis, the second bag empty."""
+
+    def __init__(self, *, weighted: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.bag, self.last, self.weighted = nn.EmbeddingBag(7, 4, **options), nn.Linear(4, 2), weighted
+
+    def forward(self, index: Tensor, offsets: Tensor | None = None) -> Tensor:
+        share = torch.linspace(0.5, 2, index.numel(), dtype=DOUBLE).view_as(index) if self.weighted else None
+        return self.last(torch.tanh(self.bag(index, offsets, share)))
+
+
+BAGS = [
+    {"mode": "sum"},
+    {"mode": "sum", "weighted": True, "padding_idx": 2},
+    {"mode": "mean", "padding_idx": -1, "sparse": True},
+    {"mode": "max", "padding_idx": 1},
+    {"mode": "max"},
+]
+
+
+@pytest.mark.parametrize("offsets", [None, (0, 3, 3, 4), (0, 3, 3, 4, 13)])
+@pytest.mark.parametrize("options", BAGS)
+def test_bags_of_embeddings_have_all_derivatives(options: dict[str, Any], offsets: tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    ends = offsets is not None and offsets[-1] == 13
+    model, index = Bagged(**options, include_last_offset=ends).double(), torch.randint(7, (5, 3))
+    args = (index,) if offsets is None else (index.flatten()[:13], torch.tensor(offsets))
+    loss, own = nn.MSELoss(), list(model.parameters())
+    z = model(*args)
+    y = torch.randn_like(z)
+    assert_close(called_with(model, {}, args).detach(), z.detach(), 1e-14)
+    rows = [torch.autograd.grad(row, own, retain_graph=True) for row in z.flatten()]
+    J = torch.stack([torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in row]) for row in rows])
+    for batched in (True, False):
+        assert_close(GGN(model, loss, (args, y), batched=batched).to_dense(), J.T @ J * (2 / y.numel()))
+    product = Hessian(model, loss, (args, y)).to_dense()
+    model.bag.sparse = False
+    assert_close(product, finite_difference_hessian(model, loss, args, y), 1e-7)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("option", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
+def test_tables_whose_gradients_are_no_derivative_are_refused(kind: Any, table: Any, option: dict[str, Any]) -> None:
+    model = nn.Sequential(table(7, 4, **option), nn.Flatten(), nn.LazyLinear(2)).double()
+    index = torch.randint(7, (5, 3))
+    y = model(index).detach()
+    with pytest.raises(UnsupportedModel, match=rf"{table.__name__} '0' uses {next(iter(option))}.*Build it without"):
+        kind(model, nn.MSELoss(), (index, y))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_functions_that_can_be_differentiated_once_only_are_named(kind: Any, batched: bool) -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Parameter(torch.randn(7, 4)), nn.Linear(4, 2)
+
+        def forward(self, index: Tensor) -> Tensor:
+            return self.last(nn.functional.embedding_bag(index, self.table))
+
+    with pytest.raises(
+        UnsupportedModel, match=r"once only.*embedding_bag_backward.*Write that function in plain torch"
+    ):
+        kind(Once().double(), nn.MSELoss(), (torch.randint(7, (5, 3)), vectors(2)(5)), batched=batched).to_dense()
 
 
 class _Bent(torch.autograd.Function):

@@ -22,7 +22,8 @@ def _embedding(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
     return EmbeddingRows(site.name, site.layout, index.clone(), rows)
 
 
-def _check_embedding(module: Any, name: str) -> None:
+def check_table(module: Any, name: str) -> None:
+    """Refuse an embedding, or a bag of them, whose gradients are not its derivative."""
     if module.max_norm is not None or module.scale_grad_by_freq:
         option = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
         raise UnsupportedModel(
@@ -48,10 +49,10 @@ def _bag(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
 
 
 def _check_bag(module: Any, name: str) -> None:
-    _check_embedding(module, name)
+    check_table(module, name)
     if module.mode == "max":
         raise UnsupportedModel(f"EmbeddingBag {name!r} has mode 'max', which has no rule. Use 'sum' or 'mean'.")
 
 
-EMBEDDING = Rule(lambda m: m.num_embeddings, _embedding, _check_embedding)
+EMBEDDING = Rule(lambda m: m.num_embeddings, _embedding, check_table)
 EMBEDDING_BAG = Rule(lambda m: m.num_embeddings, _bag, _check_bag)
