@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from inspect import signature
 from types import TracebackType
@@ -37,6 +38,9 @@ from curvlab.rows.sweep import Arguments, detached, in_parameter_order
 
 PROPORTIONAL = 1e-2
 """Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
+
+_sweeping = ContextVar("sweeping", default=False)
+"""Whether some collector calls the model itself, so that others do not take that for the user's pass."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class Collector(AbstractContextManager["Collector"]):
         return self._arguments
 
     def _is_watching(self) -> bool:
-        return torch.is_grad_enabled() and not self._sweeping
+        return torch.is_grad_enabled() and not _sweeping.get()
 
     def _on_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
@@ -205,10 +209,12 @@ class Collector(AbstractContextManager["Collector"]):
             self._read_graph()
         self._take_factored()
         self._sweeping = True
+        token = _sweeping.set(True)
         try:
             self._seed(laid_out, self._terms)
         finally:
             self._sweeping = False
+            _sweeping.reset(token)
             if self._z.retains_grad:
                 self._z.grad = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -106,8 +107,10 @@ def composite_for(module: nn.Module) -> Composite | None:
 
 def _entry(table: Mapping[type[nn.Module], Entry], module: nn.Module) -> Entry | None:
     for kind, entry in table.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module):
-            return entry
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            own = vars(module).get("forward")
+            decomposed = isinstance(entry, Composite) and isinstance(own, partial) and own.func is entry.forward
+            return entry if own is None or decomposed else None
     return None
 
 

@@ -9,7 +9,7 @@ several times, as at every step of a recurrent network, is a layer that is used 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -26,14 +26,17 @@ class Projection(nn.Module):
         owner: the module.
         part: name of the map.
         locals: where weight and bias are in the module; one without a bias lacks it.
+        inner: the stand-in for the same map that this one runs, of a sweep around the one that this is for.
     """
 
     owner: nn.Module
+    inner: Projection | None
 
     def __init__(self, owner: nn.Module, part: str, names: Mapping[str, str]) -> None:
         super().__init__()
         # Past nn.Module's registration, as the owner is no child.
         object.__setattr__(self, "owner", owner)
+        self.run(None)
         self.part, self.locals = part, dict(names)
 
     @property
@@ -48,8 +51,15 @@ class Projection(nn.Module):
         found: Tensor | None = attrgetter(self.locals["bias"])(self.owner) if "bias" in self.locals else None
         return found
 
+    def run(self, inner: Projection | None) -> None:
+        """Run another stand-in, or none."""
+        object.__setattr__(self, "inner", inner)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map to the last axis; the first one is the sample."""
+        if self.inner is not None:
+            found: Tensor = self.inner(x)
+            return found
         return F.linear(x, self.weight, self.bias)
 
 
@@ -77,14 +87,18 @@ class Composite:
 
 @contextmanager
 def decomposed(pairs: Iterable[tuple[Composite, Project]]) -> Iterator[None]:
-    """Run modules in decomposed form within the block."""
-    changed = []
-    try:
+    """Run modules in decomposed form within the block; in one within another, both see every linear map."""
+    with ExitStack() as leave:
         for composite, project in pairs:
             owner = next(iter(project.values())).owner
+            around = vars(owner).get("forward")
+            for part, stand_in in project.items():
+                running = None if around is None else around.args[1][part]
+                if running is not stand_in:
+                    stand_in.run(running)
+                    leave.callback(stand_in.run, None)
+            leave.callback(vars(owner).pop, "forward") if around is None else leave.callback(
+                setattr, owner, "forward", around
+            )
             owner.forward = partial(composite.forward, owner, project)
-            changed.append(owner)
         yield
-    finally:
-        for owner in changed:
-            del owner.forward
