@@ -7,10 +7,8 @@ A batch whose divisor is 0, such as one whose targets are all ignored, has no me
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from curvlab.nn import WeightedCrossEntropy
 from curvlab.nn.functional import called_with
 from curvlab.nn.modes import randomness
 from curvlab.rows.batches import Data, as_batches, shuffles
-from curvlab.rows.loss import LOSSES, loss_terms
+from curvlab.rows.loss import LOSSES, divisor, loss_terms
 from curvlab.rows.modules.lookup import check_table
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
@@ -194,25 +192,14 @@ class Objective:
         return Part(self.model, self.loss, as_arguments(inputs), targets, self.pick)
 
     def _terms(self, part: Part) -> float:
-        """Return the divisor of the mean over a batch: known for known losses, else from the ratio of sum to mean."""
+        """Return the divisor of the mean over a batch: known for known losses, else from gradients of sum and mean."""
         with torch.no_grad():
             z = part.output({})
             if not len(z):
                 raise ValueError("The inputs hold zero samples.")
             if isinstance(self.loss, nn.Module) and type(self.loss) in LOSSES:
                 return loss_terms(self.loss, z, part.targets).terms
-            summed = copy.copy(self.loss)
-            summed.reduction = "sum"  # type: ignore[union-attr]
-            total, mean = summed(z, part.targets), part.of_output(z)
-            if float(total) == 0 and not bool(mean.isfinite()):
-                return 0.0
-            ratio = float(total / mean)
-        if not isfinite(ratio) or ratio <= 0:
-            raise ValueError(
-                f"The divisor of {_name(self.loss)} on a batch cannot be told from its sum and its mean, whose ratio is "
-                f"{ratio}. Use reduction='sum', or pass all data as one batch."
-            )
-        return ratio
+            return divisor(self.loss, z, part.targets)
 
     def _value_and_gradient(self, part: Part, at: Parameters | None = None) -> Float[Tensor, " Q"]:
         """Return the loss, followed by its gradient, at the parameters as they are or at others."""

@@ -433,9 +433,16 @@ class TestErrors:
         batches = [(x[:3], y[:3]), (x[3:], y[3:])]
         with pytest.raises(ValueError, match=r"cross_entropy does not say how several batches merge\. Give it an attr"):
             Hessian(network(), nn.functional.cross_entropy, batches)
-        zeros = [(torch.zeros_like(a), torch.zeros(3, 3, dtype=DOUBLE)) for a, _ in batches]
-        with pytest.raises(ValueError, match="The divisor of L1Loss on a batch cannot be told"):
-            Hessian(nn.Linear(4, 3, bias=False).double(), nn.L1Loss(), zeros)
+
+        class Uneven(nn.Module):
+            reduction = "mean"
+
+            def forward(self, z: Tensor, y: Tensor) -> Tensor:
+                return (z - y).square().mean() if self.reduction == "mean" else (z - y).pow(4).sum()
+
+        zeros = [(a, torch.zeros(3, 3, dtype=DOUBLE)) for a, _ in batches]
+        with pytest.raises(ValueError, match="The divisor of Uneven on a batch cannot be told"):
+            Hessian(nn.Linear(4, 3, bias=False).double(), Uneven(), zeros)
 
     def test_models_without_trainable_parameters(self) -> None:
         with pytest.raises(UnsupportedModel, match="no trainable parameter"):

@@ -17,7 +17,7 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, Scaled
 from curvlab.rows.loss.composed import multi_task, scaled
 from curvlab.rows.loss.factor import OutputFactor, Scaling, restored
-from curvlab.rows.loss.own import WRAP, has_gradient, is_altered, own_terms, watching
+from curvlab.rows.loss.own import WRAP, divisor, has_gradient, is_altered, own_terms, watching
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
 from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_seeds
 
@@ -28,6 +28,7 @@ __all__ = [
     "OutputFactor",
     "Scaling",
     "check_loss",
+    "divisor",
     "flat_outputs",
     "identity_seeds",
     "loss_terms",

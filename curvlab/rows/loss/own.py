@@ -24,10 +24,13 @@ from curvlab.rows.loss.table import reduction_of
 from curvlab.rows.loss.terms import LossTerms
 
 Value = Callable[[Tensor, Any], Tensor]
+Called = TypeVar("Called", bound=Value)
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
 NEARBY = 1e-2
 """How far outputs are moved where the gradient of a loss vanishes."""
+FAR = (1.0, 100.0)
+"""How far they are moved at random to tell a loss that vanishes everywhere from one that is flat where the outputs are."""
 
 WRAP = (
     "Wrap a function that returns one value a sample: curvlab.nn.PerSample(function, reduction='mean'), called as "
@@ -64,7 +67,7 @@ def own_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
         z=z.reshape(N, D, 1),
         weight=z.new_ones(N, 1, 1),
         score=slope.reshape(N, D, 1),
-        count=_divisor(loss, name, total, z, targets) if reduction == "mean" else 1.0,
+        count=divisor(loss, z, targets) if reduction == "mean" else 1.0,
         reduction=reduction,
     )
 
@@ -81,11 +84,11 @@ def is_altered(loss: nn.Module) -> bool:
     return "forward" in vars(called) or bool(called._forward_pre_hooks or called._forward_hooks)
 
 
-def as_called(loss: nn.Module) -> nn.Module:
+def as_called(loss: Called) -> Called:
     """Return a copy without the hooks that only look on."""
     called = copy.copy(loss)
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = getattr(loss, name)
+        hooks = getattr(loss, name, {})
         setattr(called, name, type(hooks)((k, hook) for k, hook in hooks.items() if not hasattr(hook, "watches")))
     return called
 
@@ -106,16 +109,18 @@ def has_gradient(loss: nn.Module, z: Tensor, targets: Any, terms: Callable[[Tens
     return not vanish
 
 
-def _name(loss: nn.Module) -> str:
-    name = type(loss).__name__ + (" with its hooks" if is_altered(loss) else "")
+def _name(loss: Value) -> str:
+    name = type(loss).__name__ + (" with its hooks" if isinstance(loss, nn.Module) and is_altered(loss) else "")
     return f"{name}({inner})" if isinstance(inner := getattr(loss, "name", None), str) else name
 
 
-def _as_sum(loss: nn.Module) -> Value:
+def _as_sum(loss: Value) -> Value:
     """Return the sum over samples that a loss is the mean of, or the loss."""
     summed = as_called(loss)
     try:
-        summed.reduction = "sum"  # type: ignore[assignment]
+        if summed is loss:
+            raise AttributeError("A function is not copied.")
+        summed.reduction = "sum"  # type: ignore[attr-defined]
     except AttributeError as error:
         raise UnsupportedModel(f"The attribute reduction of {type(loss).__name__} cannot be set. {WRAP}") from error
     return summed
@@ -177,20 +182,28 @@ def _of(targets: Any, part: Int[Tensor, " M"], N: int) -> Any:
     return tree_map_only(Tensor, lambda y: y[part.to(y.device)] if y.ndim and len(y) == N else y, targets)
 
 
-def _divisor(loss: nn.Module, name: str, total: Value, z: Tensor, targets: Any) -> float:
-    """Return the ratio of sum to mean, which is the same at all outputs: where all gradients vanish, it is told nearby.
+def divisor(loss: Value, z: Tensor, targets: Any) -> float:
+    """Return the ratio of sum to mean, which is the same at all outputs: where all gradients vanish, it is told elsewhere.
 
-    It is 0 where the mean is 0/0, as where all targets are ignored.
+    It is 0 where the sum vanishes everywhere, as where all targets are ignored: the mean is then 0/0, or 0 if its divisor is
+    kept from being 0.
+
+    Raises:
+        UnsupportedModel, ValueError: see `own_terms`.
     """
-    for at in (z, z + NEARBY):
+    total, generator = _as_sum(loss), torch.Generator().manual_seed(0)
+    moves = [torch.randn(z.shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device) for _ in FAR]
+    vanishes = True
+    for at in (z, z + NEARBY, *(z + far * move for far, move in zip(FAR, moves, strict=True))):
         both, mean = _gradient(total, at, targets), _gradient(as_called(loss), at, targets)
         if bool(mean.any()):
             ratio = float((both * both).sum() / (both * mean).sum())
             distance = float((both - ratio * mean).norm())
             if 0 < ratio < float("inf") and distance <= torch.finfo(z.dtype).eps ** 0.5 * float(both.norm()):
                 return ratio
-    if not (bool(both.any()) or bool(total(z, targets)) or bool(as_called(loss)(z, targets).isfinite())):
+        vanishes = vanishes and not (bool(both.any()) or bool(total(at, targets)))
+    if vanishes:
         return 0.0
     raise ValueError(
-        f"The divisor of {name} on a batch cannot be told from its sum and its mean. Use reduction='sum', or: {WRAP}"
+        f"The divisor of {_name(loss)} on a batch cannot be told from its sum and its mean. Use reduction='sum', or: {WRAP}"
     )
