@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
@@ -17,10 +18,14 @@ Data = Sequence[Any] | Iterable[Sequence[Any]]
 def as_batches(data: Data) -> Any:
     """Return the batches of data: a list of one pair, or the iterable itself.
 
-    A pair has targets in a tensor, or in a mapping as `curvlab.nn.MultiTask` takes them.
+    A pair has targets in a tensor, or in a mapping as `curvlab.nn.MultiTask` takes them, or inputs that are no pair themselves,
+    such as a tensor beside targets in a tuple.
     """
-    pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor | Mapping)
-    return [data] if pair else data
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        return data
+    inputs, targets = data
+    of_one = isinstance(inputs, PackedSequence) or not isinstance(inputs, tuple | list)
+    return [data] if of_one or isinstance(targets, Tensor | Mapping) else data
 
 
 def joined(data: Any) -> Any:

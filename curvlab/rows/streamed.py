@@ -22,16 +22,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from curvlab.errors import UnsupportedModel
 from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
 from curvlab.rows.batches import joined
 from curvlab.rows.engine import Engine
-from curvlab.rows.loss import Kind
+from curvlab.rows.loss import LOSSES, Kind, bound_to_samples, held_by_sample, loss_terms
 from curvlab.rows.loss.terms import weightless
 from curvlab.rows.making import jacobian, sqrt_fisher
 from curvlab.rows.rows import Rows
 from curvlab.rows.rows import gram as product
-from curvlab.rows.sweep import PickOutput
+from curvlab.rows.sweep import PickOutput, as_arguments, call, left_as_found
 from curvlab.tools.progress import progress as showing
 from curvlab.tools.text import as_bytes, size
 
@@ -100,6 +99,7 @@ def gram(
         raise ValueError(f"out must be contiguous, [{R}, {R}] and {dtype}; it is {list(out.shape)} and {out.dtype}.")
     view = out.view(V, chunks.total, V, chunks.total)
     parts = [slice(k, min(k + step, chunks.total)) for k in range(0, chunks.total, step)]
+    chunks.check_loss(parts)
     terms = torch.zeros(chunks.total, dtype=torch.float64, device="cpu")
     last = len(parts)
     work = {_label(p, k): float(min(k - p, panel) + 1) for p in range(0, last, panel) for k in range(p, last)}
@@ -201,9 +201,20 @@ class _Chunks:
         """Return rows of a few samples."""
         return self.rows(slice(0, min(PROBED, self.total)))
 
+    def check_loss(self, parts: Sequence[slice]) -> None:
+        """Refuse a loss of the user's own that is no sum over samples, which parts of them need not show."""
+        if self.loss is None or not _is_own(self.loss) or len(parts) == 1:
+            return
+        with torch.no_grad(), left_as_found(self.model):
+            outputs = [call(self.model, as_arguments(self._part(part)[0]), self.output) for part in parts]
+            loss_terms(self.loss, torch.cat(outputs), self.data[1])
+
+    def _part(self, part: slice) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor[_entries(part, len(tensor), self.total)], self.data)
+
     def rows(self, part: slice) -> Rows:
         """Return the rows of some samples, without those of J behind them."""
-        chosen = tree_map_only(Tensor, lambda tensor: tensor[_entries(part, len(tensor), self.total)], self.data)
+        chosen = self._part(part)
         if self.loss is None:
             return jacobian(self.model, chosen, output=self.output, engine=self.engine)
         if self.generator is not None:
@@ -223,15 +234,10 @@ class _Chunks:
                 output=self.output,
                 engine=self.engine,
             )
-        except (RuntimeError, ValueError) as error:
-            held = _held_by_sample(loss, self.total)
-            if not held or part.stop - part.start == self.total:
+        except (RuntimeError, ValueError, IndexError) as error:
+            if part.stop - part.start == self.total or not (_is_own(loss) or held_by_sample(loss, self.total)):
                 raise
-            raise UnsupportedModel(
-                f"{type(loss).__name__} holds {', '.join(held)} with one entry a sample, and cannot be called on some of the "
-                "samples. Hand them over with the targets: curvlab.nn.PerSample(function), called as function(outputs, "
-                "(targets, weights))."
-            ) from error
+            raise bound_to_samples(loss, self.total, error) from error
         return replace(rows, _jacobian=None)
 
 
@@ -258,6 +264,6 @@ def _entries(part: slice, length: int, total: int) -> slice:
     return slice(each * part.start, each * part.stop)
 
 
-def _held_by_sample(loss: nn.Module, total: int) -> list[str]:
-    tensors = {**vars(loss), **dict(loss.named_buffers()), **dict(loss.named_parameters())}
-    return [name for name, held in tensors.items() if isinstance(held, Tensor) and held.shape[:1] == (total,)]
+def _is_own(loss: nn.Module) -> bool:
+    """Whether a loss, or one inside it, is the user's own."""
+    return any(type(part) not in LOSSES for part in loss.modules())

@@ -1,6 +1,7 @@
 """Gram matrices in chunks against those of all rows at once."""
 
 from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab
 from curvlab.errors import UnsupportedModel
-from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, Scaled, Task, WeightedCrossEntropy
+from curvlab.fisher import Full
+from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
+from curvlab.optim import Preconditioner
 from curvlab.rows.streamed import bytes_of
 
 
@@ -187,3 +190,67 @@ def test_an_own_loss_that_holds_an_entry_a_sample_is_told_where_to_put_it() -> N
     model, x = architecture("mlp").make(N=7)
     with pytest.raises(UnsupportedModel, match=r"OwnWeights holds importance with one entry a sample(?s:.)*PerSample"):
         curvlab.gram(model, (x, torch.zeros(7, 3).double()), loss=OwnWeights(), kind="ggn")
+
+
+IMPORTANCE = by_sample(7)
+STEPS = (torch.arange(7) // 2).double() + 1
+
+
+def by_object() -> Callable[..., Tensor]:
+    class Weighed:
+        weights = IMPORTANCE
+
+        def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+            return self.weights * (z - y).square().sum(1)
+
+    return Weighed()
+
+
+HIDDEN: dict[str, Callable[..., Tensor]] = {
+    "closure": lambda z, y: IMPORTANCE * (z - y).square().sum(1),
+    "default": lambda z, y, w=IMPORTANCE: w * (z - y).square().sum(1),
+    "partial": partial(lambda w, z, y: w * (z - y).square().sum(1), IMPORTANCE),
+    "object": by_object(),
+    "first-of-them": lambda z, y: STEPS[: len(z)] * (z - y).square().sum(1),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_weights_of_samples_in_closures_are_refused_by_name(name: str, own: bool) -> None:
+    class Own(nn.Module):
+        reduction = "sum"
+
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return HIDDEN[name](z, y).sum()
+
+    model, x = architecture("mlp").make(N=7)
+    loss, y = (Own() if own else PerSample(HIDDEN[name], "sum")), torch.zeros(7, 3).double()
+    message = (
+        "is not a sum over samples" if name == "first-of-them" else r"may hold tensors with one entry a sample, and"
+    )
+    for call in (
+        lambda: curvlab.sqrt_fisher(model, loss, x, y, "ggn"),
+        lambda: curvlab.gram(model, (x, y), loss=loss, kind="ggn"),
+        lambda: curvlab.gram(model, (x, y), loss=loss, kind="ggn", memory=8000),
+    ):
+        with pytest.raises(UnsupportedModel, match=rf"{message}(?s:.)*PerSample"):
+            call()
+    preconditioner = Preconditioner(model, loss, "full", kind="ggn")
+    with pytest.raises(UnsupportedModel, match=message), preconditioner.collect():
+        loss(model(x), y)
+
+
+def test_weights_handed_over_with_the_targets() -> None:
+    model, x = architecture("mlp").make(N=7)
+    weighed = PerSample(lambda z, t: t[1] * (z - t[0]).square().sum(1), "sum")
+    y = torch.zeros(7, 3).double()
+    S = curvlab.sqrt_fisher(model, weighed, x, (y, IMPORTANCE), "ggn")
+    J = curvlab.jacobian(model, x)
+    expected = (2 * IMPORTANCE).sqrt().repeat(3)[:, None] * J.dense()
+    assert_close(S.dense(), expected)
+    assert_close(Full().fit(model, weighed, (x, (y, IMPORTANCE)), kind="ggn").to_dense(), S.dense().mT @ S.dense())
+    for memory in budgets(S):
+        assert_close(
+            curvlab.gram(model, (x, (y, IMPORTANCE)), loss=weighed, kind="ggn", memory=memory), S.gram(), 1e-13
+        )

@@ -17,7 +17,16 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, Scaled
 from curvlab.rows.loss.composed import multi_task, scaled
 from curvlab.rows.loss.factor import OutputFactor, Scaling, restored
-from curvlab.rows.loss.own import WRAP, divisor, has_gradient, is_altered, own_terms, watching
+from curvlab.rows.loss.own import (
+    WRAP,
+    bound_to_samples,
+    divisor,
+    has_gradient,
+    held_by_sample,
+    is_altered,
+    own_terms,
+    watching,
+)
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
 from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_seeds
 
@@ -27,9 +36,11 @@ __all__ = [
     "LossTerms",
     "OutputFactor",
     "Scaling",
+    "bound_to_samples",
     "check_loss",
     "divisor",
     "flat_outputs",
+    "held_by_sample",
     "identity_seeds",
     "loss_terms",
     "restored",

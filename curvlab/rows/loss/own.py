@@ -158,12 +158,33 @@ def _check_additive(name: str, total: Value, z: Tensor, targets: Any, slope: Ten
     N = len(z)
     tolerance = torch.finfo(z.dtype).eps ** 0.5 * float(slope.norm())
     for part in _halves(N, z.device):
-        alone = _gradient(total, z[part], _of(targets, part, N))
+        try:
+            alone = _gradient(total, z[part], _of(targets, part, N))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise bound_to_samples(total, N, error) from error
         if not float((alone - slope[part]).norm()) <= tolerance:
             raise UnsupportedModel(
                 f"{name} is not a sum over samples: the gradient at some samples changes when others leave the batch, or "
                 f"its attribute reduction='sum' has no effect. Rows a sample do not exist for samples that a loss couples. {WRAP}"
             )
+
+
+def bound_to_samples(loss: Value, count: int, error: Exception) -> UnsupportedModel:
+    """Return the error for a loss that cannot be called on some of a number of samples."""
+    held = held_by_sample(loss, count)
+    what = f"holds {', '.join(held)} with one entry a sample" if held else "may hold tensors with one entry a sample"
+    return UnsupportedModel(
+        f"{_name(loss)} {what}, and cannot be called on some of the samples ({str(error).strip().splitlines()[0]}). Hand them "
+        "over with the targets: curvlab.nn.PerSample(function), called as function(outputs, (targets, weights))."
+    )
+
+
+def held_by_sample(loss: Value, count: int) -> list[str]:
+    """Return the names of tensors that a module holds with one entry for each of a number of samples."""
+    if not isinstance(loss, nn.Module):
+        return []
+    tensors = {**vars(loss), **dict(loss.named_buffers()), **dict(loss.named_parameters())}
+    return [name for name, x in tensors.items() if isinstance(x, Tensor) and x.shape[:1] == (count,)]
 
 
 def _halves(N: int, device: torch.device) -> Iterator[Int[Tensor, " M"]]:
