@@ -28,6 +28,7 @@ from curvlab.nn.functional import called_with
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
+from curvlab.rows.packed import is_packed, length, taken
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
 from curvlab.rows.route import Routes, route_to
@@ -38,6 +39,12 @@ logger = logging.getLogger("curvlab")
 
 MESSAGES = 8
 """Elements of messages along the edges of a graph relative to those of the largest output of a layer, at a guess."""
+
+FIXED = (
+    ". The model was traced: if it was exported, do so for any number of samples, with dynamic_shapes=({0: "
+    "torch.export.Dim('N')},), or use the module that it was exported from, whose layers have factored rows."
+)
+"""What helps a graph of operations that was recorded for one number of samples."""
 
 
 def sweep(
@@ -223,9 +230,10 @@ def dense_rows(
             return [_as_dense(owner, rows, seeds) for owner in owners]
         first = rows if first is None else first
     if first is None:
+        remedy = FIXED if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()) else ""
         raise UnsupportedModel(
             f"The parameters {names} have no factored rows, and dense ones could not be formed by calling the model "
-            f"on single samples, which the first axis of all inputs and outputs must number: {failure}"
+            f"on single samples, which the first axis of all inputs and outputs must number: {failure}{remedy}"
         ) from failure
     return [_as_dense(owner, first, seeds) for owner in owners]
 
@@ -240,7 +248,9 @@ class _Split:
 
     def sample(self, n: int) -> Arguments:
         """Return the arguments of one sample."""
-        return self.joined([x[n : n + 1] if own else x for x, own in zip(self.leaves, self.of_samples, strict=True)])
+        return self.joined(
+            [taken(x, slice(n, n + 1)) if own else x for x, own in zip(self.leaves, self.of_samples, strict=True)]
+        )
 
     def joined(self, leaves: Iterable[Any]) -> Arguments:
         """Return leaves as arguments."""
@@ -250,8 +260,8 @@ class _Split:
 
 def _splits(arguments: Arguments, N: int) -> Iterator[_Split]:
     """Yield the ways to tell samples' tensors from shared ones: all that can be samples', then all but one."""
-    leaves, structure = tree_flatten(arguments)
-    may = tuple(isinstance(x, Tensor) and x.ndim > 0 and len(x) == N for x in leaves)
+    leaves, structure = tree_flatten(arguments, is_leaf=is_packed)
+    may = tuple(length(x) == N for x in leaves)
     yield _Split(leaves, structure, may)
     if N > 1 and sum(may) > 1:
         for k in reversed([k for k, own in enumerate(may) if own]):

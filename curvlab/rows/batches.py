@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from curvlab.rows.packed import is_packed, length, together
 
 Data = Sequence[Any] | Iterable[Sequence[Any]]
 """One pair (inputs, targets), or an iterable of pairs such as a DataLoader."""
@@ -24,7 +24,7 @@ def as_batches(data: Data) -> Any:
     if not isinstance(data, tuple | list) or len(data) != 2:
         return data
     inputs, targets = data
-    of_one = isinstance(inputs, PackedSequence) or not isinstance(inputs, tuple | list)
+    of_one = is_packed(inputs) or not isinstance(inputs, tuple | list)
     return [data] if of_one or isinstance(targets, Tensor | Mapping) else data
 
 
@@ -42,11 +42,11 @@ def joined(data: Any) -> Any:
             raise ValueError(f"Every batch of the data is a pair (inputs, targets), got a {type(batch).__name__}.")
     if not batches:
         raise ValueError("The data hold no batch.")
-    return batches[0] if len(batches) == 1 else tree_map(_together, *map(tuple, batches))
+    return batches[0] if len(batches) == 1 else tree_map(_together, *map(tuple, batches), is_leaf=is_packed)
 
 
 def _together(*parts: Any) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+    return together(parts) if length(parts[0]) is not None else parts[0]
 
 
 def shuffles(data: Data) -> bool:

@@ -21,7 +21,6 @@ from typing import Any, TypeGuard
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork
@@ -29,6 +28,7 @@ from curvlab.rows.grouping import Grouping
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import LossTerms, flat_outputs, loss_terms
 from curvlab.rows.modules import Inputs, Site, rule_for
+from curvlab.rows.packed import is_packed, leaves, length
 from curvlab.rows.sweep import Arguments
 
 NodeChoice = Tensor | Callable[[Any], Tensor] | None
@@ -45,7 +45,8 @@ class Samples:
     """The first axis is the sample, of inputs, outputs and whatever a layer sees, perhaps with positions folded into it.
 
     Attributes:
-        lengths: of the first axes of the model's inputs; without any, outputs have no folded positions.
+        lengths: of the first axes of the model's inputs; without any, outputs have no folded positions. Packed sequences hold
+            theirs in another order.
     """
 
     lengths: tuple[int, ...] = field(default=(), kw_only=True)
@@ -55,7 +56,8 @@ class Samples:
     @classmethod
     def of(cls, arguments: Arguments) -> Samples:
         """Return those of a model's arguments."""
-        return cls(lengths=tuple(len(x) for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.ndim))
+        found = leaves(arguments)
+        return cls() if any(map(is_packed, found)) else cls(lengths=tuple(n for n in map(length, found) if n is not None))
 
     def count(self, entries: int) -> int:
         """Return the number N of samples of an output with a number of entries along its first axis.

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map
 
 from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
 from curvlab.rows.batches import joined
@@ -28,6 +28,7 @@ from curvlab.rows.engine import Engine
 from curvlab.rows.loss import LOSSES, Kind, bound_to_samples, held_by_sample, loss_terms
 from curvlab.rows.loss.terms import weightless
 from curvlab.rows.making import jacobian, sqrt_fisher
+from curvlab.rows.packed import is_packed, leaves, length, taken
 from curvlab.rows.rows import Rows
 from curvlab.rows.rows import gram as product
 from curvlab.rows.sweep import PickOutput, as_arguments, call, left_as_found
@@ -178,9 +179,9 @@ class _Chunks:
     engine: Engine
 
     def __post_init__(self) -> None:
-        lengths = {len(tensor) for tensor in self._tensors(self.data if self.loss is None else self.data[0])}
-        folded = {len(tensor) for tensor in self._tensors(self.data)}
-        if len(lengths) != 1 or 0 in lengths or any(length % self.total for length in folded):
+        lengths = set(self._lengths(self.data if self.loss is None else self.data[0]))
+        folded = set(self._lengths(self.data))
+        if len(lengths) != 1 or 0 in lengths or any(n % self.total for n in folded):
             raise ValueError(
                 "The first axis of every tensor in the data must be the sample, of targets perhaps with positions folded into "
                 f"it, but their lengths are {sorted(folded)}."
@@ -189,13 +190,13 @@ class _Chunks:
             object.__setattr__(self, "_start", self.generator.get_state())
 
     @staticmethod
-    def _tensors(data: Any) -> Iterator[Tensor]:
-        return (leaf for leaf in tree_flatten(data)[0] if isinstance(leaf, Tensor))
+    def _lengths(data: Any) -> Iterator[int]:
+        return (n for n in map(length, leaves(data)) if n is not None)
 
     @property
     def total(self) -> int:
         """Number of samples."""
-        return len(next(self._tensors(self.data)))
+        return next(self._lengths(self.data))
 
     def probe(self) -> Rows:
         """Return rows of a few samples."""
@@ -210,7 +211,11 @@ class _Chunks:
             loss_terms(self.loss, torch.cat(outputs), self.data[1])
 
     def _part(self, part: slice) -> Any:
-        return tree_map_only(Tensor, lambda tensor: tensor[_entries(part, len(tensor), self.total)], self.data)
+        def entries(x: Any) -> Any:
+            found = length(x)
+            return x if found is None else taken(x, _entries(part, found, self.total))
+
+        return tree_map(entries, self.data, is_leaf=is_packed)
 
     def rows(self, part: slice) -> Rows:
         """Return the rows of some samples, without those of J behind them."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import attributes_kept
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.packed import is_packed
 from curvlab.rows.route import Route
 
 Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
@@ -80,7 +81,7 @@ def as_arguments(inputs: Any) -> Arguments:
     if isinstance(inputs, Mapping):
         unpacked: Arguments = (), dict(inputs)
     else:
-        unpacked = inputs if isinstance(inputs, tuple) else (inputs,), {}
+        unpacked = inputs if isinstance(inputs, tuple) and not is_packed(inputs) else (inputs,), {}
     return detached(unpacked)
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from oracle import CLASSES, DOUBLE, assert_close
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from curvlab import jacobian, sqrt_fisher
+from curvlab import gram, jacobian, sqrt_fisher
+from curvlab.fisher import Full
 from curvlab.optim import Preconditioner
 from curvlab.rows.layer import KroneckerRows
+from curvlab.spectrum import GGN
 
 LENGTHS = torch.tensor([2, 4, 1, 3, 4])
 
@@ -92,3 +94,65 @@ def test_preconditioners_of_packed_sequences(name: str) -> None:
     S = sqrt_fisher(model, loss, args, targets).dense()
     expected = torch.linalg.solve(S.T @ S + 0.1 * torch.eye(S.shape[1], dtype=DOUBLE), gradient)
     assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected, 1e-8)
+
+
+class OfPacked(nn.Module):
+    """A network called on a packed sequence of vectors, or of indices."""
+
+    def __init__(self, *, table: bool = False, every: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 3) if table else None
+        self.net, self.last, self.every = nn.GRU(3, 4), nn.Linear(4, CLASSES), every
+
+    def forward(self, packed: PackedSequence) -> Tensor:
+        if self.table is not None:
+            packed = packed._replace(data=self.table(packed.data))
+        y, end = self.net(packed)
+        return self.last(pad_packed_sequence(y, batch_first=True)[0].sum(1) if self.every else end[0])
+
+
+INPUTS = {
+    "unequal": ([2, 4, 1, 3, 4], {}),
+    "every-step": ([2, 4, 1, 3, 4], {"every": True}),
+    "sorted": ([4, 3, 3, 1], {}),
+    "single-steps": ([1, 1, 1], {}),
+    "equal": ([3, 3, 3], {"every": True}),
+    "indices": ([2, 4, 1, 3], {"table": True}),
+    "equal-indices": ([2, 2, 2], {"table": True}),
+    "single-indices": ([1, 1, 1, 1], {"table": True}),
+    "one": ([3], {"table": True}),
+}
+
+
+def packed_case(name: str) -> tuple[nn.Module, PackedSequence, list[Tensor]]:
+    torch.manual_seed(0)
+    lengths, options = INPUTS[name]
+    model = OfPacked(**options).to(DOUBLE)
+    whole = [torch.randint(7, (n,)) if options.get("table") else torch.randn(n, 3, dtype=DOUBLE) for n in lengths]
+    return model, pack_sequence(whole, enforce_sorted=name == "sorted"), whole
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_models_called_on_a_packed_sequence(name: str) -> None:
+    model, packed, whole = packed_case(name)
+    N, loss = len(whole), nn.CrossEntropyLoss()
+    J, y = reference(model, (packed,)), torch.arange(N) % CLASSES
+    for inputs in (packed, (packed,), {"packed": packed}):
+        assert_close(jacobian(model, inputs).dense(), J)
+    p = model(packed).detach().softmax(1)
+    H = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    by_sample = J.view(CLASSES, N, -1)
+    F = torch.einsum("cnp,ncd,dnq->pq", by_sample, H, by_sample) / N
+    S = sqrt_fisher(model, loss, packed, y)
+    assert_close(S.dense().T @ S.dense(), F)
+    assert_close(GGN(model, loss, (packed, y)).to_dense(), F)
+    assert_close(Full().fit(model, loss, (packed, y)).to_dense(), F)
+    preconditioner = Preconditioner(model, loss, "full", kind="exact", damping=0.1)
+    with preconditioner.collect():
+        loss(model(packed), y).backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    preconditioner.precondition()
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert_close(found, torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=DOUBLE), gradient), 1e-8)
+    for data in ((packed, y), [(pack_sequence(whole[n : n + 1]), y[n : n + 1]) for n in range(N)]):
+        assert_close(gram(model, data, loss=loss, memory=100_000), S.gram(), 1e-13)

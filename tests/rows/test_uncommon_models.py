@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from curvlab import jacobian, sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.optim import Preconditioner
+from curvlab.spectrum import GGN, Hessian
 
 KINDS = ["exact", "empirical", "mc"]
 
@@ -130,3 +131,64 @@ def test_what_hooks_store_can_be_used_afterwards() -> None:
         loss(model(x), targets).backward()
     assert stored
     assert all(bool(kept.detach().sum().isfinite()) for kept in stored)
+
+
+class Gated(nn.Module):
+    """Layers, a bare parameter and a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale, self.norm, self.last = (
+            nn.Linear(4, 5),
+            nn.Parameter(torch.randn(5)),
+            nn.LayerNorm(5),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.norm(torch.tanh(self.first(x)) * self.scale))
+        return out
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A model, what it is exported to for any number of samples, and for five."""
+    torch.manual_seed(0)
+    model, x = Gated().to(DOUBLE), torch.randn(5, 4, dtype=DOUBLE)
+    free = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("N")},)).module()
+    return model, free, torch.export.export(model, (x,)).module()
+
+
+def test_exported_models(exported: tuple[nn.Module, nn.Module, nn.Module]) -> None:
+    model, free, fixed = exported
+    x, y, loss = torch.randn(5, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1]), nn.CrossEntropyLoss()
+    J = dense_jacobian(model, x)
+    assert_close(jacobian(free, x).dense(), J)
+    for kind in KINDS:
+        fisher_of_rows(free, x, kind)
+    S = sqrt_fisher(model, loss, x, y).dense()
+    for made in (free, fixed):
+        assert_close(GGN(made, loss, (x, y)).to_dense(), S.T @ S)
+        assert_close(Hessian(made, loss, (x, y)).to_dense(), Hessian(model, loss, (x, y)).to_dense())
+    preconditioner = Preconditioner(free, loss, "full", kind="exact", damping=0.1)
+    with preconditioner.collect():
+        loss(free(x), y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in free.parameters()])
+    preconditioner.precondition()
+    expected = torch.linalg.solve(S.T @ S + 0.1 * torch.eye(S.shape[1], dtype=DOUBLE), gradient)
+    assert_close(torch.cat([p.grad.flatten() for p in free.parameters()]), expected, 1e-8)
+
+
+def test_models_exported_for_one_number_of_samples_are_told_the_remedy(
+    exported: tuple[nn.Module, nn.Module, nn.Module],
+) -> None:
+    fixed = exported[2]
+    x, y, loss = torch.randn(5, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1]), nn.CrossEntropyLoss()
+    remedy = r"first.weight.* single samples.*dynamic_shapes=\(\{0: torch.export.Dim\('N'\)\},\)"
+    with pytest.raises(UnsupportedModel, match=remedy):
+        jacobian(fixed, x)
+    with pytest.raises(UnsupportedModel, match=remedy):
+        sqrt_fisher(fixed, loss, x, y)
+    preconditioner = Preconditioner(fixed, loss, "kfac", kind="exact")
+    with pytest.raises(UnsupportedModel, match=remedy), preconditioner.collect():
+        loss(fixed(x), y).backward()
