@@ -10,7 +10,9 @@ import torch
 from oracle import DOUBLE, assert_close, trainable
 from torch import Tensor, nn
 
+from curvlab import compare
 from curvlab.fisher import make
+from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.layer import KroneckerRows
 
@@ -135,3 +137,64 @@ def test_models_that_compute_in_float32_inside(transformers: Any, family: str) -
     inputs = {"input_ids": torch.randint(1, 11, (SAMPLES, 4))}
     rows = jacobian(model, inputs, output=lambda found: found.logits[:, -1])
     assert_close(rows.dense(), gradients(model, model(**inputs).logits[:, -1]), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def t5(transformers: Any) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
+    """An encoder and a decoder, with normalisations of the library's own and biases by distance that all samples share."""
+
+    def build(T: int, U: int, *, tied: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        config = transformers.T5Config(
+            vocab_size=7,
+            d_model=4,
+            d_kv=2,
+            d_ff=6,
+            num_layers=1,
+            num_heads=2,
+            relative_attention_num_buckets=4,
+            relative_attention_max_distance=6,
+            decoder_start_token_id=0,
+            tie_word_embeddings=tied,
+        )
+        mask = torch.ones(SAMPLES, T, dtype=torch.long)
+        mask[1, -1] = 0
+        inputs = {"input_ids": torch.randint(1, 7, (SAMPLES, T)), "attention_mask": mask}
+        inputs["decoder_input_ids"] = torch.randint(1, 7, (SAMPLES, U))
+        return transformers.T5ForConditionalGeneration(config).to(DOUBLE).eval(), inputs
+
+    return build
+
+
+@pytest.mark.parametrize(("T", "U", "tied"), [(4, 2, True), (3, 3, False)])
+def test_t5(t5: Any, T: int, U: int, tied: bool) -> None:
+    """Also where a table of positions has as many rows as there are samples. The normalisations compute in float32."""
+    model, inputs = t5(T, U, tied=tied)
+    loss, y, damping = nn.CrossEntropyLoss(), torch.tensor([1, 4, 6]), 0.1
+
+    def pick(found: Any) -> Tensor:
+        return found.logits[:, -1]
+
+    J = gradients(model, pick(model(**inputs)))
+    assert_close(jacobian(model, inputs, output=pick).dense(), J)
+    p = pick(model(**inputs)).detach().softmax(1)
+    H = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    F = torch.einsum("cnp,ncd,dnq->pq", J.view(7, SAMPLES, -1), H, J.view(7, SAMPLES, -1)) / SAMPLES
+    rows = sqrt_fisher(model, loss, inputs, y, output=pick)
+    assert_close(rows.dense().T @ rows.dense(), F)
+    values = nn.CrossEntropyLoss(reduction="none")(pick(model(**inputs)), y)[:, None]
+    S = gradients(model, values) / SAMPLES**0.5
+    assert_close(sqrt_fisher(model, loss, inputs, y, "empirical", output=pick).dense(), S, 1e-5)
+    table = compare(model, loss, (inputs, y), ["full", "kfac"], damping=[damping], output=pick)
+    assert table["cosine"][0] == pytest.approx(1, abs=1e-6)
+    for key in ("kfac", "full"):
+        preconditioner = Preconditioner(model, loss, key, kind="exact", damping=damping)
+        model.zero_grad()
+        with preconditioner.collect():
+            loss(pick(model(**inputs)), y).backward()
+        gradient = torch.cat([q.grad.flatten() for q in model.parameters()])
+        preconditioner.precondition()
+        step = torch.cat([q.grad.flatten() for q in model.parameters()])
+        assert_close(step, make(key).update(rows).solve(gradient, damping), 1e-9)
+        if key == "full":
+            assert_close(step, torch.linalg.solve(F + damping * torch.eye(len(F), dtype=DOUBLE), gradient), 1e-9)
