@@ -1,6 +1,7 @@
 """Run cases until they are done: `python -m tests.adversary --cases N --seed S`, or one of them: `--case SEED`."""
 
 import argparse
+import logging
 import sys
 import time
 import warnings
@@ -34,6 +35,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.getLogger("curvlab").setLevel(logging.CRITICAL)
     if options.case is not None:
         result = run_case(options.case)
         print(shown(options.case, result))

@@ -1,10 +1,14 @@
 """Random models that try to make curvlab silently wrong: numbers are right or refused, and the model stays as it was."""
 
+import logging
+import sys
 import time
 import warnings
 
 import pytest
+import torch
 
+from adversary.__main__ import main
 from adversary.cases import KINDS, Named, run_case
 
 SECONDS = 3.0
@@ -59,3 +63,21 @@ def test_one_trap(kind: str, blocks: tuple[str, ...]) -> None:
         warnings.simplefilter("ignore")
         results = [run_case(seed, Named(kind, blocks)) for seed in range(2)]
     assert not [f"{r.why}\n{r.description}" for r in results if r.verdict in BAD]
+
+
+def test_the_command_tells_progress_and_bad_cases_only(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["adversary", "--cases", "12"])
+    logger, threads = logging.getLogger("curvlab"), torch.get_num_threads()
+    level = logger.level
+    with warnings.catch_warnings():
+        try:
+            assert main() == 0
+        finally:
+            torch.set_num_threads(threads)
+            logger.setLevel(level)
+    out, err = capfd.readouterr()
+    assert not err
+    assert not caplog.records
+    assert out.splitlines()[-1].split()[0] == "all"
