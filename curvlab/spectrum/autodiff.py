@@ -44,6 +44,8 @@ SLOPE = 0.05
 """Largest relative distance of a product from a difference of gradients."""
 ONCE = ("is not implemented", "once_differentiable", "ouble backward", "ouble-backward")
 """What torch's errors say of functions without a second derivative."""
+CERTAIN = 20.0
+"""How much farther off than differences are from each other a product must be to be refused."""
 _announced: WeakSet[nn.Module] = WeakSet()
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -177,7 +179,8 @@ class Hessian(DerivativeOperator):
     When it is made, two products are compared with each other by symmetry, in float64 one with a difference of gradients, too.
 
     Raises:
-        UnsupportedModel: if products are not those of a symmetric matrix, because a second derivative of torch's is wrong.
+        UnsupportedModel: if products are not those of a symmetric matrix or, in float64, certainly not the change of the gradient,
+            because a second derivative is wrong.
     """
 
     def _check(self) -> None:
@@ -190,18 +193,41 @@ class Hessian(DerivativeOperator):
                 f"Products with the Hessian are not symmetric: uᵀHv and vᵀHu differ by {asymmetry:.2g}, beside ‖Hu‖ + ‖Hv‖ = "
                 f"{size:.2g}. {self._blame}"
             )
-        if self.dtype == torch.float64 and not self._is_slope(v, Hv):
-            logger.warning("A product with the Hessian is not the change of the gradient. %s", self._blame)
+        if self.dtype == torch.float64:
+            self._compare(v, Hv)
 
-    def _is_slope(self, v: Float[Tensor, " P"], Hv: Float[Tensor, " P"]) -> bool:
-        """Whether differences of gradients confirm a product, or differ among themselves, as they do across kinks."""
+    def _compare(self, v: Float[Tensor, " P"], Hv: Float[Tensor, " P"]) -> None:
+        """Compare a product with differences of gradients.
+
+        It is wrong if differences forwards and backwards, over two steps, all agree with each other and not with it, while the
+        gradient itself is the slope of the loss. Across kinks differences disagree, and a model that stops gradients has none
+        of its loss; then a product that no difference confirms is only named.
+
+        Raises:
+            UnsupportedModel: if it is wrong.
+        """
         eps = torch.finfo(self.dtype).eps
         step = eps ** (1 / 3) * (1 + float(self.space.flatten(self.objective.parameters).norm())) / float(v.norm())
-        slopes = [self.objective.slope(v, h) for h in (step, step / 4)]
-        round_off = 100 * eps * float(self.objective.gradient()[1].norm()) / step
+        steps, (loss, here) = (step, step / 4), self.objective.gradient()
+        above = [self.objective.moved(v, h) for h in steps]
+        below = [self.objective.moved(v, -h) for h in steps]
+        slopes = [(up[1] - down[1]) / (2 * h) for up, down, h in zip(above, below, steps, strict=True)]
+        round_off = 100 * eps * float(here.norm()) / step
         errors = [float((slope - Hv).norm()) for slope in slopes]
         apart = float((slopes[0] - slopes[1]).norm())
-        return bool(min(errors) <= max(SLOPE * float(Hv.norm()), 4 * apart, round_off))
+        if min(errors) <= max(SLOPE * float(Hv.norm()), 4 * apart, round_off):
+            return
+        sides = [(up[1] - here) / h for up, h in zip(above, steps, strict=True)]
+        sides += [(here - down[1]) / h for down, h in zip(below, steps, strict=True)]
+        spread = max(float((side - slopes[1]).norm()) for side in sides)
+        climb, rise = float(here @ v), float(above[0][0] - below[0][0]) / (2 * step)
+        is_gradient = abs(rise - climb) <= SLOPE * abs(climb) and abs(rise) > 1e3 * eps * float(loss.abs()) / step
+        if is_gradient and min(errors) > max(CERTAIN * (spread + round_off), SLOPE * float(slopes[1].norm())):
+            raise UnsupportedModel(
+                f"A product with the Hessian, of norm {float(Hv.norm()):.2g}, is {min(errors):.2g} away from the change of the "
+                f"gradient, on which differences agree to {spread:.2g}. {self._blame}"
+            )
+        logger.warning("A product with the Hessian is not the change of the gradient. %s", self._blame)
 
     @property
     def _blame(self) -> str:

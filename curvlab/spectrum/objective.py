@@ -142,16 +142,12 @@ class Objective:
         both = self.total(self._value_and_gradient)
         return both[0], both[1:]
 
-    def slope(self, direction: Float[Tensor, " P"], step: float) -> Float[Tensor, " P"]:
-        """Return the central difference of gradients along a direction, over `2·step`."""
-        here = self.parameters
-        move = self.space.unflatten(step * direction)
-
-        def moved(sign: float) -> Tensor:
-            at = {name: value + sign * move[name] for name, value in here.items()}
-            return self.total(lambda part: self._value_and_gradient(part, at))[1:]
-
-        return (moved(1.0) - moved(-1.0)) / (2 * step)
+    def moved(self, direction: Float[Tensor, " P"], step: float) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
+        """Return the loss and its gradient at parameters that have moved along a direction."""
+        here, move = self.parameters, self.space.unflatten(step * direction)
+        at = {name: value + move[name] for name, value in here.items()}
+        both = self.total(lambda part: self._value_and_gradient(part, at))
+        return both[0], both[1:]
 
     def check_fisher(self) -> None:
         """Refuse a loss whose Hessian at the outputs is not known to be a Fisher matrix.

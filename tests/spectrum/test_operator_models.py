@@ -226,3 +226,87 @@ def test_a_hessian_that_is_not_the_slope_of_the_gradient_is_named(caplog: pytest
         model = nn.Sequential(nn.Linear(3, 30), activation, nn.Linear(30, 30), activation, nn.Linear(30, 2)).double()
         Hessian(model, nn.MSELoss(), (x, y))
     assert "not the change" not in caplog.text
+
+
+class _Cube(torch.autograd.Function):
+    """x³/3, with its derivative, and three times its second one: symmetric, and wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3 / 3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _Square.apply(g, x)
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x)
+        return g * x**2
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor]:
+        g, x = ctx.saved_tensors
+        return c * x**2, 3 * (2 * c * g * x)
+
+
+def test_a_symmetric_hessian_that_is_certainly_wrong_is_refused() -> None:
+    class Cubed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(_Cube.apply(self.first(x)))
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, x, y = Cubed().double(), torch.randn(5, 3, dtype=DOUBLE), torch.randn(5, 2, dtype=DOUBLE)
+        with pytest.raises(UnsupportedModel, match=r"away from the change of the gradient.*differences agree.*Use GGN"):
+            Hessian(model, nn.MSELoss(), (x, y))
+        J = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).flatten()]
+        rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in J])
+        assert_close(GGN(model, nn.MSELoss(), (x, y)).to_dense(), rows.T @ rows * (2 / y.numel()))
+
+
+def without_bias(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(3, 9, bias=False), activation, nn.Linear(9, 9, bias=False), activation, nn.Linear(9, 2)
+    )
+
+
+def from_zero(activation: nn.Module) -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 9), activation, nn.Linear(9, 2))
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    return model
+
+
+def pooled(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 30), activation, nn.MaxPool1d(3), nn.Linear(10, 2))
+
+
+class Absolute(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.LeakyReLU(0.5), nn.Hardtanh(), nn.ReLU6(), nn.Hardswish(), Absolute()]
+)
+@pytest.mark.parametrize("build", [without_bias, from_zero, pooled])
+def test_hessians_of_networks_with_kinks_are_not_refused(
+    build: Callable[..., nn.Module], activation: nn.Module
+) -> None:
+    """Also where the kink is at the parameters themselves: inputs, weights and biases of zero."""
+    loss = nn.MSELoss()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x, y = build(activation).double(), torch.randn(6, 3, dtype=DOUBLE), torch.randn(6, 2, dtype=DOUBLE)
+        x[: 2 * (seed % 2)] = 0
+        Hessian(model, loss, (x, y))
+        Hessian(model, loss, (x, model(x).detach()))
