@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvlab.nn.embedding_bag import differentiable_bags
+from curvlab.nn.hooks import unwatched
 from curvlab.nn.weight_norm import differentiable_weight_norm
 
 
@@ -23,8 +24,8 @@ def called_with(
 ) -> Any:
     """Call a model with tensors in place of its parameters and buffers, and leave it as it was found.
 
-    It may be differentiated, vectorised and nested. What the call stores on the model is lost; what it does to the numbers
-    of buffers that are not in `state` stays.
+    It may be differentiated, vectorised and nested; the user's hooks on gradients do not act. What the call stores on the model
+    is lost; what it does to the numbers of buffers that are not in `state` stays.
 
     Args:
         model: any module.
@@ -36,7 +37,7 @@ def called_with(
     Raises:
         ValueError: for a name that the model does not have, and for two tensors in place of one.
     """
-    with attributes_kept(model), differentiable_weight_norm(model), differentiable_bags(model):
+    with attributes_kept(model), unwatched(model), differentiable_weight_norm(model), differentiable_bags(model):
         _put(model, state)
         return model(*args, **(kwargs or {}))
 

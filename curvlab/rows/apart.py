@@ -18,6 +18,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.nn.modules._functions import BackwardHookFunction
 
 SHARED = -1
 """The axis of samples of a tensor that has none."""
@@ -77,12 +78,22 @@ UNKNOWN = Function(_mixing)
 
 class _ByType(dict[type, Function]):
     def __missing__(self, kind: type) -> Function:
+        if kind is BackwardHookFunction._backward_cls:
+            return HOOKED
         # A function of one's own may have the name of a known one.
         if issubclass(kind, torch._C._FunctionBase):
             return UNKNOWN
         known = _FUNCTIONS.get(kind.__name__.rstrip("0123456789").removesuffix("Backward"))
         self[kind] = UNKNOWN if known is None else replace(known, name=kind.__name__)
         return self[kind]
+
+
+def _hooked(_: Saved, axis: int, __: Shape, inputs: Sequence[Shape | None]) -> Sequence[int]:
+    return [axis] if len(inputs) == 1 else _mixing()
+
+
+HOOKED = Function(_hooked)
+"""The identity by which torch calls hooks on the gradients of a module with one input or output."""
 
 
 FUNCTIONS = _ByType()

@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
+from curvlab.nn.hooks import has_forward_hooks, unwatched
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
@@ -68,7 +67,7 @@ def sweep(
     with decomposing(model, owners), differentiable_attention():
         handles = recorder.hook()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), unwatched(model):
                 chosen = samples.choose(call(model, arguments, pick))
                 z = samples.lay_out(chosen)
         finally:
@@ -278,7 +277,7 @@ def _of_samples(
     model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner], names: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return outputs `[N, K, …]`, K being the entries of a sample, and gradients `[V, N, *shape]` by name."""
-    if any(_is_own(hook) for module in model.modules() for hook in _hooks(module)):
+    if has_forward_hooks(model):
         # Under torch.func it might store a tensor that is dead afterwards.
         logger.info("Rows of %s by one sample after the other, as the model has hooks.", names)
         return _one_by_one(model, split, pick, seeds, owners)
@@ -287,18 +286,6 @@ def _of_samples(
     except Exception as error:
         logger.info("Rows of %s by one sample after the other, as torch.func failed: %s", names, error)
         return _one_by_one(model, split, pick, seeds, owners)
-
-
-def _hooks(module: nn.Module) -> Iterable[Any]:
-    return chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-
-
-def _is_own(hook: Any) -> bool:
-    """Whether a hook is the user's own, neither torch's nor ours."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    origin = getattr(hook, "__module__", None) or type(hook).__module__
-    return origin.partition(".")[0] not in ("torch", "curvlab")
 
 
 def _vectorised(
@@ -338,7 +325,7 @@ def _one_by_one(
     outputs = []
     for n in range(seeds.shape[1]):
         args, kwargs = split.sample(n)
-        with torch.enable_grad():
+        with torch.enable_grad(), unwatched(model):
             z = select_output(model(*args, **kwargs), pick)
         outputs.append(z.detach())
         for (name, p), g in zip(parameters.items(), backward(z, list(parameters.values()), seeds[:, n]), strict=True):

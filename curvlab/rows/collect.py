@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from inspect import signature
 from types import TracebackType
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError, UnsupportedModel
+from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
 from curvlab.rows.guard import Checks, compare, refuse, unfactored, without_factors
@@ -38,9 +38,6 @@ from curvlab.rows.sweep import Arguments, detached, in_parameter_order
 
 PROPORTIONAL = 1e-2
 """Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
-
-_sweeping = ContextVar("sweeping", default=False)
-"""Whether some collector calls the model itself, so that others do not take that for the user's pass."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +115,14 @@ class Collector(AbstractContextManager["Collector"]):
         self._dense_layers: list[LayerRows] = []
         self._summands: dict[Owner, LayerRows] = {}
         self._swept: dict[Call, Tensor] = {}
-        self._sweeping = False
+        self._watch, self._watching = HookWatch(), ExitStack()
 
     def __enter__(self) -> Collector:
         if "torch._dynamo" in sys.modules:
             # A compiled model would run past the hooks.
             self._leave.enter_context(torch.compiler.set_stance("force_eager"))
         self._leave.enter_context(decomposing(self._model, self._owners))
+        self._leave.enter_context(self._watch.on(self._model))
         if self._draw is not None and (self._draw.kind != "mc" or self._draw.samples > 1):
             self._leave.enter_context(differentiable_attention())
         handles = [
@@ -141,6 +139,7 @@ class Collector(AbstractContextManager["Collector"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watching.close()
         self._leave.close()
         if kind is None:
             self._finish()
@@ -162,7 +161,7 @@ class Collector(AbstractContextManager["Collector"]):
         return self._arguments
 
     def _is_watching(self) -> bool:
-        return torch.is_grad_enabled() and not _sweeping.get()
+        return torch.is_grad_enabled() and not is_sweeping()
 
     def _on_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
@@ -172,6 +171,7 @@ class Collector(AbstractContextManager["Collector"]):
                 "The model ran twice in one collecting context. Open a context for each forward and backward pass; "
                 "those of several before one step accumulate."
             )
+        self._watching.enter_context(self._watch)
         self._arguments = detached((args, kwargs))
         self._entered = _versions(self._arguments)
         self._samples = self._given or Samples.of(self._arguments)
@@ -182,7 +182,7 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _on_layer(self, call: Call, output: Tensor) -> None:
         def take(gradient: Tensor) -> None:
-            if not self._sweeping:
+            if not self._watch.quiet:
                 call.gradient = gradient.detach()
 
         if output.requires_grad:
@@ -196,6 +196,7 @@ class Collector(AbstractContextManager["Collector"]):
         if self._z is not None or self._arguments is None:
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
             raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
+        self._watching.close()
         by_position = signature(self._loss.forward).bind(*args, **kwargs).arguments.values() if kwargs else args
         self._z, self._targets = by_position
         self.cleared = all(p.grad is None for p in self.parameters.values())
@@ -208,15 +209,8 @@ class Collector(AbstractContextManager["Collector"]):
         if self._draw is not None:
             self._read_graph()
         self._take_factored()
-        self._sweeping = True
-        token = _sweeping.set(True)
-        try:
+        with self._watch.kept_quiet():
             self._seed(laid_out, self._terms)
-        finally:
-            self._sweeping = False
-            _sweeping.reset(token)
-            if self._z.retains_grad:
-                self._z.grad = None
 
     @watching
     def _on_value(self, *_: Any) -> None:
@@ -225,7 +219,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._leave.callback(self._z.register_hook(self._on_upstream).remove)
 
     def _on_upstream(self, gradient: Tensor) -> None:
-        if not self._sweeping:
+        if not self._watch.quiet:
             self._upstream = gradient.detach() if self._upstream is None else self._upstream + gradient.detach()
 
     def _seed(self, z: Tensor, terms: LossTerms) -> None:
@@ -235,6 +229,8 @@ class Collector(AbstractContextManager["Collector"]):
         terms.check(self._draw.kind)
         seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
         scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
+        # Hooks may change the gradients that the user's own pass brings.
+        scales = scales and not self._watch.registered
         checks = self._is_due()
         if checks or not scales:
             self._swept = self._sweep(z, seeds)

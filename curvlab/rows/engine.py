@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
+from curvlab.nn.hooks import unwatched
 from curvlab.rows import autograd, backpack
 from curvlab.rows.guard import checks_of, refuse, unfactored, without_factors, wrong_rows
 from curvlab.rows.owners import contiguous_gradients, trainable
@@ -74,7 +75,7 @@ def _checked_sweep(
     arguments, samples = reading
 
     def forward() -> Tensor:
-        with left_as_found(model), differentiable_recurrence(model), contiguous_gradients(model):
+        with left_as_found(model), unwatched(model), differentiable_recurrence(model), contiguous_gradients(model):
             return samples.lay_out(samples.choose(call(model, arguments, pick)))
 
     def attempt() -> tuple[Swept, tuple[str, ...]]:

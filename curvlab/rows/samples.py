@@ -57,7 +57,8 @@ class Samples:
     def of(cls, arguments: Arguments) -> Samples:
         """Return those of a model's arguments."""
         found = leaves(arguments)
-        return cls() if any(map(is_packed, found)) else cls(lengths=tuple(n for n in map(length, found) if n is not None))
+        lengths = tuple(n for n in map(length, found) if n is not None)
+        return cls() if any(map(is_packed, found)) else cls(lengths=lengths)
 
     def count(self, entries: int) -> int:
         """Return the number N of samples of an output with a number of entries along its first axis.

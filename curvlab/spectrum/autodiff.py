@@ -6,7 +6,7 @@
 A block goes through in one sweep: the passes that do not depend on the vectors are done once, the others are batched by
 `torch.func.vmap`. Every operator compares one such product with double backward when it is made. What has no forward-mode
 derivative or batching rule, or another derivative than in reverse mode (`no_grad` inside the model, the padding of an
-embedding), goes by double backward for good, one vector at a time; it says so once.
+embedding), or what the user's hooks look at, goes by double backward for good, one vector at a time; it says so once.
 
 Products are taken at the parameters that the model has when they are asked for: one operator serves along a training run.
 Where they stay the same, `held` lets double backward record the gradient once.
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.hooks import has_forward_hooks
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
@@ -137,6 +138,9 @@ class DerivativeOperator(Operator):
 
     def _agrees(self) -> bool:
         """Return whether the batched product of a random vector is that by double backward; says so if not."""
+        if has_forward_hooks(self.objective.model, self.objective.loss):
+            # Within a transform they might store tensors that are dead afterwards.
+            return self._announce("there are hooks on forward passes")
         vectors = self.space.unflatten(self._random(1))
         with differentiable_attention():
             reference = self._by_backward(vectors)
@@ -149,6 +153,10 @@ class DerivativeOperator(Operator):
                 raise
             except (RuntimeError, NotImplementedError) as problem:
                 reason = str(problem).strip().splitlines()[0]
+        return self._announce(reason)
+
+    def _announce(self, reason: str) -> Literal[False]:
+        """Say once why products go by double backward."""
         if self.objective.model not in _announced:
             _announced.add(self.objective.model)
             logger.info("Products by double backward, one vector at a time: %s.", reason.rstrip("."))

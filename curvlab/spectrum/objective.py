@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import WeightedCrossEntropy
 from curvlab.nn.functional import called_with
+from curvlab.nn.hooks import unwatched
 from curvlab.nn.modes import randomness
 from curvlab.rows.batches import Data, as_batches, shuffles
 from curvlab.rows.loss import LOSSES, divisor, loss_terms
@@ -54,7 +55,8 @@ class Part:
 
     def of_output(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, ""]:
         """Return the loss of an output."""
-        value: Tensor = self.loss(z, self.targets)
+        with unwatched(self.loss):
+            value: Tensor = self.loss(z, self.targets)
         return value
 
     def value(self, parameters: Parameters) -> Float[Tensor, ""]:

@@ -22,7 +22,7 @@ from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.loss import loss_terms
 from curvlab.rows.owners import owners_of
 from curvlab.rows.streamed import bytes_of
-from curvlab.spectrum import GGN, rank
+from curvlab.spectrum import GGN, Hessian, rank
 
 Values = Callable[[Tensor, Tensor], Tensor]
 
@@ -608,6 +608,42 @@ def test_steps_with_a_loss_that_has_hooks(hook: Any, kind: Any) -> None:
     step = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert_close(step, torch.linalg.solve(F_ + 1e-2 * torch.eye(len(g), dtype=DOUBLE), g), 1e-8)
     assert len(loss._forward_hooks) + len(loss._forward_pre_hooks) == 1
+
+
+def doubled_gradients(loss: nn.Module) -> None:
+    loss.register_full_backward_hook(lambda _, into, __: tuple(None if g is None else 2 * g for g in into))
+
+
+def tripled_gradients(loss: nn.Module) -> None:
+    loss.register_full_backward_pre_hook(lambda _, out: tuple(3 * g for g in out))
+
+
+@pytest.mark.parametrize("name", ["ce", "own", "part"])
+@pytest.mark.parametrize("hook", [doubled_gradients, tripled_gradients])
+def test_hooks_on_the_gradients_of_a_loss_are_no_part_of_it(hook: Any, name: str) -> None:
+    """They change the gradient of the user's pass, which is preconditioned as it is."""
+    model, x = architecture("mlp").make(N=4)
+    y, inner = (
+        torch.tensor([0, 1, 2, 0]),
+        {"ce": nn.CrossEntropyLoss, "own": Skipping, "part": nn.CrossEntropyLoss}[name](),
+    )
+    loss = Scaled(inner, 1.0) if name == "part" else inner
+    S = sqrt_fisher(model, loss, x, y, "ggn").dense()
+    empirical, H = sqrt_fisher(model, loss, x, y, "empirical").dense(), Hessian(model, loss, (x, y)).to_dense()
+    hook(inner)
+    assert_close(sqrt_fisher(model, loss, x, y, "ggn").dense(), S)
+    assert_close(sqrt_fisher(model, loss, x, y, "empirical").dense(), empirical)
+    assert_close(GGN(model, loss, (x, y)).to_dense(), S.T @ S)
+    assert_close(Hessian(model, loss, (x, y)).to_dense(), H)
+    for kind, rows in (("ggn", S), ("empirical", empirical)):
+        preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1)  # type: ignore[arg-type]
+        model.zero_grad()
+        with preconditioner.collect():
+            loss(model(x), y).backward()
+        g = torch.cat([p.grad.flatten() for p in model.parameters()])
+        preconditioner.precondition()
+        step = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert_close(step, torch.linalg.solve(rows.T @ rows + 0.1 * torch.eye(len(g), dtype=DOUBLE), g), 1e-8)
 
 
 def test_hooks_that_only_look_on_leave_a_loss_what_it_is() -> None:

@@ -1,14 +1,17 @@
 """Models whose parts torch treats in unusual ways: layers without samples, PReLU, checkpoints, hooks that store."""
 
+from collections.abc import Callable
 from typing import Any
 
+import backpack
 import pytest
 import torch
 from oracle import DOUBLE, assert_close, dense_jacobian
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils.checkpoint import checkpoint
 
-from curvlab import jacobian, sqrt_fisher
+from curvlab import gram, jacobian, sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.optim import Preconditioner
 from curvlab.spectrum import GGN, Hessian
@@ -101,7 +104,7 @@ def test_checkpoints(N: int) -> None:
     plain = nn.Sequential(model.first, model.inner, nn.Tanh(), model.last)
     assert_close(J, dense_jacobian(plain, x))
     for kind in KINDS:
-        fitting = {"generator": torch.Generator()} if kind == "mc" else {}
+        fitting = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
         with pytest.raises(UnsupportedModel, match=r"use_reentrant=True.*Call .*use_reentrant=False"):
             sqrt_fisher(reentrant, loss, x, targets, kind, **fitting)
     with pytest.raises(UnsupportedModel, match=r"use_reentrant=True.*Call .*use_reentrant=False"):
@@ -192,3 +195,161 @@ def test_models_exported_for_one_number_of_samples_are_told_the_remedy(
     preconditioner = Preconditioner(fixed, loss, "kfac", kind="exact")
     with pytest.raises(UnsupportedModel, match=remedy), preconditioner.collect():
         loss(fixed(x), y).backward()
+
+
+# --- hooks --------------------------------------------------------------------------------------------------------------
+
+
+class Observed(nn.Module):
+    """A model whose activation may have a hook; one without bare parameters has factored rows only."""
+
+    def __init__(self, *, bare: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.randn(5)) if bare else None
+        self.on_gradient: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x) * (1 if self.scale is None else self.scale))
+        if self.on_gradient and h.requires_grad:
+            h.register_hook(self.on_gradient)
+        out: Tensor = self.last(h)
+        return out
+
+
+def gradients_of(stored: list[Tensor], *groups: Any) -> None:
+    stored += [g for group in groups for g in group if g is not None]
+
+
+HOOKS: dict[str, Callable[[Observed, list[Tensor]], Any]] = {
+    "forward": lambda m, kept: m.first.register_forward_hook(lambda _, __, y: kept.append(y)),
+    "forward-pre": lambda m, kept: m.last.register_forward_pre_hook(lambda _, args: kept.append(args[0])),
+    "full-backward": lambda m, kept: m.first.register_full_backward_hook(lambda _, i, o: gradients_of(kept, i, o)),
+    "full-backward-pre": lambda m, kept: m.last.register_full_backward_pre_hook(lambda _, o: gradients_of(kept, o)),
+    "activation": lambda m, kept: setattr(m, "on_gradient", kept.append),
+    "parameter": lambda m, kept: m.first.weight.register_hook(kept.append),
+    "accumulated": lambda m, kept: m.first.weight.register_post_accumulate_grad_hook(lambda p: kept.append(p.grad)),
+    "everywhere": lambda _, kept: register_module_full_backward_hook(lambda __, i, o: gradients_of(kept, i, o)),
+    "forward-everywhere": lambda _, kept: register_module_forward_hook(lambda __, ___, y: kept.append(y)),
+}
+
+
+def uses(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return what batched passes give; the last is a step of a preconditioner, whose own pass lets hooks act."""
+    loss = nn.CrossEntropyLoss()
+    found = [jacobian(model, x).dense(), sqrt_fisher(model, loss, x, y).dense()]
+    found += [sqrt_fisher(model, loss, x, y, "empirical").dense(), gram(model, x, memory=8000)]
+    found += [operator(model, loss, (x, y)).to_dense() for operator in (GGN, Hessian)]
+    preconditioner = Preconditioner(model, loss, "full", kind="exact", damping=0.1)
+    model.zero_grad()
+    with preconditioner.collect():
+        loss(model(x), y).backward()
+    preconditioner.precondition()
+    return [*found, torch.cat([p.grad.flatten() for p in model.parameters()])]
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_see_plain_tensors_or_nothing(name: str, bare: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Observed(bare=bare).to(DOUBLE), torch.randn(3, 4, dtype=DOUBLE), torch.tensor([0, 2, 1])
+    expected = uses(model, x, y)
+    kept: list[Tensor] = []
+    handle = HOOKS[name](model, kept)
+    try:
+        for found, without in zip(uses(model, x, y), expected, strict=True):
+            assert_close(found, without)
+        assert kept
+        assert all(bool(tensor.detach().sum().isfinite()) and tensor.tolist() for tensor in kept)
+        before = len(kept)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        assert len(kept) > before, "hooks act again in the user's own passes"
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["full-backward", "full-backward-pre", "activation"])
+def test_hooks_that_change_gradients_are_no_part_of_curvature(name: str, kind: Any) -> None:
+    """They change the user's gradient, which is preconditioned as it is."""
+
+    def halve(*arguments: Any) -> Any:
+        changed = arguments[-1] if name == "full-backward-pre" else arguments[1 if name == "full-backward" else 0]
+        return changed / 2 if isinstance(changed, Tensor) else tuple(None if g is None else g / 2 for g in changed)
+
+    torch.manual_seed(0)
+    model, x, y = Observed(bare=False).to(DOUBLE), torch.randn(3, 4, dtype=DOUBLE), torch.tensor([0, 2, 1])
+    loss, fitting = nn.CrossEntropyLoss(), {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+    S, J = sqrt_fisher(model, loss, x, y, kind, **fitting).dense(), dense_jacobian(model, x)
+    plain = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    if name == "activation":
+        model.on_gradient = halve
+    else:
+        getattr(model.last, f"register_{name.replace('-', '_')}_hook")(halve)
+    fitting = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+    assert_close(sqrt_fisher(model, loss, x, y, kind, **fitting).dense(), S)
+    assert_close(jacobian(model, x).dense(), J)
+    preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1)
+    with preconditioner.collect():
+        loss(model(x), y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert not torch.allclose(gradient, torch.cat([g.flatten() for g in plain]))
+    preconditioner.precondition()
+    expected = torch.linalg.solve(S.T @ S + 0.1 * torch.eye(S.shape[1], dtype=DOUBLE), gradient)
+    assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected, 1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_activations_retain_are_those_of_the_users_pass(kind: Any) -> None:
+    model, x, y, loss = (
+        Observed(bare=True).to(DOUBLE),
+        torch.randn(3, 4, dtype=DOUBLE),
+        torch.arange(3),
+        nn.CrossEntropyLoss(),
+    )
+    kept: list[Tensor] = []
+
+    def retain(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    model.first.register_forward_hook(retain)
+    loss(model(x), y).backward()
+    preconditioner = Preconditioner(model, loss, "full", kind=kind)
+    with preconditioner.collect():
+        found = model(x)
+        mine = kept[1]
+        loss(found, y).backward()
+    assert_close(mine.grad, kept[0].grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_within_the_users_own_backpack_context(kind: Any) -> None:
+    """BackPACK's hooks on model and loss act in the user's backward pass, and in no pass of curvlab's."""
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(DOUBLE),
+        torch.randn(3, 4).to(DOUBLE),
+        torch.arange(3),
+    )
+    plain = nn.CrossEntropyLoss()
+    fitting = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+    S = sqrt_fisher(model, plain, x, y, kind, **fitting).dense()
+    expected = [operator(model, plain, (x, y)).to_dense() for operator in (GGN, Hessian)]
+    extended, loss = backpack.extend(model), backpack.extend(nn.CrossEntropyLoss())
+    with backpack.backpack(backpack.extensions.DiagGGNExact()):
+        fitting = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+        assert_close(sqrt_fisher(extended, loss, x, y, kind, **fitting).dense(), S)
+        for operator, dense in zip((GGN, Hessian), expected, strict=True):
+            assert_close(operator(extended, loss, (x, y)).to_dense(), dense)
+        preconditioner = Preconditioner(extended, loss, "full", kind=kind, damping=0.1)
+        with preconditioner.collect():
+            loss(extended(x), y).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        diagonal = torch.cat([p.diag_ggn_exact.flatten() for p in model.parameters()])
+        assert_close(diagonal, expected[0].diag())
+        preconditioner.precondition()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert_close(found, torch.linalg.solve(S.T @ S + 0.1 * torch.eye(S.shape[1], dtype=DOUBLE), gradient), 1e-8)

@@ -4,7 +4,8 @@ The loss says by its attribute `reduction` whether it is a mean or a sum. A copy
 samples, which is checked: samples are told apart by the binary digits of their indices, so that any two fall into different
 halves of the batch for some digit. A mean's divisor is the ratio of the copy's gradient to the loss's own.
 
-What is taken apart is what the user calls, forward hooks and a `forward` of the instance's own included.
+What is taken apart is what the user calls, forward hooks and a `forward` of the instance's own included; hooks on gradients are
+no part of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
+from curvlab.nn.hooks import unwatched
 from curvlab.rows.loss.likelihood import Computed
 from curvlab.rows.loss.table import reduction_of
 from curvlab.rows.loss.terms import LossTerms
@@ -127,7 +129,7 @@ def _as_sum(loss: Value) -> Value:
 
 
 def _gradient(value: Value, z: Tensor, targets: Any) -> Tensor:
-    with torch.enable_grad():
+    with torch.enable_grad(), unwatched(value):
         at = z.detach().requires_grad_()
         (found,) = torch.autograd.grad(value(at, targets), at, allow_unused=True, materialize_grads=True)
     return found
@@ -135,7 +137,7 @@ def _gradient(value: Value, z: Tensor, targets: Any) -> Tensor:
 
 def _hessian(name: str, value: Value, z: Tensor, targets: Any) -> Float[Tensor, "N D D"]:
     """Return the Hessian of every sample, by products with one output of all samples at a time."""
-    with torch.enable_grad():
+    with torch.enable_grad(), unwatched(value):
         at = z.detach().requires_grad_()
         (slope,) = torch.autograd.grad(value(at, targets), at, create_graph=True, materialize_grads=True)
         flat = slope.reshape(len(z), -1)
