@@ -1,7 +1,8 @@
 """Blocks: the parts of a structure that do not couple.
 
-A block covers some of the columns of some layers (its *parts*). Its vectors are `[K, P_b]`, the block vectors of its
-parts side by side. A structure is a list of blocks; the verbs of `Structure` are sums and concatenations over them.
+A block covers some of the columns of some layers (its *parts*), or some entries of these (its *index*). Its vectors are
+`[K, P_b]`: the block vectors of its parts side by side, or their entries at the index. A structure is a list of blocks;
+the verbs of `Structure` are sums and concatenations over them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.fisher.system import System
@@ -128,11 +129,13 @@ class Block(ABC):
     Args:
         name: names of the layers, for messages.
         parts: which columns of which layers the block covers.
+        index: which entries of the block vector of its only part it covers; all entries of all parts if None.
     """
 
-    def __init__(self, name: str, parts: Sequence[Layout]) -> None:
+    def __init__(self, name: str, parts: Sequence[Layout], index: Int[Tensor, " P_b"] | None = None) -> None:
         self.name = name
         self.parts = tuple(parts)
+        self.index = index
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.size} parameters)"
@@ -140,7 +143,7 @@ class Block(ABC):
     @property
     def size(self) -> int:
         """Number of parameters `P_b`."""
-        return sum(part.size for part in self.parts)
+        return sum(part.size for part in self.parts) if self.index is None else len(self.index)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,14 +152,17 @@ class Block(ABC):
 
     def join(self, named: Parameters) -> Float[Tensor, "K P_b"]:
         """Assemble the block's vectors."""
-        return torch.cat([part.join(named) for part in self.parts], dim=-1)
+        whole = torch.cat([part.join(named) for part in self.parts], dim=-1)
+        return whole if self.index is None else whole[:, self.index]
 
-    def split(self, vectors: Float[Tensor, "*K P_b"]) -> dict[str, Tensor]:
-        """Cut the block's vectors into parameters."""
-        named: dict[str, Tensor] = {}
+    def put(self, vectors: Float[Tensor, "K P_b"], named: dict[str, Tensor]) -> None:
+        """Write the block's vectors into parameters by name; blocks that share a layer fill it one after another."""
+        if self.index is not None:
+            (part,) = self.parts
+            whole = part.join(named) if part.names[0] in named else vectors.new_zeros(len(vectors), part.size)
+            vectors = whole.index_copy_(1, self.index, vectors)
         for part, piece in zip(self.parts, vectors.split([part.size for part in self.parts], dim=-1), strict=True):
             named.update(part.split(piece))
-        return named
 
     def of(self, rows: Rows) -> tuple[LayerRows, ...]:
         """Pick the block's share of the rows of a model."""
@@ -218,7 +224,9 @@ class Block(ABC):
 
     def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:
         """Return `(F + ρI)⁻¹x` by parameter, for x the sum of rows."""
-        return self.split(self.solve(torch.cat([layer.total() for layer in layers])[None], damping)[0][0])
+        named: dict[str, Tensor] = {}
+        self.put(self.solve(torch.cat([layer.total() for layer in layers])[None], damping)[0], named)
+        return {name: value[0] for name, value in named.items()}
 
     @abstractmethod
     def sandwich(

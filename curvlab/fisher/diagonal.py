@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.fisher.block import Batch, Block, Relation, RunningAverage, State, check_rtol
+from curvlab.fisher.plain import weighted_product
 from curvlab.fisher.structure import Structure
 from curvlab.fisher.system import inverse_values, rank_tolerance
-from curvlab.fisher.unit_rows import weighted_product
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from curvlab.errors import PartitionError, unknown_name
 from curvlab.fisher.block import Block
-from curvlab.fisher.row_block import RowBlock, RowSide, Side
+from curvlab.fisher.row_block import RowBlock
+from curvlab.fisher.side import RowSide, Side
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout

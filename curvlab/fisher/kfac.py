@@ -36,7 +36,8 @@ from curvlab.fisher.kronecker import (
     Sharing,
 )
 from curvlab.fisher.moment import Invert, inverses
-from curvlab.fisher.row_block import RowBlock, RowSide
+from curvlab.fisher.row_block import RowBlock
+from curvlab.fisher.side import RowSide
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows

@@ -20,8 +20,8 @@ from curvlab.errors import StateError, unknown_name
 from curvlab.fisher.block import Batch, Block, Relation, State, check_rtol
 from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
+from curvlab.fisher.plain import is_plain, weighted_product
 from curvlab.fisher.system import inverse_values
-from curvlab.fisher.unit_rows import is_plain, weighted_product
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram

@@ -30,13 +30,13 @@ from torch import Tensor
 from curvlab.errors import IllConditioned
 from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.full import _RowStructure, partition_parts
-from curvlab.fisher.row_block import RowBlock, RowSide, Side, null_energy
-from curvlab.fisher.system import Eigen, System, condition_limit, rank_tolerance
+from curvlab.fisher.side import RowSide, Side, SidedBlock
+from curvlab.fisher.system import Eigen, condition_limit, rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
-from curvlab.rows.side_by_side import combine, gram64, moment, times
+from curvlab.rows.side_by_side import combine, dense, gram64, moment, times
 
 Sigma = Sequence[Sequence[float]] | Callable[[int], Tensor]
 """Σ itself, or a function that returns Σ for a number of layers."""
@@ -84,7 +84,7 @@ class RowCoordinates:
         return torch.einsum("lm,lri,mrj->limj", sigma.to(roots), roots, roots).flatten(2).flatten(0, 1)
 
 
-class LayerWiseBlock(RowBlock):
+class LayerWiseBlock(SidedBlock):
     """All layers, coupled by Σ.
 
     Args:
@@ -103,12 +103,8 @@ class LayerWiseBlock(RowBlock):
         self._reset()
 
     def _reset(self) -> None:
-        super()._reset()
         self._coordinates: dict[bool, RowCoordinates] = {}
         self._eigen: dict[bool, Eigen] = {}
-
-    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
-        return False
 
     def _row_size(self, layers: Sequence[LayerRows]) -> int:
         return layers[0].count * len(self._group_sizes)
@@ -120,15 +116,11 @@ class LayerWiseBlock(RowBlock):
             .repeat_interleave(torch.tensor(sizes, device="cpu"))
             .to(self.sigma.device)
         )
-        dense = moment(layers)
-        return dense * self.sigma.to(dense)[of[:, None], of[None, :]]
+        full = moment(layers)
+        return full * self.sigma.to(full)[of[:, None], of[None, :]]
 
     def _grouped(self, layers: Sequence[LayerRows]) -> list[Sequence[LayerRows]]:
         return [layers[start:stop] for start, stop in pairwise(accumulate(self._group_sizes, initial=0))]
-
-    def systems(self) -> list[System]:
-        """Return nothing: an indefinite matrix has no Cholesky factor."""
-        return []
 
     def coordinates(self, damped: bool) -> RowCoordinates:
         """Coordinates of the rows."""
@@ -189,7 +181,7 @@ class LayerWiseBlock(RowBlock):
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Solve by the eigendecomposition of H, never by Cholesky."""
         if not self.keeps_rows:
-            outside = x.new_zeros(len(x)) if damping else null_energy(self.eigen(damped=False), x)
+            outside = x.new_zeros(len(x)) if damping else self._null_energy(x)
             return self._inverse(x.double(), damping).to(x), outside
         coordinates = self.coordinates(damping > 0)
         y = coordinates.of(self._seen(x))
@@ -202,10 +194,14 @@ class LayerWiseBlock(RowBlock):
         inside, solution = self._spread(coordinates.combination(torch.cat([projection, solved]))).split(len(x))
         return solution, (x - inside).square().sum(-1)
 
+    def _null_energy(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, " K"]:
+        eigen = self.eigen(damped=False)
+        return (eigen.coordinates(x).square() * eigen.null).sum(-1).to(x)
+
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F_Σ + ρI)⁻¹Sᵀc`, with `Sᵀ = S̃ᵀ(1 ⊗ I)`."""
         if not self.keeps_rows:
-            return super().lift(c, layers, damping)
+            return self.solve(combine(layers, c), damping)[0]
         coordinates = self.coordinates(damping > 0)
         return self._spread(coordinates.combination(self._inverse(coordinates.of_combination(c), damping)))
 
@@ -217,7 +213,7 @@ class LayerWiseBlock(RowBlock):
         relation: Relation,
     ) -> Float[Tensor, "Q R"]:
         if not self.keeps_rows:
-            return super().sandwich(left, right, damping, relation)
+            return times(left, self.solve(dense(right), damping)[0]).T
         coordinates = self.coordinates(damping > 0)
         a = coordinates.of(self._crosses(left))
         if relation.coefficients is not None:
@@ -234,6 +230,9 @@ class LayerWiseBlock(RowBlock):
         """Return `S̃ · layersᵀ`, transposed."""
         pairs = zip(self._grouped(layers), self._grouped(self.layers), strict=True)
         return torch.stack([gram(theirs, ours) for theirs, ours in pairs])
+
+    def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
+        return self._form(self.layers) if self.keeps_rows else self.average.value
 
     def eigenvalues(self) -> Float[Tensor, " k"]:
         """Return the eigenvalues of H that do not count as null; the others are zero."""

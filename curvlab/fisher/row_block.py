@@ -1,194 +1,134 @@
-"""Blocks that are solved on the smaller of two sides: by their rows, or by their parameters."""
+"""Stacks of equal exact blocks, solved on the smaller of two sides in one batched call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, Relation, RunningAverage, State, check_rtol
-from curvlab.fisher.system import Eigen, System
+from curvlab.fisher.block import Relation
+from curvlab.fisher.side import RowSide, SidedBlock
+from curvlab.fisher.stack import Cut, Rows, Stack, Together, Whole
+from curvlab.fisher.system import System
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
-from curvlab.rows.rows import gram
-from curvlab.rows.side_by_side import combine, dense, gram64, moment, times
-
-Side = Literal["auto", "rows", "parameters"]
+from curvlab.rows.products import cached, chunks
+from curvlab.rows.side_by_side import combine
 
 
-@dataclass(frozen=True)
-class RowSide:
-    """How a block of exact rows is stored.
+class RowBlock(SidedBlock):
+    """`F_b = X_bᵀX_b`, exact, for B equal blocks, stored and solved on their smaller side.
 
-    Attributes:
-        side: "rows" keeps the factored rows and solves with `[R, R]`; "parameters" keeps `[P_b, P_b]`; "auto" takes the
-            smaller.
-        window: number of batches that rows are kept of, each `decay` times the weight of the next.
-        rtol: eigenvalues up to `rtol·λ_max` count as zero where there is no damping; n·ε if None.
+    On the row side, with `K_b = X_b X_bᵀ`, the push-through identity `(F_b + ρI)⁻¹X_bᵀ = X_bᵀ(K_b + ρI)⁻¹` does everything.
+
+    Args:
+        name: names of the layers, for messages.
+        parts: see `Block`.
+        config: see `RowSide`.
+        cut: how the layers fall into equal blocks; one block if None.
     """
 
-    side: Side = "auto"
-    window: int | None = None
-    rtol: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.side not in get_args(Side):
-            raise unknown_name("side", self.side, get_args(Side))
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is a number of batches ≥ 1, got {self.window}.")
-        if self.window is not None and self.side == "parameters":
-            raise ValueError("window keeps rows; it cannot be combined with side='parameters'.")
-        check_rtol(self.rtol)
-
-
-class RowBlock(Block):
-    """`F_b = S_bᵀS_b`, exact, stored and solved on its smaller side.
-
-    On the row side, with `K = S_b S_bᵀ`, the push-through identity `(F + ρI)⁻¹Sᵀ = Sᵀ(K + ρI)⁻¹` does everything.
-    """
-
-    def __init__(self, name: str, parts: Sequence[Layout], config: RowSide) -> None:
-        super().__init__(name, parts)
-        self.config = config
-        self.average = RunningAverage()
-        self.layers: tuple[LayerRows, ...] = ()
-        self._system: System | None = None
-        self._rows_held = 0
+    def __init__(self, name: str, parts: Sequence[Layout], config: RowSide, cut: Cut | None = None) -> None:
+        self.cut = cut or Whole()
+        super().__init__(name, parts, config, self.cut.index)
+        self._reset()
 
     @property
-    def keeps_rows(self) -> bool:
-        """Whether the block is stored on its row side."""
-        return self.average.total is None
-
-    def will_keep_rows(self, batch: Batch) -> bool:  # noqa: D102
-        if batch.decay != 0 and not self.keeps_rows:
-            return False
-        rows = self._row_size(batch.layers) + (0 if batch.decay == 0 else self._rows_held)
-        side, window, size = self.config.side, self.config.window, self._side_size()
-        if side == "parameters" or (side == "auto" and window is None and size <= rows):
-            return False
-        if batch.fading and window is None:
-            memory = size * self.size * batch.layers[0].factors[-1].element_size() / 2**30
-            raise StateError(
-                f"Block {self.name!r} keeps {rows} rows, which take decay 0 or 1, not {batch.decay}. Set window=k to "
-                f"keep the last k batches, or side='parameters' for a matrix of {size} × {size} "
-                f"({'' if size == self.size else f'{self.size // size} of them, '}{memory:.3g} GiB)."
-            )
-        return True
-
-    def elements(self, batch: Batch) -> int:  # noqa: D102
-        held = 0 if batch.decay == 0 else self._rows_held
-        side = self._row_size(batch.layers) + held if self.will_keep_rows(batch) else self._side_size()
-        return side**2 * (self.size // self._side_size())
-
-    def update(self, batch: Batch) -> None:  # noqa: D102
-        self._reset()
-        keeps = self.will_keep_rows(batch)
-        if batch.decay == 0:
-            self.average, self._rows_held = RunningAverage(), 0
-        if keeps:
-            self._rows_held += self._row_size(batch.layers)
-        else:
-            batch.average(self.average, self._form(batch.layers))
-
-    def set_rows(self, layers: tuple[LayerRows, ...]) -> None:  # noqa: D102
-        self._reset()
-        self.layers = layers
-
-    def leave_rows(self, weight: float) -> None:  # noqa: D102
-        self.average.update(self._form(self.layers), weight, 0.0)
-        self.layers, self._rows_held = (), 0
+    def count(self) -> int:
+        """Number of equal blocks B."""
+        return self.cut.count
 
     def _reset(self) -> None:
-        """Forget what was computed from the state."""
-        self._system = None
+        self._root: Stack | None = None
+        self._system: System | None = None
 
     def _row_size(self, layers: Sequence[LayerRows]) -> int:
-        """Size of the matrix on the row side."""
-        return layers[0].count
+        return self.cut.row_size(layers)
 
-    def _side_size(self) -> int:
-        """Size of the matrix on the parameter side."""
-        return self.size
+    def _form(self, layers: Sequence[LayerRows]) -> Float[Tensor, "B w w"]:
+        return self.cut.moment(layers)
 
-    def _form(self, layers: Sequence[LayerRows]) -> Tensor:
-        """Form the matrix on the parameter side."""
-        return moment(layers)
+    @property
+    def root(self) -> Stack:
+        """The matrices X_b, on the row side."""
+        if self._root is None:
+            self._root = self.cut.root(self.layers)
+        return self._root
 
     @property
     def system(self) -> System:
-        """The matrix that is solved: `K` on the row side, `F_b` on the parameter side."""
+        """The matrices that are solved: `K_b` on the row side, `F_b` on the parameter side."""
         if self._system is None:
             self._system = self._row_system() if self.keeps_rows else self._make_system(self.average.value)
         return self._system
 
-    def _make_system(
-        self, matrix: Tensor, in_float64: Callable[[], Tensor] | None = None, *, symmetric: bool = False
-    ) -> System:
-        return System(matrix, self._title, self.config.rtol, in_float64, symmetric=symmetric)
-
-    @property
-    def _title(self) -> str:
-        """What messages call the system."""
-        return f"block {self.name!r}"
+    def _make_system(self, matrix: Float[Tensor, "B n n"]) -> System:
+        return System(matrix, self.cut.title(self.name), self.config.rtol)
 
     def _row_system(self) -> System:
-        layers = self.layers
-        return self._make_system(gram(layers, layers), partial(gram64, layers), symmetric=True)
+        root = self.root
+        return System(
+            root.gram(),
+            self.cut.title(self.name),
+            self.config.rtol,
+            partial(self.cut.precise_gram, self.layers),
+            scaled=root.scaled,
+            symmetric=root.symmetric,
+        )
 
     def systems(self) -> list[System]:  # noqa: D102
         return [self.system]
 
-    def _times(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K R"]:
-        return times(self.layers, x)
-
-    def _combine(self, c: Float[Tensor, "K R"]) -> Float[Tensor, "K P_b"]:
-        return combine(self.layers, c)
+    def _columns(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "B w K"]:
+        """Lay vectors out as right-hand sides on the parameter side."""
+        return x.view(len(x), self.count, self.width).permute(1, 2, 0)
 
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
-        return self._combine(self._times(x)) if self.keeps_rows else x @ self.average.value
+        if self.keeps_rows:
+            return self.root.combine(self.root.times(x))
+        return _vectors(self.average.value @ self._columns(x))
 
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
-        """Solve; on the row side with damping as `(x − Sᵀ(K + ρI)⁻¹Sx)/ρ`, which cancels in float32: see `lift`."""
+        """Solve; on the row side with damping as `(x − Xᵀ(K + ρI)⁻¹Xx)/ρ`, which cancels in float32: see `lift`."""
         if not self.keeps_rows:
-            solution = self.system.solve(x.T, damping).T
-            return solution, x.new_zeros(len(x)) if damping else null_energy(self.system.eigen, x)
-        seen = self._times(x)
+            solution = _vectors(self.system.solve(self._columns(x), damping))
+            return solution, x.new_zeros(len(x)) if damping else self._null_energy(x)
+        seen = self.root.times(x)
         if damping > 0:
-            return (x - self._combine(self.system.solve(seen.T, damping).T)) / damping, x.new_zeros(len(x))
+            return (x - self.root.combine(self.system.solve(seen, damping))) / damping, x.new_zeros(len(x))
         eigen = self.system.eigen
-        once = eigen.coordinates(seen) * eigen.inverse(0.0)
-        both = torch.cat([once, once * eigen.inverse(0.0)]) @ eigen.vectors.T
-        projection, solution = self._combine(both.to(x)).split(len(x))
+        once = eigen.coordinates(seen.mT) * eigen.inverse(0.0)[:, None]
+        both = torch.cat([once, once * eigen.inverse(0.0)[:, None]], dim=1) @ eigen.vectors.mT
+        projection, solution = self.root.combine(both.mT.to(x)).split(len(x))
         return solution, (x - projection).square().sum(-1)
 
+    def _null_energy(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, " K"]:
+        """Return the squared norm of x in null directions of the parameter side."""
+        eigen = self.system.eigen
+        energy = eigen.coordinates(self._columns(x).mT).square() * eigen.null[:, None]
+        return energy.sum((0, 2)).to(x)
+
     def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
-        return self.keeps_rows and damping > 0
+        return self.cut.sums and self.keeps_rows and damping > 0
 
     def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:
         """Solve on the row side without forming x, if the rows share the inputs of the state's."""
-        pairs = list(zip(self.layers, layers, strict=True))
-        if not (self.keeps_rows and all(mine.shares_inputs(theirs) for mine, theirs in pairs)):
+        root = self.root if self.keeps_rows else None
+        if not (isinstance(root, Together) and root.shares_inputs(layers)):
             return super().solve_sum(layers, damping)
-        seen = torch.stack([mine.times_total(theirs) for mine, theirs in pairs]).sum(0)
-        c = self.system.solve(seen[:, None], damping)[:, 0]
-        found: dict[str, Tensor] = {}
-        for mine, theirs in pairs:
-            found.update(theirs.minus(mine, c).scale(1 / damping).total_by_parameter())
-        return found
+        c = self.system.solve(root.times_total(layers), damping)
+        return root.taken_from(layers, c, 1 / damping)
 
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
-        """Return `(F + ρI)⁻¹Sᵀc`; on the row side `Sᵀ(K + ρI)⁻¹c`, accurate at any damping."""
+        """Return `(F + ρI)⁻¹Sᵀc`; on the row side `Xᵀ(K + ρI)⁻¹c`, accurate at any damping."""
         if self.keeps_rows:
-            return self._combine(self.system.solve(c.T, damping).T)
-        return self.solve(combine(layers, c), damping)[0]
+            return self.root.combine(self.system.solve(self.root.coefficients(c), damping))
+        combined = combine(layers, c)
+        return self.solve(combined if self.index is None else combined[:, self.index], damping)[0]
 
     def sandwich(  # noqa: D102
         self,
@@ -197,74 +137,78 @@ class RowBlock(Block):
         damping: float,
         relation: Relation,
     ) -> Float[Tensor, "Q R"]:
-        if not self.keeps_rows:
-            return times(left, self.solve(dense(right), damping)[0]).T
         same = all(x is y for x, y in zip(left, right, strict=True))
-        if relation.coefficients is not None:
-            solved = self.system.solve(gram(left, self.layers).T, damping)
-            return relation.coefficients.columns(solved.T)
+        a = self.cut.rows(left)
+        b = a if same else self.cut.rows(right)
+        if not self.keeps_rows:
+            return a.contract(self.system.solve(b.dense().mT, damping))
         if (factor := relation.behind(damping)) is not None:
-            products = gram(left, right)
-            own = products if same else gram(right, right)
-            system, left_seen, right_seen = self._behind(factor, products, own)
-            return system.sandwich(left_seen, right_seen, damping, lambda: products)
-        seen = gram(left, self.layers)
-        others = seen if same else gram(right, self.layers)
-        return self.system.sandwich(seen, others, damping, lambda: gram(left, right))
+            return self._behind(factor, a, b, damping)
+        seen = a.against(self.root)
+        if relation.coefficients is not None and not self.root.shortened:
+            return relation.coefficients.columns(self.system.solve(seen.mT, damping).sum(0).T)
+        others = seen if a is b else b.against(self.root)
+        return self.system.sandwich(seen, others, damping, lambda: a.against(b), summed=True)
 
-    def _behind(
-        self,
-        factor: OutputFactor,
-        products: Float[Tensor, "*B Q R"],
-        own: Float[Tensor, "*B R R"],
-        part: slice = slice(None),
-    ) -> tuple[System, Float[Tensor, "*B Q W"], Float[Tensor, "*B R W"]]:
-        """Return `SSᵀ`, `J'Sᵀ` and `JSᵀ`, given A, `J'Jᵀ` and `JJᵀ`; it forgets what it decomposes.
+    def _behind(self, factor: OutputFactor, left: Rows, right: Rows, damping: float) -> Float[Tensor, "Q R"]:
+        """Return `J'(F + ρI)⁻¹Jᵀ` for `F = (A·J)ᵀA·J`, given A, J' and J, some of the equal blocks at a time."""
+        rows = self.layers[0].count
+        shares = [
+            self._share(factor, left, right, damping, part)
+            for part in chunks(self.count, rows**2, cached(self.layers[0].factors[-1].device))
+        ]
+        return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
-        S is A·J without the rows that A has to spare, which changes `SᵀS` in nothing.
+    def _share(
+        self, factor: OutputFactor, left: Rows, right: Rows, damping: float, part: slice
+    ) -> Float[Tensor, "Q R"]:
+        """Return the part of some of the equal blocks in `_behind`.
 
-        Args:
-            factor: A.
-            products: `J'Jᵀ`.
-            own: `JJᵀ`.
-            part: which of a stack these are.
+        S is A·J without the rows that A has to spare, which changes `SᵀS` in nothing. What it decomposes is not kept.
         """
 
         def precise() -> Tensor:
             exact = factor.to(torch.float64)
             return exact.compressed(exact.compressed(self._row_system().precise()[part]).mT)
 
+        products = left.against(right, part)
+        own = products if left is right else right.against(right, part)
         seen = factor.reduced(own).mT.contiguous()
-        system = self._make_system(factor.reduced(seen), precise, symmetric=True)
-        return system, seen if products is own else factor.reduced(products.mT).mT, seen
+        title = self.cut.title(self.name)
+        system = System(factor.reduced(seen), title, self.config.rtol, precise, symmetric=True)
+        others = seen if left is right else factor.reduced(products.mT).mT
+        return system.sandwich(others, seen, damping, lambda: products, summed=True)
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
-        return self._form(self.layers) if self.keeps_rows else self.average.value
+        stack = self._form(self.layers) if self.keeps_rows else self.average.value
+        dense: Tensor = stack[0] if len(stack) == 1 else torch.block_diag(*stack)
+        return dense
 
     def eigenvalues(self) -> Float[Tensor, " k"]:
-        """Return the `min(R, P_b)` eigenvalues that need not be zero."""
+        """Return the `min(n, w)` eigenvalues of every block that need not be zero."""
         eigen = self.system.eigen
-        return torch.where(eigen.null, 0, eigen.values)[-min(self.size, len(eigen.values)) :]
+        values = torch.where(eigen.null, 0, eigen.values)
+        return values[:, -min(self.width, values.shape[1]) :].flatten()
 
     def largest_eigenvalue(self) -> float:  # noqa: D102
         return self.system.largest()
 
+    def condition_number(self) -> float:
+        """Return the largest condition number of a block on its range."""
+        own = self.root.condition_number() if self.keeps_rows and self.config.rtol is None else None
+        if own is not None:
+            return own
+        eigen = self.system.eigen
+        smallest = torch.where(eigen.null, torch.inf, eigen.values).amin(-1)
+        return max(1.0, float((eigen.values.amax(-1) / smallest).max()))
+
     def trace(self) -> float:  # noqa: D102
-        if self.keeps_rows:
-            return float(sum(layer.diagonal().sum() for layer in self.layers))
-        return float(self.average.value.trace())
-
-    def state(self) -> State:  # noqa: D102
-        return {**self.average.state(), "rows_held": float(self._rows_held)}
-
-    def restore(self, state: State) -> None:  # noqa: D102
-        held = state["rows_held"]
-        assert isinstance(held, float)
-        self.average.restore(state)
-        self._rows_held = int(held)
-        self._reset()
+        if not self.keeps_rows:
+            return float(self.average.value.diagonal(dim1=1, dim2=2).sum())
+        diagonals = [layer.diagonal() for layer in self.layers]
+        kept = diagonals if self.index is None else [diagonals[0][self.index]]
+        return float(sum(diagonal.sum() for diagonal in kept))
 
 
-def null_energy(eigen: Eigen, x: Float[Tensor, "K n"]) -> Float[Tensor, " K"]:
-    """Return the squared norm of x in null directions."""
-    return (eigen.coordinates(x).square() * eigen.null).sum(-1).to(x)
+def _vectors(columns: Float[Tensor, "B w K"]) -> Float[Tensor, "K P_b"]:
+    return columns.permute(2, 0, 1).flatten(1)

@@ -161,7 +161,7 @@ class Structure(State):
         named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         for block in self._blocks:
-            result.update(block.split(block.matvec(block.join(named))))
+            block.put(block.matvec(block.join(named)), result)
         return restore(result)
 
     def _unpacked(self, vector: Vector) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], Vector]]:
@@ -200,7 +200,7 @@ class Structure(State):
         for block in self._blocks:
             x = block.join(named)
             solution, missed = block.solve(x, rho)
-            result.update(block.split(solution))
+            block.put(solution, result)
             outside.append(missed)
             total.append(x.square().sum(-1))
         norm = torch.stack(total).sum(0).sqrt()
@@ -235,7 +235,7 @@ class Structure(State):
         c = coefficients.reshape(-1, rows.R)
         named: dict[str, Tensor] = {}
         for block in self._blocks:
-            named.update(block.split(block.lift(c, block.of(rows), rho)))
+            block.put(block.lift(c, block.of(rows), rho), named)
         lead = coefficients.shape[:-1]
         return {name: named[name].reshape((*lead, *shape)) for name, shape in self.space.shapes.items()}
 
@@ -260,11 +260,11 @@ class Structure(State):
         for block in self._blocks:
             layers = self._summands(block, rho, summands) if summands is not None else None
             if layers is not None:
-                found.update(block.solve_sum(layers, rho))
+                found.update({name: value[None] for name, value in block.solve_sum(layers, rho).items()})
             else:
                 solution, _ = block.solve(block.join({name: gradient[name][None] for name in block.names}), rho)
-                found.update(block.split(solution[0]))
-        return {name: found[name] for name in self.space.shapes}
+                block.put(solution, found)
+        return {name: found[name][0] for name in self.space.shapes}
 
     def _summands(
         self, block: Block, damping: float, summands: Callable[[str], LayerRows | None]
