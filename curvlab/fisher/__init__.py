@@ -5,6 +5,7 @@ from curvlab.fisher.full import BlockDiagonal, Full  # isort: skip
 from curvlab.fisher.layer_wise import BlockTridiagonal, LayerWise  # isort: skip
 from curvlab.fisher.unit_wise import UnitWise  # isort: skip
 from curvlab.fisher.diagonal import Diagonal  # isort: skip
+from curvlab.fisher.component_wise import ComponentWise  # isort: skip
 from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, SolveInfo, Structure, make  # isort: skip
@@ -16,6 +17,7 @@ __all__ = [
     "STRUCTURES",
     "BlockDiagonal",
     "BlockTridiagonal",
+    "ComponentWise",
     "Diagonal",
     "Full",
     "LayerWise",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from curvlab.fisher.block import Batch, Block, Relation, RunningAverage, State, check_rtol
@@ -14,18 +14,22 @@ from curvlab.fisher.structure import Structure
 from curvlab.fisher.system import inverse_values, rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.parameters import Layout
 
 
 class DiagonalBlock(Block):
-    """The diagonal of one layer's block."""
+    """The diagonal of one layer's block, or some entries of it."""
 
-    def __init__(self, layer: LayerRows, rtol: float | None) -> None:
-        super().__init__(layer.name, [layer.layout])
+    def __init__(self, name: str, layout: Layout, rtol: float | None, index: Int[Tensor, " P_b"] | None = None) -> None:
+        super().__init__(name, [layout], index)
         self.rtol = rtol
         self.average = RunningAverage()
 
     def update(self, batch: Batch) -> None:  # noqa: D102
-        batch.average(self.average, batch.layers[0].diagonal())
+        batch.average(self.average, self._entries(batch.layers[0].diagonal()))
+
+    def _entries(self, x: Float[Tensor, "*K P_l"]) -> Float[Tensor, "*K P_b"]:
+        return x if self.index is None else x[..., self.index]
 
     @property
     def _null(self) -> Bool[Tensor, " P_b"]:
@@ -48,7 +52,7 @@ class DiagonalBlock(Block):
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float
     ) -> Float[Tensor, "K P_b"]:
-        return layers[0].rmatvec(c) * self._inverse(damping)
+        return self._entries(layers[0].rmatvec(c)) * self._inverse(damping)
 
     def sandwich(  # noqa: D102
         self,
@@ -57,7 +61,10 @@ class DiagonalBlock(Block):
         damping: float,
         relation: Relation,  # noqa: ARG002
     ) -> Float[Tensor, "Q R"]:
-        return weighted_product(left[0], self._inverse(damping), right[0])
+        weights = self._inverse(damping)
+        if self.index is not None:
+            weights = weights.new_zeros(self.parts[0].size).index_copy_(0, self.index, weights)
+        return weighted_product(left[0], weights, right[0])
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
         return self.average.value.diag()
@@ -78,7 +85,7 @@ class DiagonalBlock(Block):
         self.average.restore(state)
 
 
-class Diagonal(Structure, key="diagonal", summary="the diagonal of F"):
+class Diagonal(Structure, key="diagonal", summary="the diagonal of F", look=("#CC79A7", "X", "diagonal")):
     """The diagonal of `F`.
 
     Args:
@@ -99,4 +106,4 @@ class Diagonal(Structure, key="diagonal", summary="the diagonal of F"):
         return {"rtol": self._rtol}
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
-        return [DiagonalBlock(layer, self._rtol) for layer in rows.layers]
+        return [DiagonalBlock(layer.name, layer.layout, self._rtol) for layer in rows.layers]

@@ -79,7 +79,7 @@ class _EmbeddingEKFAC(_Corrected, EmbeddingBlock):
     """EKFAC of an embedding."""
 
 
-class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"):
+class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis", look=("#56B4E9", "p", "EKFAC")):
     """K-FAC's eigenbasis with the Fisher's own diagonal in it.
 
     `fit` goes twice over the data, so that many batches give what one would. `update` corrects in the basis of the

@@ -13,7 +13,7 @@ from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout
 
 
-class _RowStructure(Structure):
+class RowStructure(Structure):
     """A structure whose blocks are exact Fisher blocks."""
 
     def __init__(self, *, side: Side = "auto", window: int | None = None, rtol: float | None = None) -> None:
@@ -30,7 +30,7 @@ class _RowStructure(Structure):
         return self._config.window
 
 
-class Full(_RowStructure, key="full", summary="F = SᵀS itself"):
+class Full(RowStructure, key="full", summary="F = SᵀS itself", look=("#000000", "o", "full")):
     """The full matrix `F = SᵀS`.
 
     With R rows and P parameters it is kept as rows, and solved with `[R, R]`, or as `[P, P]`, whichever is smaller.
@@ -46,7 +46,12 @@ class Full(_RowStructure, key="full", summary="F = SᵀS itself"):
         return [RowBlock(", ".join(layer.name for layer in rows.layers), parts, self._config)]
 
 
-class BlockDiagonal(_RowStructure, key="block-diagonal", summary="diagonal blocks of F, by default one a layer"):
+class BlockDiagonal(
+    RowStructure,
+    key="block-diagonal",
+    summary="diagonal blocks of F, by default one a layer",
+    look=("#0072B2", "s", "block-diagonal"),
+):
     """The blocks of `F` on its diagonal: one a layer, or those of a partition of the parameters' names.
 
     Args:

@@ -51,7 +51,7 @@ class _EmbeddingKFAC(EmbeddingBlock, KFACBlock):
     """K-FAC of an embedding."""
 
 
-class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a layer"):
+class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a layer", look=("#E69F00", "P", "K-FAC")):
     """Kronecker-factored blocks.
 
     Args:
@@ -96,15 +96,10 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
 
     def _prepare(self, damping: float) -> None:
         super()._prepare(damping)
-        self.invert(damping, inverses)
+        self.share_inverses(damping, inverses)
 
-    def invert(self, damping: float, inverses: Invert) -> None:
-        """Make the inverses of damped factors that are due.
-
-        Args:
-            damping: ρ.
-            inverses: inverts factors, such as `curvlab.fisher.moment.inverses`; several processes may share the work.
-        """
+    def share_inverses(self, damping: float, inverses: Invert) -> None:
+        """Make the inverses of damped factors that are due; see `Structure.share_inverses`."""
         due = {
             block: wanted
             for block in self._blocks
@@ -121,7 +116,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             return self.embedding(layer.name, layer.layout, self._config)
         if layer.size <= self._config.max_block:
             return RowBlock(layer.name, [layer.layout], RowSide("parameters", rtol=self._config.rtol))
-        return DiagonalBlock(layer, self._config.rtol)
+        return DiagonalBlock(layer.name, layer.layout, self._config.rtol)
 
     def _notes(self) -> list[str]:
         def named(what: str, kind: type[Block]) -> list[str]:

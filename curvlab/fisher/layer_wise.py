@@ -29,7 +29,7 @@ from torch import Tensor
 
 from curvlab.errors import IllConditioned
 from curvlab.fisher.block import Block, Relation
-from curvlab.fisher.full import _RowStructure, partition_parts
+from curvlab.fisher.full import RowStructure, partition_parts
 from curvlab.fisher.side import RowSide, Side, SidedBlock
 from curvlab.fisher.system import Eigen, condition_limit, rank_tolerance
 from curvlab.rows import Rows
@@ -250,7 +250,12 @@ class LayerWiseBlock(SidedBlock):
         return float(sum(w * trace for w, trace in zip(self.sigma.diagonal().tolist(), traces, strict=True)))
 
 
-class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ ⊗ I)S̃ for any symmetric Σ"):
+class LayerWise(
+    RowStructure,
+    key="layer-wise",
+    summary="the family S̃ᵀ(Σ ⊗ I)S̃ for any symmetric Σ",
+    look=("#F0E442", "v", "layer-wise"),
+):
     """The layer-wise family for a symmetric Σ.
 
     Args:
@@ -299,7 +304,12 @@ class LayerWise(_RowStructure, key="layer-wise", summary="the family S̃ᵀ(Σ �
         return [LayerWiseBlock(name, [parts for _, parts in groups], sigma.to(rows.device), self._config)]
 
 
-class BlockTridiagonal(LayerWise, key="block-tridiagonal", summary="F restricted to a layer and its neighbours"):
+class BlockTridiagonal(
+    LayerWise,
+    key="block-tridiagonal",
+    summary="F restricted to a layer and its neighbours",
+    look=("#D55E00", "^", "block-tridiagonal"),
+):
     """The blocks of `F` between a layer and its neighbours; indefinite for three layers and more.
 
     Args:

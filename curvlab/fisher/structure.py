@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from inspect import signature
 from math import inf, log
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
 from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.fitting import Checkpoint, Fitting, identity
+from curvlab.fisher.moment import Invert
 from curvlab.fisher.state import State
 from curvlab.fisher.system import prepare
 from curvlab.rows import Rows, sqrt_fisher
@@ -63,10 +64,24 @@ class Structure(State):
     Configuration is given at construction and frozen; the state comes from `update` or `fit`.
     """
 
-    def __init_subclass__(cls, key: str | None = None, summary: str = "", **kwargs: Any) -> None:
+    look: ClassVar[tuple[str, str, str]]
+    """Its colour, marker and name in figures."""
+
+    def __init_subclass__(
+        cls, key: str | None = None, summary: str = "", look: tuple[str, str, str] | None = None, **kwargs: Any
+    ) -> None:
+        """Register a subclass that has a key.
+
+        Args:
+            key: what options, tables and results call the structure.
+            summary: what it is, in a few words.
+            look: colour, marker and name in figures; a grey circle and the key if None.
+            kwargs: of other base classes.
+        """
         super().__init_subclass__(**kwargs)
         if key is not None:
             cls.key, cls.summary = key, summary
+            cls.look = look or ("#999999", "o", key)
             STRUCTURES[key] = cls
 
     @classmethod
@@ -148,6 +163,14 @@ class Structure(State):
     def _prepare(self, damping: float) -> None:
         """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
         prepare([system for block in self._blocks for system in block.systems()], damping)
+
+    def share_inverses(self, damping: float, inverses: Invert) -> None:
+        """Make the inverses that solves with a damping will need, if several processes can share the work.
+
+        Args:
+            damping: ρ.
+            inverses: inverts factors, such as `curvlab.fisher.moment.inverses`.
+        """
 
     def largest_eigenvalue(self) -> float:
         """Return λ_max(F), to which relative damping refers."""

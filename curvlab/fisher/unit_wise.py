@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.fisher.block import Block, Relation
-from curvlab.fisher.full import _RowStructure
+from curvlab.fisher.full import RowStructure
 from curvlab.fisher.plain import contract_units, is_plain, plain_factors
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide
@@ -146,7 +146,7 @@ class UnitBlock(RowBlock):
         return self.system.sandwich(x, y, damping, lambda: (a @ b.mT).repeat_interleave(O, dim=0))
 
 
-class UnitWise(_RowStructure, key="unit-wise", summary="one block of F a unit"):
+class UnitWise(RowStructure, key="unit-wise", summary="one block of F a unit", look=("#009E73", "D", "unit-wise")):
     """One block of `F` a unit: an output channel with its incoming weights and bias, a scale-shift pair, a table row.
 
     A bare parameter is one unit. Units of a dense layer on vectors are kept on a row side of `[N, N]`.

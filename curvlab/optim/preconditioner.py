@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvlab.errors import StateError, UnsupportedModel, unknown_name
-from curvlab.fisher import KFAC, Structure, make
+from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
@@ -325,8 +325,8 @@ class Preconditioner:
         self, gradients: Mapping[str, Tensor], found: Collector | None, sums: set[str], damping: float, *, due: bool
     ) -> dict[str, Tensor]:
         processes = Processes.present()
-        if processes is not None and isinstance(self.structure, KFAC):
-            self.structure.invert(damping, processes.inverses)
+        if processes is not None:
+            self.structure.share_inverses(damping, processes.inverses)
         if found is None:
             return self.structure.direction(gradients, damping)
         if self._lifts(found, due=due) and self.structure.rows is found.rows and len(sums) == len(gradients):

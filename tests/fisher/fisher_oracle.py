@@ -108,12 +108,35 @@ def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: 
 
 @dataclass(frozen=True)
 class LayerReference:
-    """A layer's flat parameter positions `[units, width]`, and its Kronecker factors' ingredients if it has them."""
+    """A layer's flat parameter positions `[units, width]`, and its Kronecker factors' ingredients if it has them.
+
+    A convolution has kernels of so many entries; a dense layer, or a table, has none.
+    """
 
     at: Tensor
     a: Tensor | None = None
     G: Tensor | None = None
     table: bool = False
+    kernel: int = 0
+    biased: bool = False
+
+    def components(self, rule: str | int) -> Tensor:
+        """Return the number of the component of every entry, by a rule of `ComponentWise`."""
+        U, W = self.at.shape
+        unit, column = torch.arange(U)[:, None].expand(U, W), torch.arange(W).expand(U, W)
+        if isinstance(rule, int):
+            return self.at.flatten().argsort().argsort().view(U, W) // rule
+        if rule == "unit":
+            return unit
+        alone = unit * W + column
+        bias = (column == W - 1) & self.biased
+        if self.kernel:
+            labels = torch.where(bias, alone, unit * W + column // self.kernel * self.kernel)
+        elif rule == "semantic" and self.a is not None and W - self.biased <= 16:
+            labels = torch.where(bias, alone, unit * W)
+        else:
+            labels = alone
+        return torch.where(bias, -1, labels) if rule == "semantic" and self.a is not None else labels
 
 
 @dataclass(frozen=True)
@@ -156,6 +179,13 @@ class Reference:
     def unit_wise(self) -> Tensor:
         label = self.labels("unit")
         return self.masked(torch.eye(int(label.max()) + 1, dtype=DOUBLE), label)
+
+    def component_wise(self, rule: str | int) -> Tensor:
+        mask = torch.zeros(self.P, self.P, dtype=DOUBLE)
+        for layer in self.layers:
+            at, label = layer.at.flatten(), layer.components(rule).flatten()
+            mask[at[:, None], at[None, :]] = (label[:, None] == label[None, :]).to(DOUBLE)
+        return self.F * mask
 
     def partitioned(self, partition: Sequence[Sequence[str]], positions: dict[str, Tensor]) -> Tensor:
         mask = torch.zeros(self.P, self.P, dtype=DOUBLE)
@@ -275,7 +305,9 @@ def layer_reference(model: nn.Module, module: nn.Module, inputs: Any, V: int, pl
         [units_first(module, p.view(s), s).reshape(units, -1) for p, s in zip(places, shapes, strict=True)], 1
     )
     if isinstance(module, DENSE_LAYERS):
-        return LayerReference(at, *dense_factors(model, module, inputs, V))
+        kernel = weight[0, 0].numel() if isinstance(module, CONVOLUTIONS) else 0
+        biased = getattr(module, "bias", None) is not None
+        return LayerReference(at, *dense_factors(model, module, inputs, V), kernel=kernel, biased=biased)
     if isinstance(module, nn.Embedding):
         x, _, G = probe(model, module, inputs, V)
         one_hot = nn.functional.one_hot(x.flatten(1), units).to(DOUBLE)
@@ -420,6 +452,10 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "unit-wise": ("unit-wise", {}),
     "unit-wise-rows": ("unit-wise", {"side": "rows"}),
     "unit-wise-parameters": ("unit-wise", {"side": "parameters"}),
+    "component-wise": ("component-wise", {}),
+    "component-wise-parameters": ("component-wise", {"side": "parameters"}),
+    "component-wise-kernel-rows": ("component-wise", {"partition": "kernel", "side": "rows"}),
+    "component-wise-chunks": ("component-wise", {"partition": 3}),
     "diagonal": ("diagonal", {}),
     "kfac": ("kfac", {}),
     "kfac-reduce": ("kfac", {"sharing": "reduce"}),
@@ -428,14 +464,16 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every structure, with the options that change what or how it computes."""
 
-PLAIN_SPECS = ("full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "diagonal", "kfac", "ekfac")
+PLAIN_SPECS = (
+    "full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "component-wise", "diagonal", "kfac", "ekfac",
+)  # fmt: skip
 
 
 def build(spec: str, names: Sequence[str], **more: Any) -> cf.Structure:
     """Make the structure of a spec for parameters of given names."""
     key, options = SPECS[spec]
-    if "partition" in options:
-        options = {**options, "partition": options["partition"](names)}
+    if options.get("partition") is halves:
+        options = {**options, "partition": halves(names)}
     return cf.make(key, **options, **more)
 
 
@@ -443,8 +481,8 @@ def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tens
     """Return the matrix that a spec stands for."""
     key, options = SPECS[spec]
     L = len(ref.layers)
-    if "partition" in options:
-        groups = options["partition"](list(place))
+    if options.get("partition") is halves:
+        groups = halves(list(place))
         weights = sigma_of(len(groups)) if "sigma" in options else torch.eye(len(groups), dtype=DOUBLE)
         label = torch.zeros(ref.P, dtype=torch.long)
         for k, group in enumerate(groups):
@@ -463,6 +501,7 @@ def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tens
         "block-tridiagonal": lambda: ref.layer_wise(((index[:, None] - index).abs() <= 1).to(DOUBLE)),
         "layer-wise": lambda: ref.layer_wise(sigma_of(L)),
         "unit-wise": ref.unit_wise,
+        "component-wise": lambda: ref.component_wise(options.get("partition", "semantic")),
         "diagonal": lambda: ref.F.diagonal().diag(),
         "ekfac": lambda: ref.kronecker(corrected=True),
     }[key]()

@@ -8,11 +8,13 @@ from oracle import DOUBLE, assert_close
 import curvlab.fisher as cf
 from curvlab.errors import IllConditioned, NotPositiveDefinite, OutsideRange, PartitionError, StateError
 from curvlab.fisher import memory
+from curvlab.study.style import LOOKS
 
 
 def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None:
     assert list(cf.STRUCTURES) == [
-        "full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise", "diagonal", "kfac", "ekfac",
+        "full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise", "diagonal", "component-wise", "kfac",
+        "ekfac",
     ]  # fmt: skip
     for key, cls in cf.STRUCTURES.items():
         structure = cf.make(key)
@@ -20,6 +22,10 @@ def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None
         assert cls.key == key
         assert cls.summary
         assert repr(type(structure)(**structure.options)) == repr(structure)
+        if key in LOOKS:
+            assert cls.look == (LOOKS[key].color, LOOKS[key].marker, LOOKS[key].label)
+    for trait in zip(*(cls.look for cls in cf.STRUCTURES.values()), strict=True):
+        assert len(set(trait)) == len(cf.STRUCTURES)
     assert cf.make("full", side="rows", rtol=1e-3).options == {"side": "rows", "window": None, "rtol": 1e-3}
 
 
@@ -46,7 +52,9 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ({"rtol": -0.1}, "rtol is a number"),
     ],
 )
-@pytest.mark.parametrize("key", ["full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise"])
+@pytest.mark.parametrize(
+    "key", ["full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise", "component-wise"]
+)
 def test_options_are_checked_at_construction(key: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cf.make(key, **options)
@@ -182,7 +190,7 @@ def test_what_lies_outside_the_range_is_reported(spec: str) -> None:
     solution, info = structure.solve(top, 0.0, info=True)
     assert_close(dense @ solution, top, 1e-9)
     assert float(info.outside) < 1e-6
-    if spec == "diagonal":
+    if spec in ("diagonal", "component-wise-kernel-rows"):  # single weights, none of them null
         return
     if "kfac" in spec:  # the range of K-FAC's factors, which holds EKFAC's, too
         projector = data.reference.kronecker() @ data.reference.kronecker(undamped_inverse=True)

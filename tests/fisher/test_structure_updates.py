@@ -38,6 +38,7 @@ PARAMETER_SPECS = (
     "block-diagonal-parameters",
     "block-tridiagonal-parameters",
     "unit-wise-parameters",
+    "component-wise-parameters",
     "diagonal",
     "kfac",
     "kfac-reduce",
