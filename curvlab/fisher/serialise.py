@@ -1,10 +1,12 @@
-"""Rows as plain containers of tensors and numbers, for `torch.save` with `weights_only=True` on the way back."""
+"""Rows as plain containers of tensors and numbers, for `torch.load` with `weights_only=True`, and rows without numbers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from curvlab.rows import Rows
 from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
@@ -12,6 +14,22 @@ from curvlab.rows.loss import restored
 from curvlab.rows.parameters import Layout, ParameterSpace
 
 _FORMS: dict[str, type[LayerRows]] = {form.__name__: form for form in (KroneckerRows, EmbeddingRows, DenseRows)}
+
+
+def without_numbers(rows: Rows) -> Rows:
+    """Return rows of zeros with the same layers, shapes, type and device, which take no memory."""
+    return replace(
+        rows,
+        layers=tuple(layer._with_factors(*map(_blank, layer.factors)) for layer in rows.layers),
+        sample_weights=_blank(rows.sample_weights),
+        factor=None,
+        _jacobian=None,
+    )
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """Return zeros that share one entry of memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def pack_rows(rows: Rows) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class SidedBlock(Block):
         if keeps:
             self._rows_held += self._row_size(batch.layers)
         else:
+            self.layers = ()
             batch.average(self.average, self._form(batch.layers))
 
     def set_rows(self, layers: tuple[LayerRows, ...]) -> None:  # noqa: D102

@@ -1,7 +1,8 @@
-"""What a structure holds: its blocks, and the batches of which they are made.
+"""What a structure holds: its blocks, and rows where blocks keep them.
 
-Batches enter by `update`, with a weight for the state before them. Blocks that keep rows need those of all batches at
-once; the rows are merged when they are first asked for.
+Batches enter by `update`, with a weight for the state before them. Blocks that average keep nothing of a batch but what it
+adds. Blocks that keep rows need those of all batches at once; `update` merges them. The last batch stays at hand for `lift`
+until it is forgotten, but it is no part of the state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from curvlab.errors import StateError
 from curvlab.fisher.block import Batch, Block, RunningAverage, Total
 from curvlab.fisher.memory import check_memory
-from curvlab.fisher.serialise import pack_rows, unpack_rows
+from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
 from curvlab.rows import Rows, merge
 from curvlab.rows.parameters import ParameterSpace
 
@@ -44,10 +45,16 @@ class State(ABC):
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
-        self._history: list[tuple[float, Rows]] = []  # batches, each with the decay of those before it
+        self._shapes: Rows | None = None
+        self._kept: list[tuple[float, Rows]] = []  # batches, each with the decay of those before it
+        self._merged: Rows | None = None  # those that are kept, as one
+        self._latest: Rows | None = None
         self._counts = RunningAverage()
-        self._merged: Rows | None = None
         self._largest: float | None = None  # eigenvalue, from when it is asked for until the state changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the last batch out of copies and pickles."""
+        return {**self.__dict__, "_latest": None}
 
     @property
     @abstractmethod
@@ -60,7 +67,7 @@ class State(ABC):
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        state = f"P={self.space.size}, blocks={len(self._blocks)}" if self._history else "not updated yet"
+        state = f"P={self.space.size}, blocks={len(self._blocks)}" if self.updated else "not updated yet"
         return f"{type(self).__name__}({'; '.join([options, state, *self._notes()])})"
 
     def _notes(self) -> list[str]:
@@ -98,35 +105,49 @@ class State(ABC):
             raise ValueError("A structure is built from rows of S (curvlab.sqrt_fisher), not of the Jacobian.")
         if rows.dtype != (wide := torch.promote_types(rows.dtype, torch.float32)):
             rows = rows.to(wide)
-        if self._history:
-            self._check_fits(rows, decay)
-        else:
+        if self._shapes is None:
             decay = 0.0
+        else:
+            self._check_fits(rows, self._shapes, decay)
         blocks = self._blocks or self._make_blocks(rows)
         batches = batches_of(blocks, rows, decay, total)
         check_memory(self.key, blocks, batches)
         staying = [block.will_keep_rows(batch) for block, batch in zip(blocks, batches, strict=True)]
-        leaving = [
-            block for block, stays in zip(blocks, staying, strict=True) if decay and block.keeps_rows and not stays
-        ]
-        if leaving:
-            earlier = self.rows
-            for block in leaving:
-                block.leave_rows(1.0 if earlier.reduction == "sum" else earlier.terms)
+        for block, stays in zip(blocks, staying, strict=True):
+            if decay and block.keeps_rows and not stays and self._merged is not None:
+                block.leave_rows(1.0 if rows.reduction == "sum" else self._merged.terms)
         self._blocks = blocks
         self._update_blocks(batches)
-        kept = self._history if decay and any(staying) else []
-        self._history = [*kept, (decay, rows)][-(self._window or 0) :]
+        kept = self._kept if decay and any(staying) else []
+        history = [*kept, (decay, rows)][-(self._window or 0) :]
         if kept:
             self._counts = RunningAverage()
-        for step, batch in self._history if kept else [(decay, rows)]:
-            count = torch.tensor(batch.count, dtype=torch.float64, device="cpu")
+        for step, part in history:
+            count = torch.tensor(part.count, dtype=torch.float64, device="cpu")
             self._counts.update(count if total is None else total(count), 1.0, step, additive=True)
-        self._merged = self._largest = None
+        self._shapes, self._latest, self._largest = without_numbers(rows), rows, None
+        self._merge(history if any(staying) else [])
         return self
 
-    def _check_fits(self, rows: Rows, decay: float) -> None:
-        last = self._history[-1][1]
+    def _merge(self, batches: list[tuple[float, Rows]]) -> None:
+        """Keep the rows of batches, as one where there is no window, and hand them to the blocks that keep rows."""
+        self._kept, self._merged = batches, None
+        if not batches:
+            return
+        weights = list(accumulate((decay for decay, _ in reversed(batches[1:])), mul, initial=1.0))[::-1]
+        # Sums of losses add up at decay 1 and are averaged otherwise, as their counts are.
+        self._merged = merge([rows for _, rows in batches], [weight / self._counts.weight for weight in weights])
+        if self._window is None:
+            self._kept = [(0.0, self._merged)]
+        for block in self._blocks:
+            if block.keeps_rows:
+                block.set_rows(block.of(self._merged))
+
+    def forget_batch(self) -> None:
+        """Let go of the last batch, of which averages need nothing more; `lift` is for states that keep rows then."""
+        self._latest = None
+
+    def _check_fits(self, rows: Rows, last: Rows, decay: float) -> None:
         if dict(rows.space.shapes) != dict(last.space.shapes):
             raise ValueError("The rows belong to other parameters than the structure's state.")
         if decay == 0:
@@ -159,18 +180,33 @@ class State(ABC):
     @property
     def updated(self) -> bool:
         """Whether there is a state."""
-        return bool(self._history)
+        return self._shapes is not None
 
     @property
-    def space(self) -> ParameterSpace:
-        """Names and shapes of the parameters.
+    def shapes(self) -> Rows:
+        """Rows of zeros, without memory, that say which layers there are, and the shapes, type and device of the last batch.
 
         Raises:
             StateError: before the first update.
         """
-        if not self._history:
+        if self._shapes is None:
             raise StateError(f"{type(self).__name__} has no state yet: call update(rows) or use fit(…).")
-        return self._history[-1][1].space
+        return self._shapes
+
+    @property
+    def space(self) -> ParameterSpace:
+        """Names and shapes of the parameters."""
+        return self.shapes.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the state."""
+        return self.shapes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the state."""
+        return self.shapes.device
 
     @property
     def count(self) -> float:
@@ -178,24 +214,23 @@ class State(ABC):
 
         Counts of batches add where batches do (decay 1) and are averaged in a running average; 1 for sums.
         """
-        _ = self.space
-        return 1.0 if self._history[-1][1].reduction == "sum" else float(self._counts.value)
+        return 1.0 if self.shapes.reduction == "sum" else float(self._counts.value)
 
     @property
     def rows(self) -> Rows:
-        """The rows that `lift` speaks of: all rows of the state where blocks keep rows, else the last batch's."""
-        _ = self.space
-        if self._merged is None:
-            weights = list(accumulate((decay for decay, _ in reversed(self._history[1:])), mul, initial=1.0))[::-1]
-            # Sums of losses add up at decay 1 and are averaged otherwise, as their counts are.
-            scale = 1 / self._counts.weight if self._keeps_rows else 1.0
-            self._merged = merge([rows for _, rows in self._history], [scale * weight for weight in weights])
-            if self._window is None:
-                self._history = [(0.0, self._merged)]
-            for block in self._blocks:
-                if block.keeps_rows:
-                    block.set_rows(block.of(self._merged))
-        return self._merged
+        """The rows that `lift` speaks of: all rows of the state where blocks keep rows, else the last batch's.
+
+        Raises:
+            StateError: if the state keeps no rows and the last batch is forgotten, as after `fit` and in copies.
+        """
+        found = self._merged or self._latest
+        if found is None:
+            _ = self.shapes
+            raise StateError(
+                f"{type(self).__name__} averages and keeps no rows, and its last batch is forgotten. For rows S at hand, "
+                "solve(S.rmatvec(coefficients), damping) does what lift does."
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, in containers that `torch.load(…, weights_only=True)` accepts; without configuration.
@@ -203,10 +238,10 @@ class State(ABC):
         Raises:
             StateError: before the first update.
         """
-        _ = self.space
         return {
             "key": self.key,
-            "history": [(decay, pack_rows(rows)) for decay, rows in self._history],
+            "shapes": pack_rows(self.shapes),
+            "kept": [(decay, pack_rows(rows)) for decay, rows in self._kept],
             "counts": self._counts.state(),
             "blocks": [(repr(block), block.state()) for block in self._blocks],
         }
@@ -219,16 +254,16 @@ class State(ABC):
         """
         if state["key"] != self.key:
             raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
-        history = [(decay, unpack_rows(packed)) for decay, packed in state["history"]]
-        blocks = self._make_blocks(history[-1][1])
+        shapes = unpack_rows(state["shapes"])
+        blocks = self._make_blocks(shapes)
         made, saved = [repr(block) for block in blocks], [name for name, _ in state["blocks"]]
         if made != saved:
             raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
         for block, (_, content) in zip(blocks, state["blocks"], strict=True):
             block.restore(content)
-        self._history, self._blocks = history, blocks
+        self._shapes, self._blocks, self._latest, self._largest = shapes, blocks, None, None
         self._counts.restore(state["counts"])
-        self._merged = self._largest = None
+        self._merge([(decay, unpack_rows(packed)) for decay, packed in state["kept"]])
 
 
 def batches_of(blocks: Iterable[Block], rows: Rows, decay: float, total: Total | None = None) -> list[Batch]:

@@ -152,10 +152,11 @@ class Structure(State):
             same = identity(structure, model, loss, kind, samples)
             kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
         Fitting(structure, rows_of, as_batches(data), generator, kept, progress).run()
+        structure.forget_batch()
         return structure
 
     def _damping(self, damping: Damping) -> float:
-        _ = self.rows
+        _ = self.shapes
         rho = absolute(damping, self.largest_eigenvalue)
         self._prepare(rho)
         return rho
@@ -175,7 +176,7 @@ class Structure(State):
     def largest_eigenvalue(self) -> float:
         """Return λ_max(F), to which relative damping refers."""
         if self._largest is None:
-            _ = self.rows
+            _ = self.shapes
             self._largest = max(0.0, *(block.largest_eigenvalue() for block in self._blocks))
         return self._largest
 
@@ -189,7 +190,7 @@ class Structure(State):
 
     def _unpacked(self, vector: Vector) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], Vector]]:
         """Return a vector by name, in the type of the rows, and the function that brings a result back to the form given."""
-        dtype, (named, restore) = self.rows.dtype, self.space.unpack(vector)
+        dtype, (named, restore) = self.dtype, self.space.unpack(vector)
         for name, value in named.items():
             if torch.promote_types(value.dtype, dtype) != dtype:
                 raise ValueError(
@@ -246,6 +247,9 @@ class Structure(State):
         Args:
             coefficients: `[R]` or `[K, R]`.
             damping: ρ, absolute or relative.
+
+        Raises:
+            StateError: if the state keeps no rows and the last batch is forgotten.
         """
         rows = self.rows
         if coefficients.ndim not in (1, 2) or coefficients.shape[-1] != rows.R:
@@ -293,7 +297,7 @@ class Structure(State):
         self, block: Block, damping: float, summands: Callable[[str], LayerRows | None]
     ) -> tuple[LayerRows, ...] | None:
         """Return the rows that add up to a block's share of a gradient, if it takes whole layers and wants them."""
-        if not block.prefers_summands(block.of(self.rows), damping):
+        if not block.prefers_summands(block.of(self.shapes), damping):
             return None
         layers = [summands(part.names[0]) for part in block.parts]
         fitting = [layer for layer, part in zip(layers, block.parts, strict=True) if layer and layer.layout == part]
@@ -312,7 +316,7 @@ class Structure(State):
         Raises:
             ValueError: if the rows belong to other parameters.
         """
-        _ = self.rows
+        _ = self.shapes
         rho = absolute(damping, self.largest_eigenvalue)
         left = jacobian if test is None else test
         for rows in (left, jacobian):
@@ -326,7 +330,9 @@ class Structure(State):
 
     def _relation(self, right: Rows) -> Relation:
         """Return what rows have to do with the rows that `lift` speaks of."""
-        rows = self.rows
+        rows = self._merged or self._latest
+        if rows is None:
+            return Relation(None, None)
         if right is rows:
             return Relation(Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device)), None)
         factor = rows.factor if rows.stems_from(right) else None
@@ -334,9 +340,9 @@ class Structure(State):
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Form F, in `named_parameters()` order. Memory `P²`."""
-        P, device = self.space.size, self.rows.device
+        P, device = self.space.size, self.device
         index = self.space.unflatten(torch.arange(P, dtype=torch.float64, device=device)[None])
-        dense = torch.zeros(P, P, dtype=self.rows.dtype, device=device)
+        dense = torch.zeros(P, P, dtype=self.dtype, device=device)
         for block in self._blocks:
             at = block.join(index)[0].long()
             dense[at[:, None], at[None, :]] = block.to_dense()
@@ -344,18 +350,18 @@ class Structure(State):
 
     def trace(self) -> float:
         """Return tr F."""
-        _ = self.rows
+        _ = self.shapes
         return sum(block.trace() for block in self._blocks)
 
     def eigvalsh(self) -> Float[Tensor, " P"]:
         """Return all P eigenvalues, ascending, in float64; those that count as null are exactly 0."""
-        _ = self.rows
+        _ = self.shapes
         values = torch.cat([block.eigenvalues().double() for block in self._blocks])
         return torch.cat([values.new_zeros(self.space.size - len(values)), values]).sort().values
 
     def condition_number(self) -> float:
         """Return the largest condition number of a block on its range, of which undamped solves lose the digits."""
-        _ = self.rows
+        _ = self.shapes
         return max(block.condition_number() for block in self._blocks)
 
     def logdet(self, damping: Damping) -> float:

@@ -265,7 +265,7 @@ class Preconditioner:
         one = self._passes[0] if self._is_untouched(complete) else None
         passes, self._passes, self._untouched = self._passes, [], {}
         rows = [found.rows for found in passes if found.rows is not None]
-        dtype = (rows[0] if rows else self.structure.rows).dtype
+        dtype = rows[0].dtype if rows else self.structure.dtype
         complete = {name: gradient.to(dtype) for name, gradient in complete.items()}
         looks = due or next(iter(complete.values())).device.type == "cpu"
         sums = set(complete) if one is not None else set()
@@ -284,6 +284,7 @@ class Preconditioner:
             self._update(rows)
         damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
         found = self._direction(complete, one, sums, damping, due=due)
+        self.structure.forget_batch()
         self._advance(due=due)
         found = found if looks else _masked(found, complete)
         return {name: step.to(parameters[name].dtype) for name, step in found.items()}
@@ -295,7 +296,7 @@ class Preconditioner:
         """Return the parameters whose gradients are sums of rows of this pass, as far as a cheaper route may ask for them."""
         lifts = self._lifts(found, due=due)
         names: set[str] = set()
-        for layer in (found.rows or self.structure.rows).layers:
+        for layer in (found.rows or self.structure.shapes).layers:
             summed = layer if lifts else None
             if not lifts and (not self.structure.averages or _is_small(layer)):
                 summed = found.summand(layer.layout.names[0])

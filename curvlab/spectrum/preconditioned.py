@@ -36,9 +36,8 @@ class StructureOperator(Operator):
     """A structure's matrix F as an operator."""
 
     def __init__(self, structure: Structure) -> None:
-        rows = structure.rows
         self.structure = structure
-        self.space, self.dtype, self.device = structure.space, rows.dtype, rows.device
+        self.space, self.dtype, self.device = structure.space, structure.dtype, structure.device
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
         return _flat(self.structure.matvec(block))

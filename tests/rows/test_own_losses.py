@@ -356,7 +356,9 @@ class TestOwn:
             copy = type(structure)()
             copy.load_state_dict(structure.state_dict())
             assert torch.equal(copy.to_dense(), structure.to_dense())
-            assert_close(copy.rows.dual(torch.ones(rows.R, dtype=DOUBLE)), rows.dual(torch.ones(rows.R, dtype=DOUBLE)))
+            if not structure.averages:
+                ones = torch.ones(rows.R, dtype=DOUBLE)
+                assert_close(copy.rows.dual(ones), rows.dual(ones))
 
 
 @pytest.mark.parametrize("kind", ["exact", "ggn", "mc", "empirical"])

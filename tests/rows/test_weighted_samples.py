@@ -75,4 +75,4 @@ def test_a_graph_collects_its_whole_gradient_as_one_row(scale: float) -> None:
     inverses = [torch.linalg.inv(factor + root * torch.eye(len(factor), dtype=DOUBLE)) for factor in (G, A)]
     expected = inverses[0] @ gradient @ inverses[1]
     assert_close(torch.cat([last.weight.grad, last.bias.grad[:, None]], 1), expected)  # type: ignore[list-item, index]
-    assert structure.rows.shape == (1, 1)
+    assert structure.shapes.shape == (1, 1)
