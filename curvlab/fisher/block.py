@@ -8,8 +8,8 @@ the verbs of `Structure` are sums and concatenations over them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -144,6 +144,25 @@ class Block(ABC):
     def size(self) -> int:
         """Number of parameters `P_b`."""
         return sum(part.size for part in self.parts) if self.index is None else len(self.index)
+
+    @property
+    def count(self) -> int:
+        """Number of equal matrices of which the block is made."""
+        return 1
+
+    def stands_for(self, other: Block, names: Mapping[str, str]) -> bool:
+        """Whether another block covers the same entries of parameters, called by their names here in `names`."""
+
+        def known(part: Layout) -> Layout:
+            return replace(part, slots=tuple(replace(slot, name=names.get(slot.name, "")) for slot in part.slots))
+
+        mine, theirs = self.index, other.index
+        return (
+            type(self) is type(other)
+            and self.count == other.count
+            and self.parts == tuple(map(known, other.parts))
+            and (mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs)))
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

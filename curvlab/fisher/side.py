@@ -63,11 +63,6 @@ class SidedBlock(Block):
         self._rows_held = 0
 
     @property
-    def count(self) -> int:
-        """Number of equal matrices of which the block is made."""
-        return 1
-
-    @property
     def width(self) -> int:
         """Size of such a matrix on the parameter side."""
         return self.size // self.count

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from operator import mul
 from typing import Any, ClassVar, TypeVar
@@ -51,6 +52,7 @@ class State(ABC):
         self._latest: Rows | None = None
         self._counts = RunningAverage()
         self._largest: float | None = None  # eigenvalue, from when it is asked for until the state changes
+        self._anew: list[Block] = []  # those that have no state since `rebind`
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last batch out of copies and pickles."""
@@ -110,17 +112,20 @@ class State(ABC):
         else:
             self._check_fits(rows, self._shapes, decay)
         blocks = self._blocks or self._make_blocks(rows)
-        batches = batches_of(blocks, rows, decay, total)
+        batches = [
+            replace(batch, decay=0.0) if block in self._anew else batch
+            for block, batch in zip(blocks, batches_of(blocks, rows, decay, total), strict=True)
+        ]
         check_memory(self.key, blocks, batches)
         staying = [block.will_keep_rows(batch) for block, batch in zip(blocks, batches, strict=True)]
         for block, stays in zip(blocks, staying, strict=True):
             if decay and block.keeps_rows and not stays and self._merged is not None:
                 block.leave_rows(1.0 if rows.reduction == "sum" else self._merged.terms)
-        self._blocks = blocks
+        self._blocks, self._anew = blocks, []
         self._update_blocks(batches)
         kept = self._kept if decay and any(staying) else []
         history = [*kept, (decay, rows)][-(self._window or 0) :]
-        if kept:
+        if kept or (decay and any(staying)):
             self._counts = RunningAverage()
         for step, part in history:
             count = torch.tensor(part.count, dtype=torch.float64, device="cpu")
@@ -142,6 +147,41 @@ class State(ABC):
         for block in self._blocks:
             if block.keeps_rows:
                 block.set_rows(block.of(self._merged))
+
+    def rebind(self: Own, rows: Rows, names: Mapping[str, str] | None = None) -> Own:
+        """Take the layers of other rows in place of those of the state, as those of a network that has grown.
+
+        Averages of blocks whose parameters have kept their shapes go on. Other blocks, and all that keep rows, since rows
+        are those of one network, start anew with the next `update`, before which there is no matrix. Nothing is embedded in
+        a larger block: its moments with the new parameters are unknown.
+
+        Args:
+            rows: rows of the network as it is now; their numbers do not matter.
+            names: present names by former names, of parameters that are the same; if None, those that are called alike.
+        """
+        if self._shapes is None:
+            return self
+        former = {name: name for name in self.space.shapes} if names is None else names
+        blocks = self._make_blocks(rows)
+        kept = {
+            block: old
+            for block in blocks
+            for old in self._blocks
+            if not old.keeps_rows and old not in self._anew and block.stands_for(old, former)
+        }
+        for block, old in kept.items():
+            block.restore(old.state())
+        self._blocks, self._anew = blocks, [block for block in blocks if block not in kept]
+        self._shapes = replace(without_numbers(rows), kind=self.shapes.kind, reduction=self.shapes.reduction)
+        self._kept, self._merged, self._latest, self._largest = [], None, None, None
+        return self
+
+    def _ready(self) -> None:
+        """Raise `StateError` if there is no matrix yet."""
+        _ = self.shapes
+        if self._anew:
+            layers = ", ".join(dict.fromkeys(block.name for block in self._anew))
+            raise StateError(f"Since rebind, there is no curvature of {layers}: call update(rows).")
 
     def forget_batch(self) -> None:
         """Let go of the last batch, of which averages need nothing more; `lift` is for states that keep rows then."""
@@ -179,8 +219,8 @@ class State(ABC):
 
     @property
     def updated(self) -> bool:
-        """Whether there is a state."""
-        return self._shapes is not None
+        """Whether there is a matrix: not before the first update, nor between `rebind` and the next one."""
+        return self._shapes is not None and not self._anew
 
     @property
     def shapes(self) -> Rows:
@@ -223,9 +263,9 @@ class State(ABC):
         Raises:
             StateError: if the state keeps no rows and the last batch is forgotten, as after `fit` and in copies.
         """
+        self._ready()
         found = self._merged or self._latest
         if found is None:
-            _ = self.shapes
             raise StateError(
                 f"{type(self).__name__} averages and keeps no rows, and its last batch is forgotten. For rows S at hand, "
                 "solve(S.rmatvec(coefficients), damping) does what lift does."
@@ -236,8 +276,9 @@ class State(ABC):
         """Return the state, in containers that `torch.load(…, weights_only=True)` accepts; without configuration.
 
         Raises:
-            StateError: before the first update.
+            StateError: before the first update, and between `rebind` and the next one.
         """
+        self._ready()
         return {
             "key": self.key,
             "shapes": pack_rows(self.shapes),
@@ -261,7 +302,7 @@ class State(ABC):
             raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
         for block, (_, content) in zip(blocks, state["blocks"], strict=True):
             block.restore(content)
-        self._shapes, self._blocks, self._latest, self._largest = shapes, blocks, None, None
+        self._shapes, self._blocks, self._anew, self._latest, self._largest = shapes, blocks, [], None, None
         self._counts.restore(state["counts"])
         self._merge([(decay, unpack_rows(packed)) for decay, packed in state["kept"]])
 

@@ -156,7 +156,7 @@ class Structure(State):
         return structure
 
     def _damping(self, damping: Damping) -> float:
-        _ = self.shapes
+        self._ready()
         rho = absolute(damping, self.largest_eigenvalue)
         self._prepare(rho)
         return rho
@@ -176,12 +176,13 @@ class Structure(State):
     def largest_eigenvalue(self) -> float:
         """Return λ_max(F), to which relative damping refers."""
         if self._largest is None:
-            _ = self.shapes
+            self._ready()
             self._largest = max(0.0, *(block.largest_eigenvalue() for block in self._blocks))
         return self._largest
 
     def matvec(self, vector: Vector) -> Vector:
         """Return `F v`."""
+        self._ready()
         named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         for block in self._blocks:
@@ -316,7 +317,7 @@ class Structure(State):
         Raises:
             ValueError: if the rows belong to other parameters.
         """
-        _ = self.shapes
+        self._ready()
         rho = absolute(damping, self.largest_eigenvalue)
         left = jacobian if test is None else test
         for rows in (left, jacobian):
@@ -340,6 +341,7 @@ class Structure(State):
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Form F, in `named_parameters()` order. Memory `P²`."""
+        self._ready()
         P, device = self.space.size, self.device
         index = self.space.unflatten(torch.arange(P, dtype=torch.float64, device=device)[None])
         dense = torch.zeros(P, P, dtype=self.dtype, device=device)
@@ -350,18 +352,18 @@ class Structure(State):
 
     def trace(self) -> float:
         """Return tr F."""
-        _ = self.shapes
+        self._ready()
         return sum(block.trace() for block in self._blocks)
 
     def eigvalsh(self) -> Float[Tensor, " P"]:
         """Return all P eigenvalues, ascending, in float64; those that count as null are exactly 0."""
-        _ = self.shapes
+        self._ready()
         values = torch.cat([block.eigenvalues().double() for block in self._blocks])
         return torch.cat([values.new_zeros(self.space.size - len(values)), values]).sort().values
 
     def condition_number(self) -> float:
         """Return the largest condition number of a block on its range, of which undamped solves lose the digits."""
-        _ = self.shapes
+        self._ready()
         return max(block.condition_number() for block in self._blocks)
 
     def logdet(self, damping: Damping) -> float:

@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from curvlab.errors import StateError, UnsupportedModel, unknown_name
 from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
+from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
@@ -94,7 +95,7 @@ class Preconditioner:
         if kind not in get_args(Kind):
             raise unknown_name("kind", kind, get_args(Kind))
         check_loss(loss)
-        self.model, self.loss = model, loss
+        self.loss = loss
         self.structure = make(structure) if isinstance(structure, str) else structure
         self._blank = copy.deepcopy(self.structure)
         self.kind: Kind = kind
@@ -110,15 +111,43 @@ class Preconditioner:
         self.skipped = 0
         self._last_due: int | None = None
         self._skipped_in_a_row = 0
-        self._owners = _preconditioned(model, self.plain)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        self._former: Mapping[str, str] | None = None  # names, from when the model has changed until rows are seen
+        self._bind(model)
+
+    def _bind(self, model: nn.Module) -> None:
+        self._owners = _preconditioned(model, self.plain)
+        self.model = model
         self._names = {name for owner in self._owners for name in owner.names.values()}
-        self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         modules = {owner.module for owner in self._owners}
         self._modules = {name: module for name, module in model.named_modules() if module in modules}
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
         self._checks = Checks()
+
+    def rebind(self, model: nn.Module | None = None, names: Mapping[str, str] | None = None) -> None:
+        """Precondition a model whose parameters or layers have changed, as a network that has grown.
+
+        Curvature is due in the next step. That of blocks whose parameters have kept their shapes goes on, that of others
+        starts anew: see `Structure.rebind`. Steps are counted on.
+
+        Args:
+            model: the model as it is now; the one that there is if None.
+            names: present names by former names, of parameters that are the same; if None, those that are the very same
+                `Parameter`, by whatever name.
+
+        Raises:
+            ValueError, UnsupportedModel: see `Preconditioner`; nothing has changed then.
+        """
+        former = self._trained
+        self._bind(self.model if model is None else model)
+        if names is None:
+            present = {id(p): name for name, p in self._trained.items()}
+            names = {name: present[id(p)] for name, p in former.items() if id(p) in present}
+        if self._former is not None:
+            names = {old: names[new] for old, new in self._former.items() if new in names}
+        self._former = names
 
     def __repr__(self) -> str:
         shown = {
@@ -144,7 +173,7 @@ class Preconditioner:
     @property
     def due(self) -> bool:
         """Whether this step takes new curvature."""
-        if self._last_due is None or not self.structure.updated:
+        if self._last_due is None or self._former is not None or not self.structure.updated:
             return True
         return self.steps - self._last_due >= self.refresh_every.at(self.steps)
 
@@ -186,21 +215,21 @@ class Preconditioner:
         self._untouched = {
             n: (p.grad, p.grad._version)
             for n, p in collector.parameters.items()
-            if p.grad is not None and not _is_hooked(p)
+            if p.grad is not None and not is_hooked(p)
         }
 
     def _check_model(self, coupled: Sequence[str]) -> None:
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        if trained != self._trained:
-            changed = ", ".join(sorted(trained ^ self._trained))
+        if trained != set(self._trained):
+            changed = ", ".join(sorted(trained ^ set(self._trained)))
             raise StateError(
                 f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. "
-                "Make a new one."
+                "Call rebind()."
             )
         present = dict(self.model.named_modules())
         replaced = [name for name, module in self._modules.items() if present.get(name) is not module]
         if replaced:
-            raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. Make a new one.")
+            raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. Call rebind().")
         without = tuple(name for owner in self._owners if not owner.ruled for name in owner.names.values())
         if coupled and without:
             raise no_rows_beside(coupled, without)
@@ -234,7 +263,7 @@ class Preconditioner:
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 parameter.grad = direction[name].clone()
-            elif of_this_pass and _interchangeable(parameter.grad, direction[name]):
+            elif of_this_pass and interchangeable(parameter.grad, direction[name]):
                 parameter.grad = direction[name]
             else:
                 parameter.grad.copy_(direction[name])
@@ -286,7 +315,7 @@ class Preconditioner:
         found = self._direction(complete, one, sums, damping, due=due)
         self.structure.forget_batch()
         self._advance(due=due)
-        found = found if looks else _masked(found, complete)
+        found = found if looks else masked(found, complete)
         return {name: step.to(parameters[name].dtype) for name, step in found.items()}
 
     def _lifts(self, found: Collector, *, due: bool) -> bool:
@@ -307,7 +336,7 @@ class Preconditioner:
     @staticmethod
     def _all_finite(tensors: Sequence[Tensor], *, shared: bool) -> bool:
         """Whether all entries are finite, in the other processes, too, if `shared`."""
-        finite, processes = _finite(tensors), Processes.present()
+        finite, processes = all_finite(tensors), Processes.present()
         return finite if processes is None or not shared else processes.agree(finite, tensors[0].device)
 
     def _update(self, rows: Sequence[Rows]) -> None:
@@ -315,12 +344,12 @@ class Preconditioner:
         processes = Processes.present()
         for position, part in enumerate(rows):
             step = decay if position == 0 else 1.0
-            if processes is None:
-                self.structure.update(part, step)
-            elif self.structure.adds:
-                self.structure.update(part, step, total=processes.total)
-            else:
-                self.structure.update(processes.gather(part), step)
+            adds = processes is not None and self.structure.adds
+            whole = part if processes is None or adds else processes.gather(part)
+            if self._former is not None:
+                self.structure.rebind(whole, self._former)
+                self._former = None
+            self.structure.update(whole, step, total=processes.total if processes is not None and adds else None)
 
     def _direction(
         self, gradients: Mapping[str, Tensor], found: Collector | None, sums: set[str], damping: float, *, due: bool
@@ -342,7 +371,7 @@ class Preconditioner:
             and len(self._passes) == 1
             and self._passes[0].cleared
             and all(
-                name in self._untouched and _same(gradient, *self._untouched[name])
+                name in self._untouched and unchanged(gradient, *self._untouched[name])
                 for name, gradient in gradients.items()
             )
         )
@@ -376,6 +405,7 @@ class Preconditioner:
             "last_due": self._last_due,
             "skipped_in_a_row": self._skipped_in_a_row,
             "generator": self._generator.get_state(),
+            "former": None if self._former is None else dict(self._former),
             "structure": self.structure.state_dict() if self.structure.updated else None,
         }
 
@@ -393,6 +423,7 @@ class Preconditioner:
         self.steps, self.skipped, self._last_due = state["steps"], state["skipped"], state["last_due"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._generator.set_state(state["generator"])
+        self._former = state["former"]
 
 
 def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
@@ -419,31 +450,3 @@ def _is_small(layer: LayerRows) -> bool:
     """Whether a sample's row and inputs, of all samples, are so few numbers that factoring the gradient may pay."""
     *shared, rows = layer.factors
     return 3 * (sum(factor.numel() for factor in shared) + rows[0].numel()) <= 4 * layer.size
-
-
-def _is_hooked(parameter: nn.Parameter) -> bool:
-    """Whether a hook may have changed what the backward pass brought."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-
-
-def _interchangeable(gradient: Tensor, direction: Tensor) -> bool:
-    return gradient.stride() == direction.stride()
-
-
-def _same(gradient: Tensor, earlier: Tensor, version: int) -> bool:
-    return gradient is earlier and gradient._version == version
-
-
-def _masked(direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the direction, 0 if a gradient is not finite, without asking the device which it is."""
-    finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()
-    return {name: torch.where(finite, step, torch.zeros_like(step)) for name, step in direction.items()}
-
-
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are finite; sums that overflow are looked at closely. Cost: one pass."""
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not floating:
-        return True
-    sums = torch.stack([t.sum() for t in floating])
-    return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in floating)

@@ -20,7 +20,7 @@ from curvlab.fisher.block import Block
 from curvlab.fisher.kronecker import KroneckerBlock
 from curvlab.fisher.row_block import RowBlock
 from curvlab.optim import Preconditioner
-from curvlab.optim.preconditioner import _masked
+from curvlab.optim.gradients import masked
 from curvlab.rows.collect import Collector
 from curvlab.rows.loss import Kind
 
@@ -587,8 +587,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
 def test_where_a_device_is_not_waited_for_the_direction_becomes_zero() -> None:
     direction = {"a": torch.ones(2), "b": torch.ones(3)}
     good, bad = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan, 1.0])}
-    assert all(torch.equal(_masked(direction, good)[name], direction[name]) for name in direction)
-    assert not any(bool(value.any()) for value in _masked(direction, bad).values())
+    assert all(torch.equal(masked(direction, good)[name], direction[name]) for name in direction)
+    assert not any(bool(value.any()) for value in masked(direction, bad).values())
 
 
 def test_steps_without_new_curvature_are_skipped_alike() -> None:
@@ -726,7 +726,7 @@ def test_curvature_of_half_and_mixed_precision_is_in_float32_or_wider(
             run(pre, x, y)
             pre.precondition()
         found.append(now(pre).double())
-        assert pre.structure.rows.dtype == max((SINGLE, *types), key=lambda t: t.itemsize) or network is exact
+        assert pre.structure.dtype == max((SINGLE, *types), key=lambda t: t.itemsize) or network is exact
     assert [p.grad.dtype for p in model.layers[::2].parameters() if p.grad is not None] == [
         t for t in types for _ in "wb"
     ]
