@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curvlab.fisher.power import RANGE, Power
 from curvlab.fisher.system import System
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
@@ -227,6 +228,24 @@ class Block(ABC):
     @abstractmethod
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Return `(F + ρI)⁻¹x`, or `F⁺x` for ρ = 0, and the squared norm of x outside range(F) if ρ = 0, else 0."""
+
+    def solve_power(
+        self, x: Float[Tensor, "K P_b"], inverse: Power
+    ) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
+        """Return what `solve` does, for any inverse power."""
+        missed = x.new_zeros(len(x)) if inverse.damping else (x - self.transform(x, RANGE)).square().sum(-1)
+        return self.transform(x, inverse), missed
+
+    def transform(self, x: Float[Tensor, "K P_b"], power: Power) -> Float[Tensor, "K P_b"]:
+        """Return `f(F) x` for a function of eigenvalues.
+
+        Raises:
+            NotImplementedError: for a block without eigenvectors.
+            NotPositiveDefinite: see `Power.of`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} of layers {self.name} has no eigenvectors, so that of its powers it has but the first."
+        )
 
     @abstractmethod
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvlab.fisher.block import Batch, Block, Relation, RunningAverage, State, check_rtol
 from curvlab.fisher.plain import weighted_product
+from curvlab.fisher.power import Power
 from curvlab.fisher.structure import Structure
 from curvlab.fisher.system import inverse_values, rank_tolerance
 from curvlab.rows import Rows
@@ -48,6 +49,9 @@ class DiagonalBlock(Block):
     ) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         outside = x.new_zeros(len(x)) if damping else (x.square() * self._null).sum(-1)
         return x * self._inverse(damping), outside
+
+    def transform(self, x: Float[Tensor, "K P_b"], power: Power) -> Float[Tensor, "K P_b"]:  # noqa: D102
+        return x * power.of(self.average.value, self._null, self.name)
 
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float

@@ -21,6 +21,7 @@ from curvlab.fisher.block import Batch, Block, Relation, State, check_rtol
 from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.plain import is_plain, weighted_product
+from curvlab.fisher.power import Power
 from curvlab.fisher.system import inverse_values
 from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
 from curvlab.rows.parameters import Layout
@@ -168,6 +169,20 @@ class KroneckerBlock(Block):
         if damping == 0:
             return solution, (x - self.back(~self.null() * y)).square().sum(-1)
         return solution if self._complete else solution + (x - self.back(y)) / damping, nothing
+
+    def transform(self, x: Float[Tensor, "K P_b"], power: Power) -> Float[Tensor, "K P_b"]:
+        """Return `f(F) x`; damping of a matrix is split over the factors if that of solves is."""
+        if self._splits(power.damping) and power.damps == "matrix":
+            matrix = x.view(len(x), self.units.shape[0], -1, self.parts[0].width)
+            units, width = (
+                basis.shifted(rho, -power.exponent)
+                for basis, rho in zip((self.units.basis, self.width.basis), self._split(power.damping), strict=True)
+            )
+            return units(width(matrix.mT).mT).flatten(1)
+        y, outside = self.into(x), power.outside
+        values = power.of(self.entries(), self.null(), self.name)
+        found = self.back((values - outside) * y)
+        return found + outside * x if outside else found
 
     def _splits(self, damping: float) -> bool:
         return bool(self.options.factored_damping) and damping > 0

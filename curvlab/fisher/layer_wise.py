@@ -30,6 +30,7 @@ from torch import Tensor
 from curvlab.errors import IllConditioned
 from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.full import RowStructure, partition_parts
+from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, Side, SidedBlock
 from curvlab.fisher.system import Eigen, condition_limit, rank_tolerance
 from curvlab.rows import Rows
@@ -193,6 +194,16 @@ class LayerWiseBlock(SidedBlock):
         projection = (eigen.coordinates(y) * ~eigen.null) @ eigen.vectors.T
         inside, solution = self._spread(coordinates.combination(torch.cat([projection, solved]))).split(len(x))
         return solution, (x - inside).square().sum(-1)
+
+    def transform(self, x: Float[Tensor, "K P_b"], power: Power) -> Float[Tensor, "K P_b"]:  # noqa: D102
+        damped, outside = not power.drops, power.outside
+        eigen = self.eigen(damped)
+        values = power.of(eigen.values, eigen.null, self.name)
+        if not self.keeps_rows:
+            return ((eigen.coordinates(x) * values) @ eigen.vectors.T).to(x)
+        coordinates = self.coordinates(damped)
+        y = eigen.coordinates(coordinates.of(self._seen(x))) * (values - outside)
+        return self._spread(coordinates.combination(y @ eigen.vectors.T)) + outside * x
 
     def _null_energy(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, " K"]:
         eigen = self.eigen(damped=False)

@@ -53,6 +53,12 @@ class Basis:
         """Return the vectors with given coordinates, `Vy`."""
         return y if self.vectors is None else self.vectors @ y
 
+    def shifted(self, rho: Float[Tensor, " Q"], power: float) -> Callable[[Tensor], Tensor]:
+        """Return the function that multiplies `[*K, Q, d, m]` with `(M + ρI)^power`, from the left."""
+        outside = (rho**power)[:, None, None]
+        within = ((self.values + rho[:, None]) ** power)[..., None] - outside
+        return lambda x: self.back(within * self.into(x)) + outside * x
+
     def overlaps(self, other: Basis) -> Float[Tensor, "Q r s"] | None:
         """Return the squared inner products with another basis' vectors; None if both are the unit vectors."""
         if self.vectors is None or other.vectors is None:

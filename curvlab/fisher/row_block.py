@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.fisher.block import Relation
+from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, SidedBlock
 from curvlab.fisher.stack import Cut, Rows, Stack, Together, Whole
-from curvlab.fisher.system import System
+from curvlab.fisher.system import System, rank_tolerance
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
 from curvlab.rows.parameters import Layout
@@ -111,6 +112,19 @@ class RowBlock(SidedBlock):
         eigen = self.system.eigen
         energy = eigen.coordinates(self._columns(x).mT).square() * eigen.null[:, None]
         return energy.sum((0, 2)).to(x)
+
+    def transform(self, x: Float[Tensor, "K P_b"], power: Power) -> Float[Tensor, "K P_b"]:
+        """Return `f(F) x`; on the row side by `f(F) = f(0) + Xᵀ U (f(λ) − f(0))/λ Uᵀ X`, for `K = U λ Uᵀ`."""
+        eigen, outside = self.system.eigen, power.outside
+        values = power.of(eigen.values, eigen.null, self.name)
+        if not self.keeps_rows:
+            y = eigen.coordinates(self._columns(x).mT) * values[:, None]
+            return _vectors((y @ eigen.vectors.mT).mT).to(x)
+        noise = rank_tolerance(eigen.values, None, eigen.values.shape[-1], torch.float64)
+        seen = ~eigen.null if power.drops else eigen.values > noise
+        scale = torch.where(seen, (values - outside) / torch.where(seen, eigen.values, 1), 0)
+        y = eigen.coordinates(self.root.times(x).mT) * scale[:, None]
+        return self.root.combine((y @ eigen.vectors.mT).mT.to(x)) + outside * x
 
     def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
         return self.cut.sums and self.keeps_rows and damping > 0

@@ -7,7 +7,7 @@ the right-hand sides of a batched solve.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -103,7 +103,7 @@ class Together(Rows):
         pairs = zip(self.layers, layers, strict=True)
         return torch.stack([mine.times_total(theirs) for mine, theirs in pairs]).sum(0)[None, :, None]
 
-    def taken_from(self, layers: Sequence[LayerRows], c: Float[Tensor, "1 R 1"], scale: float) -> Mapping[str, Tensor]:
+    def taken_from(self, layers: Sequence[LayerRows], c: Float[Tensor, "1 R 1"], scale: float) -> dict[str, Tensor]:
         """Return `scale·(Σ others − Xᵀc)` by parameter, for other rows that share inputs, one a sample."""
         found: dict[str, Tensor] = {}
         for mine, theirs in zip(self.layers, layers, strict=True):

@@ -25,8 +25,9 @@ from curvlab.fisher.block import Block, Relation
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.fitting import Checkpoint, Fitting, identity
 from curvlab.fisher.moment import Invert
+from curvlab.fisher.power import Damps, Power, check_power
 from curvlab.fisher.state import State
-from curvlab.fisher.system import prepare
+from curvlab.fisher.system import decompose, prepare
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.batches import as_batches
 from curvlab.rows.engine import Engine
@@ -161,6 +162,12 @@ class Structure(State):
         self._prepare(rho)
         return rho
 
+    def _spectral_damping(self, damping: Damping, power: float) -> float:
+        """Return the absolute ρ, relative to a power of λ_max, once all eigendecompositions are made in batched calls."""
+        self._ready()
+        decompose([system for block in self._blocks for system in block.systems()])
+        return absolute(damping, lambda: self.largest_eigenvalue() ** power)
+
     def _prepare(self, damping: float) -> None:
         """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
         prepare([system for block in self._blocks for system in block.systems()], damping)
@@ -180,13 +187,20 @@ class Structure(State):
             self._largest = max(0.0, *(block.largest_eigenvalue() for block in self._blocks))
         return self._largest
 
-    def matvec(self, vector: Vector) -> Vector:
-        """Return `F v`."""
+    def matvec(self, vector: Vector, *, power: float = 1.0) -> Vector:
+        """Return `F v`, or `F^p v` for another power p > 0.
+
+        Raises:
+            NotPositiveDefinite: if there is a negative eigenvalue, and p no whole number.
+            NotImplementedError: for another power of a structure without eigenvectors.
+        """
+        check_power(power)
         self._ready()
         named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         for block in self._blocks:
-            block.put(block.matvec(block.join(named)), result)
+            x = block.join(named)
+            block.put(block.matvec(x) if power == 1 else block.transform(x, Power(power)), result)
         return restore(result)
 
     def _unpacked(self, vector: Vector) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], Vector]]:
@@ -201,30 +215,53 @@ class Structure(State):
         return {name: value.to(dtype) for name, value in named.items()}, restore
 
     @overload
-    def solve(self, vector: Vector, damping: Damping, *, info: Literal[False] = False) -> Vector: ...
+    def solve(
+        self,
+        vector: Vector,
+        damping: Damping,
+        *,
+        power: float = 1.0,
+        damps: Damps = "matrix",
+        info: Literal[False] = False,
+    ) -> Vector: ...
 
     @overload
-    def solve(self, vector: Vector, damping: Damping, *, info: Literal[True]) -> tuple[Vector, SolveInfo]: ...
+    def solve(
+        self, vector: Vector, damping: Damping, *, power: float = 1.0, damps: Damps = "matrix", info: Literal[True]
+    ) -> tuple[Vector, SolveInfo]: ...
 
-    def solve(self, vector: Vector, damping: Damping, *, info: bool = False) -> Vector | tuple[Vector, SolveInfo]:
-        """Return `(F + ρI)⁻¹ v`, for ρ = 0 the pseudo-inverse `F⁺ v`.
+    def solve(
+        self, vector: Vector, damping: Damping, *, power: float = 1.0, damps: Damps = "matrix", info: bool = False
+    ) -> Vector | tuple[Vector, SolveInfo]:
+        """Return `(F + ρI)⁻¹ v`, for ρ = 0 the pseudo-inverse `F⁺ v`; for other powers p likewise.
 
         Args:
             vector: right-hand side.
-            damping: ρ, absolute or relative ("rel:1e-6").
+            damping: ρ, absolute or relative ("rel:1e-6", of λ_max, or of its power where that is what is damped).
+            power: p > 0.
+            damps: "matrix" for `(F + ρI)^{-p}`, as in Shampoo; "power" for `(F^p + ρI)⁻¹`, as Adam's ε beside the root.
             info: whether to return a `SolveInfo`, too.
+
+        Raises:
+            NotPositiveDefinite: if a power that is no whole number would be taken of a negative eigenvalue.
+            NotImplementedError: for a power other than 1 of a structure without eigenvectors.
 
         Warns:
             IllConditioned: if a system needed more than a Cholesky factorisation.
             OutsideRange: if ρ = 0 and more than 1e-3 of the norm of v lies outside range(F).
+
+        Cost: for powers other than 1 an eigendecomposition, kept until the next update.
         """
-        rho = self._damping(damping)
+        check_power(power, damps)
+        of_power = power if damps == "power" else 1.0
+        rho = self._damping(damping) if power == 1 else self._spectral_damping(damping, of_power)
+        inverse = Power(power, inverse=True, damping=rho, damps=damps)
         named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         outside, total = [], []
         for block in self._blocks:
             x = block.join(named)
-            solution, missed = block.solve(x, rho)
+            solution, missed = block.solve(x, rho) if power == 1 else block.solve_power(x, inverse)
             block.put(solution, result)
             outside.append(missed)
             total.append(x.square().sum(-1))

@@ -39,10 +39,9 @@ from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, mask
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
-from curvlab.optim.sums import adds_up
+from curvlab.optim.sums import adds_up, is_small
 from curvlab.rows.collect import Collector, Draw, no_rows_beside
 from curvlab.rows.guard import Checks
-from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, check_loss
 from curvlab.rows.owners import Owner, owners_of
 from curvlab.rows.rows import Rows
@@ -327,7 +326,7 @@ class Preconditioner:
         names: set[str] = set()
         for layer in (found.rows or self.structure.shapes).layers:
             summed = layer if lifts else None
-            if not lifts and (not self.structure.averages or _is_small(layer)):
+            if not lifts and (not self.structure.averages or is_small(layer)):
                 summed = found.summand(layer.layout.names[0])
             if summed is not None and adds_up(summed, gradients, found.coefficients if lifts else None):
                 names.update(summed.layout.names)
@@ -444,9 +443,3 @@ def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
     if not owners:
         raise UnsupportedModel("All parameters are left to the plain gradient: there is nothing to precondition.")
     return owners
-
-
-def _is_small(layer: LayerRows) -> bool:
-    """Whether a sample's row and inputs, of all samples, are so few numbers that factoring the gradient may pay."""
-    *shared, rows = layer.factors
-    return 3 * (sum(factor.numel() for factor in shared) + rows[0].numel()) <= 4 * layer.size

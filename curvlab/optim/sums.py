@@ -31,6 +31,12 @@ def adds_up(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Floa
     return any(_agree(rows, gradients, coefficients, directions) for directions in DIRECTIONS)
 
 
+def is_small(layer: LayerRows) -> bool:
+    """Whether a sample's row and inputs, of all samples, are so few numbers that factoring the gradient may pay."""
+    *shared, rows = layer.factors
+    return 3 * (sum(factor.numel() for factor in shared) + rows[0].numel()) <= 4 * layer.size
+
+
 def _agree(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Tensor | None, directions: int) -> bool:
     layout, like = rows.layout, rows.factors[-1]
     units, width = _random(layout.units + layout.width, directions).to(like).split([layout.units, layout.width])
