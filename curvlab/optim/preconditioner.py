@@ -6,15 +6,7 @@
     optimizer.step()
 
 The rows of S come from the forward and backward pass that the user runs (`curvlab.rows.collect`). The direction is that
-of the structure's own `solve`, by the cheapest of three routes:
-
-    lift       Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
-    summands   Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
-                                  the same a solve without forming the gradient
-    gradient   (F + ρI)⁻¹ grad    always
-
-The first two need a gradient that is this pass' own: not accumulated, clipped or reduced, and of the loss alone. Version
-counters and, wherever the host may look at numbers, the numbers tell (`curvlab.optim.sums`).
+of the structure's own `solve`, by the cheapest route that is open (`curvlab.optim.routes`).
 
 Under `torch.distributed`, with `DistributedDataParallel` averaging the gradients, every process collects from its own
 samples. K-FAC and the diagonal add up their moments, all other structures gather rows; draws are those of one process
@@ -39,7 +31,7 @@ from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, mask
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
 from curvlab.optim.quadratic import Batch
-from curvlab.optim.sums import adds_up, is_small
+from curvlab.optim.routes import Step, route_of
 from curvlab.rows.collect import Collector, Draw, no_rows_beside
 from curvlab.rows.guard import Checks
 from curvlab.rows.loss import Kind, check_loss
@@ -290,15 +282,14 @@ class Preconditioner:
             )
         due = self.due
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()}
-        one = self._passes[0] if self._is_untouched(complete) else None
+        route = route_of(Step(self.structure, self._passes[0] if self._is_untouched(complete) else None, due))
         passes, self._passes, self._untouched = self._passes, [], {}
         rows = [found.rows for found in passes if found.rows is not None]
         dtype = rows[0].dtype if rows else self.structure.dtype
         complete = {name: gradient.to(dtype) for name, gradient in complete.items()}
         looks = due or next(iter(complete.values())).device.type == "cpu"
-        sums = set(complete) if one is not None else set()
+        sums = route.sums(complete, looks=looks)
         if looks:
-            sums = set() if one is None else self._sums(one, complete, due=due)
             seen = [g for name, g in complete.items() if name not in sums]
             seen += [p.grad for n, p in self.model.named_parameters() if n not in complete and p.grad is not None]
             for layer in (layer for part in rows for layer in part.layers):
@@ -311,26 +302,13 @@ class Preconditioner:
         if due:
             self._update(rows)
         damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
-        found = self._direction(complete, one, sums, damping, due=due)
+        if (processes := Processes.present()) is not None:
+            self.structure.share_inverses(damping, processes.inverses)
+        found = route.direction(complete, sums, damping)
         self.structure.forget_batch()
         self._advance(due=due)
         found = found if looks else masked(found, complete)
         return {name: step.to(parameters[name].dtype) for name, step in found.items()}
-
-    def _lifts(self, found: Collector, *, due: bool) -> bool:
-        return due and found.coefficients is not None and not self.structure.averages
-
-    def _sums(self, found: Collector, gradients: Mapping[str, Tensor], *, due: bool) -> set[str]:
-        """Return the parameters whose gradients are sums of rows of this pass, as far as a cheaper route may ask for them."""
-        lifts = self._lifts(found, due=due)
-        names: set[str] = set()
-        for layer in (found.rows or self.structure.shapes).layers:
-            summed = layer if lifts else None
-            if not lifts and (not self.structure.averages or is_small(layer)):
-                summed = found.summand(layer.layout.names[0])
-            if summed is not None and adds_up(summed, gradients, found.coefficients if lifts else None):
-                names.update(summed.layout.names)
-        return names
 
     @staticmethod
     def _all_finite(tensors: Sequence[Tensor], *, shared: bool) -> bool:
@@ -349,19 +327,6 @@ class Preconditioner:
                 self.structure.rebind(whole, self._former)
                 self._former = None
             self.structure.update(whole, step, total=processes.total if processes is not None and adds else None)
-
-    def _direction(
-        self, gradients: Mapping[str, Tensor], found: Collector | None, sums: set[str], damping: float, *, due: bool
-    ) -> dict[str, Tensor]:
-        processes = Processes.present()
-        if processes is not None:
-            self.structure.share_inverses(damping, processes.inverses)
-        if found is None:
-            return self.structure.direction(gradients, damping)
-        if self._lifts(found, due=due) and self.structure.rows is found.rows and len(sums) == len(gradients):
-            assert found.coefficients is not None
-            return self.structure.lift(found.coefficients, damping)
-        return self.structure.direction(gradients, damping, lambda n: found.summand(n) if n in sums else None)
 
     def _is_untouched(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether the gradients are those of the one backward pass before this step, in this process alone."""
