@@ -1,0 +1,109 @@
+"""Every analysis still gives the frozen results, and the comparison sees what changes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from . import names
+from .comparison import compare, store
+from .runs import KEY, RUNS, Results, canonical, results
+
+FAST = "spectrum"
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.study) for name in RUNS]
+)
+def test_results_are_the_frozen_ones(name: str) -> None:
+    comparison = compare(name, results(name))
+    assert comparison.clean, str(comparison)
+
+
+VERDICT = {
+    "claim": "share", "outcome": "supported", "estimate": 0.5, "low": 0.4, "high": 0.6, "confidence": 0.9, "seeds": 2,
+    "p_value": 0.01, "p_adjusted": 0.02, "rule": "mean > 0", "expected": "supported",
+}  # fmt: skip
+
+
+def measured(shift: float = 0.0, *, quantity: str = "share", coordinate: str = "part") -> Results:
+    """Two seeds of a quantity, whose scale is 2, and one that is timed."""
+    numbers = pd.DataFrame(
+        [
+            {
+                "run": "digits", "cell": canonical({coordinate: "response", "seed": seed}), "quantity": name,
+                "labels": canonical({"step": 3}), "column": "value", "occurrence": 0, "number": number,
+            }
+            for name, values in ((quantity, (1.0 + shift, 2.0)), ("seconds_per_step", (0.1 + shift, 0.2)))
+            for seed, number in enumerate(values)
+        ]
+    )  # fmt: skip
+    return Results(numbers[[*KEY, "number"]], {"digits": {"share": dict(VERDICT)}}, 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where such results are stored, from two measurements 1e-13 apart."""
+    monkeypatch.setattr("frozen.comparison.check_whole", lambda *_: None)
+    store("ntk_isotropy", measured(), measured(1e-13), tmp_path)
+    return tmp_path
+
+
+def test_the_same_results_are_clean(folder: Path) -> None:
+    comparison = compare("ntk_isotropy", measured(), folder)
+    assert comparison.clean
+    assert comparison.largest == "none"
+    assert (comparison.numbers, comparison.verdicts) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("shift", "clean"), [(1e-9, True), (1e-8, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_numbers_agree_to_round_off_and_seconds_need_not(shift: float, clean: bool, folder: Path) -> None:
+    comparison = compare("ntk_isotropy", measured(shift), folder)
+    assert comparison.clean is clean
+    assert len(comparison.deviations) == (0 if clean else 1)
+
+
+def test_what_an_echo_has_lost_is_held_to_the_range_of_the_seeds(folder: Path) -> None:
+    store("ntk_isotropy", measured(), measured(1e-3), folder)
+    assert compare("ntk_isotropy", measured(0.9), folder).clean
+    assert not compare("ntk_isotropy", measured(1.1), folder).clean
+
+
+def test_what_is_missing_or_new_is_named(folder: Path) -> None:
+    comparison = compare("ntk_isotropy", measured(quantity="ratio"), folder)
+    assert not comparison.clean
+    (missing,), (new,) = comparison.missing, comparison.new
+    assert missing.startswith("share: 2 numbers")
+    assert new.startswith("ratio: 2 numbers")
+    found = measured()
+    other = replace(found, verdicts={"digits": {"another": VERDICT | {"claim": "another"}}})
+    comparison = compare("ntk_isotropy", other, folder)
+    assert comparison.missing == ["claim share (digits)"]
+    assert comparison.new == ["claim another (digits)"]
+
+
+@pytest.mark.parametrize(
+    ("field", "entry"), [("outcome", "refuted"), ("estimate", 0.5 + 1e-8), ("rule", "mean > 1"), ("low", None)]
+)
+def test_a_verdict_that_changes_is_named(field: str, entry: object, folder: Path) -> None:
+    found = measured()
+    changed = replace(found, verdicts={"digits": {"share": VERDICT | {field: entry}}})
+    (line,) = compare("ntk_isotropy", changed, folder).deviations
+    assert f"claim share (digits): {field} is" in line
+
+
+def test_names_that_changed_are_translated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = measured(quantity="ratio", coordinate="experiment")
+    renamed = replace(renamed, verdicts={"digits": {"whole": VERDICT | {"claim": "whole"}}})
+    assert not compare("ntk_isotropy", renamed, folder).clean
+    monkeypatch.setattr(names, "COORDINATES", {"part": "experiment"})
+    monkeypatch.setattr(names, "QUANTITIES", {"ntk_isotropy": {"share": "ratio"}})
+    monkeypatch.setattr(names, "CLAIMS", {"ntk_isotropy": {"share": "whole"}})
+    assert compare("ntk_isotropy", renamed, folder).clean
+    monkeypatch.setattr(names, "QUANTITIES", {"ntk_isotropy": {"share": None}})
+    comparison = compare("ntk_isotropy", renamed, folder)
+    assert comparison.clean
+    assert len(comparison.new) == 1
