@@ -14,13 +14,9 @@ import numpy as np
 import pooch
 from jaxtyping import Int64, UInt8
 
-from curvlab.errors import CurvlabError
+from curvlab.tools.errors import DataUnavailable
 
 CONNECT_SECONDS, READ_SECONDS = 5, 20
-
-
-class DataUnavailable(CurvlabError):
-    """A data file that is absent and cannot be fetched, or is damaged; the message says what to do."""
 
 
 @dataclass(frozen=True)

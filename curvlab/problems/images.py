@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from curvlab.errors import unknown_name
-from curvlab.problems.files import DataUnavailable, RemoteFile, data_folder, fetch, read_cifar10, read_idx
+from curvlab.problems.files import RemoteFile, data_folder, fetch, read_cifar10, read_idx
+from curvlab.tools.errors import DataUnavailable
 
 
 @dataclass(frozen=True, eq=False)

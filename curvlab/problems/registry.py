@@ -5,6 +5,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -12,13 +13,14 @@ import torch
 from curvlab.errors import CurvlabError, unknown_name
 from curvlab.problems.chebyshev import chebyshev_problem
 from curvlab.problems.classification import image_problem
-from curvlab.problems.files import DataUnavailable
 from curvlab.problems.graphs import GRAPHS, graph_problem
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.problems.problem import Problem
 from curvlab.problems.text import character_problem
 from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
 from curvlab.problems.vision import cifar_cnn_problem, digits_mlp_problem, digits_residual_problem, lenet_problem
+from curvlab.tools.errors import CommandError, DataUnavailable
+from curvlab.tools.registry import Registry, UnknownName
 
 ARGUMENTS = tuple(
     dict.fromkeys(
@@ -30,7 +32,7 @@ ARGUMENTS = tuple(
 )
 """What an analysis may pass to a problem; each function gets those that its signature names."""
 
-PROBLEMS: Mapping[str, Callable[..., Problem]] = {
+_OURS: Mapping[str, Callable[..., Problem]] = {
     **{images: partial(image_problem, images) for images in IMAGE_SETS},
     "digits": partial(image_problem, "digits", samples=40),
     "karakida-osawa": partial(image_problem, "mnist", name="karakida-osawa", width=4096),
@@ -44,15 +46,19 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = {
     "cifar10-5k-cnn": cifar_cnn_problem,
     "characters": character_problem,
 }
-"""Problems by name. `digits` needs no file: classes 0 and 1, N = 40, below the rank that 64 pixels allow.
+"""`digits` needs no file: classes 0 and 1, N = 40, below the rank that 64 pixels allow.
 `karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3.
 `two-layer` has the data of `digits`, `synthetic-two-layer` random inputs; both have the network of Zhang,
 Martens & Grosse. `karate-gcn`, `cora-gcn`, `citeseer-gcn` and `pubmed-gcn` classify the nodes of a graph; karate needs
 no file. `digits-mlp`, `digits-residual`, `fashion-lenet`, `cifar10-5k-cnn` and `characters` are whole training tasks,
 `chebyshev` a regression in one variable."""
 
+PROBLEMS: Registry[Callable[..., Problem]] = Registry("problem", "curvlab.problems", _OURS)
+"""Problems by name, ours and those of installed packages, which add to them by entry points of the group
+``curvlab.problems``, or by `PROBLEMS.register`."""
 
-class ProblemError(CurvlabError, ValueError):
+
+class ProblemError(CurvlabError, CommandError, ValueError):
     """A problem that cannot be made from what the user named; the message says why."""
 
 
@@ -105,6 +111,12 @@ def _called(spec: str, function: Callable[..., Any], arguments: Mapping[str, Any
         ) from error
 
 
+def _own_functions(module: ModuleType) -> list[str]:
+    """Return the names of the functions that a module defines itself."""
+    own = inspect.getmembers(module, lambda value: inspect.isfunction(value) and value.__module__ == module.__name__)
+    return [name for name, _ in own]
+
+
 def swept_arguments(spec: str) -> dict[str, Any]:
     """Return those of `ARGUMENTS` that a problem takes, with their defaults.
 
@@ -120,10 +132,10 @@ def swept_arguments(spec: str) -> dict[str, Any]:
 def _function(spec: str) -> Callable[..., Any]:
     """Return the function behind a spec."""
     if ":" not in spec:
-        if spec not in PROBLEMS:
-            message = unknown_name("problem", spec, PROBLEMS)
-            raise ProblemError(f"{message} Your own function is named as module:function.")
-        return PROBLEMS[spec]
+        try:
+            return PROBLEMS[spec]
+        except UnknownName as error:
+            raise ProblemError(f"{error} Your own function is named as module:function.") from None
     module_name, _, function_name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -138,7 +150,7 @@ def _function(spec: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, function_name, None)
     if function is None:
-        nearest = unknown_name(f"function of {module_name}", function_name, dir(module))
+        nearest = unknown_name(f"function of {module_name}", function_name, _own_functions(module))
         raise ProblemError(f"Problem {spec!r}: {nearest}")
     if not callable(function):
         raise ProblemError(f"Problem {spec!r}: {function_name} is {type(function).__name__}, not a function.")

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from curvlab.problems.files import DataUnavailable
 from curvlab.problems.problem import Problem
 from curvlab.problems.vision import Residual, seeded
+from curvlab.tools.errors import DataUnavailable
 
 ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 """Characters that are told apart; any other counts as a blank."""

@@ -16,3 +16,12 @@ class CommandError(Exception):
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         """Pickle the message, whatever ``__init__`` makes it from."""
         return copyreg.__newobj__, (type(self), *self.args)  # type: ignore[attr-defined]
+
+
+class DataUnavailable(CommandError):
+    """Data are absent and cannot be fetched, or are damaged (exit code 3).
+
+    The message says which data, where they are looked for and what does without them.
+    """
+
+    exit_code = 3

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from curvlab.errors import CurvlabError
 from curvlab.problems import DataUnavailable, data_folder, files, read_cifar10, read_idx
 from curvlab.problems.files import RemoteFile, fetch
+from curvlab.tools.errors import CommandError
 
 CONTENT = b"published content"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -128,7 +128,7 @@ def test_a_missing_file_is_explained(server, tmp_path, monkeypatch):
         "let CURVLAB_DATA name a folder that holds raw/file",
     ):
         assert part in message
-    assert isinstance(caught.value, CurvlabError)
+    assert isinstance(caught.value, CommandError)
     monkeypatch.delenv("CURVLAB_DATA")
     with pytest.raises(DataUnavailable, match=r"CURVLAB_DATA \(unset"):
         fetch(remote, tmp_path)
