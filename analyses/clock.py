@@ -4,17 +4,14 @@ On the CPU it is processor time on one thread, which does not run while another 
 still shared), elsewhere the clock, synchronised.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
+import pandas as pd
 import torch
 
 WARM_UP = 3
-ROUNDS = 3
 
 
 @contextmanager
@@ -36,16 +33,20 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def seconds_per_step(runs: Mapping[str, Callable[[int], float]], steps: int, rounds: int = ROUNDS) -> dict[str, float]:
-    """Return the median seconds of a step of every method, after some steps to warm up.
+def seconds_per_step(runs: Mapping[str, Callable[[int], float]], steps: int) -> dict[str, float]:
+    """Return the seconds of a step of every method, after some steps to warm up.
 
     Args:
         runs: what takes a number of steps and returns their seconds, by method.
         steps: that are timed at once, a multiple of the period of work that not every step does.
-        rounds: of which the median is taken.
     """
     with one_thread():
         for run in runs.values():
             run(WARM_UP)
-        found = [{name: run(steps) / steps for name, run in runs.items()} for _ in range(rounds)]
-    return {name: float(np.median([seconds[name] for seconds in found])) for name in runs}
+        return {name: run(steps) / steps for name, run in runs.items()}
+
+
+def priced(counts: pd.DataFrame, price: pd.DataFrame) -> pd.DataFrame:
+    """Return numbers of steps times the seconds of one, by method and seed; NaN where a method has not been timed."""
+    of = price.set_index(["method", "seed"])["value"].reindex(pd.MultiIndex.from_frame(counts[["method", "seed"]]))
+    return counts.assign(value=counts["value"].to_numpy() * of.to_numpy())

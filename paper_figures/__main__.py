@@ -11,9 +11,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import tyro
 
-from curvlab.study import DataUnavailable, Results, style
+from curvlab.study import Results, style
 from curvlab.study import main as run_analysis
-from curvlab.tools.errors import CommandError
+from curvlab.tools.errors import CommandError, DataUnavailable
 from curvlab.tools.storage import make_folder, write
 from paper_figures import Paper, find, names
 

@@ -6,17 +6,17 @@ from functools import partial
 
 import pandas as pd
 
-from analyses.drawing import Layout, take
 from analyses.edge_of_stability import ANALYSIS, panels
-from analyses.edge_of_stability.figures import FIGURES
+from analyses.edge_of_stability.analysis import FIGURES
 from curvlab.study.inference import Summary
+from curvlab.study.panels import Layout, take
 from paper_figures import Paper
 
 
 def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Threshold and mean sharpness after the crossing by run: mean ± half the 95 % t-interval over seeds, in LaTeX."""
-    table = take(measurements, "training", "plateau_ratio")
-    crossings = take(measurements, "training", "crossing")
+    """Crossing and mean sharpness after it, by run on the full batch: mean ± half the 95 % t-interval over seeds, in LaTeX."""
+    table = take(measurements, "training", "plateau_ratio", batch=0)
+    crossings = take(measurements, "training", "crossing", batch=0)
     rows = []
     for optimiser in dict.fromkeys(table["optimiser"]):
         for eta in sorted(table.loc[table["optimiser"] == optimiser, "eta"].unique()):
@@ -25,7 +25,7 @@ def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
             low, high = summary.interval(0.95)
             rows.append(
                 {
-                    "optimiser": panels.TITLES.get(optimiser, optimiser),
+                    "optimiser": panels.TITLES[optimiser],
                     r"$\eta$": f"{eta:g}",
                     "crossing (step)": f"{cells[1].median():g}",
                     "sharpness / threshold": rf"${summary.mean:.3f} \pm {(high - low) / 2:.3f}$",

@@ -6,12 +6,12 @@ from functools import partial
 
 import pandas as pd
 
-from analyses.drawing import Layout, take
 from analyses.gnn_natural_gradient import ANALYSIS, panels
-from analyses.gnn_natural_gradient.part import ACCURACY, VALIDATION_LOSS
-from analyses.gnn_natural_gradient.parts.accuracy import HEADLINE_QUANTITY
+from analyses.gnn_natural_gradient.experiments.accuracy import HEADLINE_QUANTITY
 from analyses.gnn_natural_gradient.recipe import METHODS
+from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
 from curvlab.study.inference import Summary
+from curvlab.study.panels import Layout, take
 from paper_figures import Paper
 
 

@@ -6,10 +6,10 @@ from functools import partial
 
 import pandas as pd
 
-from analyses.drawing import Layout, at_base, structures_of, take
 from analyses.ntk_isotropy import ANALYSIS, panels
 from curvlab.study import style
 from curvlab.study.inference import Summary
+from curvlab.study.panels import Layout, at_base, structures_of, take
 from paper_figures import Paper
 
 STRUCTURES = ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")

@@ -6,9 +6,9 @@ from functools import partial
 
 import pandas as pd
 
-from analyses.drawing import Layout, take
 from analyses.gnn_acceleration import ANALYSIS, panels
 from curvlab.study.inference import Summary
+from curvlab.study.panels import Layout, take
 from paper_figures import Paper
 
 
@@ -62,8 +62,8 @@ PAPER = Paper(
             ANALYSIS.command,
             [
                 [
-                    partial(panels.acceleration, part="flows", change="skip"),
-                    partial(panels.acceleration, part="flows", change="depth"),
+                    partial(panels.acceleration, experiment="flows", change="skip"),
+                    partial(panels.acceleration, experiment="flows", change="depth"),
                     partial(panels.permutation, targets="one-hot"),
                 ]
             ],

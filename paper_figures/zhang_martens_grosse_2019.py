@@ -6,9 +6,9 @@ from functools import partial
 
 import pandas as pd
 
-from analyses.drawing import Layout, take
 from analyses.jacobian_rank import ANALYSIS, panels
 from curvlab.study.inference import Summary
+from curvlab.study.panels import Layout, take
 from paper_figures import Paper
 
 

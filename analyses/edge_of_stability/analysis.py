@@ -1,28 +1,31 @@
-"""The analysis as one object: its parts, claims and figures."""
+"""The analysis as one object: its experiments and figures."""
 
-from __future__ import annotations
+from functools import partial
 
-from analyses.assembly import cells_of, claims_of, digest_of, problem_faults
-from analyses.assembly import data_hash as hash_of
+from analyses.edge_of_stability import panels
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.figures import FIGURES
-from analyses.edge_of_stability.parts import PARTS, published
+from analyses.edge_of_stability.experiments.chebyshev import CHEBYSHEV
+from analyses.edge_of_stability.experiments.flow import FLOW
+from analyses.edge_of_stability.experiments.losses import LOSSES
+from analyses.edge_of_stability.experiments.preconditioned import PRECONDITIONED
+from analyses.edge_of_stability.experiments.published import PUBLISHED, SETTING
+from analyses.edge_of_stability.experiments.quadratic import QUADRATIC
+from analyses.edge_of_stability.experiments.schedules import SCHEDULES
+from analyses.edge_of_stability.experiments.structures import STRUCTURES
+from analyses.edge_of_stability.experiments.training import TRAINING
+from analyses.edge_of_stability.points import effort
 from analyses.edge_of_stability.setting import ARGUMENTS, setting_of
-from analyses.part import Observations
+from curvlab.problems import data_hash, digest_of
 from curvlab.problems.images import IMAGE_SETS, load_images
 from curvlab.study import Analysis, Cell, UsageError
+from curvlab.study.panels import Layout
 
 
-def _network(cell: Cell) -> list[str]:
-    return [str(cell.coordinates.get(name, "")) for name in ("problem", "seed", *ARGUMENTS)]
-
-
-@problem_faults()
 def _data_hash(config: Config) -> str:
     if config.published:
-        load_images(str(published.SETTING["problem"]))
+        load_images(str(SETTING["problem"]))
     if config.problem not in IMAGE_SETS:
-        return hash_of(config.problem)
+        return data_hash(config.problem)
     try:
         setting = setting_of(Cell({"problem": config.problem, "seed": 0}), config)
     except ValueError as error:
@@ -30,21 +33,52 @@ def _data_hash(config: Config) -> str:
     return digest_of(setting.problem)
 
 
-def _measure(cell: Cell, config: Config) -> Observations:
-    return PARTS[str(cell["part"])].measure(cell, config)
+_layout = partial(Layout, "python -m analyses.edge_of_stability")
+
+APPROXIMATIONS = (
+    ("full", "block-diagonal", "block-tridiagonal"),
+    ("kfac", "ekfac", "unit-wise"),
+    ("diagonal", "mc", "empirical"),
+)
 
 
-def _resources(cell: Cell, config: Config) -> tuple[float, float]:
-    part = PARTS[str(cell["part"])]
-    if cell["problem"] != config.problem:
-        return part.seconds(config.width), 1e9 if part is published.PART else 3e8
-    work = config.width**2 * (config.depth - 1) * config.samples * config.steps / (2 * 64**2 * 128 * 800)
-    return part.seconds(config.width) * max(0.3, work), 5e8 + 8.0 * config.samples * (3072 + 60 * config.width)
+def _largest(name: str) -> partial[None]:
+    return partial(panels.largest_of, approximation=name)
 
+
+FIGURES = {
+    "edge": _layout(
+        [[panels.loss_against_step, panels.sharpness_against_step]],
+        claims=("edge-gd", "sharpening-gd", "plateaus", "loss-"),
+        height=2.5,
+    ),
+    "momentum": _layout(
+        [
+            [partial(panels.loss_against_step, optimiser=name), partial(panels.sharpness_against_step, optimiser=name)]
+            for name in ("heavy-ball", "nesterov")
+        ],
+        claims=("edge-heavy", "edge-nesterov"),
+    ),
+    "plateaus": _layout([[panels.plateaus, panels.ratios]], claims=("plateaus", "edge-", "above-"), height=2.7),
+    "flow": _layout([[panels.flow_sharpness, panels.flow_distance]], claims=("flow-",), height=2.5),
+    "alignment": _layout([[panels.alignment_against_step]], claims=("alignment-",), width="column", height=2.4),
+    "schedules": _layout(
+        [[panels.catapults, panels.dropped_rate, panels.late_drop]], claims=("catapult-", "drop-", "late-"), height=2.4
+    ),
+    "structures": _layout(
+        [[_largest(name) for name in row] for row in APPROXIMATIONS], claims=("predicts-",), height=1.9
+    ),
+    "preconditioned": _layout(
+        [[partial(panels.preconditioned, mode="frozen"), partial(panels.preconditioned, mode="live")]],
+        claims=("preconditioned-", "natural-"),
+        height=2.5,
+    ),
+    "chebyshev": _layout([[panels.chebyshev]], claims=("chebyshev-",), width="column", height=2.4),
+}
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="edge_of_stability",
-    version=3,
+    version=4,
     question=(
         "Does full-batch training sharpen until its optimiser is just stable, and stay there? And do natural gradient and its "
         "approximations have an edge of their own?"
@@ -59,12 +93,11 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="digits, N = 128, tanh network 64-64-64-10, runs of 800 steps, 10 seeds: about 7 minutes of processor time, spread over "
     "the cores.",
     config=Config,
-    claims=claims_of(PARTS),
-    cells=cells_of(PARTS, _network),
+    experiments=(QUADRATIC, TRAINING, FLOW, SCHEDULES, LOSSES, STRUCTURES, PRECONDITIONED, CHEBYSHEV, PUBLISHED),
     data_hash=_data_hash,
-    measure=_measure,
-    resources=_resources,
     figures=FIGURES,
     axes=("heavy_ball", "nesterov", "adam", "batch_size", "preconditioners"),
+    together=("problem", *ARGUMENTS),
+    effort=effort,
     memory_option="--samples",
 )

@@ -1,18 +1,12 @@
 """Options of the edge-of-stability analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
-from curvlab.errors import unknown_name
-from curvlab.fisher import STRUCTURES
+from analyses.specs import MEMBERS
 from curvlab.problems.full_batch import LOSSES, NETWORKS
 from curvlab.problems.images import IMAGE_SETS
-from curvlab.study import CommonOptions
-
-NEEDS_SIGMA = "layer-wise"
-"""A family rather than one structure: the members that have a name are here."""
+from curvlab.study import CommonOptions, check_bounds, check_names, check_positive, check_some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,7 @@ class Config(CommonOptions):
     """Widths at which the flow's sharpening is measured, besides --width."""
     sweep_samples: tuple[int, ...] = ()
     """Sample counts at which the flow's sharpening is measured, besides --samples."""
-    structures: tuple[str, ...] = tuple(name for name in STRUCTURES if name != NEEDS_SIGMA)
+    structures: tuple[str, ...] = MEMBERS
     """Approximations whose largest eigenvalue is followed along gradient descent."""
     preconditioners: tuple[str, ...] = ("full", "block-diagonal", "kfac")
     """Structures that precondition training, renewed at every step and frozen."""
@@ -69,24 +63,13 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for structure in (*self.structures, *self.preconditioners):
-            if structure not in STRUCTURES or structure == NEEDS_SIGMA:
-                raise unknown_name("structure", structure, [name for name in STRUCTURES if name != NEEDS_SIGMA])
-        if self.problem in IMAGE_SETS and self.network not in NETWORKS:
-            raise unknown_name("network", self.network, NETWORKS)
-        if self.loss not in LOSSES:
-            raise unknown_name("loss", self.loss, LOSSES)
-        if not self.etas:
-            raise ValueError("--etas must name at least one step size.")
-        for name in ("etas", "heavy_ball", "nesterov", "adam"):
-            if any(not eta > 0 for eta in getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}.")
-        for name in ("batch_size", "sweep_depths", "sweep_widths", "sweep_samples"):
-            if any(number < 1 for number in getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        for name in ("width", "depth", "samples", "every", "top"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        check_names("structure", (*self.structures, *self.preconditioners), MEMBERS)
+        check_names("network", (self.network,) if self.problem in IMAGE_SETS else (), NETWORKS)
+        check_names("loss", (self.loss,), LOSSES)
+        check_some(self, "etas")
+        check_positive(self, "etas", "heavy_ball", "nesterov", "adam")
+        check_bounds(self, width=1, depth=1, samples=1, every=1, top=1)
+        check_bounds(self, batch_size=1, sweep_depths=1, sweep_widths=1, sweep_samples=1)
         if self.steps < 4 * self.every:
             raise ValueError(f"--steps must be at least 4 times --every, got {self.steps} and {self.every}.")
         if not 0.0 <= self.beta < 1.0:
@@ -96,3 +79,7 @@ class Config(CommonOptions):
     def middle(self) -> float:
         """The step size of gradient descent that other things are compared at."""
         return sorted(self.etas)[(len(self.etas) - 1) // 2]
+
+    def measured(self, steps: int | None = None) -> range:
+        """The steps before which a run of a length, the configured one if None, is measured."""
+        return range(0, (self.steps if steps is None else steps) + 1, self.every)

@@ -1,13 +1,9 @@
 """A run and what is followed along it: loss, sharpness and how steps lie to the top eigenspace; gradient flow."""
 
-from __future__ import annotations
-
-import copy
-import io
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,11 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from analyses.checkpoints import take_up
-from analyses.edge_of_stability.optimisers import Optimiser, Steps
+from analyses.edge_of_stability.optimisers import Optimiser
 from analyses.edge_of_stability.setting import Setting, flat
-from curvlab.spectrum import Operator, eigenpairs
-from curvlab.tools.storage import write
+from curvlab.spectrum import Hessian, Operator, eigenpairs
+from curvlab.study import Diverged, Trace, follow
+from curvlab.study.loop import Seen
 
 DIVERGED = 100.0
 """Loss, relative to the first, above which a run counts as diverged; it is stopped there and keeps what was measured."""
@@ -31,116 +27,103 @@ TOLERANCE = 1e-2
 GUARDS = 6
 """Vectors of a block beyond those followed: near the edge eigenvalues stand close together. With two the tracking of a run
 of 64-64-64-10 took twice the time."""
-SAVED = 60.0
-"""Seconds between checkpoints of a run; shorter runs write none."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """What is measured before a step.
+@dataclass(eq=False)
+class Descent:
+    """Training by an optimiser.
 
-    Attributes:
-        step: number of steps before it.
-        eigenvalues: leading ones of the curvature, descending.
-        residual: bound on the error of the first.
-        gradient_share: share of the gradient's squared norm in their eigenspace; None under a preconditioner.
-        step_share: the same for the step taken, in the operator's inner product.
-    """
-
-    step: int
-    eigenvalues: tuple[float, ...]
-    residual: float
-    gradient_share: float | None
-    step_share: float
-
-
-@dataclass
-class Run:
-    """What was seen of a run.
+    Before every step and after the last are seen the `loss` and the `square` ‖g‖² of its gradient. Where it is measured also
+    the leading eigenvalues of the curvature, `sharpness` and `second`, the bound `residual` on the error of the first, and the
+    shares in their eigenspace of the squared norm of the gradient and of the step, `gradient_alignment` and `step_alignment`.
+    The latter is in the inner product of the operator; under a preconditioner there is no `gradient_alignment`.
 
     Attributes:
-        losses: before every step, and after the last.
-        squares: ‖g‖² before every step, and after the last.
-        points: measurements.
-        diverged: the step at which it diverged, None if it did not.
+        model: Is trained.
+        setting: Its data.
+        optimiser: What steps.
+        measured: Step numbers before which it is measured.
+        top: Eigenvalues that are followed; 0 for none.
+        see: What else is seen of the model where it is measured.
+        batches: Samples that a step uses, by its number; all if None.
+        before: Called before every step with its number, such as a schedule.
     """
 
-    losses: list[float] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
-    points: list[Point] = field(default_factory=list)
-    diverged: int | None = None
+    model: nn.Module
+    setting: Setting
+    optimiser: Optimiser
+    measured: Collection[int] = ()
+    top: int = 2
+    see: Callable[[nn.Module], Seen] = lambda _: {}
+    batches: Callable[[int], Tensor | None] = lambda _: None
+    before: Callable[[int], None] = lambda _: None
+    _first: float | None = field(default=None, init=False)
+    _subspace: Float[Tensor, "m P"] | None = field(default=None, init=False)
+    _leading: tuple[Operator, Float[Tensor, "k P"]] | None = field(default=None, init=False)
 
+    @cached_property
+    def _hessian(self) -> Hessian:
+        return self.setting.hessian(self.model)
 
-def descend(
-    model: nn.Module,
-    setting: Setting,
-    optimiser: Optimiser,
-    steps: int,
-    measured: Sequence[int],
-    *,
-    top: int = 2,
-    batches: Callable[[int], Tensor | None] = lambda _: None,
-    observe: Callable[[int, nn.Module], None] = lambda *_: None,
-    before: Callable[[int], None] = lambda _: None,
-    until: Callable[[nn.Module], bool] = lambda _: False,
-    checkpoint: Path | None = None,
-) -> Run:
-    """Train, and measure before chosen steps.
+    def look(self, step: int) -> Seen:
+        """See the loss and, where it is measured, the curvature.
 
-    Args:
-        model: is trained.
-        setting: its data.
-        optimiser: what steps.
-        steps: how many; fewer if the run diverges.
-        measured: step numbers before which the curvature is measured.
-        top: eigenvalues that are followed.
-        batches: samples that a step uses, by its number; all if None.
-        observe: called before every step with its number and the model.
-        before: called before every step with its number, such as a schedule.
-        until: asked at every measurement; the run ends there if it holds.
-        checkpoint: where the run is saved every minute and taken up from; removed at its end.
+        Raises:
+            Diverged: by the loss.
+        """
+        loss, gradient = self.setting.gradient(self.model)
+        self._first = loss if self._first is None else self._first
+        seen: dict[str, Any] = {"loss": loss, "square": float(gradient.square().sum())}
+        if not math.isfinite(loss) or loss > DIVERGED * self._first:
+            raise Diverged(seen)
+        self.before(step)
+        self._leading = None
+        if step in self.measured:
+            seen |= {**self.see(self.model), **self._curvature(gradient)}
+        return seen
 
-    Cost: a gradient a step; a measurement takes two to four block products from the last eigenvectors.
-    """
-    run, start, subspace = _resume(checkpoint, model, setting, optimiser)
-    chosen, saved = frozenset(measured), time.monotonic()
-    hessian = setting.hessian(model)
-    for step in range(start, steps + 1):
-        if checkpoint is not None and time.monotonic() - saved > SAVED:
-            _save(checkpoint, run, step, subspace, model, optimiser)
-            saved = time.monotonic()
-        loss, gradient = setting.gradient(model)
-        run.losses.append(loss)
-        run.squares.append(float(gradient.square().sum()))
-        if not math.isfinite(loss) or loss > DIVERGED * run.losses[0]:
-            run.diverged = step
-            break
-        before(step)
-        observe(step, model)
-        operator = optimiser.curvature(hessian) if step in chosen else None
-        found = None
-        if operator is not None:
-            found = eigenpairs(operator, top, start=subspace, tolerance=TOLERANCE, block=top + GUARDS)
-            subspace = found.subspace
-        ended = step == steps or (step in chosen and until(model))
-        if ended and found is None:
-            break
-        if (samples := batches(step)) is not None:
-            setting.gradient(model, samples)
-        if operator is None or found is None:
-            optimiser.steps.step()
-        else:
-            here = flat(model)
-            optimiser.steps.step()
-            plain = share(operator, found.vectors, gradient) if operator.euclidean else None
-            moved = share(operator, found.vectors, flat(model) - here)
-            values = tuple(float(value) for value in found.values)
-            run.points.append(Point(step, values, float(found.residuals[0]), plain, moved))
-        if ended:
-            break
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return run
+    def _curvature(self, gradient: Float[Tensor, " P"]) -> Seen:
+        operator = self.optimiser.curvature(self._hessian) if self.top else None
+        if operator is None:
+            return {}
+        found = eigenpairs(operator, self.top, start=self._subspace, tolerance=TOLERANCE, block=self.top + GUARDS)
+        self._subspace, self._leading = found.subspace, (operator, found.vectors)
+        values = zip(("sharpness", "second"), found.values.tolist(), strict=False)
+        plain = {"gradient_alignment": share(operator, found.vectors, gradient)} if operator.euclidean else {}
+        return {**dict(values), "residual": float(found.residuals[0]), **plain}
+
+    def step(self, step: int) -> Seen | None:
+        """Take a step and, where it is measured, see how it lies to the leading eigenvectors."""
+        if (samples := self.batches(step)) is not None:
+            self.setting.gradient(self.model, samples)
+        if self._leading is None:
+            self.optimiser.step()
+            return None
+        here = flat(self.model)
+        self.optimiser.step()
+        return {"step_alignment": share(*self._leading, flat(self.model) - here)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, the optimiser's state, the first loss and the last eigenvectors."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "first": self._first,
+            "subspace": self._subspace,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them up.
+
+        Raises:
+            ValueError: they are of another network.
+        """
+        subspace, size = state["subspace"], len(flat(self.model))
+        if subspace is not None and subspace.shape[-1] != size:
+            raise ValueError(f"the eigenvectors have {subspace.shape[-1]} entries and not {size}")
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self._first, self._subspace = state["first"], subspace
 
 
 def share(operator: Operator, vectors: Float[Tensor, "k P"], vector: Float[Tensor, " P"]) -> float:
@@ -149,43 +132,18 @@ def share(operator: Operator, vectors: Float[Tensor, "k P"], vector: Float[Tenso
     return float((vectors @ dual).square().sum() / (vector @ dual))
 
 
-def _save(path: Path, run: Run, step: int, subspace: Tensor | None, model: nn.Module, optimiser: Optimiser) -> None:
-    buffer = io.BytesIO()
-    state = {
-        "run": asdict(run),
-        "step": step,
-        "subspace": subspace,
-        "model": model.state_dict(),
-        "optimiser": optimiser.steps.state_dict(),
-    }
-    torch.save(state, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, buffer.getvalue())
+def descend(
+    process: Descent, steps: int, *, until: Callable[[Seen], bool] = lambda _: False, checkpoint: Path | None = None
+) -> Trace:
+    """Train, see `curvlab.study.follow`; a run that is measured at its end takes one more step, to see how that lies.
 
-
-def _resume(
-    path: Path | None, model: nn.Module, setting: Setting, optimiser: Optimiser
-) -> tuple[Run, int, Tensor | None]:
-    def rehearse(state: dict[str, Any]) -> None:
-        loss = setting.problem.loss
-        trial, steps = copy.deepcopy((model, optimiser.steps), {id(loss): loss})
-        _, _, subspace = _restore(state, trial, steps)
-        if subspace is not None and subspace.shape[-1] != len(flat(trial)):
-            raise ValueError(f"the eigenvectors have {subspace.shape[-1]} entries and not {len(flat(trial))}")
-        setting.gradient(trial)
-        steps.step()
-
-    return take_up(path, rehearse, lambda state: _restore(state, model, optimiser.steps)) or (Run(), 0, None)
-
-
-def _restore(state: dict[str, Any], model: nn.Module, steps: Steps) -> tuple[Run, int, Tensor | None]:
-    seen, step = state["run"], int(state["step"])
-    if not len(seen["losses"]) == len(seen["squares"]) == step:
-        raise ValueError(f"{len(seen['losses'])} losses do not lead to step {step}")
-    points = [Point(**point) for point in seen["points"]]
-    model.load_state_dict(state["model"])
-    steps.load_state_dict(state["optimiser"])
-    return Run(seen["losses"], seen["squares"], points, seen["diverged"]), step, state["subspace"]
+    Cost: a gradient a step; a measurement takes two to four block products from the last eigenvectors.
+    """
+    trace = follow(process, steps, until=until, checkpoint=checkpoint)
+    last = trace.seen[-1]
+    if trace.diverged is None and "sharpness" in last:
+        last |= process.step(last["step"]) or {}
+    return trace
 
 
 def flow(

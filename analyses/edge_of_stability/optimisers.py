@@ -1,10 +1,7 @@
 """What steps, and the operator and threshold that its stability depends on."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +11,7 @@ from torch.nn.utils import vector_to_parameters
 from analyses.edge_of_stability.setting import Setting, flat
 from curvlab.fisher import Structure
 from curvlab.optim import NaturalGradient
+from curvlab.rows import sqrt_fisher
 from curvlab.spectrum import DiagonalPreconditioner, Operator, Preconditioned, Preconditioner
 from curvlab.theory import sharpness_threshold
 
@@ -21,97 +19,94 @@ BETAS = (0.9, 0.999)
 """Of Adam."""
 
 
-class Steps(Protocol):
-    """The two verbs of `torch.optim.Optimizer` that a run needs, and its state."""
-
-    def step(self) -> Any:
-        """Take a step by the gradients that the parameters hold."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
-
-
-@dataclass(frozen=True)
-class Optimiser:
-    """An optimiser on a model.
+@dataclass(eq=False)
+class TorchOptimiser:
+    """An optimiser of torch's, by the curvature of the loss itself.
 
     Attributes:
-        steps: what steps.
-        threshold: largest curvature at which it is stable on a quadratic.
-        curvature: makes of the Hessian the operator whose largest eigenvalue that is to be compared with; None before the
-            first step, where it does not exist yet.
+        steps: Torch's.
+        threshold: The largest curvature at which it is stable on a quadratic.
     """
 
-    steps: Steps
+    steps: torch.optim.Optimizer
     threshold: float
-    curvature: Callable[[Operator], Operator | None]
+
+    def curvature(self, hessian: Operator) -> Operator | None:
+        """The operator at the present parameters whose largest eigenvalue the threshold is of; here the Hessian.
+
+        None before the first step, where it does not exist yet.
+        """
+        return hessian
+
+    def step(self) -> None:
+        """Take a step by the gradients that the parameters hold."""
+        self.steps.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of torch's."""
+        return self.steps.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up."""
+        self.steps.load_state_dict(state)
 
 
-def momentum(model: nn.Module, method: str, eta: float, beta: float) -> Optimiser:
-    """Gradient descent, heavy ball or Nesterov, all by `torch.optim.SGD`."""
-    beta = 0.0 if method == "gd" else beta
-    steps = torch.optim.SGD(model.parameters(), lr=eta, momentum=beta, nesterov=method == "nesterov" and beta > 0)
-    return Optimiser(steps, sharpness_threshold(method, eta, beta), lambda hessian: hessian)
+@dataclass(eq=False)
+class Adam(TorchOptimiser):
+    """Adam, by the curvature that its present diagonal preconditions."""
+
+    model: nn.Module
+
+    @property
+    def preconditioner(self) -> DiagonalPreconditioner:
+        """The diagonal that the last step divided by."""
+        return DiagonalPreconditioner.adam(self.model, self.steps)
+
+    def curvature(self, hessian: Operator) -> Operator | None:
+        """The preconditioned Hessian, from the first step on."""
+        return Preconditioned(hessian, self.preconditioner) if self.steps.state else None
 
 
-def adam(model: nn.Module, eta: float) -> Optimiser:
-    """Adam, its preconditioner renewed at every step.
+@dataclass(eq=False)
+class Natural(TorchOptimiser):
+    """`curvlab.optim.NaturalGradient` on the whole training set, by the curvature that its structure preconditions."""
 
-    Its momentum is an average, m ← βm + (1 − β)g, so that the threshold is heavy ball's over 1 − β (derived).
-    """
-    steps = torch.optim.Adam(model.parameters(), lr=eta, betas=BETAS)
+    model: nn.Module
+    setting: Setting
+    structure: Structure
+    damping: float
 
-    def curvature(hessian: Operator) -> Operator | None:
-        return Preconditioned(hessian, DiagonalPreconditioner.adam(model, steps)) if steps.state else None
-
-    return Optimiser(steps, sharpness_threshold("heavy-ball", eta, BETAS[0]) / (1 - BETAS[0]), curvature)
-
-
-def frozen(model: nn.Module, preconditioner: Preconditioner, damping: float, eta: float) -> Optimiser:
-    """Steps −η(P + ρI)⁻¹g with a P that stays as it is."""
-    steps = _Frozen(model, preconditioner, damping, eta)
-    return Optimiser(steps, sharpness_threshold("gd", eta), lambda h: Preconditioned(h, preconditioner, damping))
-
-
-def natural(model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float) -> Optimiser:
-    """Natural gradient: steps −η(F + ρI)⁻¹g with a structure of the exact Fisher, renewed at every step."""
-    steps = _Natural(model, setting, structure, damping, eta)
-    return Optimiser(steps, sharpness_threshold("gd", eta), lambda h: Preconditioned(h, structure, damping))
-
-
-class _Natural:
-    """`curvlab.optim.NaturalGradient` on the whole training set."""
-
-    def __init__(self, model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float) -> None:
-        self.model, self.setting = model, setting
-        self.steps = NaturalGradient(
-            model, setting.problem.loss, eta, structure=structure, kind="exact", damping=damping, decay=0.0
-        )
+    def curvature(self, hessian: Operator) -> Operator | None:
+        """The Hessian that the structure of the present parameters preconditions."""
+        problem = self.setting.problem
+        self.structure.update(sqrt_fisher(self.model, problem.loss, *problem.train))
+        return Preconditioned(hessian, self.structure, self.damping)
 
     def step(self) -> None:
         """Take a step."""
         self.steps.step(lambda: self.setting.gradient(self.model)[0])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-        return self.steps.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
-        self.steps.load_state_dict(state_dict)
+@dataclass(eq=False)
+class Frozen:
+    """Steps −η(P + ρI)⁻¹g with a P that stays as it is."""
 
+    model: nn.Module
+    preconditioner: Preconditioner
+    damping: float
+    eta: float
 
-class _Frozen:
-    """Preconditioned gradient descent without momentum."""
+    @property
+    def threshold(self) -> float:
+        """That of gradient descent."""
+        return sharpness_threshold("gd", self.eta)
 
-    def __init__(self, model: nn.Module, preconditioner: Preconditioner, damping: float, eta: float) -> None:
-        self.model, self.preconditioner, self.damping, self.eta = model, preconditioner, damping, eta
+    def curvature(self, hessian: Operator) -> Operator | None:
+        """The preconditioned Hessian."""
+        return Preconditioned(hessian, self.preconditioner, self.damping)
 
     def step(self) -> None:
-        """Take a step by the gradients that the parameters hold."""
+        """Take a step."""
         gradient: Float[Tensor, " P"] = torch.cat(
             [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
         )
@@ -120,8 +115,35 @@ class _Frozen:
         vector_to_parameters(flat(self.model) - self.eta * move, self.model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """There is no state: the preconditioner follows from the run's beginning or from its parameters."""
+        """There is no state: the preconditioner follows from the run's beginning."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+Optimiser = TorchOptimiser | Frozen
+
+
+def momentum(model: nn.Module, method: str, eta: float, beta: float = 0.0) -> TorchOptimiser:
+    """Gradient descent, heavy ball or Nesterov, all by `torch.optim.SGD`."""
+    beta = 0.0 if method == "gd" else beta
+    steps = torch.optim.SGD(model.parameters(), lr=eta, momentum=beta, nesterov=method == "nesterov" and beta > 0)
+    return TorchOptimiser(steps, sharpness_threshold(method, eta, beta))
+
+
+def adam(model: nn.Module, eta: float) -> Adam:
+    """Adam, its preconditioner renewed at every step.
+
+    Its momentum is an average, m ← βm + (1 − β)g, so that the threshold is heavy ball's over 1 − β (derived).
+    """
+    steps = torch.optim.Adam(model.parameters(), lr=eta, betas=BETAS)
+    return Adam(steps, sharpness_threshold("heavy-ball", eta, BETAS[0]) / (1 - BETAS[0]), model)
+
+
+def natural(model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float) -> Natural:
+    """Natural gradient: steps −η(F + ρI)⁻¹g with a structure of the exact Fisher, renewed at every step."""
+    steps = NaturalGradient(
+        model, setting.problem.loss, eta, structure=structure, kind="exact", damping=damping, decay=0.0
+    )
+    return Natural(steps, sharpness_threshold("gd", eta), model, setting, structure, damping)

@@ -1,58 +1,41 @@
 """The panels of the edge-of-stability figures, each one relation between stored measurements and its prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from analyses.drawing import DASHED, NEUTRAL, NotStored, level, note, take
-from analyses.edge_of_stability.part import BAND
-from analyses.edge_of_stability.parts import published as readme
-from analyses.edge_of_stability.parts.losses import CE
+from analyses.edge_of_stability.experiments import published as readme
+from analyses.edge_of_stability.experiments.losses import CE
+from analyses.edge_of_stability.points import BAND
+from curvlab.fisher import STRUCTURES
 from curvlab.study import style
-from curvlab.study.inference import Summary
+from curvlab.study.panels import DASHED, NEUTRAL, level, note, take
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Of step sizes and runs, in order; each comes with a marker of its own."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SHOWN = 12
 """Markers on a curve."""
-TITLES = {"gd": "gradient descent", "heavy-ball": "heavy ball", "nesterov": "Nesterov", "adam": "Adam"}
+TITLES = {
+    "gd": "gradient descent",
+    "heavy-ball": "heavy ball",
+    "nesterov": "Nesterov",
+    "adam": "Adam",
+    "adam-frozen": "Adam, frozen",
+    "sgd": "SGD",
+}
 RATIO = r"$S$ / threshold"
 
 
-def curve(axes: Axes, table: pd.DataFrame, x: str, index: int, label: str | None = None) -> Float[np.ndarray, " K"]:
-    """Draw the mean over seeds as a line with markers and its 95 % t-interval as a band; returns the means.
-
-    On a logarithmic axis mean and interval are those of log y. A point that only some seeds have, because others diverged, is
-    left out.
-    """
-    logarithmic = axes.get_yscale() == "log"
-    seeds = table["seed"].nunique()
-    positions, means, ends = [], [], []
-    for position in sorted(table[x].unique()):
-        group = table[table[x] == position]
-        if len(group) < seeds:
-            continue
-        values = group["value"].to_numpy(dtype=float)
-        summary = Summary.of(np.log(values) if logarithmic else values)
-        positions.append(float(position))
-        means.append(summary.mean)
-        ends.append(summary.interval(0.95))
-    back = np.exp if logarithmic else np.asarray
-    line, band = np.asarray(back(np.array(means))), back(np.array(ends).reshape(-1, 2))
-    color = COLOURS[index % len(COLOURS)]
-    axes.plot(
-        positions, line, color=color, marker=MARKERS[index % len(MARKERS)], markevery=max(1, len(line) // SHOWN),
-        markersize=3, linewidth=1.0, label=label, zorder=3,
+def curve(axes: Axes, table: pd.DataFrame, x: str, index: int, label: str | None = None) -> None:
+    """Draw the mean over seeds as a line with markers and its 95 % t-interval as a band, see `style.band`."""
+    style.band(
+        axes, table, x, color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], label=label,
+        markevery=max(1, table[x].nunique() // SHOWN), markersize=3, linewidth=1.0, zorder=3,
     )  # fmt: skip
-    axes.fill_between(positions, band[:, 0], band[:, 1], color=color, alpha=0.25, linewidth=0, zorder=2)
-    return line
 
 
 def threshold(axes: Axes, value: float, index: int | None = None, label: str | None = None) -> None:
@@ -77,7 +60,7 @@ def sharpness_against_step(axes: Axes, measurements: pd.DataFrame, *, optimiser:
         )
     axes.set_ylim(bottom=0)
     etas = measurements.loc[measurements["optimiser"] == optimiser, "eta"].unique()
-    title = TITLES.get(optimiser, optimiser) + (rf", $\eta={etas[0]:g}$" if len(etas) == 1 else "")
+    title = TITLES[optimiser] + (rf", $\eta={etas[0]:g}$" if len(etas) == 1 else "")
     axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$", title=title)
 
 
@@ -86,7 +69,7 @@ def loss_against_step(axes: Axes, measurements: pd.DataFrame, *, optimiser: str 
     axes.set_yscale("log")
     for index, eta, group in _by_eta(measurements, "loss", optimiser):
         curve(axes, group, "step", index, rf"$\eta={eta:g}$" if optimiser == "gd" else None)
-    axes.set(xlabel="step", ylabel="training loss", title=TITLES.get(optimiser, optimiser))
+    axes.set(xlabel="step", ylabel="training loss", title=TITLES[optimiser])
 
 
 def alignment_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -112,9 +95,9 @@ def ratios(axes: Axes, measurements: pd.DataFrame) -> None:
     """Sharpness after the crossing over the threshold, of every optimiser, with the band that was fixed beforehand."""
     table = take(measurements, "training", "plateau_ratio")
     names = []
-    for place, ((optimiser, eta), group) in enumerate(table.groupby(["optimiser", "eta"])):
+    for place, ((optimiser, eta, batch), group) in enumerate(table.groupby(["optimiser", "eta", "batch"])):
         style.measured(axes, group.assign(place=float(place)), "place", "gradient-descent", label="")
-        names.append(rf"{TITLES.get(str(optimiser), optimiser)} {eta:g}")
+        names.append(f"{TITLES[str(optimiser)]} {eta:g}" + (f", batch {batch:g}" if batch else ""))
     axes.axhspan(1 - BAND, 1 + BAND, color=NEUTRAL, alpha=0.12, linewidth=0, zorder=0)
     level(axes, 1.0)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
@@ -177,15 +160,9 @@ def preconditioned(axes: Axes, measurements: pd.DataFrame, *, mode: str) -> None
     table = take(measurements, "preconditioned", quantity, mode=mode)
     if mode == "live":
         axes.set_yscale("log")
-    for place, structure in enumerate(name for name in style.LOOKS if (table["structure"] == name).any()):
+    for structure in style.in_order(table["structure"]):
         group, look = table[table["structure"] == structure], style.look(structure)
-        complete = group.groupby("step")["seed"].transform("nunique") == group["seed"].nunique()
-        style.measured(axes, group[complete], "step", structure, shift=2.0 * (place - 1))
-        logarithmic = axes.get_yscale() == "log"
-        drawn = np.log(group["value"]) if logarithmic else group["value"]
-        means = drawn[complete].groupby(group["step"]).mean()
-        means = np.exp(means) if logarithmic else means
-        axes.plot(means.index, means, color=look.color, linewidth=0.8, zorder=2)
+        style.band(axes, group, "step", color=look.color, marker=look.marker, label=look.label, linewidth=1.0, zorder=3)
     if mode == "frozen":
         level(axes, 1.0)
     else:
@@ -202,7 +179,7 @@ def largest_of(axes: Axes, measurements: pd.DataFrame, *, approximation: str) ->
     curve(axes, reference, "step", 0, "Hessian")
     curve(axes, take(measurements, "structures", "largest", approximation=approximation), "step", 1, "approximation")
     threshold(axes, 2 / float(reference["eta"].iloc[0]), label=r"$2/\eta$")
-    title = style.look(approximation).label if approximation in style.LOOKS else f"{approximation} Fisher"
+    title = style.look(approximation).label if approximation in STRUCTURES else f"{approximation} Fisher"
     axes.set(xlabel="step", ylabel=r"$\lambda_{\max}$", title=title)
 
 
@@ -217,22 +194,9 @@ def chebyshev(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$")
 
 
-def batch_sizes(axes: Axes, measurements: pd.DataFrame) -> None:
-    """Late sharpness of SGD against batch size, and 2/η (dashed)."""
-    table = take(measurements, "training", "late_sharpness", optimiser="sgd")
-    table = table[table["batch"] > 0]
-    if table.empty:
-        raise NotStored("training: sharpness of SGD (--batch-size)")
-    axes.set(xscale="log", yscale="log")
-    style.measured(axes, table, "batch", "gradient-descent", label="SGD")
-    style.log_ticks(axes, sorted(int(batch) for batch in table["batch"].unique()))
-    threshold(axes, 2 / float(table["eta"].iloc[0]))
-    axes.set(xlabel="batch size (samples)", ylabel=r"late sharpness $\lambda_{\max}(H)$")
-
-
 def published(axes: Axes, measurements: pd.DataFrame, *, quantity: Literal["loss", "sharpness"]) -> None:
     """Loss or sharpness of the README's run against step, with points read off the published figures (open diamonds)."""
-    table = take(measurements, readme.NAME, quantity).sort_values("step")
+    table = take(measurements, readme.PUBLISHED.name, quantity).sort_values("step")
     axes.plot(table["step"], table["value"], color=COLOURS[0], linewidth=1.0, label="this run", zorder=2)
     points = [m.point[1:] for m in readme.MILESTONES.values() if m.point is not None and m.point[0] == quantity]
     axes.plot(

@@ -1,7 +1,5 @@
 """One network and its data, as a run sees them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

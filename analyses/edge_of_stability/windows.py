@@ -1,16 +1,18 @@
 """What a run says about the edge, over windows that are fixed beforehand."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
 
-from analyses.edge_of_stability.descent import Run
+from curvlab.study import Trace, observed
+from curvlab.study.loop import Seen
 
 LONG = 200
 """Steps of a window over which the loss is to fall, "on long time scales"."""
+COURSE = ("sharpness", "second", "ratio", "loss", "gradient_alignment", "step_alignment")
+"""Quantities of a measurement."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,24 +20,34 @@ class Edge:
     """A run against its threshold.
 
     Attributes:
-        run: what was seen of it.
-        threshold: curvature at which its optimiser is just stable.
-        eta: step size.
+        trace: What was seen of it by a `Descent`.
+        threshold: Curvature at which its optimiser is just stable.
+        eta: Step size.
     """
 
-    run: Run
+    trace: Trace
     threshold: float
     eta: float
 
+    @cached_property
+    def losses(self) -> Float[np.ndarray, " K"]:
+        """The loss before every step and after the last."""
+        return self.trace.series("loss")
+
+    @cached_property
+    def measured(self) -> list[Seen]:
+        """What was seen where the sharpness was."""
+        return [seen for seen in self.trace.seen if "sharpness" in seen]
+
     @property
     def steps(self) -> Float[np.ndarray, " K"]:
-        """Steps at which the sharpness was measured."""
-        return np.array([point.step for point in self.run.points])
+        """Steps before which that was."""
+        return np.array([seen["step"] for seen in self.measured])
 
     @property
     def sharpness(self) -> Float[np.ndarray, " K"]:
         """The largest eigenvalue at those steps."""
-        return np.array([point.eigenvalues[0] for point in self.run.points])
+        return np.array([seen["sharpness"] for seen in self.measured])
 
     @property
     def ratio(self) -> Float[np.ndarray, " K"]:
@@ -48,14 +60,28 @@ class Edge:
         above = np.flatnonzero(self.ratio >= 1.0)
         return int(self.steps[above[0]]) if len(above) else None
 
+    def rows(self) -> list[dict[str, object]]:
+        """Observations: what claims decide on, and the course."""
+        return [observed(name, value) for name, value in self.quantities().items()] + self.course()
+
+    def course(self) -> list[dict[str, object]]:
+        """Observations of every measurement, and of the divergence."""
+        rows = divergence(self.trace)
+        for seen in self.measured:
+            found, at = {**seen, "ratio": seen["sharpness"] / self.threshold}, {"step": seen["step"]}
+            rows += [observed(name, found[name], **at, threshold=self.threshold) for name in COURSE if name in found]
+        return rows
+
     def quantities(self) -> dict[str, float]:
         """What claims decide on, by name; what does not exist for this run is left out."""
         return {"reached": float(self.crossing is not None), **self._below(), **self._after()}
 
     def _below(self) -> dict[str, float]:
         """Before the crossing: does the sharpness rise, and is the loss monotone?"""
+        if not self.measured:
+            return {}
         end = self.crossing if self.crossing is not None else int(self.steps[-1]) + 1
-        losses = np.array(self.run.losses)[: end + 1]
+        losses = self.losses[: end + 1]
         found = {"increase_before": _share(np.diff(losses) > 0)} if len(losses) > 1 else {}
         sharpness = self.sharpness[self.steps <= end]
         if len(sharpness) > 1:
@@ -68,24 +94,31 @@ class Edge:
             return {}
         there = self.steps >= self.crossing
         ratio = self.ratio[there]
-        losses = np.array(self.run.losses[self.crossing :])
+        losses = self.losses[self.crossing :]
         found = {
             "crossing": float(self.crossing),
-            "survived": float(self.run.diverged is None),
+            "survived": float(self.trace.diverged is None),
             "plateau_ratio": float(ratio.mean()),
             "plateau_maximum": float(ratio.max()),
             "plateau_spread": float(ratio.std()),
             "plateau_sharpness": float(self.sharpness[there].mean()),
             "increase_after": _share(np.diff(losses) > 0) if len(losses) > 1 else 0.0,
             "above_inverse": _share(self.eta * self.sharpness > 1.0),
-            "step_share": float(np.mean([p.step_share for p in np.array(self.run.points, dtype=object)[there]])),
+            "step_share": float(np.array([seen["step_alignment"] for seen in self.measured])[there].mean()),
         }
-        if len(losses) >= 2 * LONG and self.run.diverged is None:
+        if len(losses) >= 2 * LONG and self.trace.diverged is None:
             windows = losses[: len(losses) // LONG * LONG].reshape(-1, LONG).mean(axis=1)
             found["long_change"] = float(np.log(windows[-1] / windows[0]))
-            squares = np.array(self.run.squares[self.crossing :])
+            squares = self.trace.series("square")[self.crossing :]
             found["lemma_broken"] = _share(np.diff(losses) > -self.eta / 2 * squares[:-1])
         return found
+
+
+def divergence(trace: Trace) -> list[dict[str, object]]:
+    """The observation that a run diverged, if it did."""
+    if trace.diverged is None:
+        return []
+    return [observed("diverged", float(trace.diverged), status=trace.status)]
 
 
 def _share(happened: Float[np.ndarray, " K"]) -> float:

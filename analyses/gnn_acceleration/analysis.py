@@ -1,44 +1,51 @@
-"""The analysis as one object: its parts, claims and figures."""
+"""The analysis as one object: its experiments and figures."""
 
-from __future__ import annotations
+from functools import partial
 
-import hashlib
-
-from analyses.assembly import cells_of, claims_of
+from analyses.gnn_acceleration import panels
 from analyses.gnn_acceleration.config import Config
-from analyses.gnn_acceleration.figures import FIGURES
-from analyses.gnn_acceleration.parts import PARTS
-from analyses.gnn_acceleration.setting import graph_of
-from analyses.part import Observations
-from curvlab.study import Analysis, Cell
+from analyses.gnn_acceleration.experiments.conditioning import CONDITIONING
+from analyses.gnn_acceleration.experiments.flows import FLOWS
+from analyses.gnn_acceleration.experiments.identities import IDENTITIES
+from analyses.gnn_acceleration.experiments.labels import LABELS
+from analyses.gnn_acceleration.experiments.relu import RELU
+from analyses.gnn_acceleration.experiments.search import SEARCH
+from analyses.graphs import digest_of, graph_of
+from curvlab.study import Analysis
+from curvlab.study.panels import Layout
 
+_layout = partial(Layout, "python -m analyses.gnn_acceleration")
 
-def _order(cell: Cell) -> list[str]:
-    return [str(cell.coordinates.get(name, "")) for name in ("part", "aggregation", "form", "split")]
-
-
-def _data_hash(config: Config) -> str:
-    digest = hashlib.sha256()
-    for split in config.splits:
-        graph = graph_of(config.problem, split)
-        for tensor in (graph.features, graph.edge_index, graph.labels, graph.train):
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _measure(cell: Cell, config: Config) -> Observations:
-    return PARTS[str(cell["part"])].measure(cell, config)
-
-
-def _resources(cell: Cell, config: Config) -> tuple[float, float]:
-    # The complete split of the largest graph has 18 717 training nodes.
-    memory = 2e9 if config.problem == "karate" or config.splits == ("public",) else 1.5e10
-    return PARTS[str(cell["part"])].seconds(int(cell.coordinates.get("depth", 0))), memory
-
+FIGURES = {
+    "conditioning": _layout(
+        [[partial(panels.singular_values, aggregation=aggregation) for aggregation in ("gcn", "gin")]],
+        claims=("conditioning-", "rank-"),
+        height=2.6,
+    ),
+    "bounds": _layout([[panels.looseness, panels.floors]], claims=("bound-", "floor-", "flow-", "margin-"), height=2.7),
+    "acceleration": _layout(
+        [
+            [partial(panels.acceleration, experiment="flows", change=change) for change in ("skip", "depth")],
+            [partial(panels.slower, change=change) for change in ("skip", "depth")],
+        ],
+        claims=("skip-", "depth-"),
+        height=2.4,
+    ),
+    "labels": _layout(
+        [[partial(panels.permutation, targets=targets) for targets in ("one-hot", "centred")]],
+        claims=("labels-",),
+        height=2.4,
+    ),
+    "relu": _layout(
+        [[partial(panels.acceleration, experiment="relu", change=change) for change in ("skip", "depth", "labels")]],
+        claims=("relu-",),
+        height=2.4,
+    ),
+}
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="gnn_acceleration",
-    version=1,
+    version=2,
     question="Do skip connections, depth and labels that fit the graph make graph networks train faster, and do the bounds on "
     "the loss along gradient flow hold?",
     paper="Xu, Zhang, Jegelka & Kawaguchi 2021, Optimization of Graph Neural Networks: Implicit Acceleration by Skip "
@@ -50,11 +57,9 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="karate, 16 training nodes, depths 0 to 6, GCN and GIN, 12 seeds: about 4 minutes of processor time, spread over the "
     "cores, and 0.5 GiB a process.",
     config=Config,
-    claims=claims_of(PARTS),
-    cells=cells_of(PARTS, _order),
-    data_hash=_data_hash,
-    measure=_measure,
-    resources=_resources,
+    experiments=(IDENTITIES, FLOWS, SEARCH, CONDITIONING, LABELS, RELU),
+    data_hash=lambda config: digest_of(graph_of(config.problem, split) for split in config.splits),
     figures=FIGURES,
+    together=("aggregation", "form", "split"),
     memory_option="--splits",
 )

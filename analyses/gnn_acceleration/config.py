@@ -1,15 +1,10 @@
 """Options of the acceleration analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import get_args
 
-from curvlab.errors import unknown_name
+from analyses.graphs import check_graph
 from curvlab.nn.propagation import Normalisation
-from curvlab.problems import GRAPHS
-from curvlab.problems.graphs import Split
-from curvlab.study import CommonOptions
+from curvlab.study import CommonOptions, check_bounds, check_names, check_some
 
 AGGREGATIONS: dict[str, Normalisation] = {"gcn": "symmetric", "gin": "none"}
 """S by name: D̃^(−1/2)(A + I)D̃^(−1/2), and A + I."""
@@ -39,22 +34,10 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, values, known in (
-            ("--problem", (self.problem,), GRAPHS),
-            ("--splits", self.splits, get_args(Split)),
-            ("--aggregation", self.aggregation, AGGREGATIONS),
-        ):
-            if not values:
-                raise ValueError(f"{option} needs at least one value.")
-            for value in values:
-                if value not in known:
-                    raise unknown_name(option, value, known)
-        if not self.depths or min(self.depths) < 0:
-            raise ValueError(f"--depths must be at least one number of layers, 0 or above; got {self.depths}.")
-        if self.components < 1:
-            raise ValueError(f"--components must be at least 1, got {self.components}.")
-        if self.draws < 1:
-            raise ValueError(f"--draws must be at least 1, got {self.draws}.")
+        check_some(self, "splits", "aggregation", "depths")
+        check_graph(self.problem, self.splits)
+        check_names("--aggregation", self.aggregation, AGGREGATIONS)
+        check_bounds(self, depths=0, components=1, draws=1)
         if self.nodes is not None and self.nodes != 0 and self.nodes < 2:
             raise ValueError(f"--nodes must be at least 2, or 0 for those of the split; got {self.nodes}.")
         if self.dtype != "float64":
@@ -73,3 +56,8 @@ class Config(CommonOptions):
     def swept_depths(self) -> tuple[int, ...]:
         """The depths, ascending, each once."""
         return tuple(sorted(set(self.depths)))
+
+    @property
+    def propagations(self) -> int:
+        """The most propagations of the features that are looked at: the largest depth, but one at least."""
+        return max(*self.depths, 1)

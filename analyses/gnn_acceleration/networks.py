@@ -1,15 +1,16 @@
 """The models of the paper in torch, linear or with ReLU, for autodiff and for gradient descent on a whole graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
+from analyses.descent import Descent, gradient
 from curvlab.nn import Propagation
+from curvlab.study.loop import Seen
 
 Loss = Callable[[Tensor], Tensor]
 """Training outputs `[n, C]` to a number."""
@@ -59,27 +60,34 @@ class GraphNetwork(nn.Module):
         return result
 
 
+def loss_of(name: str, labels: Tensor, classes: int) -> Loss:
+    """A loss of the training outputs, summed over nodes; targets are one-hot, the first is the paper's."""
+    one_hot = functional.one_hot(labels, classes).double()
+    if name == "squared":
+        return lambda z: (z - one_hot).square().sum()
+    if name == "cross-entropy":
+        return lambda z: functional.cross_entropy(z, labels, reduction="sum")
+    return lambda z: torch.logaddexp(z - one_hot, one_hot - z).sum()
+
+
 def gradients(
     model: GraphNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss
 ) -> tuple[float, list[Tensor], list[Tensor]]:
     """Return the loss at some nodes and its gradients by autodiff, of the heads and of the layers."""
     value = loss(model(x)[nodes])
     parameters = [*model.heads, *model.layers]
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    return float(value.detach()), filled[: len(model.heads)], filled[len(model.heads) :]
+    found = list(torch.autograd.grad(value, parameters, materialize_grads=True))
+    return float(value.detach()), found[: len(model.heads)], found[len(model.heads) :]
 
 
-def descend(
-    model: GraphNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss, eta: float, steps: int
-) -> list[float]:
-    """Train in place by gradient descent on the whole graph; returns the loss before every step and at the end."""
-    losses = []
-    for _ in range(steps):
-        value, heads, layers = gradients(model, x, nodes, loss)
-        losses.append(value)
+def descent(model: GraphNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss, eta: float) -> Descent:
+    """Return gradient descent on the whole graph, on the loss at some nodes, which is seen."""
+
+    def of(model: nn.Module) -> Tensor:
+        return loss(model(x)[nodes])
+
+    def see(model: nn.Module) -> Seen:
         with torch.no_grad():
-            for parameter, gradient in zip((*model.heads, *model.layers), (*heads, *layers), strict=True):
-                parameter -= eta * gradient
-    with torch.no_grad():
-        return [*losses, float(loss(model(x)[nodes]))]
+            return {"loss": float(of(model))}
+
+    return Descent(model, gradient(of), eta, see)

@@ -1,12 +1,10 @@
 """The panels of the acceleration analysis' figures, each one relation between stored measurements and its prediction."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analyses.drawing import groups, hollow, level, note, take
 from curvlab.study import style
+from curvlab.study.panels import groups, level, note, take
 
 SINGLE, MULTI = "gradient-descent", "full"
 """Looks of single-scale and multiscale models; GIN's markers are hollow."""
@@ -21,6 +19,13 @@ SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diago
 
 def _aggregations(table: pd.DataFrame) -> list[str]:
     return [name for name in AGGREGATIONS if (table["aggregation"] == name).any()]
+
+
+def _by_aggregation(axes: Axes, table: pd.DataFrame, x: str, look: str, separation: float = 4.0) -> None:
+    """Draw the measurements of each aggregation side by side."""
+    for index, name in enumerate(_aggregations(table)):
+        shown, shift = table[table["aggregation"] == name], separation * (index - 0.5)
+        style.measured(axes, shown, x, look, label=AGGREGATIONS[name], shift=shift, hollow=name == "gin")
 
 
 def _depth_axis(axes: Axes, table: pd.DataFrame, label: str = "depth $H$") -> None:
@@ -40,9 +45,8 @@ def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str,
         for quantity, end in (("largest", "max"), ("smallest", "min")):
             table = take(measurements, "conditioning", quantity, sort=sort, split=split, **at)
             shown = table.assign(value=table["value"].clip(lower=ZERO))
-            points = style.measured(axes, shown, "depth", look, shift=shift, label=rf"$\sigma_{{\{end}}}^2$ of {label}")
-            if quantity == "largest":
-                hollow(points)
+            name, empty = rf"$\sigma_{{\{end}}}^2$ of {label}", quantity == "largest"
+            style.measured(axes, shown, "depth", look, shift=shift, label=name, hollow=empty)
     stack = take(measurements, "conditioning", "smallest", sort="stack", split=split, **at)
     if bool(stack["monotone"].all()):
         first = float(stack.loc[stack["depth"] == stack["depth"].min(), "value"].mean())
@@ -73,12 +77,8 @@ def floors(axes: Axes, measurements: pd.DataFrame) -> None:
     guaranteed = take(measurements, "flows", "guaranteed", model="single", depth=depth)
     starts = [start for start in ("zero", "orthogonal", "glorot", "uniform") if (table["start"] == start).any()]
     axes.set_yscale("log")
-    for index, aggregation in enumerate(_aggregations(table)):
-        shown = table[table["aggregation"] == aggregation]
-        shown = shown.assign(place=shown["start"].map(starts.index), value=shown["value"].clip(lower=1e-12))
-        points = style.measured(axes, shown, "place", SINGLE, label=AGGREGATIONS[aggregation], shift=5.0 * index - 2.5)
-        if aggregation == "gin":
-            hollow(points)
+    table = table.assign(place=table["start"].map(starts.index), value=table["value"].clip(lower=1e-12))
+    _by_aggregation(axes, table, "place", SINGLE, separation=5.0)
     for place, start in enumerate(starts):
         floor = float(guaranteed.loc[guaranteed["start"] == start, "value"].mean())
         if floor > 0:
@@ -98,25 +98,20 @@ def _models(axes: Axes, table: pd.DataFrame) -> None:
             if shown.empty:
                 continue
             label = f"{NAMES[model]}, {AGGREGATIONS[aggregation]}"
-            points = style.measured(axes, shown, "depth", look, label=label, shift=3.0 * place - 4.5)
-            if aggregation == "gin":
-                hollow(points)
+            shift, empty = 3.0 * place - 4.5, aggregation == "gin"
+            style.measured(axes, shown, "depth", look, label=label, shift=shift, hollow=empty)
             place += 1
     _depth_axis(axes, table)
 
 
-def acceleration(axes: Axes, measurements: pd.DataFrame, *, part: str, change: str) -> None:
+def acceleration(axes: Axes, measurements: pd.DataFrame, *, experiment: str, change: str) -> None:
     """Factor between the losses left with and without new scales, against depth."""
-    table = take(measurements, part, f"{change}_log_ratio")
+    table = take(measurements, experiment, f"{change}_log_ratio")
     if table["value"].min() < -1:
         axes.set_yscale("log")
     table = table.groupby(["aggregation", "depth", "seed"])["value"].mean().reset_index()
     table["value"] = 10.0 ** table["value"]
-    for index, aggregation in enumerate(_aggregations(table)):
-        shown = table[table["aggregation"] == aggregation]
-        points = style.measured(axes, shown, "depth", MULTI, label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
-        if aggregation == "gin":
-            hollow(points)
+    _by_aggregation(axes, table, "depth", MULTI)
     level(axes, 1.0)
     _depth_axis(axes, table)
     titles = {"skip": "skip connections", "depth": "the last layer", "labels": "true labels"}
@@ -145,12 +140,7 @@ def slower(axes: Axes, measurements: pd.DataFrame, *, change: str) -> None:
 def permutation(axes: Axes, measurements: pd.DataFrame, *, targets: str) -> None:
     """Initial speed of each scale with true labels over the mean of permutations."""
     table = take(measurements, "labels", "log_ratio", targets=targets)
-    table = table.assign(value=10.0 ** table["value"])
-    for index, aggregation in enumerate(_aggregations(table)):
-        shown = table[table["aggregation"] == aggregation]
-        points = style.measured(axes, shown, "depth", MULTI, label=AGGREGATIONS[aggregation], shift=4.0 * index - 2.0)
-        if aggregation == "gin":
-            hollow(points)
+    _by_aggregation(axes, table.assign(value=10.0 ** table["value"]), "depth", MULTI)
     level(axes, 1.0)
     _depth_axis(axes, table, "scale $l$")
     axes.set(ylabel="initial speed, true / permuted", title=f"{targets} targets")

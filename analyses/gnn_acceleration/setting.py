@@ -1,7 +1,5 @@
 """A graph with its training nodes, their targets, and the features that each number of propagations gives them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -10,16 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses.assembly import problem_faults
 from analyses.gnn_acceleration.config import AGGREGATIONS, Config
+from analyses.graphs import graph_of
 from curvlab.nn import Propagation
-from curvlab.problems import LabelledGraph, data_folder, load_graph
+from curvlab.problems import LabelledGraph, data_folder
 from curvlab.problems.files import fetch
 from curvlab.problems.graphs import PLANETOID
 from curvlab.study import Cell
 
 FORMS = ("normalised", "raw")
 """Features with rows of sum one, as graphs are loaded, and as published; karate's identity is both."""
+
+NAMED = 12
+"""Nodes that a message names; the measurements hold all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +76,10 @@ def _nodes(cell: Cell, config: Config, graph: LabelledGraph) -> Int[Tensor, " n"
     return torch.randperm(len(graph.labels), generator=generator)[: config.drawn_nodes].sort().values
 
 
-@problem_faults()
-def graph_of(name: str, split: str) -> LabelledGraph:
-    """Return a graph.
-
-    Raises:
-        DataUnavailable: of `curvlab.study`: its files are absent.
-    """
-    return load_graph(name, split)  # type: ignore[arg-type]
+def named(nodes: Int[np.ndarray, " K"]) -> str:
+    """Return the first of some nodes in words, and how many more there are."""
+    more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+    return ", ".join(map(str, nodes[:NAMED])) + more
 
 
 def forms_of(name: str) -> tuple[str, ...]:

@@ -1,49 +1,56 @@
-"""The analysis as one object: its parts, claims and figures."""
+"""The analysis as one object: its experiments and figures."""
 
-from __future__ import annotations
+from functools import partial
 
-import hashlib
-
-from analyses.assembly import cells_of, claims_of
+from analyses.gnn_natural_gradient import panels
 from analyses.gnn_natural_gradient.config import Config
-from analyses.gnn_natural_gradient.figures import FIGURES
-from analyses.gnn_natural_gradient.parts import PARTS
-from analyses.gnn_natural_gradient.training import graph_of
-from analyses.part import Observations
-from curvlab.study import Analysis, Cell
+from analyses.gnn_natural_gradient.experiments.ablations import ABLATIONS
+from analyses.gnn_natural_gradient.experiments.accuracy import ACCURACIES
+from analyses.gnn_natural_gradient.experiments.kronecker import KRONECKER
+from analyses.gnn_natural_gradient.experiments.sensitivity import SENSITIVITY
+from analyses.gnn_natural_gradient.experiments.timing import TIMING
+from analyses.gnn_natural_gradient.experiments.tuning import TUNING
+from analyses.gnn_natural_gradient.experiments.unlabelled import UNLABELLED
+from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
+from analyses.graphs import digest_of, graph_of
+from curvlab.study import Analysis
+from curvlab.study.panels import Layout
 
 COST = {"karate": 1.0, "cora": 8.0, "citeseer": 20.0, "pubmed": 30.0}
 """Time of an epoch against karate's."""
 
+_layout = partial(Layout, "python -m analyses.gnn_natural_gradient")
 
-def _place(cell: Cell) -> tuple[int, str, str]:
-    """Tuning comes first, because selected recipes depend on it."""
-    return (
-        list(PARTS).index(str(cell["part"])),
-        str(cell.coordinates.get("split", "")),
-        str(cell.coordinates.get("arm", "")),
-    )
-
-
-def _data_hash(config: Config) -> str:
-    graph = graph_of(config.problem, "public")
-    digest = hashlib.sha256()
-    for tensor in (graph.features, graph.edge_index, graph.labels, graph.train, graph.validation, graph.test):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _measure(cell: Cell, config: Config) -> Observations:
-    return PARTS[str(cell["part"])].measure(cell, config)
-
-
-def _resources(cell: Cell, config: Config) -> tuple[float, float]:
-    return COST[config.problem] * PARTS[str(cell["part"])].seconds(config.epochs), 1.5e9
-
+FIGURES = {
+    "accuracy": _layout(
+        [[panels.accuracy, panels.epochs, partial(panels.epochs, seconds=True)]],
+        claims=("accuracy-", "epochs-", "seconds-", "headline-"),
+        height=2.6,
+    ),
+    "curves": _layout(
+        [
+            [
+                partial(panels.curves, quantity=quantity, choice=choice)
+                for quantity in (VALIDATION_LOSS, ACCURACY)
+            ]
+            for choice in ("published", "selected")
+        ],
+        claims=("reach-",),
+        height=2.3,
+    ),
+    "unlabelled": _layout([[panels.unlabelled, panels.ablations]], claims=("lambda-", "width-", "aggregation", "labels"),
+                          height=2.8, columns=3),
+    "sensitivity": _layout([[panels.epsilon, panels.refresh, panels.joint]], claims=("sensitivity-", "selection-"), height=2.5),
+    "kronecker": _layout(
+        [[panels.errors, *(partial(panels.cosines, space=space) for space in ("parameters", "outputs"))]],
+        claims=("kronecker-",),
+        height=2.4,
+    ),
+}  # fmt: skip
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="gnn_natural_gradient",
-    version=1,
+    version=2,
     question="Does K-FAC improve the accuracy and the convergence of graph networks, do unlabelled nodes help, and what is due "
     "to damping, width, aggregation and selection?",
     paper="Izadi, Fang, Stevenson & Lin 2020, Optimization of Graph Neural Networks with Natural Gradient Descent "
@@ -55,12 +62,9 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="karate, 200 epochs, 4 methods, 5 configurations each, 10 seeds: about 4 minutes of processor time, spread over the "
     "cores.",
     config=Config,
-    claims=claims_of(PARTS),
-    cells=cells_of(PARTS, _place),
-    data_hash=_data_hash,
-    measure=_measure,
-    resources=_resources,
+    experiments=(TUNING, ACCURACIES, TIMING, UNLABELLED, ABLATIONS, SENSITIVITY, KRONECKER),
+    data_hash=lambda config: digest_of([graph_of(config.problem, "public")]),
     figures=FIGURES,
     axes=("splits", "epsilons", "gammas", "refreshes"),
-    memory_option="--problem",
+    effort=lambda _, config: COST[config.problem],
 )

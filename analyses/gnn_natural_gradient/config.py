@@ -1,15 +1,11 @@
 """Options of the analysis of natural gradient on graphs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from analyses.gnn_natural_gradient.recipe import CONFIGURATIONS
-from curvlab.errors import unknown_name
-from curvlab.problems import GRAPHS
-from curvlab.problems.graphs import Split
-from curvlab.study import CommonOptions
+from analyses.graphs import check_graph
+from curvlab.study import CommonOptions, check_bounds, check_positive, check_some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +35,7 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, values, known in (
-            ("--problem", (self.problem,), GRAPHS),
-            ("--splits", self.splits, get_args(Split)),
-        ):
-            if not values:
-                raise ValueError(f"{option} needs at least one value.")
-            for value in values:
-                if value not in known:
-                    raise unknown_name(option, value, known)
-        if not 1 <= self.configurations <= CONFIGURATIONS:
-            raise ValueError(f"--configurations must be from 1 to {CONFIGURATIONS}, got {self.configurations}.")
-        for option in ("epochs", "starts"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"--{option} must be at least 1, got {getattr(self, option)}.")
-        for option in ("epsilons", "gammas", "refreshes"):
-            if any(value <= 0 for value in getattr(self, option)):
-                raise ValueError(f"--{option} must be positive, got {getattr(self, option)}.")
+        check_some(self, "splits")
+        check_graph(self.problem, self.splits)
+        check_bounds(self, configurations=(1, CONFIGURATIONS), epochs=1, starts=1)
+        check_positive(self, "epsilons", "gammas", "refreshes")

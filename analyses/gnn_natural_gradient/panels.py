@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analyses.drawing import DASHED, NEUTRAL, NotStored, groups, hollow, level, note, take
-from analyses.gnn_natural_gradient.part import ACCURACY, BEST_EPOCH, VALIDATION_LOSS
-from analyses.gnn_natural_gradient.parts.accuracy import CURVE, HEADLINE_QUANTITY, Choice
-from analyses.gnn_natural_gradient.parts.kronecker import STAGES
-from analyses.gnn_natural_gradient.parts.timing import SECONDS
+from analyses.clock import priced
+from analyses.gnn_natural_gradient.arms import BEST_EPOCH
+from analyses.gnn_natural_gradient.experiments.accuracy import CURVE, HEADLINE_QUANTITY, Choice
+from analyses.gnn_natural_gradient.experiments.kronecker import STAGES
+from analyses.gnn_natural_gradient.experiments.timing import SECONDS
 from analyses.gnn_natural_gradient.recipe import ADAM, METHODS
+from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
 from curvlab.study import style
-from curvlab.study.inference import Summary
+from curvlab.study.panels import DASHED, NEUTRAL, NotStored, groups, level, note, take
 
 LOOKS: Mapping[str, str] = {"sgd": "full", "sgd-kfac": "ekfac", "adam": "gradient-descent", "adam-kfac": "kfac"}
 """Looks of the methods."""
@@ -52,9 +53,8 @@ def _by_method(axes: Axes, table: pd.DataFrame) -> None:
             shown = table[(table["method"] == method) & (table["choice"] == choice)].assign(place=place)
             if shown.empty:
                 continue
-            points = style.measured(axes, shown, "place", LOOKS[method], shift=shift, label="")
-            if choice == "selected":
-                hollow(points)
+            empty = choice == "selected"
+            style.measured(axes, shown, "place", LOOKS[method], shift=shift, label="", hollow=empty)
     axes.set_xticks(range(len(methods)), [_title(method).replace(", ", ",\n") for method in methods])
     axes.set_xlim(-0.5, len(methods) - 0.5)
 
@@ -81,9 +81,7 @@ def epochs(axes: Axes, measurements: pd.DataFrame, *, seconds: bool = False) -> 
     axes.set_yscale("log")
     table = _first_split(take(measurements, "accuracy", BEST_EPOCH))
     if seconds:
-        price = take(measurements, "timing", SECONDS).set_index(["method", "seed"])["value"]
-        at = pd.MultiIndex.from_frame(table[["method", "seed"]])
-        table = table.assign(value=table["value"].to_numpy() * price.reindex(at).to_numpy()).dropna(subset="value")
+        table = priced(table, take(measurements, "timing", SECONDS)).dropna(subset="value")
     _by_method(axes, table)
     axes.set(ylabel="seconds of training" if seconds else "epochs", title="to the lowest validation loss")
 
@@ -122,7 +120,7 @@ def unlabelled(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 def _with_published(measurements: pd.DataFrame, table: pd.DataFrame, optimiser: str, **at: float) -> pd.DataFrame:
-    """Add the published point, whose runs are in the part "accuracy"."""
+    """Add the published point, whose runs are in the experiment "accuracy"."""
     split = table["split"].iloc[0]
     base = take(measurements, "accuracy", ACCURACY, method=f"{optimiser}-kfac", choice="published", split=split)
     return pd.concat([table, base.assign(**at)])
@@ -184,7 +182,7 @@ def ablations(axes: Axes, measurements: pd.DataFrame) -> None:
     wide = pd.concat([table, base]).pivot_table("value", "seed", "arm")
     present = [arm for arm, (other, _) in CHANGES.items() if {arm, other} <= set(wide.columns)]
     for place, arm in enumerate(reversed(present)):
-        _across(axes, wide[arm] - wide[CHANGES[arm][0]], place)
+        style.across(axes, wide[arm] - wide[CHANGES[arm][0]], place, style.look("kfac"))
     axes.axvline(0.0, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(present)), [CHANGES[arm][1] for arm in reversed(present)])
     axes.set_ylim(-0.6, len(present) - 0.4)
@@ -192,49 +190,34 @@ def ablations(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xlabel="change of test accuracy (points)")
 
 
-def _across(axes: Axes, values: pd.Series[float], place: int) -> None:
-    """Draw the mean with its interval along x."""
-    summary = Summary.of(values.to_numpy(dtype=float))
-    low, high = summary.interval(0.95)
-    look = style.look("kfac")
-    axes.errorbar(
-        [summary.mean], [place], xerr=[[summary.mean - low], [high - summary.mean]], fmt=look.marker, color=look.color,
-        markeredgecolor="#333333", markeredgewidth=0.4, capsize=2, zorder=3,
-    )  # fmt: skip
+def _by_stage(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
+    """Make the x axis one of stages of training, and return measurements with their place on it."""
+    stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_xlim(-0.5, len(stages) - 0.5)
+    return table.assign(place=table["stage"].map(stages.index))
 
 
 def cosines(axes: Axes, measurements: pd.DataFrame, *, space: str) -> None:
     """Cosine of K-FAC's step and of the gradient with the step of the exact Fisher block."""
-    table = take(measurements, "kronecker", "cosine", space=space)
-    stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
+    table = _by_stage(axes, take(measurements, "kronecker", "cosine", space=space))
     for shift, direction, look, label in (
         (-3.0, "gradient", "gradient-descent", "gradient"), (3.0, "kfac", "kfac", r"$A\otimes G$"),
     ):  # fmt: skip
-        shown = table[table["direction"] == direction]
-        shown = shown.assign(place=shown["stage"].map(stages.index))
-        style.measured(axes, shown, "place", look, label=label, shift=shift)
+        style.measured(axes, table[table["direction"] == direction], "place", look, label=label, shift=shift)
     level(axes, 1.0)
-    axes.set_xticks(range(len(stages)), stages)
-    axes.set_xlim(-0.5, len(stages) - 0.5)
     axes.set(ylabel="cosine with the natural step", title=space)
 
 
 def errors(axes: Axes, measurements: pd.DataFrame) -> None:
     """Relative distance of A ⊗ G from the exact block of each layer, as it is (filled) and at its best multiple (hollow)."""
     axes.set_yscale("log")
-    table = take(measurements, "kronecker", "error")
-    stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
-    for index, (layer, look) in enumerate(
-        zip(sorted(table["layer"].unique()), ("full", "block-diagonal"), strict=False)
-    ):
+    layers = sorted(take(measurements, "kronecker", "error")["layer"].unique())
+    for index, (layer, look) in enumerate(zip(layers, ("full", "block-diagonal"), strict=False)):
         for quantity in ("error", "scaled_error"):
-            shown = take(measurements, "kronecker", quantity, layer=layer)
-            shown = shown.assign(place=shown["stage"].map(stages.index))
+            shown = _by_stage(axes, take(measurements, "kronecker", quantity, layer=layer))
             label = f"layer {index + 1}" if quantity == "error" else ""
-            points = style.measured(axes, shown, "place", look, label=label, shift=6.0 * index - 3.0)
-            if quantity == "scaled_error":
-                hollow(points)
+            shift, empty = 6.0 * index - 3.0, quantity == "scaled_error"
+            style.measured(axes, shown, "place", look, label=label, shift=shift, hollow=empty)
     level(axes, 1.0)
-    axes.set_xticks(range(len(stages)), stages)
-    axes.set_xlim(-0.5, len(stages) - 0.5)
     axes.set(ylabel=r"$\|A\otimes G-F\|\,/\,\|F\|$", title="hollow: best multiple")

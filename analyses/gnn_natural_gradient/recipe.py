@@ -1,7 +1,5 @@
 """What a run is trained with: the one table of hyper-parameters, published values first, written before any run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -102,8 +100,3 @@ METHODS: Mapping[str, Method] = {
 
 CONFIGURATIONS = min(len(method.recipes) for method in METHODS.values())
 """The most configurations that every method has."""
-
-EPSILONS = (0.001, 0.00215, 0.00464, 0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)
-GAMMAS = tuple(float(power) for power in range(1, 11))
-REFRESHES = (4, 8, 16, 32, 64, 128)
-"""Published grids."""

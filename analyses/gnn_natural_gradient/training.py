@@ -5,39 +5,29 @@ the network predicts in the same pass. It is a weighted cross-entropy: training 
 μ = λ N_train/(N − N_train), and the sum of the weights is Ω = N_train (1 + λ).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from analyses.assembly import problem_faults
 from analyses.gnn_natural_gradient.recipe import Recipe
+from analyses.graphs import graph_of
 from curvlab.fisher import KFAC
 from curvlab.nn import GraphNetwork, Propagation, WeightedCrossEntropy, gcn
 from curvlab.optim import Preconditioner
-from curvlab.problems import LabelledGraph, load_graph
+from curvlab.problems import LabelledGraph
+from curvlab.study import Diverged
 
 DROPOUT = 0.5
 MOMENTUM = 0.9
-
-
-@lru_cache(maxsize=3)
-@problem_faults()
-def graph_of(name: str, split: str) -> LabelledGraph:
-    """Return a graph.
-
-    Raises:
-        DataUnavailable: of `curvlab.study`: its files are absent.
-    """
-    return load_graph(name, split)  # type: ignore[arg-type]
+ACCURACY, VALIDATION, VALIDATION_LOSS = "test_accuracy", "validation_accuracy", "validation_loss"
+"""What is seen after every epoch; accuracies in per cent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +120,14 @@ class Natural:
         """Context of a forward and backward pass."""
         return self._preconditioner.collect() if self._preconditioner.due else nullcontext()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the preconditioner."""
+        return self._preconditioner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a preconditioner."""
+        self._preconditioner.load_state_dict(state)
+
     def precondition(self) -> None:
         """Turn gradients into natural ones."""
         scale = self._nodes(self._preconditioner.steps) ** 2
@@ -139,31 +137,45 @@ class Natural:
                 parameter.grad.mul_(scale)
 
 
-@dataclass
-class Trace:
-    """What a run has shown after every epoch; it ends early where it diverged."""
+class Draws:
+    """Random numbers of torch from a seed on, which nothing else draws; for layers that take no generator, as dropout."""
 
-    validation_loss: list[float] = field(default_factory=list)
-    validation_accuracy: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    diverged: bool = False
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        self.states = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self._generators()]
 
-    @property
-    def status(self) -> str:
-        """Whether the run diverged, as measurements say it."""
-        return "diverged" if self.diverged else "ok"
+    def _generators(self) -> list[torch.Generator]:
+        """The generators from which layers on the device draw."""
+        of_device = [torch.cuda.default_generators[self._device.index or 0]] if self._device.type == "cuda" else []
+        return [torch.default_generator, *of_device]
 
-    @property
-    def best(self) -> int:
-        """Index of the epoch with the lowest validation loss."""
-        return int(np.argmin(self.validation_loss))
+    def _exchange(self, states: list[Tensor]) -> list[Tensor]:
+        generators = self._generators()
+        before = [generator.get_state() for generator in generators]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return before
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Context in which they are drawn; torch's own go on after it as before."""
+        before = self._exchange(self.states)
+        try:
+            yield
+        finally:
+            self.states = self._exchange(before)
 
 
 class Run:
-    """A network, its optimiser and its preconditioner, epoch by epoch."""
+    """A network, its optimiser and its preconditioner: a process whose steps are epochs.
+
+    Dropout is drawn by the seed, whatever other random numbers are drawn meanwhile.
+    """
 
     def __init__(self, setting: Setting, recipe: Recipe, seed: int, epochs: int) -> None:
-        self.setting, self.model = setting, setting.network(recipe, seed)
+        self._draws = Draws(seed, setting.features.device)
+        with self._draws():
+            self.setting, self.model = setting, setting.network(recipe, seed)
         self._all = torch.arange(len(setting.labels), device=setting.labels.device)
         self._loss = WeightedCrossEntropy(setting.trains.to(setting.features.dtype))
         self._schedule = Schedule(recipe, epochs, setting.others)
@@ -173,60 +185,66 @@ class Run:
             if recipe.optimiser == "adam"
             else torch.optim.SGD(self.model.parameters(), recipe.lr, MOMENTUM, weight_decay=recipe.weight_decay)
         )
-        self._epoch = 0
 
-    def step(self) -> None:
+    def step(self, step: int) -> None:
         """Take the step of an epoch.
 
         Raises:
-            FloatingPointError: the loss before it is not finite.
+            Diverged: the loss before it is not finite.
         """
-        self._epoch += 1
-        weight = self._schedule.in_loss(self._epoch)
+        weight = self._schedule.in_loss(step + 1)
         if weight:
             labelled = self.setting.trains.to(self.setting.features.dtype)
             self._loss.weights = labelled + (1 - labelled) * (weight / self.setting.others)
         self._optimiser.zero_grad()
         with nullcontext() if self._natural is None else self._natural.collect():
-            outputs = self.model(self._all)
+            with self._draws():
+                outputs = self.model(self._all)
             targets = torch.where(self.setting.trains, self.setting.labels, outputs.detach().argmax(1))
             loss = (1 + weight) * self._loss(outputs, targets)
             if not bool(loss.isfinite()):
-                raise FloatingPointError(f"The loss at epoch {self._epoch} is not finite.")
+                raise Diverged
             loss.backward()
         if self._natural is not None:
             self._natural.precondition()
         self._optimiser.step()
 
-    def evaluate(self, trace: Trace) -> None:
-        """Add the network's present loss and accuracies, without dropout."""
+    def look(self, step: int) -> dict[str, float] | None:
+        """See the loss and the accuracies after an epoch, without dropout.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        if step == 0:
+            return None
         graph, labels = self.setting.graph, self.setting.labels
         self.model.eval()
         with torch.no_grad():
             outputs = self.model(self._all)
         self.model.train()
         right = outputs.argmax(1) == labels
-        validation = nn.functional.cross_entropy(outputs[graph.validation], labels[graph.validation])
-        trace.validation_loss.append(float(validation))
-        trace.validation_accuracy.append(100 * float(right[graph.validation].double().mean()))
-        trace.test_accuracy.append(100 * float(right[graph.test].double().mean()))
+        loss = float(nn.functional.cross_entropy(outputs[graph.validation], labels[graph.validation]))
+        if not isfinite(loss):
+            raise Diverged
+        return {
+            VALIDATION_LOSS: loss,
+            VALIDATION: 100 * float(right[graph.validation].double().mean()),
+            ACCURACY: 100 * float(right[graph.test].double().mean()),
+        }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next epoch depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "natural": self._natural and self._natural.state_dict(),
+            "draws": self._draws.states,
+        }
 
-def train(setting: Setting, recipe: Recipe, seed: int, epochs: int) -> Trace:
-    """Train a network of a seed, which draws its weights and its dropout, and return what it has shown."""
-    trace = Trace()
-    devices = [setting.features.device] if setting.features.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        run = Run(setting, recipe, seed, epochs)
-        for _ in range(epochs):
-            try:
-                run.step()
-            except FloatingPointError:
-                trace.diverged = True
-                break
-            run.evaluate(trace)
-            if not isfinite(trace.validation_loss[-1]):
-                trace.diverged = True
-                break
-    return trace
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        if self._natural is not None:
+            self._natural.load_state_dict(state["natural"])
+        self._draws.states = state["draws"]

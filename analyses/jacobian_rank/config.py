@@ -1,13 +1,10 @@
 """Options of the Jacobian-rank analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-from curvlab.errors import unknown_name
 from curvlab.fisher import STRUCTURES
 from curvlab.problems import swept_arguments
-from curvlab.study import CommonOptions
+from curvlab.study import CommonOptions, check_bounds, check_names, check_some
 
 DEFAULT_WIDTHS = (256, 1024, 4096, 16384)
 """Three factors of four, which a slope against width needs."""
@@ -33,18 +30,10 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for structure in self.structures:
-            if structure not in STRUCTURES:
-                raise unknown_name("structure", structure, STRUCTURES)
-        for activation in self.activation:
-            if activation not in ACTIVATIONS:
-                raise unknown_name("activation", activation, ACTIVATIONS)
-        if not self.activation:
-            raise ValueError(f"--activation must name at least one of {', '.join(ACTIVATIONS)}.")
-        if any(width < 1 for width in self.widths):
-            raise ValueError(f"--widths must be at least 1, got {self.widths}.")
-        if self.samples < 2:
-            raise ValueError(f"--samples must be at least 2, got {self.samples}.")
+        check_names("structure", self.structures, STRUCTURES)
+        check_names("activation", self.activation, ACTIVATIONS)
+        check_some(self, "activation")
+        check_bounds(self, widths=1, samples=2)
 
     @property
     def takes(self) -> dict[str, object]:

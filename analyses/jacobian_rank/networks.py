@@ -1,7 +1,5 @@
 """Networks with all layers trained, beside the two-layer one of the theorems."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial

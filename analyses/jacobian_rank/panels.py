@@ -1,20 +1,16 @@
 """The panels of the Jacobian-rank analysis' figures, each one relation between stored measurements and its prediction."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from analyses.drawing import DASHED, NEUTRAL, at_base, hollow, level, note, structures_of, take, width_axis
+from analyses.jacobian_rank.experiments.structures import NEAR
+from analyses.jacobian_rank.experiments.width import RUNS
 from analyses.jacobian_rank.networks import TRAINED
-from analyses.jacobian_rank.parts.structures import NEAR
-from analyses.jacobian_rank.parts.training import DRIFTS
-from analyses.jacobian_rank.parts.width import RUNS
+from analyses.jacobian_rank.points import DRIFTS
 from curvlab.study import style
+from curvlab.study.panels import DASHED, NEUTRAL, at_base, groups, level, note, structures_of, take, width_axis
 
 NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
 """Looks of natural gradient, gradient descent and K-FAC."""
@@ -24,16 +20,13 @@ MARKERS = dict(zip(TRAINED, ("o", "s", "^"), strict=True))
 WIDTH = "hidden width $m$ (units)"
 
 
-def _activations(
-    axes: Axes, table: pd.DataFrame, x: str, structure: str = NATURAL
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Draw the measurements of each activation, smooth ones hollow, and yield them."""
-    for index, activation in enumerate(name for name in NAMES if (table["activation"] == name).any()):
-        group = table[table["activation"] == activation]
-        points = style.measured(axes, group, x, structure, label=NAMES[activation], shift=3.0 * index - 1.5)
-        if activation != "relu":
-            hollow(points)
-        yield activation, group
+def _activations(axes: Axes, table: pd.DataFrame, x: str, structure: str = NATURAL) -> dict[str, pd.DataFrame]:
+    """Draw the measurements of each activation, smooth ones hollow, and return them."""
+    found = {name: table[table["activation"] == name] for name in NAMES if (table["activation"] == name).any()}
+    for index, (name, group) in enumerate(found.items()):
+        shift = 3.0 * index - 1.5
+        style.measured(axes, group, x, structure, label=NAMES[name], shift=shift, hollow=name != "relu")
+    return found
 
 
 def smallest_eigenvalue(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -42,7 +35,7 @@ def smallest_eigenvalue(axes: Axes, measurements: pd.DataFrame) -> None:
     table = at_base(take(measurements, "rank", "smallest"), "samples")
     limits = at_base(take(measurements, "rank", "smallest_limit"), "samples")
     widths = width_axis(axes, table)
-    for activation, _ in _activations(axes, table, "width"):
+    for activation in _activations(axes, table, "width"):
         limit = float(limits.loc[limits["activation"] == activation, "value"].mean())
         style.theory(axes, [widths[0] * 0.8, widths[-1] * 1.25], [limit] * 2, NATURAL)
         note(axes, widths[0], limit, f"limit, {NAMES[activation].split()[0]}", xytext=(-8, 3))
@@ -54,31 +47,16 @@ def unit_rank(axes: Axes, measurements: pd.DataFrame) -> None:
     """Row rank of single units' blocks over the number of rows, against width."""
     table = at_base(take(measurements, "rank", "unit_rank"), "samples")
     width_axis(axes, table)
-    for _ in _activations(axes, table, "width", "unit-wise"):
-        pass
+    _activations(axes, table, "width", "unit-wise")
     axes.set_ylim(0, 1.1)
     level(axes, 1.0)
     axes.set(xlabel=WIDTH, ylabel="row rank of a unit's block / rows")
 
 
-def drift_on_path(axes: Axes, measurements: pd.DataFrame) -> None:
-    """C_emp along the run against width, with the derived slopes."""
-    _drift(axes, measurements, "constant_trajectory", "along the run")
-
-
-def drift_in_ball(axes: Axes, measurements: pd.DataFrame) -> None:
-    """C_emp at random points of the ball of condition 2 against width."""
-    _drift(axes, measurements, "constant_ball_random", "in the ball, random")
-
-
-def drift_at_edge(axes: Axes, measurements: pd.DataFrame) -> None:
-    """C_emp where the direction of the run meets the ball's surface, against width."""
-    _drift(axes, measurements, "constant_ball_trained", "in the ball, along the run")
-
-
-def _drift(axes: Axes, measurements: pd.DataFrame, quantity: str, title: str) -> None:
+def drift(axes: Axes, measurements: pd.DataFrame, *, at: str, title: str) -> None:
+    """C_emp somewhere, along the run or in the ball of condition 2, against width, with the derived slopes."""
     axes.set_yscale("log")
-    table = take(measurements, "training", quantity, data="own", eta=0.5)
+    table = take(measurements, "training", f"constant_{at}", data="own", eta=0.5)
     widths = width_axis(axes, table)
     _against_slopes(axes, table, "width", np.array(widths))
     level(axes, 0.5)
@@ -89,8 +67,8 @@ def _drift(axes: Axes, measurements: pd.DataFrame, quantity: str, title: str) ->
 
 def _against_slopes(axes: Axes, table: pd.DataFrame, x: str, widths: Float[np.ndarray, " K"]) -> None:
     """Draw the measurements of each activation, and a line of the derived slope through the last."""
-    for activation, group in _activations(axes, table, x):
-        exponent = DRIFTS[activation].exponent
+    for activation, group in _activations(axes, table, x).items():
+        exponent, _ = DRIFTS[activation]
         means = np.exp(np.log(group["value"]).groupby(group[x]).mean())
         line = float(means.iloc[-1]) * (widths / widths[-1]) ** exponent
         dashes = "-" if activation == "relu" else DASHED
@@ -104,19 +82,13 @@ def residual_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
     width = table.loc[table["eta"] == table["eta"].min(), "width"].max()
     table = table[(table["width"] == width) & (table["eta"] < 1)]
     steps = np.array(sorted(table["step"].unique()))
-    for index, (eta, group) in enumerate(table.groupby("eta")):
-        style.theory(
-            axes, steps, (1 - float(eta)) ** (2 * steps), NATURAL, label=r"$(1-\eta)^{2k}$" if not index else None
-        )
-        axes.plot(
-            steps,
-            (1 - float(eta)) ** steps,
-            color=NEUTRAL,
-            linestyle=DASHED,
-            linewidth=0.9,
-            label=r"bound $(1-\eta)^k$" if not index else None,
-        )
-        style.measured(axes, group, "step", NATURAL, label="natural gradient" if not index else "")
+    labels = (r"$(1-\eta)^{2k}$", r"bound $(1-\eta)^k$", "natural gradient")
+    for eta, group in groups(table, "eta"):
+        limit, bound, measured = labels
+        style.theory(axes, steps, (1 - eta) ** (2 * steps), NATURAL, label=limit)
+        axes.plot(steps, (1 - eta) ** steps, color=NEUTRAL, linestyle=DASHED, linewidth=0.9, label=bound)
+        style.measured(axes, group, "step", NATURAL, label=measured)
+        labels = ("", "", "")
         last = group[group["step"] == steps[-1]]["value"].mean()
         note(axes, steps[-1], last, rf"$\eta={eta:g}$", ha="left", va="center", xytext=(5, 0))
     axes.set_xlim(right=steps[-1] * 1.22)
@@ -145,14 +117,9 @@ def decay_against_leverage(axes: Axes, measurements: pd.DataFrame) -> None:
     table = table[table["width"] == table["width"].max()]
     ends = [float(table["predicted"].min()), float(table["predicted"].max())]
     style.theory(axes, ends, ends, KFAC, label="theory")
+    color = style.look(KFAC).color
     axes.plot(
-        table["predicted"],
-        table["value"],
-        ".",
-        color=style.look(KFAC).color,
-        markersize=2.5,
-        alpha=0.5,
-        label="samples, all seeds",
+        table["predicted"], table["value"], ".", color=color, markersize=2.5, alpha=0.5, label="samples, all seeds"
     )
     axes.set(xlabel=r"$1-\eta h_i$", ylabel=r"$r_i(1)/r_i(0)$ under K-FAC")
 
@@ -162,10 +129,8 @@ def kfac_error(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set_yscale("log")
     table = take(measurements, "kfac", "error")
     width_axis(axes, table)
-    for _ in _activations(axes, table, "width", KFAC):
-        pass
-    axes.set(xlabel=WIDTH)
-    axes.set(ylabel="distance from the leverage law\n" r"$\max|r_k-\hat r_k|\,/\,\|r_0\|$")
+    _activations(axes, table, "width", KFAC)
+    axes.set(xlabel=WIDTH, ylabel="distance from the leverage law\n" r"$\max|r_k-\hat r_k|\,/\,\|r_0\|$")
 
 
 def movement_ratio(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -175,8 +140,7 @@ def movement_ratio(axes: Axes, measurements: pd.DataFrame) -> None:
     table = table[table["width"] == width]
     axes.set_xscale("log")
     style.log_ticks(axes, sorted(table["eta"].unique()))
-    for _ in _activations(axes, table, "eta"):
-        pass
+    _activations(axes, table, "eta")
     level(axes, 1.0)
     axes.set(xlabel=r"step size $\eta$", ylabel="movement / closed form", title=f"$m={int(width)}$")
 

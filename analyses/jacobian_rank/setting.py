@@ -1,9 +1,8 @@
 """One network on one problem, with what follows from it at initialisation."""
 
-from __future__ import annotations
-
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,28 +13,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
-from analyses.assembly import squared
+from analyses.descent import flat, outputs
 from analyses.jacobian_rank.config import Config
+from analyses.specs import squared
+from curvlab import theory
 from curvlab.problems import Problem, resolve
 from curvlab.rows import Rows
 from curvlab.spectrum import rank
-from curvlab.study import Cell
+from curvlab.study import Cell, round_off
 
 log = logging.getLogger("curvlab")
 
 ARGUMENTS = ("width", "activation", "samples", "similarity", "loss", "outputs", "seed")
 """Coordinates of a cell that are arguments of a problem."""
 
-
-def flat(z: Float[Tensor, "N C"]) -> Float[Tensor, " R"]:
-    """Outputs in row order (output, sample), outputs outermost."""
-    return z.T.reshape(-1)
+BOUND_TOLERANCE = 1e-9
+"""Excess of ‖r(k)‖²/‖r(0)‖² over a bound that counts as none."""
 
 
-def outputs(model: nn.Module, inputs: Tensor) -> Float[Tensor, " R"]:
-    """Outputs of a model in row order."""
-    with torch.no_grad():
-        return flat(model(inputs))
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of a network's Jacobian at some parameters.
+
+    Attributes:
+        deficiency: Row rank that is missing, as a share of the rows.
+        change: ‖J − J(0)‖₂.
+        change_frobenius: ‖J − J(0)‖_F.
+    """
+
+    deficiency: float
+    change: float
+    change_frobenius: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +56,10 @@ class Setting:
     def inputs(self) -> Tensor:
         """Training inputs."""
         return self.problem.train[0]
+
+    def network(self) -> nn.Module:
+        """A copy of the network at initialisation, to be trained."""
+        return copy.deepcopy(self.problem.model)
 
     @cached_property
     def targets(self) -> Float[Tensor, " R"]:
@@ -91,6 +103,33 @@ class Setting:
     def residual(self) -> Float[Tensor, " R"]:
         """u(0) − y."""
         return self.initial - self.targets
+
+    def inspect(self, rows: Rows) -> Inspected:
+        """Compare a Jacobian with that at initialisation, by Gram matrices."""
+        gram = rows.gram()
+        # Rows show smaller singular values than their Gram matrix does, at the price of another sweep over them.
+        missing = 0 if rank(gram).full else rows.R - rank(rows).rank
+        cross = rows.gram(self.jacobian)
+        difference = gram - cross - cross.T + self.gram
+        squares = torch.linalg.eigvalsh((difference + difference.T) / 2).clamp_min(0)
+        return Inspected(missing / rows.R, float(squares[-1].sqrt()), float(squares.sum().sqrt()))
+
+    def stability_constant(self, seen: Iterable[Inspected]) -> float:
+        """C_emp, the largest of what was seen; J(0) has to have full row rank."""
+        return theory.stability_constant(max(one.change for one in seen), float(self.eigenvalues[0]))
+
+    def change_share(self, seen: Iterable[Inspected]) -> float:
+        """‖J − J(0)‖_F/‖J(0)‖_F, the largest of what was seen."""
+        return max(one.change_frobenius for one in seen) / float(self.gram.trace().sqrt())
+
+    def squared_residuals(self, path: Float[np.ndarray, "T R"]) -> Float[np.ndarray, " T"]:
+        """‖r(k)‖² of outputs over time."""
+        return np.asarray(np.square(path - self.targets.numpy(force=True)).sum(1))
+
+    def round_off(self, condition: float) -> float:
+        """Error of residuals, relative to ‖r(0)‖, up to which an identity holds after a solve of a condition number."""
+        scale = max(1.0, float(self.targets.norm() / self.residual.norm()))
+        return round_off(len(self.targets), condition * scale, self.targets.dtype)
 
 
 def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:

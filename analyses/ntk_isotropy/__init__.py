@@ -2,8 +2,8 @@
 
 One step of natural gradient with an approximate Fisher moves the outputs of a wide network by `−η M ∂ℓ`. The paper's claim
 is that for several approximations the response M is a multiple αI of the identity, so that they all train alike at
-`η = 1/α`. Modules: `config` (options), `setting` (one network on one problem), `parts` (experiments: their
-cells, measurements and claims), `panels` and `figures`.
+`η = 1/α`. Modules: `config` (options), `setting` (one network on one problem), `experiments` (points,
+measurements and claims) and `panels`.
 """
 
 from analyses.ntk_isotropy.analysis import ANALYSIS

@@ -1,19 +1,26 @@
-"""The analysis as one object: its parts, claims and figures."""
+"""The analysis as one object: its experiments and figures."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import torch
 
-from analyses.assembly import cells_of, claims_of, classifies_nodes, digest_of, instance, squared
+from analyses.ntk_isotropy import panels
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.figures import FIGURES
-from analyses.ntk_isotropy.part import network
-from analyses.ntk_isotropy.parts import PARTS
-from analyses.part import Observations
-from curvlab.problems import Problem
-from curvlab.study import Analysis, Cell, UsageError
+from analyses.ntk_isotropy.experiments.cross_entropy import CROSS_ENTROPY
+from analyses.ntk_isotropy.experiments.damping import DAMPING
+from analyses.ntk_isotropy.experiments.gradient_descent import GRADIENT_DESCENT
+from analyses.ntk_isotropy.experiments.inputs import INPUTS
+from analyses.ntk_isotropy.experiments.positivity import POSITIVITY
+from analyses.ntk_isotropy.experiments.response import RESPONSE
+from analyses.ntk_isotropy.experiments.stability import STABILITY
+from analyses.ntk_isotropy.experiments.steps import PARAMETER_STEPS
+from analyses.ntk_isotropy.experiments.tridiagonal import TRIDIAGONAL
+from analyses.ntk_isotropy.setting import NETWORK
+from analyses.specs import classifies_nodes, squared
+from curvlab.problems import Problem, digest_of, instance
+from curvlab.study import Analysis, UsageError
+from curvlab.study.panels import Layout
 
 
 def _data_hash(config: Config) -> str:
@@ -49,21 +56,80 @@ def _check_loss(spec: str, problem: Problem) -> None:
         )
 
 
-def _measure(cell: Cell, config: Config) -> Observations:
-    return PARTS[str(cell["part"])].measure(cell, config)
+_layout = partial(Layout, "python -m analyses.ntk_isotropy")
+_after_steps = partial(panels.against_width, experiment="steps", scale=1.0, run="network")
+_after_descent = partial(panels.against_width, experiment="gradient-descent")
+FIRST = "training outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|f_0-y\|$"
+TENTH = "training outputs from theory\n" r"$\|f_{10}-\hat f_{10}\|\,/\,\|f_0-y\|$"
+TEST = "test outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|\hat f_1-f_0\|$"
+CHANGE = "change of the Jacobian\n" r"$\|J_2-J_0\|_F\,/\,\|J_0\|_F$"
 
-
-def _resources(cell: Cell, config: Config) -> tuple[float, float]:  # noqa: ARG001
-    part = PARTS[str(cell["part"])]
-    width = int(cell["width"]) or 512
-    depth = int(cell["depth"]) or 3
-    parameters = (depth - 2) * width**2 + 1000 * width
-    return part.seconds(width) * max(1, depth - 2), 4e8 + 8.0 * parameters * 16
-
+FIGURES = {
+    "isotropy": _layout(
+        [[panels.scale_against_depth, panels.anisotropy_against_width]],
+        claims=("isotropic-", "kfac-published", "anisotropic-diagonal", "anisotropic-ekfac", "gradient-descent-anis"),
+        height=3.1,
+    ),
+    "training": _layout(
+        [
+            [
+                panels.residual_against_rate,
+                partial(panels.loss_against_step, loss="training", scale=0.5),
+                partial(panels.loss_against_step, loss="training", scale=1.0),
+            ]
+        ],
+        claims=("stability-",),
+        height=2.9,
+        columns=6,
+    ),
+    "convergence": _layout(
+        [
+            [
+                partial(_after_steps, quantity="train_error_network", step=1, ylabel=FIRST),
+                partial(_after_steps, quantity="jacobian_change", ylabel=CHANGE),
+            ]
+        ],
+        claims=("training-", "convergence-", "jacobian-"),
+        height=3.0,
+    ),
+    "test": _layout(
+        [[panels.test_loss, partial(_after_steps, quantity="test_error_network", step=1, ylabel=TEST)]],
+        claims=("test-full", "test-block", "test-kfac", "test-unit"),
+        height=2.9,
+        columns=6,
+    ),
+    "damping": _layout([[panels.damped_loss]], claims=("damping-",), width="column", height=2.9),
+    "tridiagonal": _layout(
+        [[panels.damped_tridiagonal_scale, panels.damped_tridiagonal_anisotropy, panels.moved_layers]],
+        claims=("tridiagonal-",),
+        height=2.6,
+    ),
+    "kfac": _layout([[panels.kfac_layers, panels.leverages, panels.kfac_inputs]], claims=("kfac-",), height=2.6),
+    "unit_wise": _layout([[panels.unit_wise_scale, panels.unit_wise_spread]], claims=("unit-wise-",), height=2.5),
+    "cross_entropy": _layout(
+        [
+            [partial(panels.cross_entropy_loss, rank=rank) for rank in (0, 1)],
+            [partial(panels.cross_entropy_ratio, rank=rank) for rank in (0, 1)],
+        ],
+        claims=("cross-entropy-",),
+        height=2.3,
+    ),
+    "gradient_descent": _layout(
+        [[panels.modes, partial(_after_descent, quantity="train_error_network", ylabel=TENTH)]],
+        claims=("gradient-descent-",),
+        height=2.4,
+    ),
+    "stability": _layout(
+        [[panels.edge_of_stability, panels.sharpness]], claims=("preconditioned-", "edge-"), height=2.6
+    ),
+    "positivity": _layout(
+        [[panels.positivity]], claims=("positive-", "duplicates-", "narrow-"), width="column", height=2.5
+    ),
+}
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="ntk_isotropy",
-    version=2,
+    version=3,
     question=(
         "Does one step of natural gradient with an approximate Fisher move the outputs of a wide network by the same "
         "factor in every direction, so that approximate and exact natural gradient train alike?"
@@ -77,11 +143,18 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="digits 0 and 1, N = 40, widths 128, 512 and 2048, 12 seeds: under 3 minutes on 2 cores (5 of processor time), "
     "and 1 GiB a process.",
     config=Config,
-    claims=claims_of(PARTS),
-    cells=cells_of(PARTS, network),
+    experiments=(
+        RESPONSE,
+        TRIDIAGONAL,
+        INPUTS,
+        PARAMETER_STEPS,
+        GRADIENT_DESCENT,
+        DAMPING,
+        POSITIVITY,
+        CROSS_ENTROPY,
+        STABILITY,
+    ),
     data_hash=_data_hash,
-    measure=_measure,
-    resources=_resources,
     figures=FIGURES,
     axes=(
         "widths",
@@ -94,5 +167,6 @@ ANALYSIS: Analysis[Config] = Analysis(
         "other_outputs",
         "step_scales",
     ),
+    together=NETWORK,
     memory_option="--widths",
 )

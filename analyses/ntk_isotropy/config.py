@@ -1,15 +1,12 @@
 """Options of the isotropy analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
-from curvlab.errors import unknown_name
 from curvlab.fisher import STRUCTURES
 from curvlab.nn import ACTIVATIONS
 from curvlab.problems import swept_arguments
-from curvlab.study import CommonOptions
+from curvlab.study import CommonOptions, check_bounds, check_names, check_positive
 
 Kind = Literal["exact", "mc", "empirical"]
 
@@ -46,22 +43,10 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for structure in self.structures:
-            if structure not in STRUCTURES:
-                raise unknown_name("structure", structure, STRUCTURES)
-        for activation in (self.activation, *self.other_activations):
-            if activation not in ACTIVATIONS:
-                raise unknown_name("activation", activation, ACTIVATIONS)
-        for name, values, least in (
-            ("widths", self.widths, 1),
-            ("depth", (self.depth,), 2),
-            ("other-depths", self.other_depths, 2),
-            ("other-outputs", self.other_outputs, 2),
-        ):
-            if any(value < least for value in values):
-                raise ValueError(f"--{name} must be at least {least}, got {values}.")
-        if any(scale <= 0 for scale in self.step_scales):
-            raise ValueError(f"--step-scales must be positive, got {self.step_scales}.")
+        check_names("structure", self.structures, STRUCTURES)
+        check_names("activation", (self.activation, *self.other_activations), ACTIVATIONS)
+        check_bounds(self, widths=1, depth=2, other_depths=2, other_outputs=2)
+        check_positive(self, "step_scales")
 
     @property
     def takes(self) -> dict[str, object]:

@@ -1,31 +1,27 @@
 """The panels of the isotropy analysis' figures, each one relation between stored measurements and their prediction."""
 
-from __future__ import annotations
-
 import contextlib
-from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analyses.drawing import (
+from curvlab.study import style
+from curvlab.study.panels import (
     DASHED,
     NEUTRAL,
     NotStored,
     at_base,
+    by_structure,
     groups,
-    hollow,
     inverse_root,
     level,
     note,
     predicted,
-    structures_of,
     take,
     width_axis,
 )
-from curvlab.study import style
 
 LOWEST = 1e-17
 """Where a logarithmic axis shows zero: below any round-off."""
@@ -45,16 +41,14 @@ def scale_against_depth(axes: Axes, measurements: pd.DataFrame) -> None:
     depths = take(measurements, "response", "layer_alpha").groupby("cell")["layer"].max()
     cells = tuple(table["cell"])
 
-    def against_depth(quantity: str, structure: str) -> pd.DataFrame:
-        found = take(measurements, "response", quantity, structure=structure, cell=cells)
+    def against_depth(quantity: str, **where: str) -> pd.DataFrame:
+        found = take(measurements, "response", quantity, cell=cells, **where)
         return found.assign(depth=found["cell"].map(depths))
 
-    for index, (structure, _, shift) in enumerate(structures_of(table, separation=1.0)):
-        label = None if index else "theory"
-        predicted(axes, against_depth("alpha_predicted", structure), "depth", structure, label=label)
-        style.measured(axes, against_depth("alpha", structure), "depth", structure, shift=shift)
+    theory = against_depth("alpha_predicted")
+    by_structure(axes, against_depth("alpha"), "depth", theory=theory, separation=1.0)
     with contextlib.suppress(NotStored):
-        published = against_depth("alpha_published", "kfac")
+        published = against_depth("alpha_published", structure="kfac")
         predicted(axes, published, "depth", "kfac")
         axes.get_lines()[-1].set_linestyle(DASHED)
         middle = published.sort_values("depth").iloc[len(published) // 2]
@@ -72,8 +66,7 @@ def anisotropy_against_width(axes: Axes, measurements: pd.DataFrame) -> None:
         table = pd.concat([table, descent.assign(structure="gradient-descent")])
     widths = width_axis(axes, table)
     table = table.assign(value=table["value"].clip(lower=LOWEST))
-    for structure, group, shift in structures_of(table):
-        style.measured(axes, group, "width", structure, shift=shift)
+    by_structure(axes, table, "width")
     with contextlib.suppress(NotStored):
         family = ("full", "block-diagonal", "block-tridiagonal", "layer-wise")
         bound = at_base(take(measurements, "response", "distance", structure=family))["tolerance"].max()
@@ -92,9 +85,7 @@ def unit_wise_scale(axes: Axes, measurements: pd.DataFrame) -> None:
     for count, group in groups(table, "outputs"):
         outputs = max(1, int(count))
         style.theory(axes, [0.8 * widths[0], 1.25 * widths[-1]], [1 / outputs] * 2, "unit-wise")
-        points = style.measured(axes, group, "width", "unit-wise", label="")
-        if outputs > 1:
-            hollow(points)
+        style.measured(axes, group, "width", "unit-wise", label="", hollow=outputs > 1)
         between = float(np.sqrt(widths[0] * widths[min(1, len(widths) - 1)]))
         note(axes, between, 1 / outputs, f"$1/C$ at $C={outputs}$", ha="center", va="top", xytext=(0, -4))
     axes.set(ylabel=r"$\mathrm{tr}\,M/R$ over $\gamma(L-1)M$")
@@ -120,42 +111,24 @@ def residual_against_rate(axes: Axes, measurements: pd.DataFrame) -> None:
     theory = np.maximum(np.abs(1 - rates), FLOOR)
     axes.plot(rates, theory, color=NEUTRAL, label="theory for all", zorder=2)
     level(axes, 1.0)
-    for structure, group, shift in structures_of(table, separation=2.2):
-        style.measured(axes, group, "scale", structure, shift=shift)
+    by_structure(axes, table, "scale", separation=2.2)
     axes.set_ylim(bottom=min(0.03, float(table["value"].min()) / 1.5))
-    axes.set(xlabel=r"step size $\alpha\eta$", ylabel=r"residual  $\|f_1-y\|\,/\,\|f_0-y\|$")
-    axes.set_title(f"$M={width}$" if width else "")
+    title = f"$M={width}$" if width else ""
+    axes.set(xlabel=r"step size $\alpha\eta$", ylabel=r"residual  $\|f_1-y\|\,/\,\|f_0-y\|$", title=title)
 
 
-def _against_width(axes: Axes, measurements: pd.DataFrame, quantity: str, ylabel: str, **where: object) -> None:
-    """A quantity of the steps at η = 1/α against width, with the slope −1/2."""
+def against_width(
+    axes: Axes, measurements: pd.DataFrame, experiment: str, quantity: str, ylabel: str, **where: object
+) -> None:
+    """A quantity of every structure, or of gradient descent, against width, with the slope −1/2."""
     axes.set_yscale("log")
-    table = at_base(take(measurements, "steps", quantity, scale=1.0, run="network", **where))
+    table = at_base(take(measurements, experiment, quantity, **where))
+    if experiment == "gradient-descent":
+        table = table.assign(structure=experiment)
     width_axis(axes, table)
-    for structure, group, shift in structures_of(table):
-        style.measured(axes, group, "width", structure, shift=shift)
+    by_structure(axes, table, "width")
     inverse_root(axes, table)
     axes.set(ylabel=ylabel)
-
-
-training_error = partial(
-    _against_width,
-    quantity="train_error_network",
-    ylabel="training outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|f_0-y\|$",
-    step=1,
-)
-"""Distance of the training outputs from the prediction after one step at η = 1/α, against width."""
-test_error = partial(
-    _against_width,
-    quantity="test_error_network",
-    ylabel="test outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|\hat f_1-f_0\|$",
-    step=1,
-)
-"""Distance of the test outputs from the prediction after one step at η = 1/α, against width."""
-jacobian_change = partial(
-    _against_width, quantity="jacobian_change", ylabel="change of the Jacobian\n" r"$\|J_2-J_0\|_F\,/\,\|J_0\|_F$"
-)
-"""Relative change of J over two steps at η = 1/α, against width."""
 
 
 def test_loss(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -165,10 +138,7 @@ def test_loss(axes: Axes, measurements: pd.DataFrame) -> None:
     table = at_base(take(measurements, "steps", "test_loss", **at))
     theory = at_base(take(measurements, "steps", "test_loss_predicted", **at))
     width_axis(axes, table)
-    for index, (structure, group, shift) in enumerate(structures_of(table)):
-        label = None if index else "theory"
-        predicted(axes, theory[theory["structure"] == structure], "width", structure, label=label)
-        style.measured(axes, group, "width", structure, shift=shift)
+    by_structure(axes, table, "width", theory=theory)
     axes.set(ylabel="test loss after one step")
 
 
@@ -187,14 +157,9 @@ def loss_against_step(axes: Axes, measurements: pd.DataFrame, *, loss: str, scal
     if loss == "training":
         table, theory = _loss_from_residual(table), _loss_from_residual(theory)
         lowest **= 2
-    for index, (structure, group, shift) in enumerate(structures_of(table, separation=2.2)):
-        line = theory[theory["structure"] == structure]
-        if loss == "test":
-            predicted(axes, line, "step", structure)
-        elif index == 0:
-            mean = line.groupby("step")["value"].mean()
-            axes.plot(mean.index, mean, color=NEUTRAL, label="theory for all", zorder=2)
-        style.measured(axes, group, "step", structure, shift=shift)
+        common = theory.groupby("step")["value"].mean()
+        axes.plot(common.index, common, color=NEUTRAL, label="theory for all", zorder=2)
+    by_structure(axes, table, "step", theory=theory if loss == "test" else None, separation=2.2)
     axes.set_ylim(bottom=lowest / 3)
     axes.set_xticks(sorted(table["step"].unique()))
     ylabel = r"training loss  $\mathcal{L}_t/\mathcal{L}_0$" if loss == "training" else "test loss"
@@ -218,8 +183,7 @@ def damped_loss(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log")
     runs = {run: take(measurements, "damping", "loss_ratio", run=run) for run in ("network", "linearised")}
     predicted(axes, runs["linearised"], "rho_relative", "full", y="predicted", label="theory")
-    rings = style.measured(axes, runs["linearised"], "rho_relative", "full", label="linearised")
-    hollow(rings)
+    rings = style.measured(axes, runs["linearised"], "rho_relative", "full", label="linearised", hollow=True)
     rings.lines[0].set_markersize(RING)
     style.measured(axes, runs["network"], "rho_relative", "full", label="network")
     axes.set(xlabel=r"damping $\rho/\lambda_{\max}(\Theta)$", ylabel=r"loss ratio  $\mathcal{L}_1/\mathcal{L}_0$")
@@ -247,8 +211,7 @@ def damped_tridiagonal_anisotropy(axes: Axes, measurements: pd.DataFrame) -> Non
         note(axes, least, 10**place, f"{depth:g}", ha="right", va="center", xytext=(-6, 0))
     axes.margins(x=0.15)
     axes.set_ylim(bottom=10 ** (places[0] - LABEL))
-    axes.set_title("numbers: depth $L$")
-    axes.set(ylabel=r"$\|M(\rho)-\alpha I\|_F\,/\,\|\alpha I\|_F$")
+    axes.set(ylabel=r"$\|M(\rho)-\alpha I\|_F\,/\,\|\alpha I\|_F$", title="numbers: depth $L$")
 
 
 def _damped_tridiagonal(axes: Axes, measurements: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -258,9 +221,7 @@ def _damped_tridiagonal(axes: Axes, measurements: pd.DataFrame, quantity: str) -
     for depth, group in groups(table, "depth"):
         excluded = depth % 3 == 2
         label = "depth excluded by the paper" if excluded else "depth covered"
-        points = style.measured(axes, group, "rho_relative", "block-tridiagonal", label=label)
-        if excluded:
-            hollow(points)
+        points = style.measured(axes, group, "rho_relative", "block-tridiagonal", label=label, hollow=excluded)
         axes.plot(*points.lines[0].get_data(), color=points.lines[0].get_color(), linewidth=0.5, zorder=1)
     axes.set(xlabel=r"damping $\rho/\lambda_{\max}(\Theta)$")
     return table
@@ -298,13 +259,12 @@ def kfac_layers(axes: Axes, measurements: pd.DataFrame) -> None:
     if len(layers) < 2:
         raise NotStored("A layer besides the last")
     samples = round(float(one.loc[one["layer"] < layers[-1], "value"].median()))
-    style.theory(axes, layers, [*(samples for _ in layers[1:]), 1.0], "kfac", label="derived").set_drawstyle(
-        "steps-mid"
-    )
+    derived = style.theory(axes, layers, [*(samples for _ in layers[1:]), 1.0], "kfac", label="derived")
+    derived.set_drawstyle("steps-mid")
     style.measured(axes, one, "layer", "kfac")
     for outputs, several in groups(table[table["outputs"] > one["outputs"].max()], "outputs"):
         label = f"K-FAC, $C={outputs:g}$, $L={several['layer'].max():g}$"
-        hollow(style.measured(axes, several, "layer", "kfac", shift=4.0, label=label))
+        style.measured(axes, several, "layer", "kfac", shift=4.0, label=label, hollow=True)
     level(axes, samples)
     note(axes, layers[-1], samples, "published: $N$", ha="right", xytext=(4, 3))
     axes.set_xticks(layers)
@@ -323,8 +283,8 @@ def leverages(axes: Axes, measurements: pd.DataFrame) -> None:
             continue
         mean = group.groupby("seed", as_index=False)[["predicted", "value"]].mean()
         mean["predicted"] = mean["predicted"].mean()
-        points = style.measured(axes, mean, "predicted", "kfac", label="K-FAC, Forster transform, all samples")
-        hollow(points)
+        label = "K-FAC, Forster transform, all samples"
+        points = style.measured(axes, mean, "predicted", "kfac", label=label, hollow=True)
         points.lines[0].set(markersize=9, zorder=4, markeredgecolor=NEUTRAL)
     axes.set(xlabel="$N$ × leverage of the sample", ylabel="response of layer 1", xlim=ends, ylim=ends)
 
@@ -386,10 +346,8 @@ def _variants(axes: Axes, table: pd.DataFrame) -> None:
         ("unweighted", "without $H$", 4.0),
     ):
         for _, group in groups(table[table["fisher"] == fisher], "eta"):
-            points = style.measured(axes, group, "step", "full", label=label)
+            points = style.measured(axes, group, "step", "full", label=label, hollow=fisher != "exact")
             points.lines[0].set_markersize(size)
-            if fisher != "exact":
-                hollow(points)
 
 
 def modes(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -402,17 +360,6 @@ def modes(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xlabel="mode $i$ of $\\Theta$", ylabel="contraction in 10 steps")
 
 
-def descent_error(axes: Axes, measurements: pd.DataFrame) -> None:
-    """Distance of gradient descent from the linear dynamics after ten steps, against width."""
-    axes.set_yscale("log")
-    table = at_base(take(measurements, "gradient-descent", "train_error_network"))
-    table = table.assign(structure="gradient-descent")
-    width_axis(axes, table)
-    style.measured(axes, table, "width", "gradient-descent")
-    inverse_root(axes, table)
-    axes.set(ylabel="training outputs from theory\n" r"$\|f_{10}-\hat f_{10}\|\,/\,\|f_0-y\|$")
-
-
 def edge_of_stability(axes: Axes, measurements: pd.DataFrame) -> None:
     """Training residual against steps at η just below and just above 2/λ_max(F⁻¹H)."""
     axes.set_yscale("log")
@@ -423,10 +370,7 @@ def edge_of_stability(axes: Axes, measurements: pd.DataFrame) -> None:
     for factor, rows in groups(table, "factor"):
         axes.plot(steps, abs(1 - 2 * factor) ** steps, color=NEUTRAL, zorder=2)
         note(axes, steps[-1], abs(1 - 2 * factor) ** steps[-1], f"{factor:g}", va="center", xytext=(8, 0))
-        for structure, group, shift in structures_of(rows):
-            points = style.measured(axes, group, "step", structure, shift=shift)
-            if factor < 1:
-                hollow(points)
+        by_structure(axes, rows, "step", hollow=factor < 1)
     title = r"$\eta\lambda_{\max}(F^{-1}H)/2$: filled above 1, empty below"
     axes.set(xlabel="step $t$", ylabel=r"residual  $\|f_t-y\|\,/\,\|f_0-y\|$")
     axes.set_title(title, fontsize=7)
@@ -438,8 +382,7 @@ def sharpness(axes: Axes, measurements: pd.DataFrame) -> None:
     for position, quantity in enumerate(names):
         table = take(measurements, "stability", quantity)
         table = table[table["factor"] == table["factor"].min()]
-        for structure, group, shift in structures_of(table.assign(position=position)):
-            style.measured(axes, group, "position", structure, shift=2 * shift)
+        by_structure(axes, table.assign(position=position), "position", separation=6.4)
     level(axes, 1.0)
     axes.set_xticks(range(len(names)), list(names.values()))
     axes.set(ylabel=r"$\lambda_{\max}/\alpha$", xlim=(-0.5, len(names) - 0.5))
@@ -463,5 +406,4 @@ def positivity(axes: Axes, measurements: pd.DataFrame) -> None:
     level(axes, 0.0)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set(xlabel="layer $l$", ylabel=r"decades of $\lambda_{\min}(\Theta_l)$" "\nover round-off")
-    axes.set_yticks([-4, 0, 4, 8, 12])
-    axes.set_ylim(-5, 16)
+    axes.set(yticks=[-4, 0, 4, 8, 12], ylim=(-5, 16))

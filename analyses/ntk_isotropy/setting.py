@@ -1,7 +1,5 @@
 """One network on one problem: its rows, kernels and the theory's predictions for it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -13,27 +11,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 import curvlab
-from analyses.assembly import squared
+from analyses.descent import outputs
 from analyses.ntk_isotropy.config import Config
+from analyses.specs import squared
 from curvlab import theory
 from curvlab.fisher import STRUCTURES, LayerWise, Structure
-from curvlab.nn import ACTIVATIONS
+from curvlab.nn import ACTIVATIONS, HalfSquaredError, ntk_mlp
 from curvlab.problems import Problem, resolve
 from curvlab.rows import Rows
-from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.factored import KroneckerRows
 from curvlab.rows.rows import gram
-from curvlab.study import Cell
+from curvlab.study import Cell, round_off
 
-ARGUMENTS = ("width", "depth", "activation", "outputs", "seed", "loss")
-"""Coordinates of a cell that are arguments of a problem."""
+NETWORK = ("width", "depth", "activation", "outputs", "loss", "seed")
+"""Coordinates of a cell that are arguments of a problem; they determine the network."""
 
 SMOOTH = frozenset(ACTIVATIONS) - {"relu"}
 """Activations whose derivative is almost nowhere zero, γ = 1; γ = ½ for ReLU."""
 
-
-def flat(z: Float[Tensor, "N C"]) -> Float[Tensor, " R"]:
-    """Outputs in row order (output, sample), outputs outermost."""
-    return z.T.reshape(-1)
+SHORT_OF_RANK = "a K-FAC factor of a layer is short of rank on the samples"
+"""Why a network is outside the assumptions of what the theory says of K-FAC."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +79,12 @@ class Setting:
     @cached_property
     def initial(self) -> Float[Tensor, " R"]:
         """f_0 on the training inputs."""
-        with torch.no_grad():
-            return flat(self.problem.model(self.inputs))
+        return outputs(self.problem.model, self.inputs)
 
     @cached_property
     def initial_test(self) -> Float[Tensor, " T"]:
         """f_0 on the test inputs."""
-        with torch.no_grad():
-            return flat(self.problem.model(self.problem.test[0]))
+        return outputs(self.problem.model, self.problem.test[0])
 
     @cached_property
     def kernels(self) -> Float[np.ndarray, "L R R"]:
@@ -128,6 +123,10 @@ class Setting:
         inputs = layer.a[:, 0, 0]
         last = index == self.depth - 1
         return (last or rows_of_full_rank(layer)) and int(torch.linalg.matrix_rank(inputs)) == len(inputs)
+
+    def tolerance(self, condition: float) -> float:
+        """Relative error that round-off explains, given the condition number of what was solved."""
+        return round_off(self.jacobian.R, condition, self.jacobian.dtype)
 
     @property
     def active(self) -> float:
@@ -212,7 +211,7 @@ def make(structure: str, depth: int) -> Structure:
 
 def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
     """Return the setting of a cell; the last one is kept, so that neighbouring cells share it."""
-    wanted: dict[str, Any] = {name: cell[name] for name in ARGUMENTS if name in cell.coordinates} | overrides
+    wanted: dict[str, Any] = {name: cell[name] for name in NETWORK if name in cell.coordinates} | overrides
     wanted = squared(config.problem) | wanted
     if wanted.get("width") == 0:
         del wanted["width"]
@@ -223,4 +222,13 @@ def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
 def _setting(spec: str, device: str, dtype: str, arguments: tuple[tuple[str, Any], ...]) -> Setting:
     values: Mapping[str, Any] = dict(arguments)
     problem = resolve(spec, **values).to(device, getattr(torch, dtype))
-    return Setting(problem, str(values.get("activation", "relu")))
+    return Setting(problem, str(values.get("activation") or "relu"))
+
+
+def on_inputs(setting: Setting, inputs: Float[Tensor, "N d"], width: int, seed: int) -> Setting:
+    """Return the setting of a perceptron of the same depth and activation on other inputs of the training samples."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (inputs.shape[1], *(width,) * max(setting.depth - 1, 1), setting.targets.shape[1])
+    model = ntk_mlp(sizes, setting.activation, generator=generator, dtype=inputs.dtype, device=inputs.device)
+    data = (inputs, setting.targets)
+    return Setting(Problem("perceptron", model, HalfSquaredError(), data, data), setting.activation)

@@ -1,16 +1,11 @@
 """Options of the spectrum analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-from curvlab.errors import unknown_name
-from curvlab.fisher import STRUCTURES
+from analyses.specs import MEMBERS
 from curvlab.problems import swept_arguments
-from curvlab.study import CommonOptions
+from curvlab.study import CommonOptions, check_bounds, check_names
 
-NEEDS_SIGMA = "layer-wise"
-"""A family rather than one structure: the members that have a name are here."""
 HESSIAN, GGN = "hessian", "ggn"
 
 
@@ -26,7 +21,7 @@ class Config(CommonOptions):
     """Hidden width, where the problem takes one (unit: neurons)."""
     activation: str = "tanh"
     """Activation, where the problem takes one."""
-    structures: tuple[str, ...] = tuple(name for name in STRUCTURES if name != NEEDS_SIGMA)
+    structures: tuple[str, ...] = MEMBERS
     """Structures to measure beside Hessian and GGN."""
     steps: int = 0
     """Gradient-descent steps at half the stable step size before the spectra are taken (unit: steps)."""
@@ -39,12 +34,8 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for structure in self.structures:
-            if structure not in STRUCTURES or structure == NEEDS_SIGMA:
-                raise unknown_name("structure", structure, [name for name in STRUCTURES if name != NEEDS_SIGMA])
-        for name, least in (("width", 1), ("steps", 0), ("top", 1), ("probes", 2), ("lanczos", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        check_names("structure", self.structures, MEMBERS)
+        check_bounds(self, width=1, steps=0, top=1, probes=2, lanczos=1)
 
     @property
     def arguments(self) -> dict[str, object]:

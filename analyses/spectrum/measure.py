@@ -1,16 +1,13 @@
 """The spectra of one matrix at one network, whole and per layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from analyses.part import Observations
+from analyses.descent import Descent, gradient
 from analyses.spectrum.config import GGN, HESSIAN, Config
 from curvlab import spectrum
 from curvlab.fisher import make
@@ -18,7 +15,7 @@ from curvlab.problems import Problem, resolve
 from curvlab.rows import sqrt_fisher
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.spectrum import Operator, StructureOperator
-from curvlab.study import Cell
+from curvlab.study import Cell, Context, Observations, follow, observed
 
 WHOLE = "all"
 """The layer that stands for all parameters."""
@@ -64,14 +61,10 @@ def problem_of(config: Config, seed: int) -> Problem:
 
 def _descend(problem: Problem, steps: int) -> None:
     """Take full-batch gradient steps with η = 1/λ_max(GGN) at the start, half the stable step size."""
-    model, loss, (inputs, targets) = problem.model, problem.loss, problem.train
-    eta = 1 / float(spectrum.eigenpairs(spectrum.GGN(model, loss, problem.train), 1).values[0])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for _ in range(steps):
-        gradient = torch.autograd.grad(loss(model(inputs), targets), parameters)
-        with torch.no_grad():
-            moved = parameters_to_vector(parameters) - eta * parameters_to_vector(gradient)
-        vector_to_parameters(moved, parameters)
+    loss, (inputs, targets) = problem.loss, problem.train
+    eta = 1 / float(spectrum.eigenpairs(spectrum.GGN(problem.model, loss, problem.train), 1).values[0])
+    direction = gradient(lambda model: loss(model(inputs), targets))
+    follow(Descent(problem.model, direction, eta, lambda _: {}), steps)
 
 
 def operator_of(name: str, problem: Problem) -> Operator:
@@ -94,20 +87,21 @@ def _parts(operator: Operator) -> Iterator[tuple[str, Operator]]:
             yield layer, Restricted(operator, names)
 
 
-def measure(cell: Cell, config: Config) -> Observations:
+def measure(cell: Cell, context: Context[Config]) -> Observations:
     """Return top eigenvalues, trace and density of a cell's matrix, whole and per layer; densities of the whole only."""
+    config = context.config
     problem = problem_of(config, int(cell["seed"]))
     whole = operator_of(str(cell["matrix"]), problem)
-    rows: list[dict[str, object]] = []
+    rows = []
     for layer, operator in _parts(whole):
         found = spectrum.eigenpairs(operator, min(config.top, operator.size), tolerance=TOLERANCE)
         for index, value in enumerate(found.values.tolist()):
-            rows.append({"quantity": "eigenvalue", "value": value, "index": index + 1, "layer": layer})
+            rows.append(observed("eigenvalue", value, index=index + 1, layer=layer))
         estimate = spectrum.trace(operator, products=TRACE_PRODUCTS)
-        rows.append({"quantity": "trace", "value": estimate.value, "error": estimate.standard_error, "layer": layer})
+        rows.append(observed("trace", estimate.value, error=estimate.standard_error, layer=layer))
     density = spectrum.density(whole, probes=config.probes, steps=config.lanczos)
     rows += _density_rows(density)
-    rows.append({"quantity": "negative_share", "value": float(density.weights[density.nodes < -_scale(density)].sum())})
+    rows.append(observed("negative_share", float(density.weights[density.nodes < -_scale(density)].sum())))
     return rows
 
 
@@ -125,6 +119,6 @@ def _density_rows(density: spectrum.Density) -> list[dict[str, object]]:
     kernel = np.exp(-0.5 * ((grid[:, None] - at) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
     shares = kernel @ weights
     return [
-        {"quantity": "density", "value": float(share), "eigenvalue": float(scale * np.sinh(x)), "place": index}
+        observed("density", float(share), eigenvalue=float(scale * np.sinh(x)), place=index)
         for index, (x, share) in enumerate(zip(grid, shares, strict=True))
     ]

@@ -1,21 +1,17 @@
-"""The analysis as one object: its parts, claims and figures."""
+"""The analysis as one object: its experiments and figures."""
 
-from __future__ import annotations
+from functools import partial
 
-from analyses.assembly import cells_of, claims_of, digest_of, instance
-from analyses.part import Observations
+from analyses.training import panels
 from analyses.training.config import Config
-from analyses.training.figures import FIGURES
-from analyses.training.parts import PARTS
-from curvlab.study import Analysis, Cell, UsageError
-
-RACES = ("tuning", "judging", "timing")
-"""Parts whose cells run on the problem, and not on networks of their own."""
-
-
-def _place(cell: Cell) -> tuple[int, str]:
-    """Tuning comes first, because the other races choose by it; runs of one method stand side by side."""
-    return list(PARTS).index(str(cell["part"])), str(cell.coordinates.get("method", ""))
+from analyses.training.experiments.contraction import CONTRACTION
+from analyses.training.experiments.isotropic import ISOTROPIC
+from analyses.training.experiments.judging import JUDGING
+from analyses.training.experiments.timing import TIMING
+from analyses.training.experiments.tuning import TUNE
+from curvlab.problems import digest_of, instance
+from curvlab.study import Analysis, UsageError
+from curvlab.study.panels import Layout
 
 
 def _data_hash(config: Config) -> str:
@@ -29,19 +25,36 @@ def _data_hash(config: Config) -> str:
     return digest_of(problem)
 
 
-def _measure(cell: Cell, config: Config) -> Observations:
-    return PARTS[str(cell["part"])].measure(cell, config)
+_layout = partial(Layout, "python -m analyses.training")
 
-
-def _resources(cell: Cell, config: Config) -> tuple[float, float]:
-    part = str(cell["part"])
-    seconds = PARTS[part].seconds(config.task.steps)
-    return seconds * config.task.cost if part in RACES else seconds, 8e8
-
+FIGURES = {
+    "curves": _layout(
+        [
+            [partial(panels.curves, names=names, against=against) for against in ("steps", "seconds")]
+            for names in (panels.ROWS, panels.MOMENTS)
+        ],
+        claims=(),
+        height=2.5,
+        columns=6,
+    ),
+    "targets": _layout(
+        [[partial(panels.targets, seconds=seconds, named=not seconds) for seconds in (False, True)]],
+        claims=("steps-", "time-loss", "time-accuracy"),
+        height=3.2,
+    ),
+    "ingredients": _layout(
+        [[partial(panels.ingredients, seconds=seconds, named=not seconds) for seconds in (False, True)]],
+        claims=("ingredient-", "time-step"),
+        height=2.2,
+    ),
+    "rates": _layout(
+        [[panels.equal_rates, panels.contraction]], claims=("rate-", "equal-rate-", "contraction-"), height=2.6
+    ),
+}
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="training",
-    version=3,
+    version=4,
     question=(
         "Does natural gradient with a structure of the Fisher matrix need fewer steps than tuned first-order methods, and less "
         "time? What do single ingredients of K-FAC add, and does the optimiser keep the rates that the theory gives?"
@@ -53,11 +66,8 @@ ANALYSIS: Analysis[Config] = Analysis(
     ),
     cost="MLP on the ten digits, 21 methods, 4 configurations each, 8 fresh seeds to race on: about 3 minutes on 2 cores.",
     config=Config,
-    claims=claims_of(PARTS),
-    cells=cells_of(PARTS, _place),
+    experiments=(TUNE, JUDGING, TIMING, ISOTROPIC, CONTRACTION),
     data_hash=_data_hash,
-    measure=_measure,
-    resources=_resources,
     figures=FIGURES,
     axes=("rivals", "structures", "ingredients"),
     memory_option="--batch",

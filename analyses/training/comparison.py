@@ -4,15 +4,15 @@ A run that does not reach its target counts with the whole budget, so a ratio of
 that fails.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import log10
 
 import pandas as pd
 
-from curvlab.study import Cell
+from analyses.clock import priced
+from analyses.training.config import Config
+from analyses.training.race import entrants
+from curvlab.study.estimates import Estimate
 
 SECONDS = "seconds_per_step"
 """The quantity by which steps become seconds."""
@@ -20,10 +20,7 @@ SECONDS = "seconds_per_step"
 
 def seconds_to(table: pd.DataFrame, steps: str) -> pd.DataFrame:
     """Return the seconds that each method takes at each seed, steps times seconds of a step, as rows of `steps`."""
-    counted = table[table["quantity"] == steps]
-    price = table[table["quantity"] == SECONDS].set_index(["method", "seed"])["value"]
-    at = pd.MultiIndex.from_frame(counted[["method", "seed"]])
-    return counted.assign(value=counted["value"].to_numpy() * price.reindex(at).to_numpy())
+    return priced(table[table["quantity"] == steps], table[table["quantity"] == SECONDS])
 
 
 def log10_by_method(table: pd.DataFrame) -> pd.DataFrame:
@@ -44,10 +41,10 @@ class Comparison:
     method: str
     others: tuple[str, ...]
 
-    def needs(self, *parts: str) -> Callable[[Cell], bool]:
-        """Return the test for the cells of these methods in some parts; a cell that names none has them all."""
-        methods = {self.method, *self.others}
-        return lambda cell: cell["part"] in parts and cell.coordinates.get("method", self.method) in methods
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.method, *self.others)
 
     def steps(self, table: pd.DataFrame) -> pd.DataFrame:
         """Estimate by log10 of the values over those of the best other."""
@@ -55,13 +52,20 @@ class Comparison:
         best = logs[list(self.others)].mean().idxmin()
         return (logs[self.method] - logs[best]).rename("value").reset_index()
 
-    def seconds(self, steps: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    def seconds(self, steps: str) -> Estimate:
         """Return the estimate by log10 of the seconds that some steps take over those of the best other."""
         return lambda table: self.steps(seconds_to(table, steps))
 
     def outside(self, table: pd.DataFrame) -> str | None:
         """Say that no run of any of these methods reached the target."""
-        runs = table[(table["quantity"] != SECONDS) & table["method"].isin({self.method, *self.others})]
+        runs = table[(table["quantity"] != SECONDS) & table["method"].isin(self.methods)]
         if (runs["status"] == "ok").any():
             return None
         return f"Neither {self.method} nor what it is compared with reached the target within the budget."
+
+
+def against_rivals(config: Config) -> list[Comparison]:
+    """Return every structure that takes part against all rivals; none where there is no rival."""
+    present = entrants(config)
+    rivals = tuple(method.name for method in present if method.family == "first order")
+    return [Comparison(method.name, rivals) for method in present if rivals and method.name in config.structures]

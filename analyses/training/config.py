@@ -1,14 +1,15 @@
 """Options of the training analysis."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from analyses.training.methods import CONFIGURATIONS, METHODS, Method, of_family
+from analyses.training.methods import CONFIGURATIONS, METHODS, Family, Method, of_family
 from analyses.training.tasks import TASKS, USUAL, Task
-from curvlab.errors import unknown_name
-from curvlab.study import CommonOptions
+from curvlab.study import CommonOptions, check_bounds, check_names
+
+FAMILIES: Mapping[str, Family] = {"rivals": "first order", "structures": "structure", "ingredients": "ingredient"}
+"""Which methods the options name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +41,11 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, family in (("rivals", "first order"), ("structures", "structure"), ("ingredients", "ingredient")):
-            known = [name for name, method in METHODS.items() if method.family == family]
-            for name in getattr(self, option):
-                if name not in known:
-                    raise unknown_name(f"name in --{option}", name, known)
-        if self.races < 1:
-            raise ValueError(f"--races must be at least 1, got {self.races}.")
-        if not 1 <= self.configurations <= CONFIGURATIONS:
-            raise ValueError(f"--configurations must be from 1 to {CONFIGURATIONS}, got {self.configurations}.")
-        for option in ("steps", "batch", "target_loss"):
-            if getattr(self, option) < 0:
-                raise ValueError(f"--{option.replace('_', '-')} must not be negative, got {getattr(self, option)}.")
-        if not 0 <= self.target_accuracy <= 1:
-            raise ValueError(f"--target-accuracy must be from 0 to 1, got {self.target_accuracy}.")
+        for option, family in FAMILIES.items():
+            names = [method.name for method in of_family(family)]
+            check_names(f"name in --{option}", getattr(self, option), names)
+        check_bounds(self, races=1, configurations=(1, CONFIGURATIONS), steps=0, batch=0, target_loss=0)
+        check_bounds(self, target_accuracy=(0, 1))
 
     @property
     def raced(self) -> int:
@@ -63,12 +55,7 @@ class Config(CommonOptions):
     @property
     def task(self) -> Task:
         """The race."""
-        wanted = {
-            "steps": self.steps,
-            "batch": self.batch,
-            "loss": self.target_loss,
-            "accuracy": self.target_accuracy,
-        }
+        wanted = {"steps": self.steps, "batch": self.batch, "loss": self.target_loss, "accuracy": self.target_accuracy}
         return replace(TASKS.get(self.problem, USUAL), **{name: value for name, value in wanted.items() if value})  # type: ignore[arg-type]
 
     @property

@@ -3,16 +3,16 @@
 The configurations were laid around what trains the MLP on digits from one start, the tuning seed, for every method alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from analyses.training.optimisers import Accumulating, MixedPrecision, Optimiser, Together
 from curvlab.fisher import KFAC, STRUCTURES, LayerWise, Structure, make
 from curvlab.optim import LevenbergMarquardt, NaturalGradient
 from curvlab.rows.loss import Kind
@@ -27,96 +27,6 @@ KL_CLIP = 1e-2
 INVERT_EVERY = 10
 PASSES = 4
 """Batches of a step where it has several."""
-
-
-class Closure(Protocol):
-    """Runs a forward and a backward pass on a batch and returns the loss."""
-
-    def __call__(self, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """With a scaler, the forward pass is under autocast and gradients are scaled."""
-
-
-class Optimiser(Protocol):
-    """What a run asks of an optimiser."""
-
-    @property
-    def step(self) -> Callable[..., Any]:
-        """What takes a step, given a closure for each batch of the step, and returns their mean loss."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what continues the run."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run."""
-
-
-class Together:
-    """Optimisers that share the parameters of a model out among them."""
-
-    def __init__(self, *optimisers: torch.optim.Optimizer) -> None:
-        self.optimisers = optimisers
-
-    def step(self, closure: Closure) -> Tensor:
-        """Run the closure once, then step each."""
-        loss = closure()
-        for optimiser in self.optimisers:
-            optimiser.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all states."""
-        return {str(index): optimiser.state_dict() for index, optimiser in enumerate(self.optimisers)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore all states."""
-        for index, optimiser in enumerate(self.optimisers):
-            optimiser.load_state_dict(state_dict[str(index)])
-
-
-class Accumulating:
-    """Natural gradient on several passes a step: gradients and curvature are means over all of them."""
-
-    def __init__(self, optimiser: NaturalGradient) -> None:
-        self.optimiser = optimiser
-        self.state_dict, self.load_state_dict = optimiser.state_dict, optimiser.load_state_dict
-
-    def step(self, *closures: Closure) -> Tensor:
-        """Collect from every pass, then step."""
-        losses = []
-        for closure in closures:
-            with self.optimiser.collect():
-                losses.append(closure().detach())
-        for parameter in self.optimiser.preconditioner.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= len(closures)
-        self.optimiser.step()
-        return torch.stack(losses).mean()
-
-
-class MixedPrecision:
-    """Natural gradient from a forward pass under autocast, with a scaled loss."""
-
-    def __init__(self, optimiser: NaturalGradient) -> None:
-        self.optimiser = optimiser
-        self.scaler = torch.amp.GradScaler(next(optimiser.preconditioner.model.parameters()).device.type)
-
-    def step(self, closure: Closure) -> Tensor:
-        """Collect from the pass; the step is skipped where gradients overflow, and the scale lowered."""
-        with self.optimiser.collect():
-            loss = closure(self.scaler)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of optimiser and scaler."""
-        return {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both."""
-        self.optimiser.load_state_dict(state_dict["optimiser"])
-        self.scaler.load_state_dict(state_dict["scaler"])
-
 
 Build = Callable[[nn.Module, nn.Module, Point, Kind, int], Optimiser]
 """Makes an optimiser of a model, for a loss, with a configuration, the kind of its rows and the seed of their draws."""
@@ -144,6 +54,11 @@ class Method:
     base: str = ""
     passes: int = 1
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it is made of the rows of single samples, which there are none of where samples interact."""
+        return bool(self.structure) and not STRUCTURES[self.structure].averages
+
 
 def _rival(
     optimiser: type[torch.optim.Optimizer], model: nn.Module, _: nn.Module, point: Point, *__: object
@@ -161,16 +76,6 @@ def _muon(model: nn.Module, _: nn.Module, point: Point, *__: object) -> Optimise
     return Together(muon, torch.optim.AdamW(rest, lr=point["adamw_lr"]))
 
 
-def half_coupled(model: nn.Module) -> Structure:
-    """Return the layer-wise structure half-way between the full and the block-diagonal one: Σ = (I + 1 1ᵀ)/2."""
-    layers = sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules())
-    return LayerWise((0.5 * torch.eye(layers) + 0.5).tolist())
-
-
-def _structure(key: str, model: nn.Module) -> Structure:
-    return half_coupled(model) if key == "layer-wise" else make(key)
-
-
 def _natural(
     model: nn.Module,
     loss: nn.Module,
@@ -178,16 +83,14 @@ def _natural(
     kind: Kind,
     seed: int,
     *,
-    structure: Callable[[nn.Module], Structure],
+    structure: Callable[[], Structure],
     adapted: bool = False,
     **options: Any,
 ) -> NaturalGradient:
     """Natural gradient without momentum; a configuration without lr takes step and momentum from the quadratic model."""
     damping = LevenbergMarquardt(initial=point["damping"]) if adapted else point["damping"]
     lr = cast('float | Literal["quadratic"]', point.get("lr", "quadratic"))
-    return NaturalGradient(
-        model, loss, lr, structure=structure(model), kind=kind, damping=damping, seed=seed, **options
-    )
+    return NaturalGradient(model, loss, lr, structure=structure(), kind=kind, damping=damping, seed=seed, **options)
 
 
 def output_layer(model: nn.Module) -> str:
@@ -208,8 +111,13 @@ def _mixed(*arguments: Any, **options: Any) -> Optimiser:
     return MixedPrecision(_natural(*arguments, **options))
 
 
-def _kfac(_: nn.Module, **options: Any) -> Structure:
-    return KFAC(**options)
+def half_coupled(layers: int) -> Float[Tensor, "L L"]:
+    """Σ of the layer-wise structure half-way between the full and the block-diagonal one, (I + 1 1ᵀ)/2."""
+    return 0.5 * torch.eye(layers) + 0.5
+
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {LayerWise.key: {"sigma": half_coupled}}
+"""Of structures that are not run as they are by default."""
 
 
 def _pairs(first: str, second: str, *values: tuple[float, float]) -> tuple[Point, ...]:
@@ -259,29 +167,29 @@ def _methods() -> Iterator[Method]:
     for name, (build, points) in FIRST_ORDER.items():
         yield Method(name, "first order", build, points)
     for key in STRUCTURES:
-        build = partial(_natural, structure=partial(_structure, key))
-        yield Method(key, "structure", build, NATURAL, key)
+        structure = partial(make, key, **OPTIONS.get(key, {}))
+        yield Method(key, "structure", partial(_natural, structure=structure), NATURAL, key)
 
     def ingredient(
         name: str,
         points: Sequence[Point] = NATURAL,
-        base: str = "kfac",
+        base: str = KFAC.key,
         *,
         build: Callable[..., Optimiser] = _natural,
+        structure: Callable[[], Structure] = KFAC,
         passes: int = 1,
         **options: Any,
     ) -> Method:
-        factory = partial(
-            _kfac, **{key: options.pop(key) for key in ("factored_damping", "invert_every") if key in options}
-        )
-        return Method(name, "ingredient", partial(build, structure=factory, **options), points, "kfac", base, passes)
+        factory = partial(build, structure=structure, **options)
+        return Method(name, "ingredient", factory, points, KFAC.key, base, passes)
 
+    split = partial(KFAC, factored_damping=True)
     yield ingredient("kfac-adapted", adapted=True)
     yield ingredient("kfac-quadratic", QUADRATIC)
     yield ingredient("kfac-clipped", kl_clip=KL_CLIP)
-    yield ingredient("kfac-split", factored_damping=True)
+    yield ingredient("kfac-split", structure=split)
     yield ingredient("kfac-latest", decay=0.0)
-    yield ingredient("kfac-rare", base="kfac-split", factored_damping=True, invert_every=INVERT_EVERY)
+    yield ingredient("kfac-rare", base="kfac-split", structure=partial(split, invert_every=INVERT_EVERY))
     yield ingredient("kfac-accumulated", build=_accumulating, passes=PASSES)
     yield ingredient("kfac-autocast", build=_mixed)
     yield ingredient("kfac-plain", build=_plain_output)

@@ -1,66 +1,96 @@
-"""A race on the problem of a configuration: who takes part, and one run of a method."""
+"""A race on the problem of a configuration: who takes part, one run of a method, and the choice of its configuration."""
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
+import pandas as pd
 import torch
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from analyses.assembly import digest_of
 from analyses.training.config import Config
-from analyses.training.methods import Method, Optimiser, Point
-from analyses.training.run import Checkpoint, Trace, train
-from curvlab.fisher import STRUCTURES
+from analyses.training.methods import Method, described
+from analyses.training.run import Run
+from analyses.training.tasks import Target, Task
 from curvlab.problems import Problem, resolve
-from curvlab.tools.storage import digest
+from curvlab.rows.loss import Kind
+from curvlab.study import Cell, Context, Trace, follow, observed
 
+TUNING = "tuning"
+"""The experiment by which configurations are chosen."""
 TUNING_SEED = 1000
 """Seed of network, batches and draws while configurations are chosen; judged runs have seeds from 0."""
 
 
 def problem_of(config: Config, seed: int) -> Problem:
-    """Return the problem with the network of a seed.
-
-    Raises:
-        ValueError: its targets are not classes.
-    """
-    problem = resolve(config.problem, seed=seed).to(config.device, getattr(torch, config.dtype))
-    if problem.train[1].is_floating_point():
-        raise ValueError(f"Problem {problem.name!r} has no classes as targets, so that there is no accuracy to reach.")
-    return problem
+    """Return the problem with the network of a seed."""
+    return resolve(config.problem, seed=seed).to(config.device, getattr(torch, config.dtype))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def entrants(config: Config) -> tuple[Method, ...]:
-    """Return the methods that the problem admits: with batch normalisation, no structures that are made of rows."""
+    """Return the methods that the problem admits: where batch normalisation makes samples interact, none that keeps rows."""
     modules = resolve(config.problem, seed=0).model.modules()
-    coupled = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
-    return tuple(
-        method
-        for method in config.methods
-        if not (coupled and method.structure and not STRUCTURES[method.structure].averages)
+    interact = any(isinstance(module, _BatchNorm) for module in modules)
+    return tuple(method for method in config.methods if not (interact and method.keeps_rows))
+
+
+def entered(method: Method, index: int, start: Problem, config: Config, seed: int) -> Run:
+    """Return the run of a method in one of its configurations, which trains a copy of the problem's model."""
+    problem, point = replace(start, model=copy.deepcopy(start.model)), method.points[index]
+    kind: Kind = "exact" if method.name in config.task.exact else "mc"
+    optimiser = method.build(problem.model, problem.loss, point, kind, seed)
+    return Run(problem, optimiser, f"{method.name}, {described(point)}", config.task, seed, method.passes)
+
+
+def race(method: Method, index: int, seed: int, context: Context[Config]) -> Trace:
+    """Run a method in one of its configurations, from the cell's checkpoint if the run was interrupted."""
+    config = context.config
+    run = entered(method, index, problem_of(config, seed), config, seed)
+    return follow(run, config.task.steps, checkpoint=context.checkpoint)
+
+
+def steps_to(target: Target, trace: Trace, task: Task, quantity: str) -> Mapping[str, object]:
+    """Return the observation of the steps after which a run was first seen at a target, the whole budget if it never was."""
+    steps = next((seen["step"] for seen in trace.seen if task.reached(target, seen)), None)
+    if steps is not None:
+        return observed(quantity, steps, status="ok")
+    return observed(quantity, task.steps, status="not reached" if trace.diverged is None else trace.status)
+
+
+def final_loss(trace: Trace, quantity: str) -> Mapping[str, object]:
+    """Return the observation of the loss at the end of a run, infinite after divergence."""
+    value = float("inf") if trace.diverged is not None else trace.seen[-1]["loss"]
+    return observed(quantity, value, status=trace.status)
+
+
+def chosen(method: Method, context: Context[Config]) -> int:
+    """Return the index of the configuration in which a method is judged: the one that did best from the tuning seed."""
+    return best(context.rows(TUNING, method=method.name))
+
+
+def best(tuned: pd.DataFrame) -> int:
+    """Return the index of the configuration that comes first.
+
+    Those that reached the loss and did not diverge afterwards come first, by their number of steps; then those that reached
+    it and diverged; then by the final loss.
+
+    Args:
+        tuned: what the tuning of one method measured.
+    """
+    steps, losses = (
+        tuned[tuned["quantity"] == quantity].set_index("configuration") for quantity in ("tuning_steps", "tuning_loss")
     )
+    order = {
+        "missed": steps["status"] != "ok",
+        "diverged": losses["status"] != "ok",
+        "steps": steps["value"],
+        "loss": losses["value"],
+    }
+    return int(pd.DataFrame(order).sort_values(list(order)).index[0])
 
 
-def optimiser_of(method: Method, problem: Problem, point: Point, config: Config, seed: int) -> Optimiser:
-    """Make a method's optimiser of a problem's model."""
-    kind = "exact" if method.name in config.task.exact else "mc"
-    return method.build(problem.model, problem.loss, point, kind, seed)  # type: ignore[arg-type]
-
-
-def race(method: Method, index: int, config: Config, seed: int) -> Trace:
-    """Run a method in one of its configurations, from a checkpoint if the run was interrupted."""
-    point: Mapping[str, float] = method.points[index]
-    problem = problem_of(config, seed)
-    name = digest(
-        [config.problem, config.dtype, vars(config.task), method.name, dict(point), seed, digest_of(problem)]
-    )[:40]
-    folder = config.results / ".cache" / "training" / "checkpoints"
-    checkpoint = Checkpoint(folder / f"{name}.pt")
-    if config.fresh:
-        checkpoint.remove()
-    return train(
-        problem, optimiser_of(method, problem, point, config, seed), config.task, seed, checkpoint, passes=method.passes
-    )
+def seconds(_: Cell, config: Config) -> float:
+    """Seconds of a run."""
+    return 0.008 * config.task.steps * config.task.cost

@@ -1,9 +1,11 @@
 """What a race on a problem is: batches, budget, and the loss and accuracy to reach, all fixed before any run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Target = Literal["loss", "accuracy"]
+TARGETS: tuple[Target, ...] = ("loss", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Task:
     accuracy: float
     exact: tuple[str, ...] = ()
     cost: float = 1.0
+
+    def reached(self, target: Target, seen: Mapping[str, float]) -> bool:
+        """Whether a target is reached by the loss and the accuracy that were seen."""
+        return seen["loss"] <= self.loss if target == "loss" else seen["accuracy"] >= self.accuracy
+
+    def described(self, target: Target) -> str:
+        """A target in words."""
+        return f"a training loss of {self.loss:g}" if target == "loss" else f"a test accuracy of {self.accuracy:g}"
 
 
 TASKS: Mapping[str, Task] = {

@@ -11,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from curvlab.problems import DataUnavailable, Problem
+from curvlab.problems import Problem
 from curvlab.problems.full_batch import full_batch_problem
-from curvlab.study import DataUnavailable as StudyDataUnavailable
 
 RunName = Literal["digits", "readme"]
 
@@ -55,14 +54,11 @@ def problem(run: Run, device: str) -> Problem:
     """Return network and data in float32 on a device.
 
     Raises:
-        DataUnavailable: of `curvlab.study`: the images are absent.
+        DataUnavailable: the images are absent.
     """
-    try:
-        made = full_batch_problem(
-            run.images, samples=run.samples, width=run.width, scaling=run.scaling, dtype=torch.float32
-        )
-    except DataUnavailable as error:
-        raise StudyDataUnavailable(str(error)) from error
+    made = full_batch_problem(
+        run.images, samples=run.samples, width=run.width, scaling=run.scaling, dtype=torch.float32
+    )
     return made.to(device, torch.float32)
 
 

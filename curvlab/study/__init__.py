@@ -16,45 +16,51 @@ if TYPE_CHECKING:
     from curvlab.study.claims import (
         Claim,
         Equivalence,
+        Expected,
         Failure,
         Identity,
         Inequality,
         Verdict,
         contradicts,
-        every_cell,
-        no_assumptions,
+        refuted,
+        supported,
+        undecided,
     )
-    from curvlab.study.faults import DataUnavailable, MemoryShortage, UsageError
+    from curvlab.study.estimates import (
+        among,
+        at_largest_width,
+        by_seed,
+        difference_by_seed,
+        identities,
+        least_by_seed,
+        needs_several,
+        needs_several_widths,
+        slope_by_seed,
+        worst_by_seed,
+    )
+    from curvlab.study.experiment import Context, Experiment, Observations, Point
+    from curvlab.study.faults import MemoryShortage, UsageError
     from curvlab.study.judging import judge
-    from curvlab.study.options import CommonOptions
+    from curvlab.study.loop import Diverged, Trace, follow
+    from curvlab.study.measurements import observed, outside, round_off
+    from curvlab.study.options import CommonOptions, check_bounds, check_names, check_positive, check_some
+    from curvlab.study.registry import ANALYSES
     from curvlab.study.results import Results, latest, load
     from curvlab.study.runner import main
 
 __all__ = [
-    "Analysis",
-    "Cell",
-    "Claim",
-    "CommonOptions",
-    "DataUnavailable",
-    "Equivalence",
-    "Failure",
-    "Identity",
-    "Inequality",
-    "MemoryShortage",
-    "Results",
-    "Scalar",
-    "UsageError",
-    "Verdict",
-    "contradicts",
-    "every_cell",
-    "judge",
-    "latest",
-    "load",
-    "main",
-    "no_assumptions",
-]
+    "ANALYSES", "Analysis", "Cell", "Claim", "CommonOptions", "Context", "Diverged", "Equivalence", "Expected", "Experiment",
+    "Failure", "Identity", "Inequality", "MemoryShortage", "Observations", "Point", "Results", "Scalar", "Trace", "UsageError",
+    "Verdict", "among", "at_largest_width", "by_seed", "check_bounds", "check_names", "check_positive", "check_some",
+    "contradicts", "difference_by_seed", "follow", "identities", "judge", "latest", "least_by_seed", "load", "main",
+    "needs_several", "needs_several_widths", "observed", "outside", "refuted", "round_off", "slope_by_seed", "supported",
+    "undecided", "worst_by_seed",
+]  # fmt: skip
 
-_MODULES = ("faults", "cells", "options", "claims", "judging", "results", "analysis", "runner")
+_MODULES = (
+    "faults", "cells", "options", "measurements", "estimates", "claims", "experiment", "judging", "loop", "results",
+    "analysis", "registry", "runner",
+)  # fmt: skip
 """Where the names are defined, what is quick to import first."""
 
 

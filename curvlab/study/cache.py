@@ -25,17 +25,23 @@ class CellCache:
         folder: Where the entries lie.
         context: What the measurement of every cell depends on besides its coordinates: analysis, version,
             configuration, data, dtype, device.
+        run: Which run uses it; entries remember the run that stored them.
     """
 
     folder: Path
     context: Mapping[str, object]
+    run: str = ""
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """Where a long run of ``cell`` may keep its state."""
+        return self.folder / "checkpoints" / f"{digest(self._key(cell))[:40]}.pt"
 
     def path(self, cell: Cell) -> Path:
         """Where the entry of ``cell`` lies."""
         return self.folder / f"{digest(self._key(cell))[:40]}.json"
 
-    def load(self, cell: Cell) -> list[Row] | None:
-        """The observations of ``cell``; None if there is no entry or a damaged one."""
+    def load(self, cell: Cell, *, of_this_run: bool = False) -> list[Row] | None:
+        """The observations of ``cell``; None if there is no entry, a damaged one, or one of another run than is asked for."""
         path = self.path(cell)
         if not path.exists():
             return None
@@ -44,6 +50,8 @@ class CellCache:
             if entry["checksum"] != digest([entry["key"], entry["rows"]]) or entry["key"] != self._key(cell):
                 raise ValueError("its checksum does not match")
             rows: list[Row] = entry["rows"]
+            if of_this_run and entry["run"] != self.run:
+                return None
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("cache entry %s of cell %s is damaged (%s); computing it again", path.name, cell, error)
             return None
@@ -56,7 +64,7 @@ class CellCache:
             StorageFull: no space left; the other entries are untouched.
         """
         key = self._key(cell)
-        entry = {"key": key, "rows": list(rows), "checksum": digest([key, list(rows)])}
+        entry = {"key": key, "run": self.run, "rows": list(rows), "checksum": digest([key, list(rows)])}
         write(self.path(cell), json.dumps(entry, ensure_ascii=False).encode())
 
     def _key(self, cell: Cell) -> dict[str, object]:

@@ -73,3 +73,25 @@ class Cell:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.coordinates.items())
+
+
+def matches(cell: Cell, where: Mapping[str, object]) -> bool:
+    """Whether a cell has given coordinates: each a value, a tuple of those allowed, or a test of the value."""
+    return all(_allows(wanted, cell.coordinates.get(name)) for name, wanted in where.items())
+
+
+def _allows(wanted: object, value: Scalar | None) -> bool:
+    if callable(wanted):
+        return bool(wanted(value))
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def phrase(where: Mapping[str, object]) -> str:
+    """Coordinates that are asked for, in words."""
+
+    def wording(wanted: object) -> str:
+        if callable(wanted):
+            return "as it needs"
+        return " or ".join(map(str, wanted)) or "none" if isinstance(wanted, tuple) else str(wanted)
+
+    return ", ".join(f"{name} {wording(wanted)}" for name, wanted in where.items())

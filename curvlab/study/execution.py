@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
+from uuid import uuid4
 
 import torch
 
@@ -35,11 +36,22 @@ WORTH_WORKERS = 10.0
 
 @dataclass(frozen=True)
 class Plan(Generic[C]):
-    """What one run does: its claims, its cells (its share of them under ``--shard``) and their cache."""
+    """What one run does.
+
+    Attributes:
+        analysis: The analysis.
+        config: The configuration.
+        claims: The claims, those among them that no planned cell serves.
+        planned: All cells that they need, in order, and those of the experiments that come before.
+        cells: The cells that this run measures: its share of them under ``--shard``.
+        data: Digest of the data.
+        cache: Where finished cells are kept.
+    """
 
     analysis: Analysis[C]
     config: C
     claims: tuple[Claim, ...]
+    planned: tuple[Cell, ...]
     cells: tuple[Cell, ...]
     data: str
     cache: CellCache
@@ -51,23 +63,23 @@ class Plan(Generic[C]):
         Raises:
             UsageError: an unknown claim, an option that names a value twice, or a device that cannot be used.
             DataUnavailable: from the analysis.
-            ValueError: the analysis has two claims or two cells of the same name.
+            ValueError: the analysis has two claims of the same name.
         """
         check_device(config.device)
+        if repeated_values := repeats(config):
+            raise UsageError(f"{repeated_values}; name each once")
         claims = tuple(analysis.claims(config))
         cells = tuple(analysis.cells(config))
-        for what, names in (("claims", [c.id for c in claims]), ("cells", [c.key for c in cells])):
-            if repeated := {name for name, count in Counter(names).items() if count > 1}:
-                if repeated_values := repeats(config):
-                    raise UsageError(f"{repeated_values}; name each once")
-                raise ValueError(f"{analysis.name} has {what} that are called the same: {', '.join(sorted(repeated))}")
+        if repeated := sorted(name for name, count in Counter(claim.id for claim in claims).items() if count > 1):
+            raise ValueError(f"{analysis.name} has claims that are called the same: {', '.join(repeated)}")
         if config.claims:
             known = {claim.id: claim for claim in claims}
             for name in config.claims:
                 if name not in known:
                     raise UsageError(f"--claims: {unknown('claim', name, known)}")
             claims = tuple(claim for claim in claims if claim.id in config.claims)
-            cells = tuple(cell for cell in cells if any(claim.needs(cell) for claim in claims))
+            cells = _serving(analysis, cells, claims)
+        planned = cells
         if config.shard:
             index, total = share(config.shard)
             cells = cells[index - 1 :: total]
@@ -79,8 +91,8 @@ class Plan(Generic[C]):
             "config": {name: value for name, value in recorded(config).items() if name not in left_out},
             "data": data,
         }
-        cache = CellCache(config.results / ".cache" / analysis.name, context)
-        return cls(analysis, config, claims, cells, data, cache)
+        cache = CellCache(config.results / ".cache" / analysis.name, context, uuid4().hex)
+        return cls(analysis, config, claims, planned, cells, data, cache)
 
     def cached(self) -> dict[Cell, list[Row]]:
         """The cells that need no work, with their observations; none under ``--fresh``."""
@@ -91,7 +103,14 @@ class Plan(Generic[C]):
 
     def task(self) -> Task[C]:
         """What measures one of its cells."""
-        return Task(self.analysis.measure, self.config, self.cache)
+        experiments = self.analysis.experiments
+        cells = {e.name: tuple(cell for cell in self.planned if cell["experiment"] == e.name) for e in experiments}
+        before = {e.name: {name: cells[name] for name in self.analysis.ancestors(e.name)} for e in experiments}
+        return Task({e.name: e.measure for e in experiments}, before, self.config, self.cache)
+
+    def stages(self, costs: Mapping[Cell, float]) -> list[dict[Cell, float]]:
+        """Cells and their seconds, in groups of which each waits for those before it."""
+        return [dict(group) for _, group in itertools.groupby(costs.items(), lambda item: self.analysis.stage(item[0]))]
 
     def estimate(self, cells: Sequence[Cell]) -> "Estimate":
         """What it takes to measure ``cells``."""
@@ -127,6 +146,13 @@ class Plan(Generic[C]):
             )
             return 1
         return min(wanted, len(chunked(costs, wanted)))
+
+
+def _serving(analysis: Analysis[C], cells: Sequence[Cell], claims: Sequence[Claim]) -> tuple[Cell, ...]:
+    """The cells that some claims need, and those of the experiments that come before these."""
+    needed = {cell for cell in cells if any(claim.needs(cell) for claim in claims)}
+    before = {name for cell in needed for name in analysis.ancestors(str(cell["experiment"]))}
+    return tuple(cell for cell in cells if cell in needed or cell["experiment"] in before)
 
 
 @dataclass(frozen=True)
@@ -185,7 +211,7 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Estimate, ad
         raise MemoryShortage(where, needed, estimate.available, plan.analysis.memory_option)
     measured = Measured(dict(cached))
     try:
-        with contextlib.closing(_outcomes(plan.task(), estimate)) as outcomes:
+        with contextlib.closing(_outcomes(plan, estimate)) as outcomes:
             for outcome in outcomes:
                 replay(outcome.logged)
                 if outcome.rows is not None:
@@ -204,12 +230,15 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Estimate, ad
     return measured
 
 
-def _outcomes(task: Task[C], estimate: Estimate) -> Generator[Outcome]:
+def _outcomes(plan: Plan[C], estimate: Estimate) -> Generator[Outcome]:
+    task = plan.task()
     if estimate.workers > 1:
         log.info("measuring in %d processes", estimate.workers)
-        yield from in_processes(task, chunked(estimate.costs, estimate.workers), estimate.workers)
-    else:
-        yield from map(task, estimate.costs)
+    for costs in plan.stages(estimate.costs):
+        if estimate.workers > 1:
+            yield from in_processes(task, chunked(costs, estimate.workers), estimate.workers)
+        else:
+            yield from map(task, costs)
 
 
 def _shortage(plan: Plan[C], outcome: Outcome) -> CommandError | None:

@@ -8,15 +8,6 @@ class UsageError(CommandError):
     """The command line, the configuration file or a name in them is wrong (exit code 2)."""
 
 
-class DataUnavailable(CommandError):
-    """Data are absent and cannot be fetched (exit code 3).
-
-    The message says which data, where they are looked for and which option does without them.
-    """
-
-    exit_code = 3
-
-
 class MemoryShortage(CommandError):
     """A cell needs more memory than there is (exit code 3)."""
 

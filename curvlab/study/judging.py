@@ -19,16 +19,20 @@ import pandas as pd
 from jaxtyping import Bool
 
 from curvlab.study.cells import Cell
-from curvlab.study.claims import Claim, Failure, Identity, Outcome, Verdict, every_cell
+from curvlab.study.claims import Claim, Failure, Identity, Outcome, Verdict
 from curvlab.study.decision import decide
 from curvlab.study.inference import Summary
-from curvlab.study.measurements import faults, locate, records
+from curvlab.study.measurements import OUTSIDE, faults, is_outside, locate, records
 
 log = logging.getLogger(__name__)
 
 
 class _Undecidable(Exception):
     """Why a claim cannot be decided on the measurements at hand."""
+
+
+class _Outside(Exception):
+    """Why a claim says nothing of the measurements at hand."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,27 @@ def judge(
     measurements: pd.DataFrame,
     failures: Sequence[Failure] = (),
     level: float = 0.05,
+    *,
+    planned: Sequence[Cell] | None = None,
 ) -> list[Verdict]:
     """One verdict per claim, in the order of the claims; `curvlab.study.decision` states the rule.
 
     Args:
-        claims: The family.
+        claims: The family, and claims that no planned cell serves, which are not measured and in no family.
         measurements: In long form (`curvlab.study.measurements`). Without a ``cell`` column every row belongs
             to every claim.
         failures: Cells without measurements; claims that need one become inconclusive.
         level: Family-wise error level of support and of refutation.
+        planned: All cells that were to be measured; None if nothing was planned.
     """
+    wanted = [claim for claim in claims if planned is None or any(claim.needs(cell) for cell in planned)]
+    found = {verdict.claim: verdict for verdict in _judge_family(wanted, measurements, failures, level)}
+    return [found.get(c.id) or Verdict(c.id, "not measured", note=c.unplanned) for c in claims]
+
+
+def _judge_family(
+    claims: Sequence[Claim], measurements: pd.DataFrame, failures: Sequence[Failure], level: float
+) -> list[Verdict]:
     cells = [Cell.from_key(key) for key in measurements["cell"].unique()] if "cell" in measurements else None
     cases = [_examine(claim, measurements, cells, failures) for claim in claims]
     tests = [(case, case.claim.rule) for case in cases if not isinstance(case.claim.rule, Identity)]
@@ -71,13 +86,14 @@ def _examine(
 ) -> _Case:
     """Everything about a claim that does not depend on the other claims."""
     try:
-        rows = _select(claim, measurements, cells, failures)
-        outside = claim.assumptions(rows)
-        if outside is not None:
-            return _Case(claim, Verdict(claim.id, "outside the assumptions", note=outside))
+        rows, left_out = _inside(_select(claim, measurements, cells, failures))
+        if (reason := claim.assumptions(rows)) is not None:
+            raise _Outside(reason)
         _check_finite(rows)
-        estimate = claim.estimate(rows)
+        estimate = claim.estimated(rows)
         _check_estimate(claim, estimate, rows)
+    except _Outside as reason:
+        return _Case(claim, Verdict(claim.id, "outside the assumptions", note=str(reason)))
     except _Undecidable as reason:
         return _Case(claim, Verdict(claim.id, "inconclusive", note=str(reason)))
     except Exception as error:
@@ -85,14 +101,34 @@ def _examine(
         note = f"its assumptions or its estimate raised {type(error).__name__}: {error}"
         return _Case(claim, Verdict(claim.id, "inconclusive", note=note))
     if isinstance(claim.rule, Identity):
-        return _Case(claim, _judge_identity(claim, claim.rule, estimate))
+        return _Case(claim, _noted(_judge_identity(claim, claim.rule, estimate), left_out))
     summary = Summary.of(estimate["value"].to_numpy(dtype=float))
-    verdict = Verdict(claim.id, "inconclusive", estimate=summary.mean, seeds=summary.seeds)
+    verdict = Verdict(claim.id, "inconclusive", estimate=summary.mean, seeds=summary.seeds, note=left_out)
     if summary.seeds < 2:
-        return _Case(claim, replace(verdict, note="one seed has no interval; run with --seeds 2 or more"))
+        return _Case(claim, _noted(verdict, "one seed has no interval; run with --seeds 2 or more"))
     if summary.error == 0.0:
-        verdict = replace(verdict, note=f"all {summary.seeds} seeds give this value: exact sign test, not t")
+        verdict = _noted(verdict, f"all {summary.seeds} seeds give this value: exact sign test, not t")
     return _Case(claim, verdict, summary)
+
+
+def _noted(verdict: Verdict, note: str) -> Verdict:
+    return replace(verdict, note="; ".join(part for part in (verdict.note, note) if part))
+
+
+def _inside(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The observations within the assumptions, and in words those that are not.
+
+    Raises:
+        _Outside: none is.
+    """
+    apart = is_outside(rows)
+    if not apart.any():
+        return rows, ""
+    reasons = rows.loc[apart, "status"].str.removeprefix(f"{OUTSIDE}: ").value_counts()
+    text = "; ".join(f"{count} of {len(rows)} observations: {reason}" for reason, count in reasons.items())
+    if apart.all():
+        raise _Outside(text)
+    return rows[~apart], f"outside the assumptions and left out: {text}"
 
 
 def _select(
@@ -104,20 +140,13 @@ def _select(
         others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise _Undecidable(f"no measurement in cell {failed[0].cell}{others}: {failed[0].reason}")
     rows = measurements
-    if cells is not None and claim.needs is not every_cell:
+    if cells is not None and claim.where:
         rows = rows[rows["cell"].isin([cell.key for cell in cells if claim.needs(cell)])]
-    found = rows
     if claim.quantities:
         rows = rows[rows["quantity"].isin(claim.quantities)]
     if rows.empty:
-        apart = sorted(name for name in set(found["quantity"]) if name.startswith(_prefixes(claim)))
-        raise _Undecidable("nothing was measured for it" + (f", only {', '.join(apart)}" if apart else ""))
+        raise _Undecidable("nothing was measured for it")
     return rows
-
-
-def _prefixes(claim: Claim) -> tuple[str, ...]:
-    """How the names of quantities begin that were kept apart from the claim's, such as those outside its assumptions."""
-    return tuple(f"{name}_" for name in claim.quantities)
 
 
 def _check_finite(rows: pd.DataFrame) -> None:

@@ -2,7 +2,8 @@
 
 The columns are the cell's coordinates, ``quantity``, ``value`` (float), what else the analysis returns
 (``layer``, ``sample``, ``step``, …), an optional ``status`` and ``cell``, the cell's key. A run that diverged
-is recorded by a status other than ``"ok"``; its values may then be infinite or NaN without being a fault.
+is recorded by a status other than ``"ok"``; its values may then be infinite or NaN without being a fault. An
+observation outside the assumptions of what it is measured for says so by its status, too, see `outside`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,46 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool
 from pandas.api.types import is_object_dtype
 
 from curvlab.study.cells import Cell, Scalar, scalar
 
 Row = dict[str, Scalar]
+
+OUTSIDE = "outside the assumptions"
+"""How the status of an observation begins that no claim is judged by."""
+
+
+def observed(quantity: str, value: object, **entries: object) -> dict[str, object]:
+    """Return an observation: the value of a quantity, with such entries as its layer, its step, its tolerance and its status."""
+    return {"quantity": quantity, "value": value, **entries}
+
+
+def outside(reason: str) -> dict[str, str]:
+    """The status of an observation outside the assumptions, as an entry of it: ``{"value": …, **outside("…")}``."""
+    return {"status": f"{OUTSIDE}: {reason}"}
+
+
+def round_off(size: int, condition: float = 1.0, dtype: torch.dtype = torch.float64) -> float:
+    """Return the tolerance of an identity: ten times the relative error that sums of ``size`` terms explain, here 10·size·ε·κ.
+
+    Args:
+        size: Number of terms.
+        condition: Condition number κ of what was solved.
+        dtype: Floating-point precision of the computation.
+    """
+    return 10.0 * size * torch.finfo(dtype).eps * condition
+
+
+def is_outside(measurements: pd.DataFrame) -> Bool[np.ndarray, " rows"]:
+    """Which observations are outside the assumptions."""
+    if "status" not in measurements:
+        return np.zeros(len(measurements), dtype=bool)
+    found: Bool[np.ndarray, " rows"]
+    found = measurements["status"].fillna("").astype(str).str.startswith(OUTSIDE).to_numpy(dtype=bool)
+    return found
 
 
 def normalise(cell: Cell, rows: Sequence[Mapping[str, object]]) -> list[Row]:

@@ -6,7 +6,7 @@ import json
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -57,8 +57,7 @@ class CommonOptions:
     """Redraw the figures of this results folder from its stored measurements, and stop."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        check_bounds(self, seeds=1)
         if self.workers < 0:
             raise ValueError(f"--workers must be at least 1, or 0 for one per core; got {self.workers}")
         if self.shard is not None:
@@ -69,7 +68,7 @@ class CommonOptions:
                     raise ValueError(f"{_option(field.name)} must be finite, got {value}")
 
 
-def _values(config: object, name: str) -> tuple[object, ...]:
+def _values(config: object, name: str) -> tuple[Any, ...]:
     """The values of an option, one or several."""
     value = getattr(config, name)
     return value if isinstance(value, tuple) else (value,)
@@ -78,6 +77,55 @@ def _values(config: object, name: str) -> tuple[object, ...]:
 def _option(name: str) -> str:
     """An option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+Number = int | float
+
+
+def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Make sure that names are known.
+
+    Raises:
+        ValueError: one is not; with the nearest known one.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown(what, name, known))
+
+
+def check_bounds(config: CommonOptions, **bounds: Number | tuple[Number, Number]) -> None:
+    """Make sure that options, each value of those with several, are not below the least, or not outside the least and the most.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, bound in bounds.items():
+        least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
+        if not all(least <= value <= most for value in _values(config, name)):
+            words = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ValueError(f"{_option(name)} must be {words}, got {getattr(config, name)}")
+
+
+def check_positive(config: CommonOptions, *names: str) -> None:
+    """Make sure that every value of some options is above 0.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        if not all(value > 0 for value in _values(config, name)):
+            raise ValueError(f"{_option(name)} must be positive, got {getattr(config, name)}")
+
+
+def check_some(config: CommonOptions, *names: str) -> None:
+    """Make sure that options of several values have one at least.
+
+    Raises:
+        ValueError: one has none.
+    """
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"{_option(name)} needs at least one value")
 
 
 def repeats(config: CommonOptions) -> str:

@@ -15,15 +15,7 @@ from curvlab.study.execution import Measured, Plan
 from curvlab.study.judging import judge
 from curvlab.study.measurements import tabulate
 from curvlab.study.options import C, recorded
-from curvlab.study.results import (
-    PARTIAL,
-    Results,
-    final_name,
-    load,
-    verdict_table,
-    write_measurements,
-    write_verdicts,
-)
+from curvlab.study.results import PARTIAL, Results, final_name, load, verdict_table, write_measurements, write_verdicts
 from curvlab.tools.errors import CommandError
 from curvlab.tools.storage import digest, make_folder, write, write_json
 
@@ -71,7 +63,7 @@ def publish(plan: Plan[C], measured: Measured, partial: Path) -> Published:
     complete = not measured.interrupted
     failures = [*measured.failures, *_untried(plan, measured)]
     measurements = tabulate(measured.rows)
-    verdicts = judge(plan.claims, measurements, failures)
+    verdicts = judge(plan.claims, measurements, failures, planned=plan.planned)
     for verdict in verdicts:
         log.info("claim %s: %s %s", verdict.claim, verdict.outcome, verdict.note)
     write_measurements(partial, measurements)
@@ -81,18 +73,13 @@ def publish(plan: Plan[C], measured: Measured, partial: Path) -> Published:
     again = ["--config", str(folder / "config.json"), "--results", str(plan.config.results)]
     redraw = f"{analysis.command} --redraw {shlex.quote(str(folder))}"
     text = report.markdown(
-        title=analysis.name if complete else f"{analysis.name} (partial: the run was interrupted)",
-        question=analysis.question,
-        paper=analysis.paper,
-        claims=plan.claims,
-        verdicts=verdicts,
-        measurements=measurements,
-        failures=failures,
-        figures=drawn,
-        commands={
-            "Redraw the figures": redraw,
-            "Run it again": f"{analysis.command} {shlex.join(again)}",
-        },
+        plan,
+        analysis.name if complete else f"{analysis.name} (partial: the run was interrupted)",
+        verdicts,
+        measurements,
+        failures,
+        drawn,
+        commands={"Redraw the figures": redraw, "Run it again": f"{analysis.command} {shlex.join(again)}"},
     )
     write(partial / "report.md", text.encode())
     return Published(folder, verdicts, failures, redraw, spoilt)

@@ -9,7 +9,9 @@ from rich import box
 from rich.table import Table
 
 from curvlab.study.claims import Claim, Failure, Outcome, Verdict, contradicts
+from curvlab.study.execution import Plan
 from curvlab.study.measurements import faults, locate, records
+from curvlab.study.options import C
 from curvlab.tools.text import number
 
 STYLES: dict[Outcome, str] = {
@@ -17,6 +19,7 @@ STYLES: dict[Outcome, str] = {
     "refuted": "red",
     "inconclusive": "yellow",
     "outside the assumptions": "magenta",
+    "not measured": "dim",
 }
 
 RULE = """\
@@ -38,8 +41,24 @@ def interval(verdict: Verdict) -> str:
 
 
 def notes(verdicts: Sequence[Verdict]) -> list[str]:
-    """One line for each verdict that needs an explanation."""
-    return [f"{v.claim} is {v.outcome}: {v.note}" for v in verdicts if v.note and v.outcome != "supported"]
+    """One line for each verdict that needs an explanation, and one for all claims that are not measured for one reason."""
+    explained = [v for v in verdicts if v.note and v.outcome not in ("supported", "not measured")]
+    unmeasured = [f"not measured: {', '.join(ids)}: {reason}" for reason, ids in not_measured(verdicts).items()]
+    return [*(f"{v.claim} is {v.outcome}: {v.note}" for v in explained), *unmeasured]
+
+
+def not_measured(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:
+    """The claims that are not measured at a configuration, by reason."""
+    found: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.outcome == "not measured":
+            found.setdefault(verdict.note, []).append(verdict.claim)
+    return found
+
+
+def _measured(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[tuple[Claim, Verdict]]:
+    pairs = zip(claims, verdicts, strict=True)
+    return [(claim, verdict) for claim, verdict in pairs if verdict.outcome != "not measured"]
 
 
 def summary(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> str:
@@ -56,11 +75,11 @@ def console_table(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> Table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("claim", "verdict", "expected", "estimate", "interval", "seeds", "p"):
         table.add_column(title, justify="right" if title in ("estimate", "seeds", "p") else "left")
-    for claim, verdict in zip(claims, verdicts, strict=True):
+    for claim, verdict in _measured(claims, verdicts):
         table.add_row(
             claim.id,
             f"[{STYLES[verdict.outcome]}]{verdict.outcome}[/]",
-            f"[bold]not {claim.expected}[/]" if contradicts(claim, verdict) else claim.expected,
+            f"[bold]not {claim.expected.outcome}[/]" if contradicts(claim, verdict) else claim.expected.outcome,
             number(verdict.estimate),
             bounds(verdict).replace("[", "\\["),
             str(verdict.seeds or "–"),
@@ -70,10 +89,8 @@ def console_table(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> Table
 
 
 def markdown(
+    plan: Plan[C],
     title: str,
-    question: str,
-    paper: str,
-    claims: Sequence[Claim],
     verdicts: Sequence[Verdict],
     measurements: pd.DataFrame,
     failures: Sequence[Failure],
@@ -81,28 +98,33 @@ def markdown(
     commands: Mapping[str, str],
 ) -> str:
     """The report; ``commands`` maps what a command does to the command."""
+    analysis, claims = plan.analysis, plan.claims
     header = ["claim", "statement", "verdict", "expected", "estimate", "interval", "seeds", "p"]
     rows = [
         [
             claim.id,
             claim.statement,
             f"**{verdict.outcome}**",
-            f"{claim.expected} (contradicted)" if contradicts(claim, verdict) else claim.expected,
+            claim.expected.outcome + (" (contradicted)" if contradicts(claim, verdict) else ""),
             number(verdict.estimate),
             interval(verdict),
             str(verdict.seeds or "–"),
             number(verdict.p_adjusted),
         ]
-        for claim, verdict in zip(claims, verdicts, strict=True)
+        for claim, verdict in _measured(claims, verdicts)
     ]
-    parts = [f"# {title}", question, f"Paper: {paper}", summary(claims, verdicts), _table(header, rows), RULE]
+    introduction = [f"# {title}", analysis.question, *([f"Paper: {analysis.paper}"] if analysis.paper else [])]
+    parts = [*introduction, summary(claims, verdicts), _table(header, rows), RULE]
+    if apart := not_measured(verdicts):
+        parts.append("## Not measured at this configuration")
+        parts.append(_table(["claims", "because"], [[", ".join(ids), reason] for reason, ids in apart.items()]))
     parts.append("## Claims")
-    for claim, verdict in zip(claims, verdicts, strict=True):
+    for claim, verdict in _measured(claims, verdicts):
         entries = {
             "Source": claim.source,
             "Measured": claim.measured,
             "Decided by": str(claim.rule),
-            "Expected": f"{claim.expected}, because {claim.reason}",
+            "Expected": str(claim.expected),
             "Verdict": verdict.outcome + (f": {verdict.note}" if verdict.note else ""),
         }
         parts.append(f"### {claim.id}\n\n{claim.statement}")

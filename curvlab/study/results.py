@@ -58,8 +58,8 @@ def verdict_table(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> pd.Da
             "source": claim.source,
             "measured": claim.measured,
             "rule": str(claim.rule),
-            "expected": claim.expected,
-            "reason": claim.reason,
+            "expected": claim.expected.outcome,
+            "reason": claim.expected.reason,
         }
         for claim, verdict in zip(claims, verdicts, strict=True)
     ]

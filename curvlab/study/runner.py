@@ -1,7 +1,6 @@
 """The command line of an analysis, from its options to its exit code."""
 
 import contextlib
-import inspect
 import logging
 import shlex
 import signal
@@ -29,7 +28,7 @@ from curvlab.tools.text import size
 
 log = logging.getLogger(__name__)
 
-DONE, CONTRADICTED, INTERRUPTED = 0, 1, 130
+DONE, CONTRADICTED, FAILED, INTERRUPTED = 0, 1, 1, 130
 
 
 def main(analysis: Analysis[C], argv: Sequence[str] | None = None) -> int:
@@ -40,7 +39,8 @@ def main(analysis: Analysis[C], argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process if None.
 
     Returns:
-        The exit code: 0 done; 1 with ``--strict`` and a verdict that contradicts what the code expects; 2
+        The exit code: 0 done; 1 if no cell could be measured, or with ``--strict`` and a verdict that contradicts what the
+        code expects; 2
         wrong usage; 3 data, memory or disk space are missing; 130 interrupted or terminated, everything
         finished kept.
     """
@@ -79,7 +79,7 @@ def _run(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
     """Measure, judge, write, draw; the folder is partial until all of it is there."""
     analysis, config = plan.analysis, plan.config
     command = shlex.join([*analysis.command.split(), *arguments])
-    facts = environment(Path(inspect.getfile(analysis.config)), config.device)
+    facts = environment(analysis.file, config.device)
     partial = open_folder(plan, facts, command)
     with recording(partial / "log.txt"):
         log.info("%s", command)
@@ -136,6 +136,8 @@ def _exit_code(measured: Measured, contradicted: bool) -> int:
         return INTERRUPTED
     if measured.shortage:
         return _fail(measured.shortage)
+    if measured.failures and not measured.rows:
+        return FAILED
     return CONTRADICTED if contradicted else DONE
 
 
@@ -153,7 +155,7 @@ def _list_claims(analysis: Analysis[C], config: C, console: Console) -> int:
         say(console, f"    source:   {claim.source}")
         say(console, f"    measured: {claim.measured}")
         say(console, f"    decided:  {claim.rule}")
-        say(console, f"    expected: {claim.expected}, because {claim.reason}")
+        say(console, f"    expected: {claim.expected}")
     return DONE
 
 

@@ -8,7 +8,6 @@ import io
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -24,8 +23,10 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from curvlab.study.inference import Summary
+from curvlab.tools.looks import Look as Look
+from curvlab.tools.looks import in_order as in_order
+from curvlab.tools.looks import look as look
 from curvlab.tools.storage import write
-from curvlab.tools.text import unknown
 
 COLUMN = 3.25
 """Width of one column, in inches."""
@@ -68,42 +69,6 @@ RC: Mapping[Any, Any] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a structure is drawn: a colour, a marker and the name in legends."""
-
-    color: str
-    marker: str
-    label: str
-
-
-LOOKS = MappingProxyType(
-    {
-        "full": Look("#000000", "o", "full"),
-        "block-diagonal": Look("#0072B2", "s", "block-diagonal"),
-        "block-tridiagonal": Look("#D55E00", "^", "block-tridiagonal"),
-        "layer-wise": Look("#F0E442", "v", "layer-wise"),
-        "unit-wise": Look("#009E73", "D", "unit-wise"),
-        "diagonal": Look("#CC79A7", "X", "diagonal"),
-        "kfac": Look("#E69F00", "P", "K-FAC"),
-        "ekfac": Look("#56B4E9", "p", "EKFAC"),
-        "gradient-descent": Look("#7F7F7F", "*", "gradient descent"),
-    }
-)
-"""The look of every structure, by the key that options and results use."""
-
-
-def look(structure: str) -> Look:
-    """The look of a structure.
-
-    Raises:
-        ValueError: an unknown structure; the message suggests the nearest.
-    """
-    if structure not in LOOKS:
-        raise ValueError(unknown("structure", structure, LOOKS))
-    return LOOKS[structure]
-
-
 def use() -> AbstractContextManager[None]:
     """Context in which figures are made and saved in this style."""
     return mpl.rc_context(dict(RC))
@@ -124,16 +89,32 @@ def theory(axes: Axes, x: Collection[Any], y: Collection[Any], structure: str, *
     return line
 
 
+def _points(look: Look, hollow: bool) -> dict[str, Any]:
+    """How measured points are drawn."""
+    return {
+        "fmt": look.marker,
+        "color": look.color,
+        "ecolor": look.color,
+        "markerfacecolor": "white" if hollow else look.color,
+        "markeredgecolor": look.color if hollow else "#333333",
+        "markeredgewidth": 0.8 if hollow else 0.4,
+        "elinewidth": 1.0,
+        "capsize": 2.0,
+        "zorder": 3,
+    }
+
+
 def measured(
     axes: Axes,
     table: pd.DataFrame,
     x: str,
-    structure: str,
+    structure: str | Look,
     *,
     y: str = "value",
     confidence: float = 0.95,
     shift: float = 0.0,
     label: str | None = None,
+    hollow: bool = False,
 ) -> ErrorbarContainer:
     """Draw means over seeds as points with t-intervals, one point per value of the column ``x``.
 
@@ -145,20 +126,22 @@ def measured(
         axes: Where to draw.
         table: One row per seed and point; the seed, if it is there, in the column ``seed``.
         x: Column with the abscissa.
-        structure: Key of the look.
+        structure: Key of the look, or the look itself.
         y: Column with the values.
         confidence: Of the intervals; they are not adjusted for multiplicity, unlike those of the verdicts.
         shift: Displacement to the right in printer's points, so that structures at the same place stay apart.
         label: Entry in the legend; the structure's name if None.
+        hollow: Whether the markers are empty.
 
     Raises:
         ValueError: several rows per seed and point, or a value on a logarithmic axis that is not positive.
     """
+    style = look(structure) if isinstance(structure, str) else structure
     logarithmic = axes.get_yscale() == "log"
     if logarithmic and (table[y] <= 0).any():
-        raise ValueError(f"{y!r} of {structure} has values ≤ 0, which a logarithmic axis cannot show")
+        raise ValueError(f"{y!r} of {style.label} has values ≤ 0, which a logarithmic axis cannot show")
     if "seed" in table and table.duplicated([x, "seed"]).any():
-        raise ValueError(f"{structure} has several rows per {x} and seed; seeds are the unit of replication")
+        raise ValueError(f"{style.label} has several rows per {x} and seed; seeds are the unit of replication")
     finite = np.isfinite(table[y])
     positions, points, ends = [], [], []
     for position, group in table[finite].groupby(x):
@@ -171,25 +154,48 @@ def measured(
         ends.append((mean - low, high - mean))
         shown = [end for end in (low, high, mean) if np.isfinite(end)]
         axes.update_datalim([(position, end) for end in shown])
-    style = look(structure)
     left_out = "" if finite.all() else f" ({(~finite).sum()} of {len(finite)} not finite)"
     container = axes.errorbar(
         np.array(positions),
         np.array(points),
         yerr=np.array(ends).T,
-        fmt=style.marker,
-        color=style.color,
-        markeredgecolor="#333333",
-        markeredgewidth=0.4,
-        ecolor=style.color,
-        elinewidth=1.0,
-        capsize=2.0,
         label=(style.label if label is None else label) + left_out,
-        zorder=3,
         transform=axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans),
+        **_points(style, hollow),
     )
     axes.autoscale_view()  # a shifted artist does not count towards the limits; `update_datalim` put its data there
     return container
+
+
+def across(axes: Axes, values: pd.Series, place: float, look: Look, *, hollow: bool = False) -> None:
+    """Draw the mean of one value per seed, with its t-interval along x, at a height; both of log x on a logarithmic axis."""
+    logarithmic = axes.get_xscale() == "log"
+    summary = Summary.of(np.log(values.to_numpy(dtype=float)) if logarithmic else values.to_numpy(dtype=float))
+    drawn = np.array([*summary.interval(0.95), summary.mean])
+    low, high, mean = np.exp(drawn) if logarithmic else drawn
+    axes.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], **_points(look, hollow))
+
+
+def band(axes: Axes, table: pd.DataFrame, x: str, **line: Any) -> pd.Series:
+    """Draw means over seeds as a line with t-intervals as a band, where every seed has a value; both of log y on a log axis.
+
+    Args:
+        axes: Where to draw.
+        table: Values by seed and x.
+        x: Column with the abscissa.
+        line: How the line is drawn; its ``color`` is that of the band, too.
+
+    Returns:
+        The means that are drawn, by abscissa.
+    """
+    values = table.pivot_table("value", "seed", x).dropna(axis=1)
+    logarithmic = axes.get_yscale() == "log"
+    summaries = [Summary.of(np.log(v) if logarithmic else v) for v in values.to_numpy(dtype=float).T]
+    drawn = np.array([(summary.mean, *summary.interval(0.95)) for summary in summaries]).reshape(-1, 3).T
+    mean, low, high = np.exp(drawn) if logarithmic else drawn
+    axes.plot(values.columns, mean, **line)
+    axes.fill_between(values.columns, low, high, color=line["color"], alpha=0.2, linewidth=0, zorder=1)
+    return pd.Series(mean, values.columns)
 
 
 def log_ticks(axes: Axes, positions: Collection[Any]) -> None:

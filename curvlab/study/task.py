@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -11,10 +11,11 @@ import torch
 
 from curvlab.study.cache import CellCache
 from curvlab.study.cells import Cell
-from curvlab.study.faults import DataUnavailable, MemoryShortage
-from curvlab.study.measurements import Row, faults, locate, normalise, records, tabulate
+from curvlab.study.experiment import Context, Measure
+from curvlab.study.faults import MemoryShortage
+from curvlab.study.measurements import Row, faults, locate, records, tabulate
 from curvlab.study.options import C
-from curvlab.tools.errors import CommandError
+from curvlab.tools.errors import CommandError, DataUnavailable
 from curvlab.tools.text import duration
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task(Generic[C]):
-    """Measures cells of one configuration and stores each as soon as it is finished."""
+    """Measures cells of one configuration and stores each as soon as it is finished.
 
-    measure: Callable[[Cell, C], Sequence[Mapping[str, object]]]
+    Attributes:
+        measures: What measures a cell, by experiment.
+        before: For every experiment those whose measurements it reads, with their cells.
+        config: The configuration.
+        cache: Where finished cells are kept.
+    """
+
+    measures: Mapping[str, Measure[C]]
+    before: Mapping[str, Mapping[str, tuple[Cell, ...]]]
     config: C
     cache: CellCache
+
+    def observe(self, cell: Cell) -> list[Row]:
+        """Measure one cell.
+
+        Raises:
+            Exception: what the measurement raises.
+        """
+        experiment = str(cell["experiment"])
+        before = {name: (self.measures[name], cells) for name, cells in self.before[experiment].items()}
+        return Context(self.config, cell, self.cache, before).measured(self.measures[experiment])
 
     def __call__(self, cell: Cell) -> Outcome:
         """Measure one cell; an exception becomes an outcome.
@@ -68,7 +87,7 @@ class Task(Generic[C]):
         """
         start = time.perf_counter()
         try:
-            rows = normalise(cell, self.measure(cell, self.config))
+            rows = self.observe(cell)
         except Exception as error:
             log.exception("cell %s failed", cell)
             shortage = error if isinstance(error, MemoryShortage | DataUnavailable) else None

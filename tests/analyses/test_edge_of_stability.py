@@ -9,24 +9,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from oracle import assert_close
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from analyses.edge_of_stability import ANALYSIS, descent
+from analyses.edge_of_stability.analysis import FIGURES
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Point, Run, descend, flow
-from analyses.edge_of_stability.figures import FIGURES
-from analyses.edge_of_stability.optimisers import Optimiser, adam, frozen, momentum, natural
-from analyses.edge_of_stability.parts import PARTS, chebyshev, losses, preconditioned, published, training
+from analyses.edge_of_stability.descent import Descent, descend, flow
+from analyses.edge_of_stability.experiments import chebyshev, losses, preconditioned, published, training
+from analyses.edge_of_stability.optimisers import Frozen, Optimiser, adam, momentum, natural
 from analyses.edge_of_stability.setting import Setting, flat, setting_of
 from analyses.edge_of_stability.windows import Edge
 from curvlab.fisher import make
+from curvlab.problems import DataUnavailable
 from curvlab.rows import sqrt_fisher
 from curvlab.spectrum import Preconditioned
-from curvlab.study import Cell, DataUnavailable, Verdict, judge, main
-from curvlab.study.measurements import normalise, tabulate
+from curvlab.study import Cell, Trace, Verdict, judge, loop, main
+from curvlab.study.execution import Plan
+from curvlab.study.loop import Process
+from curvlab.study.measurements import Row, normalise, tabulate
+from curvlab.testing.oracle import assert_close
 from paper_figures.cohen_2021 import plateaus
 
 OPTIONS = {
@@ -39,7 +42,9 @@ OPTIONS = {
 }
 TINY = Config(**OPTIONS, seeds=2)
 SMALL = ("--width", "8", "--samples", "24", "--steps", "80", "--every", "20", "--structures", "full", "kfac")
-QUICK = ("--preconditioners", "kfac", "--seeds", "1", "--nesterov", "--heavy-ball", "0.5", "--workers", "1")
+QUICK = (
+    "--preconditioners", "kfac", "--seeds", "1", "--nesterov", "--heavy-ball", "0.5", "--batch-size", "8", "12", "--workers", "1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def test_the_command_ends_with_verdicts_and_files(run: tuple[int, Path]) -> None
     assert code == 0
     assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
     table = pd.read_parquet(folder / "measurements.parquet")
-    assert set(table["part"]) == set(PARTS) - {published.NAME}
+    assert set(table["experiment"]) == {experiment.name for experiment in ANALYSIS.experiments} - {"published"}
     stored = json.loads((folder / "verdicts.json").read_text())
     assert not stored["failures"]
     outcomes = {verdict["claim"]: verdict["outcome"] for verdict in stored["verdicts"]}
@@ -88,19 +93,21 @@ def eigenvalues(setting: Setting, model: nn.Module) -> Tensor:
 
 def test_a_run_is_torchs_and_its_sharpness_the_dense_one(setting: Setting) -> None:
     model, plain = setting.network(), setting.network()
-    run = descend(model, setting, momentum(model, "heavy-ball", 0.2, 0.9), 6, (0, 3, 6))
+    process = Descent(model, setting, momentum(model, "heavy-ball", 0.2, 0.9), (0, 3, 6))
+    assert isinstance(process, Process)
+    trace = descend(process, 6)
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.2, momentum=0.9)
     inputs, targets = setting.problem.train
-    for step in range(7):
+    assert len(trace.seen) == 7
+    for step, seen in enumerate(trace.seen):
         loss = setting.problem.loss(plain(inputs), targets)
-        assert run.losses[step] == pytest.approx(float(loss.detach()), rel=1e-12)
+        assert seen["loss"] == pytest.approx(float(loss.detach()), rel=1e-12)
         if step in (0, 3, 6):
-            (point,) = (point for point in run.points if point.step == step)
             dense = eigenvalues(setting, plain)
-            assert point.eigenvalues[0] == pytest.approx(float(dense[0]), abs=point.residual + 1e-9)
+            assert seen["sharpness"] == pytest.approx(float(dense[0]), abs=seen["residual"] + 1e-9)
         optimiser.zero_grad()
         loss.backward()
-        assert run.squares[step] == pytest.approx(sum(float(p.grad.square().sum()) for p in plain.parameters()))
+        assert seen["square"] == pytest.approx(sum(float(p.grad.square().sum()) for p in plain.parameters()))
         optimiser.step()
     assert_close(flat(model), flat(plain))
 
@@ -111,85 +118,74 @@ def test_alignment_is_that_of_the_dense_eigenvectors(setting: Setting, monkeypat
     _, vectors = torch.linalg.eigh(dense_hessian(model, setting.problem.loss, *setting.problem.train))
     gradient = setting.gradient(model)[1]
     expected = float((vectors[:, -2:].T @ gradient).square().sum() / gradient.square().sum())
-    (point,) = descend(model, setting, momentum(model, "gd", 0.1, 0.0), 1, (0,), top=2).points
-    assert point.gradient_share == pytest.approx(expected, rel=1e-6)
-    assert point.step_share == pytest.approx(expected, rel=1e-6)
+    seen = descend(Descent(model, setting, momentum(model, "gd", 0.1), (0,)), 1).seen[0]
+    assert seen["gradient_alignment"] == pytest.approx(expected, rel=1e-6)
+    assert seen["step_alignment"] == pytest.approx(expected, rel=1e-6)
+
+
+def process_of(method: str, setting: Setting, *, interrupted: int | None = None) -> Descent:
+    """Training that is measured on the way, and stopped from outside at a step."""
+
+    def before(step: int) -> None:
+        if step == interrupted:
+            raise KeyboardInterrupt
+
+    model = setting.network()
+    optimisers: dict[str, Optimiser] = {
+        "adam": adam(model, 0.01),
+        "natural": natural(model, setting, make("kfac"), 1e-2, 0.1),
+    }
+    return Descent(model, setting, optimisers[method], (1, 4, 8), before=before)
 
 
 @pytest.mark.parametrize("method", ["adam", "natural"])
 def test_a_run_that_is_taken_up_again_is_the_same(
     method: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "SAVED", -1.0)
-
-    def optimiser(model: nn.Module) -> Optimiser:
-        return adam(model, 0.01) if method == "adam" else natural(model, setting, make("kfac"), 1e-2, 0.1)
-
-    whole = setting.network()
-    expected = descend(whole, setting, optimiser(whole), 8, (1, 4, 8))
-    path, model = tmp_path / "run.pt", setting.network()
-
-    def interrupt(step: int) -> None:
-        if step == 5:
-            raise KeyboardInterrupt
-
+    monkeypatch.setattr(loop, "SAVED", -1.0)
+    whole, again, path = process_of(method, setting), process_of(method, setting), tmp_path / "run.pt"
+    expected = descend(whole, 8)
     with pytest.raises(KeyboardInterrupt):
-        descend(model, setting, optimiser(model), 8, (1, 4, 8), before=interrupt, checkpoint=path)
+        descend(process_of(method, setting, interrupted=5), 8, checkpoint=path)
     assert path.exists()
-    model, taken_up = setting.network(), []
-    restored = descent._restore
-    monkeypatch.setattr(descent, "_restore", lambda *at: taken_up.append(at) or restored(*at))
-    again = descend(model, setting, optimiser(model), 8, (1, 4, 8), checkpoint=path)
-    assert len(taken_up) == 2, "a rehearsal, and the run"
-    assert again == expected
-    assert torch.equal(flat(model), flat(whole))
-    assert not path.exists()
+    assert descend(again, 8, checkpoint=path) == expected
+    assert torch.equal(flat(again.model), flat(whole.model))
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "keys", "model", "moments", "eigenvectors", "losses"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_computed_again(
-    damage: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", ["model", "optimiser", "subspace"])
+def test_a_checkpoint_of_another_network_is_set_aside_and_the_run_computed_again(
+    damage: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "SAVED", -1.0)
-    whole = setting.network()
-    expected = descend(whole, setting, adam(whole, 0.01), 4, (0, 2, 4))
-    path, model = tmp_path / "run.pt", setting.network()
-
-    def interrupt(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
+    monkeypatch.setattr(loop, "SAVED", -1.0)
+    path, again = tmp_path / "run.pt", process_of("adam", setting)
     with pytest.raises(KeyboardInterrupt):
-        descend(model, setting, adam(model, 0.01), 4, (0, 2, 4), before=interrupt, checkpoint=path)
+        descend(process_of("adam", setting, interrupted=5), 8, checkpoint=path)
     state = torch.load(path, weights_only=True)
-    names = list(state["model"])
-    crafted = {
-        "truncated": state,
-        "keys": [1, 2],
-        "model": {**state, "model": {**state["model"], names[0]: torch.ones(2, 3)}},
-        "moments": {**state, "optimiser": {**state["optimiser"], "state": {0: {"step": torch.ones(())}}}},
-        "eigenvectors": {**state, "subspace": state["subspace"][:, 1:]},
-        "losses": {**state, "run": {**state["run"], "losses": [1.0]}},
-    }
-    torch.save(crafted[damage], path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-200])
-    model = setting.network()
-    assert descend(model, setting, adam(model, 0.01), 4, (0, 2, 4), checkpoint=path) == expected
-    assert torch.equal(flat(model), flat(whole))
+    process = state["process"]
+    process[damage] = {
+        "model": {**process["model"], next(iter(process["model"])): torch.ones(2, 3)},
+        "optimiser": {**process["optimiser"], "state": {0: {"step": torch.ones(())}}},
+        "subspace": process["subspace"][:, 1:],
+    }[damage]
+    torch.save(state, path)
+    assert descend(again, 8, checkpoint=path) == descend(process_of("adam", setting), 8)
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt.damaged"]
-    assert "cannot be taken up" in caplog.text
 
 
 def test_divergence_keeps_what_was_measured(setting: Setting) -> None:
     model = setting.network()
-    optimiser = momentum(model, "gd", 50.0, 0.0)
-    run = descend(model, setting, optimiser, 50, (0, 50))
-    assert run.diverged is not None
-    assert run.diverged < 50
-    assert [point.step for point in run.points] == [0]
-    rows = training.rows_of(run, Edge(run, optimiser.threshold, 50.0))
-    assert {"quantity": "diverged", "value": run.diverged, "status": f"diverged at step {run.diverged}"} in rows
+    optimiser = momentum(model, "gd", 50.0)
+    trace = descend(Descent(model, setting, optimiser, (0, 50)), 50)
+    assert trace.diverged is not None
+    assert trace.diverged < 50
+    losses = trace.series("loss")
+    assert len(losses) == trace.diverged + 1
+    assert losses[-1] > 100 * losses[0] >= losses[:-1].max()
+    edge = Edge(trace, optimiser.threshold, 50.0)
+    assert edge.steps.tolist() == [0]
+    rows = edge.rows()
+    assert {"quantity": "diverged", "value": trace.diverged, "status": f"diverged at step {trace.diverged}"} in rows
     assert all(np.isfinite(row["value"]) for row in rows)
 
 
@@ -200,7 +196,7 @@ def test_the_flow_is_that_of_small_steps(setting: Setting) -> None:
     assert path[0] == pytest.approx(flat(model).numpy())
     for fine in (200, 400):
         model = setting.network()
-        descend(model, setting, momentum(model, "gd", 1.0 / fine, 0.0), fine, ())
+        descend(Descent(model, setting, momentum(model, "gd", 1.0 / fine)), fine)
     assert np.linalg.norm(flat(model).numpy() - path[-1]) < 0.01 * np.linalg.norm(path[-1] - path[0])
 
 
@@ -218,7 +214,7 @@ def test_preconditioned_steps_and_curvature_are_the_dense_ones(setting: Setting,
     model, structure, rho = setting.network(), make("kfac"), 0.05
     problem = setting.problem
     structure.update(sqrt_fisher(model, problem.loss, *problem.train))
-    optimiser = natural(model, setting, structure, rho, 0.3) if live else frozen(model, structure, rho, 0.3)
+    optimiser = natural(model, setting, structure, rho, 0.3) if live else Frozen(model, structure, rho, 0.3)
     first = structure.to_dense()
     for step in range(2):
         here = setting.network()
@@ -229,11 +225,11 @@ def test_preconditioned_steps_and_curvature_are_the_dense_ones(setting: Setting,
         damped = matrix + rho * torch.eye(len(matrix), dtype=matrix.dtype)
         move = torch.linalg.solve(damped, setting.gradient(here)[1])
         before = flat(model)
-        run = descend(model, setting, optimiser, 1, (0,), top=1)
-        if not live and not step:
+        seen = descend(Descent(model, setting, optimiser, (0,), top=1), 1).seen[0]
+        if live or not step:
             H = dense_hessian(here, problem.loss, *problem.train)
             expected = torch.linalg.eigvals(torch.linalg.solve(damped, H)).real.max()
-            assert run.points[0].eigenvalues[0] == pytest.approx(float(expected), rel=1e-2)
+            assert seen["sharpness"] == pytest.approx(float(expected), rel=1e-2)
         # A run of one step measured at 0 takes one step.
         assert_close(flat(model), before - 0.3 * move, 1e-8)
 
@@ -243,7 +239,7 @@ def test_adams_curvature_is_that_of_its_diagonal(setting: Setting) -> None:
     optimiser = adam(model, 0.01)
     hessian = setting.hessian(model)
     assert optimiser.curvature(hessian) is None
-    descend(model, setting, optimiser, 3, ())
+    descend(Descent(model, setting, optimiser), 3)
     operator = optimiser.curvature(hessian)
     assert isinstance(operator, Preconditioned)
     assert optimiser.threshold == pytest.approx(38 / 0.01)
@@ -251,8 +247,10 @@ def test_adams_curvature_is_that_of_its_diagonal(setting: Setting) -> None:
 
 def edge(ratios: list[float], fallen: list[float], every: int = 100) -> Edge:
     """A run whose loss is given at every step and whose sharpness is measured every so many, against a threshold of 2."""
-    points = [Point(every * i, (2 * ratio, 0.0), 0.0, 0.5, 0.25) for i, ratio in enumerate(ratios)]
-    return Edge(Run(fallen, [1.0] * len(fallen), points), 2.0, 1.0)
+    seen = [{"step": step, "loss": loss, "square": 1.0} for step, loss in enumerate(fallen)]
+    for i, ratio in enumerate(ratios):
+        seen[every * i] |= {"sharpness": 2 * ratio, "step_alignment": 0.25}
+    return Edge(Trace(seen), 2.0, 1.0)
 
 
 def test_windows_of_a_made_up_run() -> None:
@@ -268,15 +266,21 @@ def test_windows_of_a_made_up_run() -> None:
     assert found["plateau_maximum"] == pytest.approx(1.2)
     assert found["long_change"] < 0
     assert found["lemma_broken"] == 1
+    assert found["step_share"] == 0.25
     never = edge([0.5, 0.4, 0.6, 0.6, 0.5, 0.6, 0.6], falling).quantities()
     assert never == {"reached": 0.0, "increase_before": 0.0, "rising_share": pytest.approx(1 / 3)}
+
+
+def observed(config: Config, cell: Cell) -> list[Row]:
+    return Plan.of(ANALYSIS, config).task().observe(cell)
 
 
 def verdicts_of(config: Config, *claim_ids: str) -> dict[str, Verdict]:
     """Measure what some claims need, and judge them."""
     claims = [claim for claim in ANALYSIS.claims(config) if claim.id in claim_ids]
     cells = [cell for cell in ANALYSIS.cells(config) if any(claim.needs(cell) for claim in claims)]
-    measured = {cell: normalise(cell, ANALYSIS.measure(cell, config)) for cell in cells}
+    task = Plan.of(ANALYSIS, config).task()
+    measured = {cell: task.observe(cell) for cell in cells}
     return {verdict.claim: verdict for verdict in judge(claims, tabulate(measured))}
 
 
@@ -284,7 +288,7 @@ def test_a_wrong_threshold_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(method: str, eta: float, beta: float) -> float:
         return 3.0 / eta
 
-    monkeypatch.setattr("analyses.edge_of_stability.parts.quadratic.sharpness_threshold", wrong)
+    monkeypatch.setattr("analyses.edge_of_stability.experiments.quadratic.sharpness_threshold", wrong)
     assert verdicts_of(TINY, "quadratic-gd")["quadratic-gd"].outcome == "refuted"
 
 
@@ -292,6 +296,27 @@ def test_a_run_that_never_gets_there_says_so() -> None:
     verdict = verdicts_of(Config(**OPTIONS, seeds=2, etas=(0.001,)), "edge-gd-0.001")["edge-gd-0.001"]
     assert verdict.outcome == "outside the assumptions"
     assert verdict.note == "None of 2 runs reached its threshold."
+
+
+def judged(claim_id: str, *observations: tuple[int, str, float]) -> Verdict:
+    """The verdict on made-up observations, each a seed, a quantity and a value, at one step size."""
+    (claim,) = (claim for claim in ANALYSIS.claims(TINY) if claim.id == claim_id)
+    rows = [{"seed": seed, "quantity": name, "value": value, "eta": 0.3} for seed, name, value in observations]
+    (verdict,) = judge([claim], pd.DataFrame(rows))
+    return verdict
+
+
+def test_a_seed_that_never_gets_there_where_others_do_leaves_the_claim_inconclusive() -> None:
+    there = [(seed, name, 1.0 + 0.001 * seed) for seed in range(3) for name in ("reached", "plateau_ratio")]
+    assert judged("edge-gd-0.3", *there).outcome == "supported"
+    verdict = judged("edge-gd-0.3", *there, (3, "reached", 0.0))
+    assert (verdict.outcome, verdict.note) == ("inconclusive", "its estimate has no value for seed 3")
+
+
+def test_one_step_size_has_no_slope() -> None:
+    verdict = judged("plateaus-inverse", *((0, name, 1.0) for name in ("reached", "plateau_sharpness")))
+    assert verdict.outcome == "outside the assumptions"
+    assert "at least two step sizes (--etas)" in verdict.note
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(1.1, "supported"), (0.9, "refuted")])
@@ -314,7 +339,8 @@ def test_the_weight_of_cross_entropy(setting: Setting) -> None:
 
 
 def test_claims_have_distinct_ids_sources_and_cells() -> None:
-    config = Config(adam=(0.001,), batch_size=(16, 32), sweep_depths=(2,), sweep_widths=(16,), sweep_samples=(64,))
+    swept = {"sweep_depths": (2,), "sweep_widths": (16,), "sweep_samples": (64,)}
+    config = Config(adam=(0.001,), batch_size=(16, 32), **swept, published=True)
     claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
     assert len({claim.id for claim in claims}) == len(claims)
     assert len({cell.key for cell in cells}) == len(cells)
@@ -344,15 +370,17 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("optimiser", ["adam", "adam-frozen", "sgd"])
 def test_other_optimisers_run(optimiser: str) -> None:
     config = Config(**OPTIONS, seeds=1, adam=(0.001,), batch_size=(8,))
-    (cell,) = (cell for cell in ANALYSIS.cells(config) if cell["part"] == "training" and cell["optimiser"] == optimiser)
-    rows = ANALYSIS.measure(cell, config)
+    (cell,) = (
+        cell for cell in ANALYSIS.cells(config) if cell["experiment"] == "training" and cell["optimiser"] == optimiser
+    )
+    rows = observed(config, cell)
     ratio = [row["value"] for row in rows if row["quantity"] == "ratio"]
     assert len(ratio) == 5 - (optimiser == "adam")
     assert min(ratio) > 0
 
 
 def test_the_table_of_plateaus_has_a_row_a_run() -> None:
-    at = partial(dict, part="training", optimiser="gd")
+    at = partial(dict, experiment="training", optimiser="gd", batch=0)
     rows = [
         at(eta=eta, seed=seed, quantity=name, value=value + seed / 10)
         for eta in (0.3, 0.5)
@@ -370,8 +398,10 @@ class TestPublishedRun:
     def test_milestones_of_a_run_by_hand(self) -> None:
         steps = range(0, 10_001, 50)
         sharpness = [78.0 if step == 0 else 71.0 if step == 400 else 0.04 * max(step, 1900) for step in steps]
-        points = [Point(step, (min(s, 208.0), 1.0), 0.0, 1.0, 1.0) for step, s in zip(steps, sharpness, strict=True)]
-        run = Run(losses=[0.6 - 4e-5 * step for step in range(10_001)], points=points)
+        seen = [{"step": step, "loss": 0.6 - 4e-5 * step} for step in range(10_001)]
+        for step, value in zip(steps, sharpness, strict=True):
+            seen[step]["sharpness"] = min(value, 208.0)
+        run = Edge(Trace(seen), 200.0, 0.01)
         found = {name: milestone.read(run) for name, milestone in published.MILESTONES.items()}
         expected = {
             "first-sharpness": 78.0,
@@ -390,13 +420,13 @@ class TestPublishedRun:
         assert 200.0 < plateau < 208.0
 
     def test_what_is_not_reached_counts_as_late(self) -> None:
-        run = Run(losses=[0.6, 0.5], points=[Point(0, (50.0,), 0.0, 1.0, 1.0)])
+        run = Edge(Trace([{"step": 0, "loss": 0.6, "sharpness": 50.0}]), 200.0, 0.01)
         assert published.MILESTONES["passes-200"].read(run) == published.LIMIT
 
     def test_a_milestone_that_is_missed_is_refuted(self) -> None:
         config = replace(TINY, published=True)
-        claims = PARTS[published.NAME].claims(config)
-        (cell,) = PARTS[published.NAME].cells(config)
+        claims = published.PUBLISHED.claimed(config)
+        (cell,) = published.PUBLISHED.planned(config)
         met = {name: milestone.value for name, milestone in published.MILESTONES.items()}
         measured = met | {"passes-200": 1.2 * met["passes-200"], "dip": 0.95 * met["dip"]}
         rows = [{"quantity": name, "value": value} for name, value in measured.items()]
@@ -410,8 +440,8 @@ class TestPublishedRun:
         monkeypatch.setattr(published, "SETTING", tiny)
         monkeypatch.setattr(published, "ACCURACY", 0.3)
         config = replace(TINY, published=True, results=tmp_path)
-        (cell,) = published.PART.cells(config)
-        rows = published.PART.measure(cell, config)
+        (cell,) = published.PUBLISHED.planned(config)
+        rows = observed(config, cell)
         last = next(row["value"] for row in rows if row["quantity"] == "last-step")
         assert 0 < last < published.LIMIT
         assert last % published.EVERY == 0

@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import nn
 
+from analyses.descent import Descent
 from analyses.gnn_acceleration import ANALYSIS
 from analyses.gnn_acceleration import flow as flows
 from analyses.gnn_acceleration.config import Config
-from analyses.gnn_acceleration.figures import FIGURES
-from analyses.gnn_acceleration.networks import GraphNetwork, gradients
-from analyses.gnn_acceleration.parts import PARTS, conditioning, search
-from analyses.gnn_acceleration.setting import principal, setting_of
+from analyses.gnn_acceleration.experiments import conditioning, search
+from analyses.gnn_acceleration.networks import GraphNetwork, descent, gradients, loss_of
+from analyses.gnn_acceleration.setting import named, principal, setting_of
 from curvlab.nn import Propagation
-from curvlab.study import Cell, Verdict, judge
-from curvlab.study.measurements import normalise, tabulate
+from curvlab.study import Cell, Verdict, follow, judge
+from curvlab.study.cells import matches
+from curvlab.study.execution import Plan
+from curvlab.study.measurements import tabulate
 from curvlab.theory import graph_dynamics as theory
 from paper_figures.xu_2021 import PAPER, floors
 
@@ -44,9 +46,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
 def test_the_command_ends_with_verdicts_and_files(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, folder = run
     assert done.returncode == 0, done.stderr
-    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
+    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(ANALYSIS.figures)
     table = pd.read_parquet(folder / "measurements.parquet")
-    assert set(table["part"]) == set(PARTS)
+    assert set(table["experiment"]) == {experiment.name for experiment in ANALYSIS.experiments}
     rows = floors(table)
     assert set(rows["start"]) == {"zero", "orthogonal", "glorot", "uniform"}
 
@@ -61,13 +63,12 @@ def test_what_holds_exactly_is_supported(run: tuple[subprocess.CompletedProcess[
 TINY = Config(depths=(0, 1, 2), seeds=1, nodes=8, aggregation=("gcn",), draws=5)
 
 
-def verdict_of(claim_id: str, config: Config = TINY, **only: object) -> Verdict:
-    """Measure what a claim needs and judge it."""
-    (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == claim_id)
-    cells = [cell for cell in ANALYSIS.cells(config) if claim.needs(cell)]
-    cells = [cell for cell in cells if all(cell.coordinates.get(name) == value for name, value in only.items())]
-    measured = {cell: normalise(cell, ANALYSIS.measure(cell, config)) for cell in cells}
-    (verdict,) = judge([claim], tabulate(measured))
+def verdict_of(claim: str, config: Config = TINY, **only: object) -> Verdict:
+    """Measure those cells that a claim needs with some coordinates, and judge it."""
+    plan = Plan.of(ANALYSIS, replace(config, claims=(claim,)))
+    task = plan.task()
+    measured = {cell: task.observe(cell) for cell in plan.cells if matches(cell, only)}
+    (verdict,) = judge(plan.claims, tabulate(measured))
     return verdict
 
 
@@ -108,10 +109,16 @@ def test_bounds_without_rank_are_outside_the_assumptions(monkeypatch: pytest.Mon
         return initial(features, *rest, **more)
 
     initial = flows.initial
-    monkeypatch.setattr("analyses.gnn_acceleration.parts.flows.initial", doubled)
+    monkeypatch.setattr("analyses.gnn_acceleration.experiments.flows.initial", doubled)
     verdict = verdict_of("bound-single", depth=1)
     assert verdict.outcome == "outside the assumptions"
-    assert "nodes 0 1" in verdict.note
+    nodes = setting_of(Cell({"aggregation": "gcn", "seed": 0}), TINY).nodes.numpy()
+    assert f"by the nodes {nodes[0]}, {nodes[1]}" in verdict.note
+
+
+def test_of_many_nodes_the_first_are_named() -> None:
+    assert named(np.arange(3)) == "0, 1, 2"
+    assert named(np.arange(100)).endswith("11 and 88 more")
 
 
 @pytest.fixture
@@ -203,6 +210,29 @@ def test_networks_propagate_before_every_layer() -> None:
         assert torch.allclose(network(x)[:, 0], expected)
 
 
+def test_descent_on_a_graph_follows_the_gradient_and_can_be_taken_up() -> None:
+    setting = setting_of(Cell({"aggregation": "gcn", "seed": 0}), Config(nodes=6))
+    labels, eta = setting.graph.labels[setting.nodes], 0.01
+
+    loss = loss_of("squared", labels, 4)
+
+    def start() -> Descent:
+        network = GraphNetwork(
+            setting.propagation, (34, 5, 5), 4, range(3), nn.ReLU(), torch.Generator().manual_seed(0)
+        )
+        return descent(network, setting.features, setting.nodes, loss, eta)
+
+    one = start()
+    _, heads, _ = gradients(one.model, setting.features, setting.nodes, loss)
+    losses = follow(one, 1).series("loss")
+    assert losses[1] < losses[0]
+    for head, gradient in zip(one.model.heads, heads, strict=True):
+        torch.testing.assert_close(head.detach(), -eta * gradient)
+    again = start()
+    again.load_state_dict(one.state_dict())
+    assert follow(again, 1).series("loss").tolist() == follow(one, 1).series("loss").tolist()
+
+
 def test_principal_components_keep_the_leading_gram() -> None:
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert principal(x, 5) is x
@@ -211,22 +241,30 @@ def test_principal_components_keep_the_leading_gram() -> None:
     assert torch.allclose(torch.linalg.svdvals(kept), values[:2] * 3 / values[:2].norm())
 
 
-def test_claims_have_distinct_ids_sources_and_cells() -> None:
-    config = Config()
-    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
-    assert len({claim.id for claim in claims}) == len(claims)
-    assert len({cell.key for cell in cells}) == len(cells)
-    for claim in claims:
+def test_every_claim_names_the_paper_and_has_cells() -> None:
+    cells = ANALYSIS.cells(Config())
+    for claim in ANALYSIS.claims(Config()):
         assert "Xu, Zhang, Jegelka & Kawaguchi 2021" in claim.source
         assert any(claim.needs(cell) for cell in cells), claim.id
     assert PAPER.settings["problem"] == "cora"
+
+
+def test_without_layers_what_is_about_them_is_not_measured() -> None:
+    plan = Plan.of(ANALYSIS, replace(TINY, depths=(0,)))
+    unplanned = {claim.id for claim in plan.claims if not any(claim.needs(cell) for cell in plan.planned)}
+    assert {"skip-faster-gcn", "depth-along-path", "descent-order", "relu-zero"} <= unplanned
+    assert not {"bound-single", "conditioning-stack", "labels-centred-gcn"} & unplanned
+    assert verdict_of("labels-centred-gcn", plan.config).estimate > 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"problem": "coora"}, "Did you mean 'cora'"),
-        ({"splits": ("pubic",)}, "Did you mean 'public'"),
+        ({"problem": "cora", "splits": ("pubic",)}, "Did you mean 'public'"),
+        ({"splits": ()}, "--splits needs at least one value"),
+        ({"splits": ("public", "full")}, "karate has the split 'public' only, not 'full'"),
+        ({"aggregation": ()}, "--aggregation needs at least one value"),
         ({"aggregation": ("gcnn",)}, "Did you mean 'gcn'"),
         ({"depths": (-1,)}, "--depths"),
         ({"nodes": 1}, "--nodes"),

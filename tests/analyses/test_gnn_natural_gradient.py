@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from analyses.gnn_natural_gradient import ANALYSIS
+from analyses.gnn_natural_gradient.arms import BEST_EPOCH, reduced
+from analyses.gnn_natural_gradient.comparisons import best_arm, worst_arm
 from analyses.gnn_natural_gradient.config import Config
-from analyses.gnn_natural_gradient.figures import FIGURES
-from analyses.gnn_natural_gradient.part import ACCURACY, VALIDATION, VALIDATION_LOSS, best_arm, worst_arm
-from analyses.gnn_natural_gradient.parts import PARTS, accuracy, kronecker, sensitivity, timing, unlabelled
+from analyses.gnn_natural_gradient.experiments import accuracy, kronecker, sensitivity, timing
+from analyses.gnn_natural_gradient.experiments.tuning import best
 from analyses.gnn_natural_gradient.recipe import ADAM, METHODS, SGD, Recipe
-from analyses.gnn_natural_gradient.selection import best
-from analyses.gnn_natural_gradient.training import Run, Setting, setting_of, train
+from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS, Run, Setting, setting_of
 from curvlab.fisher import KFAC
-from curvlab.study import Cell, judge
-from curvlab.study.measurements import Row, normalise, tabulate
+from curvlab.study import Cell, Trace, follow, judge
+from curvlab.study.execution import Plan
+from curvlab.study.measurements import normalise, tabulate
 from paper_figures.izadi_2020 import PAPER, accuracies
 
 EPOCHS = 4
@@ -96,7 +97,7 @@ def test_the_method_is_the_published_one(
             module.p = 0.0
     reference = Reference(setting, run.model, recipe)
     for epoch in range(1, EPOCHS + 1):
-        run.step()
+        run.step(epoch - 1)
         reference.step(epoch)
         for found, expected in zip(run.model.parameters(), reference.weights, strict=True):
             torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
@@ -114,25 +115,58 @@ def test_layers_before_their_aggregation_compute_the_same(setting: Setting) -> N
         torch.testing.assert_close(found, expected)
 
 
+def train(setting: Setting, recipe: Recipe, seed: int, epochs: int) -> Trace:
+    return follow(Run(setting, recipe, seed, epochs), epochs)
+
+
 def test_a_seed_is_one_run_and_leaves_the_generator_alone(setting: Setting) -> None:
     before = torch.get_rng_state()
-    first, again, other = (train(setting, ADAM, seed, 3).validation_loss for seed in (0, 0, 1))
+    first, again, other = (train(setting, ADAM, seed, 3).series(VALIDATION_LOSS).tolist() for seed in (0, 0, 1))
     assert first == again != other
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("recipe", [replace(ADAM, refresh=2, kind="mc", gamma=1.0), replace(SGD, kfac=False)])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    setting: Setting, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With curvature that is kept from earlier epochs, and with dropout."""
+    monkeypatch.setattr("curvlab.study.loop.SAVED", -1.0)
+    run, file = Run(setting, recipe, 0, 5), tmp_path / "run.pt"
+    take = run.step
+
+    def interrupted(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        take(step)
+
+    monkeypatch.setattr(run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        follow(run, 5, checkpoint=file)
+    torch.manual_seed(7)
+    resumed = follow(Run(setting, recipe, 0, 5), 5, checkpoint=file)
+    assert resumed.seen == train(setting, recipe, 0, 5).seen
+    assert not list(tmp_path.iterdir()), "it was taken up, not set aside"
+
+
 def test_divergence_is_a_status(setting: Setting) -> None:
     trace = train(setting, replace(SGD, kfac=False, lr=1e200), 0, 30)
-    assert trace.status == "diverged"
-    assert len(trace.validation_loss) < 30
+    assert trace.status.startswith("diverged")
+    assert len(trace.seen) < 30
+
+
+def test_a_run_is_judged_at_its_lowest_validation_loss() -> None:
+    losses = {1: 2.0, 2: 1.0, 3: 1.5}
+    seen = [{"step": s, VALIDATION_LOSS: v, VALIDATION: 10.0 * s, ACCURACY: 20.0 * s} for s, v in losses.items()]
+    found = {row["quantity"]: row["value"] for row in reduced(Trace(seen), ADAM)}
+    assert found == {ACCURACY: 40.0, VALIDATION: 20.0, VALIDATION_LOSS: 1.0, BEST_EPOCH: 2}
+    at_once = reduced(Trace([], diverged=1), ADAM)
+    assert all(np.isnan(row["value"]) and row["status"] == "diverged at step 1" for row in at_once)
 
 
 def test_drawn_labels_and_width_are_other_runs(setting: Setting) -> None:
-    losses = {
-        name: train(setting, recipe, 0, 3).validation_loss[-1]
-        for name, recipe in {"base": ADAM, "mc": replace(ADAM, kind="mc"), "wide": replace(ADAM, width=64)}.items()
-    }
-    assert len(set(losses.values())) == 3
+    recipes = (ADAM, replace(ADAM, kind="mc"), replace(ADAM, width=64))
+    assert len({train(setting, recipe, 0, 3).series(VALIDATION_LOSS)[-1] for recipe in recipes}) == 3
 
 
 def test_the_published_recipes_come_first() -> None:
@@ -146,16 +180,31 @@ def test_the_published_recipes_come_first() -> None:
     assert accuracy.published("adam-kfac", Config(problem="cora"), "public") == Recipe()
 
 
-def run_rows(validation: float, loss: float, status: str = "ok") -> list[Row]:
-    values = {VALIDATION: validation, VALIDATION_LOSS: loss}
-    return [{"quantity": f"tuning_{name}", "value": value, "status": status} for name, value in values.items()]
+def tuned(*configurations: tuple[list[float], list[float], str]) -> pd.DataFrame:
+    """Runs of configurations by their validation accuracies, validation losses and status."""
+    return pd.DataFrame(
+        [
+            {
+                "configuration": index,
+                "seed": 1000 + start,
+                "quantity": f"tuning_{name}",
+                "value": value,
+                "status": status,
+            }
+            for index, (accuracies, losses, status) in enumerate(configurations)
+            for name, found in ((VALIDATION, accuracies), (VALIDATION_LOSS, losses))
+            for start, value in enumerate(found)
+        ]
+    )
 
 
 def test_the_choice_is_by_validation_accuracy_then_loss_and_without_divergence() -> None:
-    a, b = [run_rows(80, 1.0), run_rows(60, 1.0)], [run_rows(70, 0.9), run_rows(70, 0.9)]
-    assert best([a, b]) == 1
-    assert best([a, [run_rows(71, 9.0), run_rows(70, 9.0)]]) == 1
-    assert best([a, [run_rows(99, 0.1), run_rows(99, 0.1, "diverged")]]) == 0
+    first = ([80, 60], [1.0, 1.0], "ok")
+    assert best(tuned(first, ([70, 70], [0.9, 0.9], "ok"))) == 1
+    assert best(tuned(first, ([71, 70], [9.0, 9.0], "ok"))) == 1
+    assert best(tuned(first, first)) == 0
+    assert best(tuned(first, ([99, 99], [0.1, 0.1], "diverged at step 3"))) == 0
+    assert best(tuned(*[([float("nan")] * 2, [float("nan")] * 2, "diverged at step 1")] * 2)) == 0
 
 
 def arm_table(values: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
@@ -190,9 +239,10 @@ def test_epochs_to_the_rivals_lowest_loss() -> None:
 
 
 def test_seconds_are_epochs_times_their_price() -> None:
-    rows = [{"arm": a, "seed": 0, "quantity": "best_epoch", "value": v} for a, v in (("x", 10.0), ("y", 40.0))]
+    runs = (("x", "k", 10.0), ("y", "p", 40.0))
+    rows = [{"arm": a, "method": m, "seed": 0, "quantity": "best_epoch", "value": v} for a, m, v in runs]
     rows += [{"method": m, "seed": 0, "quantity": timing.SECONDS, "value": v} for m, v in (("k", 2.0), ("p", 1.0))]
-    found = timing.seconds_to(pd.DataFrame(rows), ("k", "p"), ("x", "y"))
+    found = timing.seconds_ratio(pd.DataFrame(rows), "x", "y")
     assert found["value"].tolist() == pytest.approx([np.log10(0.5)])
 
 
@@ -200,7 +250,7 @@ def test_a_headline_accuracy_that_is_missed_is_refuted() -> None:
     config = Config(problem="cora", seeds=3)
     (claim,) = (c for c in ANALYSIS.claims(config) if c.id == "headline-published")
     measured = {
-        Cell({"part": "accuracy", "arm": "adam-kfac published", "split": "public", "seed": seed}): [
+        Cell({"experiment": "accuracy", "arm": "adam-kfac published", "split": "public", "seed": seed}): [
             {"quantity": ACCURACY, "value": value}
         ]
         for seed, value in enumerate((75.0, 75.5, 74.5))
@@ -221,6 +271,7 @@ def test_options_are_checked() -> None:
     for options, message in (
         ({"problem": "kora"}, "Did you mean 'cora'"),
         ({"splits": ("publik",)}, "Did you mean 'public'"),
+        ({"splits": ("complete",)}, "karate has the split 'public' only"),
         ({"splits": ()}, "at least one"),
         ({"configurations": 99}, "--configurations must be from 1"),
         ({"epochs": 0}, "--epochs must be at least 1"),
@@ -230,14 +281,21 @@ def test_options_are_checked() -> None:
             Config(**options)
 
 
+def unplanned(config: Config) -> set[str]:
+    plan = Plan.of(ANALYSIS, config)
+    return {claim.id for claim in plan.claims if not any(claim.needs(cell) for cell in plan.planned)}
+
+
 def test_grids_share_the_published_point() -> None:
     config = Config(seeds=1, epsilons=(0.01, 0.1), refreshes=(50,), gammas=(1.0,))
-    names = [arm.name for arm in sensitivity.arms(config)]
-    assert names == ["adam epsilon=0.1", "sgd epsilon=0.1", "ε=0.1 both γ=1"]
-    ids = {claim.id for claim in ANALYSIS.claims(config)}
-    assert {"sensitivity-joint", "sensitivity-epsilon-sgd", "selection-optimism"} <= ids
-    assert not ids & {"sensitivity-refresh", "sensitivity-gamma"}
-    assert not {claim.id for claim in unlabelled._claims(Config(gammas=()))}
+    assert [arm.name for arm in sensitivity.arms(config)] == ["adam epsilon=0.1", "sgd epsilon=0.1", "ε=0.1 both γ=1"]
+    assert unplanned(config) == {"sensitivity-refresh", "sensitivity-gamma"}
+
+
+def test_without_schedules_unlabelled_nodes_are_not_measured() -> None:
+    assert not unplanned(Config())
+    without = {claim.id for claim in ANALYSIS.claims(Config()) if claim.id.startswith("lambda-")}
+    assert unplanned(Config(gammas=())) == {*without, "sensitivity-gamma"}
 
 
 SMALL = (
@@ -257,12 +315,24 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comple
 def test_the_command_ends_with_verdicts_and_files(command: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, folder = command
     assert done.returncode == 0, done.stderr
-    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
+    assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(ANALYSIS.figures)
     table = pd.read_parquet(folder / "measurements.parquet")
-    assert set(table["part"]) == set(PARTS)
+    assert set(table["experiment"]) == {experiment.name for experiment in ANALYSIS.experiments}
+    assert set(table.loc[table["experiment"] == "tuning", "seed"]) == {1000}
     verdicts = {v["claim"]: v for v in json.loads((folder / "verdicts.json").read_text())["verdicts"]}
     assert {verdicts[claim]["outcome"] for claim in ("kronecker-isolated", "kronecker-mlp")} == {"supported"}
     assert all(verdict["estimate"] is not None for verdict in verdicts.values() if verdict["seeds"])
+
+
+def test_selected_runs_have_the_recipe_that_tuning_chose(
+    command: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    table = pd.read_parquet(command[1] / "measurements.parquet")
+    for method, known in METHODS.items():
+        rows = table[table["method"] == method]
+        judged = rows[(rows["experiment"] == "accuracy") & (rows["choice"] == "selected")]
+        chosen = best(rows[rows["experiment"] == "tuning"])
+        assert set(judged["recipe"].dropna()) == {str(known.recipes[chosen])}
 
 
 def test_the_paper_is_drawn_from_stored_results(command: tuple[subprocess.CompletedProcess[str], Path]) -> None:

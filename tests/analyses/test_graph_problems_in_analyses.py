@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from analyses.assembly import classifies_nodes, squared
 from analyses.ntk_isotropy.config import Config as IsotropyConfig
 from analyses.ntk_isotropy.setting import Setting, setting_of
-from curvlab.problems import resolve
-from curvlab.study import Cell, UsageError
+from analyses.specs import classifies_nodes, squared
+from curvlab.problems import ProblemError, resolve
+from curvlab.study import Cell
+from curvlab.study.execution import Plan
 
 KARATE = "karate-gcn"
 OPTIONS: Mapping[str, dict[str, Any]] = {
@@ -19,19 +20,22 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "jacobian_rank": {"samples": 4, "widths": (8, 16), "activation": ("relu",), "structures": ("full", "kfac")},
     "spectrum": {"width": 8, "structures": ("full", "kfac"), "top": 2, "probes": 2, "lanczos": 8},
     "edge_of_stability": {
-        "steps": 20, "every": 5, "etas": (0.3,), "structures": ("kfac",), "preconditioners": ("kfac",),
+        "steps": 20, "every": 5, "etas": (0.3,), "structures": ("kfac",), "preconditioners": ("full",),
     },
 }  # fmt: skip
 
 
-def cells_on_the_graph(name: str) -> list[Cell]:
-    """One cell of every experiment that runs on the graph itself, the smallest of its kind."""
+def plan_of(name: str) -> Plan[Any]:
     analysis = import_module(f"analyses.{name}").ANALYSIS
-    config = analysis.config(problem=KARATE, seeds=1, **OPTIONS[name])
+    return Plan.of(analysis, analysis.config(problem=KARATE, seeds=1, **OPTIONS[name]))
+
+
+def cells_on_the_graph(plan: Plan[Any]) -> list[Cell]:
+    """One cell of every experiment that runs on the graph itself, the smallest of its kind."""
     found: dict[tuple[object, ...], Cell] = {}
-    for cell in analysis.cells(config):
+    for cell in plan.planned:
         if cell.coordinates.get("problem", KARATE) == KARATE:
-            key = tuple(cell.coordinates.get(part) for part in ("part", "inputs", "labels"))
+            key = tuple(cell.coordinates.get(name) for name in ("experiment", "inputs", "labels", "mode"))
             if key not in found or int(cell.coordinates.get("width", 0)) < int(found[key].coordinates.get("width", 0)):
                 found[key] = cell
     return list(found.values())
@@ -39,27 +43,23 @@ def cells_on_the_graph(name: str) -> list[Cell]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_experiment_runs_on_nodes(name: str) -> None:
-    analysis = import_module(f"analyses.{name}").ANALYSIS
-    config = analysis.config(problem=KARATE, seeds=1, **OPTIONS[name])
-    assert len(analysis.data_hash(config)) == 64
-    cells = cells_on_the_graph(name)
-    assert cells
-    for cell in cells:
-        rows = analysis.measure(cell, config)
-        assert all({"quantity", "value"} <= set(row) for row in rows), cell
+    plan = plan_of(name)
+    assert len(plan.data) == 64
+    observed = {cell: plan.task().observe(cell) for cell in cells_on_the_graph(plan)}
+    assert any(observed.values())
 
 
 def test_experiments_on_other_networks_are_left_out() -> None:
-    parts = {name: {cell["part"] for cell in cells_on_the_graph(name)} for name in ("ntk_isotropy", "jacobian_rank")}
-    assert "inputs" not in parts["ntk_isotropy"]
-    assert not {"networks", "structures"} & parts["jacobian_rank"]
-    kinds = {cell.coordinates.get("inputs") for cell in cells_on_the_graph("jacobian_rank")}
+    assert "inputs" not in {cell["experiment"] for cell in cells_on_the_graph(plan_of("ntk_isotropy"))}
+    cells = cells_on_the_graph(plan_of("jacobian_rank"))
+    assert not {"networks", "structures"} & {cell["experiment"] for cell in cells}
+    kinds = {cell.coordinates.get("inputs") for cell in cells}
     assert kinds & {"duplicated", "parallel", "near"} == {"duplicated"}
 
 
 def test_kernels_of_a_graph_are_divided_by_its_nodes() -> None:
     """The nodes are one sample of the rows; Θ = J Jᵀ/N is that of the loss all the same."""
-    cell = Cell({"part": "response", "width": 8, "depth": 2, "activation": "relu", "outputs": 0, "seed": 0})
+    cell = Cell({"experiment": "response", "width": 8, "depth": 2, "activation": "relu", "outputs": 0, "seed": 0})
     setting = setting_of(cell, IsotropyConfig(problem=KARATE, widths=(8,)))
     assert isinstance(setting, Setting)
     model, x = setting.problem.model, setting.inputs
@@ -81,5 +81,5 @@ def test_graphs_are_known_by_name_and_squared_by_argument() -> None:
 
 def test_too_many_samples_are_an_error_of_usage() -> None:
     analysis = import_module("analyses.jacobian_rank").ANALYSIS
-    with pytest.raises(UsageError, match="karate has 4 training nodes in the split 'public'; 40 were asked for"):
+    with pytest.raises(ProblemError, match="karate has 4 training nodes in the split 'public'; 40 were asked for"):
         analysis.data_hash(analysis.config(problem=KARATE))

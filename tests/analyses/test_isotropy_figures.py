@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
-from analyses.drawing import Layout, NotStored, at_base, take
-from analyses.ntk_isotropy import panels
+from analyses.ntk_isotropy import ANALYSIS, panels
+from analyses.ntk_isotropy.analysis import FIGURES
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.figures import FIGURES
-from analyses.ntk_isotropy.parts import PARTS
 from curvlab.study import style
-from curvlab.study.measurements import normalise
+from curvlab.study.execution import Plan
+from curvlab.study.measurements import tabulate
+from curvlab.study.panels import Layout, NotStored, at_base, take
+from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
 
 WIDTHS, SEEDS = (128, 512), (0, 1, 2)
 STEPPED = ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
@@ -24,11 +25,11 @@ ALPHA = {"full": 1, "block-diagonal": 3, "block-tridiagonal": 1, "layer-wise": 1
 def observations():
     """Every quantity that a figure draws, with values that a test can recognise."""
 
-    def rows(part, quantities, **where):
-        base = {"part": part, "width": 512, "depth": 3, "activation": "relu", "outputs": 1}
+    def rows(experiment, quantities, **where):
+        base = {"experiment": experiment, "width": 512, "depth": 3, "activation": "relu", "outputs": 1}
         for seed in SEEDS:
             at = {**base, **where, "seed": seed}
-            names = ("part", "width", "depth", "activation", "outputs", "seed", "structure", "kind", "inputs", "factor")
+            names = (*base, "seed", "structure", "kind", "inputs", "factor")
             cell = str([at.get(name) for name in (*names, "fisher", "eta", "scale")])
             for name, value in quantities.items():
                 yield {**at, "quantity": name, "value": value * (1 + 0.01 * seed), "cell": cell, "tolerance": 1e-9}
@@ -133,7 +134,7 @@ def test_every_panel_is_drawn_from_complete_results(name, measurements):
 @pytest.mark.parametrize("name", FIGURES)
 def test_what_is_missing_is_said_with_the_command(name, measurements):
     """A run of other claims, such as with --claims, has none of a figure's measurements."""
-    figure = drawn(name, measurements[measurements["part"] == "no such part"])
+    figure = drawn(name, measurements[measurements["experiment"] == "no such experiment"])
     for axes in figure.axes:
         assert not axes.axison
         assert "python -m analyses.ntk_isotropy" in axes.texts[0].get_text()
@@ -152,17 +153,16 @@ def test_a_problem_with_its_own_width_has_no_width_axis(measurements):
     assert not right.axison
 
 
-def test_the_synthetic_table_names_what_the_parts_measure(measurements):
-    """Every part's quantities and columns that the figures draw are among those of a real cell."""
+def test_the_synthetic_table_names_what_the_experiments_measure(measurements):
+    """Every experiment's quantities and columns that the figures draw are among those of a real cell."""
     config = Config(widths=(48,), seeds=1, other_depths=(4,), other_activations=(), other_kinds=(), other_outputs=(3,))
-    for name, part in PARTS.items():
-        cells = part.cells(config)
+    task = Plan.of(ANALYSIS, config).task()
+    for experiment in ANALYSIS.experiments:
+        name, cells = experiment.name, experiment.planned(config)
         chosen = [next((c for c in cells if c.coordinates.get("structure") == "kfac"), cells[0]), cells[-1]]
         chosen += [cell for cell in cells if cell.coordinates.get("inputs") == "raw"]
-        real = pd.DataFrame(
-            [{**cell.coordinates, **row} for cell in chosen for row in normalise(cell, part.measure(cell, config))]
-        )
-        used = measurements[measurements["part"] == name].dropna(axis="columns", how="all")
+        real = tabulate({cell: task.observe(cell) for cell in chosen})
+        used = measurements[measurements["experiment"] == name].dropna(axis="columns", how="all")
         if name == "response":
             used = used[used["structure"] != "unit-wise"]
         assert set(used["quantity"]) <= set(real["quantity"]), name
@@ -170,7 +170,7 @@ def test_the_synthetic_table_names_what_the_parts_measure(measurements):
 
 
 def test_a_structure_has_its_colour_in_every_figure(measurements):
-    known = {to_rgba(look.color): look for look in style.LOOKS.values()}
+    known = {to_rgba(look.color): look for look in (LOOKS | WITHOUT_STRUCTURE).values()}
     for name in FIGURES:
         for axes in drawn(name, measurements).axes:
             for container in axes.containers:
@@ -225,7 +225,7 @@ def test_kfac_is_derived_and_published_layer_by_layer(axes, measurements):
 def test_the_base_point_is_the_most_frequent_one():
     table = pd.DataFrame({"depth": [3, 3, 4], "activation": ["relu", "erf", "relu"], "outputs": 1, "value": 1.0})
     assert at_base(table, "depth")["depth"].tolist() == [3, 3]
-    whole = table.assign(part="p", quantity="q", value=[1.0, np.inf, 2.0])
+    whole = table.assign(experiment="p", quantity="q", value=[1.0, np.inf, 2.0])
     assert take(whole, "p", "q")["value"].tolist() == [1.0, 2.0]
     assert take(whole, "p", "q", depth=(4, 5))["value"].tolist() == [2.0]
     with pytest.raises(NotStored, match="p: q"):

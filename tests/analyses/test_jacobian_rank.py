@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,21 +12,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from oracle import assert_close, dense_jacobian
-from torch import nn
 
 import curvlab
+from analyses.descent import Descent, Direction
 from analyses.jacobian_rank import ANALYSIS, descent
+from analyses.jacobian_rank.analysis import FIGURES
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.figures import FIGURES
+from analyses.jacobian_rank.experiments import networks, width
 from analyses.jacobian_rank.networks import network_setting
-from analyses.jacobian_rank.parts import PARTS, networks, width
 from analyses.jacobian_rank.setting import Setting, setting_of
 from curvlab.fisher import Full
 from curvlab.nn import HalfSquaredError, TwoLayer, linearize
 from curvlab.problems import Problem
-from curvlab.study import Cell, Verdict, judge
-from curvlab.study.measurements import normalise, tabulate
+from curvlab.study import Cell, Identity, Verdict, judge
+from curvlab.study.execution import Plan
+from curvlab.study.loop import Process
+from curvlab.study.measurements import OUTSIDE, Row, tabulate
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 SMALL = ("--widths", "64", "256", "--seeds", "1", "--samples", "8", "--structures", "full", "kfac")
 IDENTITIES = (
@@ -49,7 +52,7 @@ def test_the_command_ends_with_verdicts_and_files(run: tuple[subprocess.Complete
     assert "Redraw:" in done.stdout
     assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
     table = pd.read_parquet(folder / "measurements.parquet")
-    assert set(table["part"]) == set(PARTS)
+    assert set(table["experiment"]) == {experiment.name for experiment in ANALYSIS.experiments}
 
 
 def test_what_holds_exactly_is_supported(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
@@ -58,13 +61,17 @@ def test_what_holds_exactly_is_supported(run: tuple[subprocess.CompletedProcess[
     assert {claim: outcomes[claim] for claim in IDENTITIES} == dict.fromkeys(IDENTITIES, "supported")
 
 
+def measured(config: Config, cells: Sequence[Cell]) -> dict[Cell, list[Row]]:
+    task = Plan.of(ANALYSIS, config).task()
+    return {cell: task.observe(cell) for cell in cells}
+
+
 def verdict_of(claim_id: str, config: Config, **only: object) -> Verdict:
     """Measure what a claim needs and judge it."""
     (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == claim_id)
     cells = [cell for cell in ANALYSIS.cells(config) if claim.needs(cell)]
     cells = [cell for cell in cells if all(cell.coordinates.get(name) == value for name, value in only.items())]
-    measured = {cell: normalise(cell, ANALYSIS.measure(cell, config)) for cell in cells}
-    (verdict,) = judge([claim], tabulate(measured))
+    (verdict,) = judge([claim], tabulate(measured(config, cells)))
     return verdict
 
 
@@ -74,19 +81,19 @@ TINY = Config(widths=(64,), samples=10, seeds=2)
 def test_a_wrong_step_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Natural gradient with a little damping, which nobody would see in a figure."""
     damped = partial(descent.natural, damping=1e-6)
-    monkeypatch.setattr("analyses.jacobian_rank.parts.training.natural", damped)
+    monkeypatch.setattr("analyses.jacobian_rank.experiments.training.natural", damped)
     assert verdict_of("rate-linear", TINY, data="own").outcome == "refuted"
 
 
 def test_an_unnoticed_duplicate_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analyses.jacobian_rank.parts.rank._expected_missing", lambda _: 0)
+    monkeypatch.setattr("analyses.jacobian_rank.experiments.rank._expected_missing", lambda _: 0)
     assert verdict_of("rank-duplicated", TINY).outcome == "refuted"
     assert verdict_of("rank-initial", TINY).outcome == "supported"
 
 
 def test_the_bound_can_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the bound (1 − η)^3k, steps that the theorem covers would exceed it."""
-    monkeypatch.setattr("analyses.jacobian_rank.parts.training.theory.ngd_rate_bound", lambda eta: (1 - eta) ** 3)
+    monkeypatch.setattr("analyses.jacobian_rank.experiments.training.theory.ngd_rate_bound", lambda eta: (1 - eta) ** 3)
     config = Config(widths=(64, 8192), activation=("erf",), seeds=1)
     assert verdict_of("rate-bound-path", config, data="easy", eta=0.1).outcome == "refuted"
 
@@ -108,51 +115,51 @@ def test_steps_are_those_of_the_dense_jacobian(setting: Setting) -> None:
     path = descent.descend(moved, setting, descent.natural(Full(), setting), 0.3, 1)
     assert_close(moved.hidden.weight.detach().flatten(), model.hidden.weight.detach().flatten() - 0.3 * natural)
     assert_close(torch.from_numpy(path[1]), moved(x).detach().flatten())
-    assert descent.movement(moved, setting) == pytest.approx(0.3 * float(natural.norm()), rel=1e-9)
+    assert descent.length(descent.moved(moved, setting)) == pytest.approx(0.3 * float(natural.norm()), rel=1e-9)
 
 
 def test_the_change_of_the_jacobian_is_the_dense_one(setting: Setting) -> None:
     direction = {"hidden.weight": torch.ones_like(setting.problem.model.hidden.weight)}
     model = descent.displaced(setting, 2.0, direction)
-    assert descent.movement(model, setting) == pytest.approx(2.0)
+    assert descent.length(descent.moved(model, setting)) == pytest.approx(2.0)
     difference = dense_jacobian(model, setting.inputs) - dense_jacobian(setting.problem.model, setting.inputs)
-    point = descent.inspect(curvlab.jacobian(model, setting.inputs), setting)
+    point = setting.inspect(curvlab.jacobian(model, setting.inputs))
     assert point.change == pytest.approx(float(torch.linalg.matrix_norm(difference, 2)), rel=1e-8)
     assert point.change_frobenius == pytest.approx(float(difference.norm()), rel=1e-8)
     assert point.deficiency == 0
 
 
-def test_following_a_run_looks_before_the_first_step_and_after_each(setting: Setting) -> None:
-    def run(model: nn.Module) -> tuple[np.ndarray, list[torch.Tensor]]:
-        structure = Full()
-        return descent.follow(
-            model, setting, structure, descent.natural(structure, setting), 0.3, 2, lambda rows: rows.dense()
-        )
-
-    path, seen = run(copy.deepcopy(setting.problem.model))
-    plain = copy.deepcopy(setting.problem.model)
-    direction = descent.natural(Full(), setting)
+def test_a_run_is_seen_before_the_first_step_and_after_each(setting: Setting) -> None:
+    structure, direction = Full(), descent.natural(Full(), setting)
+    filling = descent.natural(structure, setting)
+    path, seen = descent.watch(setting.network(), setting, structure, filling, 0.3, 2, lambda rows: rows.dense())
+    plain = setting.network()
     assert len(path) == len(seen) == 3
-    for k, jacobian in enumerate(seen):
+    for outputs, jacobian in zip(path, seen, strict=True):
         assert_close(jacobian, dense_jacobian(plain, setting.inputs))
-        assert_close(torch.from_numpy(path[k]), plain(setting.inputs).detach().flatten())
+        assert_close(torch.from_numpy(outputs), plain(setting.inputs).detach().flatten())
         descent.descend(plain, setting, direction, 0.3, 1)
 
 
 def test_a_run_that_diverges_is_stopped(setting: Setting) -> None:
-    structure = Full()
-    path, seen = descent.follow(
-        linearize(setting.problem.model),
-        setting,
-        structure,
-        descent.natural(structure, setting),
-        101.0,
-        9,
-        lambda _: None,
-    )
-    grown = np.sqrt(descent.squared_residuals(path, setting)) / float(setting.residual.norm())
+    structure, model = Full(), linearize(setting.problem.model)
+    direction = descent.natural(structure, setting)
+    path, seen = descent.watch(model, setting, structure, direction, 101.0, 9, lambda _: None)
+    grown = np.sqrt(setting.squared_residuals(path)) / float(setting.residual.norm())
     assert grown == pytest.approx([1, 100, 10_000], rel=1e-6)
     assert len(seen) == 3
+
+
+def test_a_descent_that_takes_up_a_state_goes_on_from_there(setting: Setting) -> None:
+    direction = descent.gradient(setting)
+    see = descent.look_at_outputs(setting)
+    first, second = (Descent(setting.network(), direction, 0.1, see) for _ in range(2))
+    assert isinstance(first, Process)
+    first.step(0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for process in (first, second):
+        process.step(1)
+    assert np.array_equal(first.look(2)["outputs"], second.look(2)["outputs"])
 
 
 def test_contraction_and_excess() -> None:
@@ -164,7 +171,7 @@ def test_contraction_and_excess() -> None:
 
 def test_a_wrong_step_of_a_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     damped = partial(descent.natural, damping=1e-6)
-    monkeypatch.setattr("analyses.jacobian_rank.parts.structures.natural", damped)
+    monkeypatch.setattr("analyses.jacobian_rank.experiments.structures.natural", damped)
     config = Config(widths=(64,), samples=10, seeds=1)
     assert verdict_of("linearised-full", config, network="mlp").outcome == "refuted"
 
@@ -182,28 +189,28 @@ def test_unit_ranks_are_those_of_the_dense_blocks() -> None:
 def test_a_layer_that_training_deprives_of_rank_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that puts out all units of the first layer."""
 
-    def numbing(structure: Full, setting: Setting) -> descent.Direction:
+    def numbing(structure: Full, setting: Setting) -> Direction:
         step = descent.natural(structure, setting)
         return lambda model: {**step(model), "0.weight": model[0].weight.detach() / networks.ETA}
 
-    monkeypatch.setattr("analyses.jacobian_rank.parts.networks.natural", numbing)
+    monkeypatch.setattr("analyses.jacobian_rank.experiments.networks.natural", numbing)
     config = Config(widths=(64,), samples=10, seeds=1, activation=("relu",))
     assert verdict_of("networks-layers", config, network="mlp", units=64).outcome == "refuted"
 
 
 def test_the_needed_width_is_the_least_that_concludes() -> None:
     config = Config(seeds=1)
-    (cell,) = (cell for cell in ANALYSIS.cells(config) if cell["part"] == "width" and cell["samples"] == 8)
-    measured = {(row["quantity"], row["run"]): row for row in width.PART.measure(cell, config)}
+    (cell,) = (cell for cell in ANALYSIS.cells(config) if cell["experiment"] == "width" and cell["samples"] == 8)
+    found = {(row["quantity"], row["run"]): row for row in measured(config, [cell])[cell]}
     for name, run in width.RUNS.items():
-        needed = measured["needed", name]["value"]
+        needed = found["needed", name]["value"]
         reached = {
             m: width._concludes(setting_of(cell, config, width=m), run, least=0.1) for m in width.WIDTHS if m <= needed
         }
         assert [m for m, constant in reached.items() if constant is not None] == [needed]
-    assert measured["constant", "natural"]["value"] == pytest.approx(
+    assert found["constant", "natural"]["value"] == pytest.approx(
         width._concludes(
-            setting_of(cell, config, width=measured["needed", "natural"]["value"]), width.RUNS["natural"], 0.1
+            setting_of(cell, config, width=found["needed", "natural"]["value"]), width.RUNS["natural"], 0.1
         )
     )
 
@@ -222,15 +229,33 @@ def test_fewer_parameters_than_rows_are_said_and_the_run_goes_on(caplog: pytest.
     config = Config(problem="test_jacobian_rank:narrow", seeds=1)
     assert config.swept_widths == (0,)
     with caplog.at_level("WARNING", logger="curvlab"):
-        cells = [cell for cell in ANALYSIS.cells(config) if cell["part"] in ("rank", "training", "general-loss")]
-        measured = {
-            cell: ANALYSIS.measure(cell, config) for cell in cells if cell.coordinates.get("network") in (None, "own")
-        }
-    assert len(measured) > 5
+        cells = [cell for cell in ANALYSIS.cells(config) if cell["experiment"] in ("rank", "training", "general-loss")]
+        found = measured(config, [cell for cell in cells if cell.coordinates.get("network", "own") == "own"])
+    assert len(found) > 5
     assert "P = 3 parameters, fewer than its R = 8 rows" in caplog.text
-    quantities = {row["quantity"] for rows in measured.values() for row in rows}
-    assert "excess_uncovered" in quantities
-    assert not quantities & {"excess_in_ball", "constant_trajectory", "movement_ratio"}
+    rows = [row for rows in found.values() for row in rows]
+    assert not {row["quantity"] for row in rows} & {"constant_trajectory", "movement_ratio"}
+    covered = {row["quantity"] for row in rows if str(row["quantity"]).startswith("excess") and "status" not in row}
+    assert covered == {"excess"}
+    assert verdict_of("rate-bound", config).outcome == verdict_of("general-bound", config).outcome == OUTSIDE
+
+
+def test_what_a_graph_plans_no_cell_for_is_not_measured_and_in_no_family() -> None:
+    config = Config(problem="karate-gcn", samples=4, widths=(8,), seeds=3)
+    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
+    table = tabulate(measured(config, [cell for cell in cells if cell["experiment"] == "generalisation"]))
+    verdicts = {verdict.claim: verdict for verdict in judge(claims, table, planned=cells)}
+    without = [claim for claim in claims if verdicts[claim.id].outcome == "not measured"]
+    assert {claim.experiment for claim in without} == {"rank", "networks", "structures"}
+    assert {"rank-parallel", "rank-near-erf", "networks-bound-mlp", "stable-kfac"} <= {claim.id for claim in without}
+    for claim in without:
+        assert f"plans no cell with experiment {claim.experiment}" in verdicts[claim.id].note
+    others = [claim for claim in claims if claim not in without]
+    family = {verdict.claim: verdict for verdict in judge(others, table)}
+    assert {claim: repr(verdicts[claim]) for claim in family} == {claim: repr(family[claim]) for claim in family}
+    tests = sum(not isinstance(claim.rule, Identity) for claim in others)
+    least = min((verdict for verdict in family.values() if verdict.p_value < 1), key=lambda verdict: verdict.p_value)
+    assert least.p_adjusted == pytest.approx(min(1.0, tests * least.p_value))
 
 
 def test_claims_have_distinct_ids_sources_and_cells() -> None:

@@ -1,22 +1,28 @@
 """The isotropy analysis: its command line on a small real instance, and its power to refute."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
+from analyses.descent import Descent
 from analyses.ntk_isotropy import ANALYSIS
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.parts import PARTS
-from analyses.ntk_isotropy.parts.response import measured_response, probes
+from analyses.ntk_isotropy.descent import train
+from analyses.ntk_isotropy.responses import measured_response, probes
 from analyses.ntk_isotropy.setting import make, setting_of
 from curvlab.fisher import LayerWise
-from curvlab.study import Cell, judge
+from curvlab.study import Cell, Verdict, follow, judge
+from curvlab.study.execution import Plan
+from curvlab.study.measurements import tabulate
 
 SMALL = (
     "--widths", "128", "144", "--seeds", "3", "--structures", "full", "block-diagonal", "block-tridiagonal", "kfac",
@@ -67,39 +73,28 @@ def test_identities_are_supported_and_known_failures_refuted(
 
 def test_measurements_are_one_row_an_observation(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     table = pd.read_parquet(run[1] / "measurements.parquet")
-    assert {"part", "structure", "width", "depth", "seed", "quantity", "value"} <= set(table.columns)
-    assert set(table["part"]) == set(PARTS)
+    assert {"experiment", "structure", "width", "depth", "seed", "quantity", "value"} <= set(table.columns)
+    assert set(table["experiment"]) == {experiment.name for experiment in ANALYSIS.experiments}
     alphas = table[
         (table["quantity"] == "alpha") & (table["structure"] == "block-diagonal") & (table["kind"] == "exact")
     ]
     assert alphas["value"].to_numpy() == pytest.approx(alphas["depth"].to_numpy(), rel=1e-6)
 
 
+def verdicts_of(config: Config) -> dict[str, Verdict]:
+    """Verdicts of the claims of a configuration, measured here."""
+    plan = Plan.of(ANALYSIS, config)
+    task = plan.task()
+    return {v.claim: v for v in judge(plan.claims, tabulate({cell: task.observe(cell) for cell in plan.cells}))}
+
+
 def test_a_wrong_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An isotropy claim must fail where the structure is not what it claims to be."""
-    config = Config(widths=(64,), seeds=2, structures=("block-diagonal",))
     crooked = [[1.0, 0.3, 0.0], [0.3, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    monkeypatch.setattr("analyses.ntk_isotropy.parts.response.make", lambda *_: LayerWise(crooked))
-    part = PARTS["response"]
-    (claim,) = (claim for claim in part.claims(config) if claim.id == "isotropic-block-diagonal")
-    cells = [cell for cell in part.cells(config) if claim.needs(cell) and cell["depth"] == 3]
-    rows = [{**cell.coordinates, **row} for cell in cells for row in part.measure(cell, config)]
-    (verdict,) = judge([claim], _table(rows, cells))
-    assert verdict.outcome == "refuted"
-
-
-def _table(rows: list[dict[str, object]], cells: list[Cell]) -> pd.DataFrame:
-    from curvlab.study.measurements import normalise, tabulate
-
-    grouped = {
-        cell: normalise(cell, [
-            {k: v for k, v in row.items() if k not in cell.coordinates}
-            for row in rows
-            if all(row[name] == value for name, value in cell.coordinates.items())
-        ])
-        for cell in cells
-    }  # fmt: skip
-    return tabulate(grouped)
+    monkeypatch.setattr("analyses.ntk_isotropy.experiments.response.make", lambda *_: LayerWise(crooked))
+    claims = ("isotropic-block-diagonal",)
+    config = Config(widths=(64,), seeds=2, other_depths=(), other_activations=(), other_outputs=(), claims=claims)
+    assert verdicts_of(config)["isotropic-block-diagonal"].outcome == "refuted"
 
 
 @pytest.mark.parametrize(
@@ -122,21 +117,38 @@ def test_the_measured_response_is_the_dense_one(structure: str) -> None:
 
 def test_networks_short_of_rank_do_not_count_against_kfac() -> None:
     """At width 16 fewer units than samples leave a factor of every hidden layer short of rank."""
-    config = Config(widths=(16,), seeds=1, structures=("kfac",))
-    claims = [claim for part in ("steps", "inputs") for claim in PARTS[part].claims(config)]
-    wanted = [claim for claim in claims if claim.id in ("linear-training-kfac", "kfac-leverage", "kfac-forster")]
-    cells = [
-        cell
-        for part in ("steps", "inputs")
-        for cell in PARTS[part].cells(config)
-        if cell.coordinates.get("scale", 1.0) == 1.0
-    ]
-    rows = [{**cell.coordinates, **row} for cell in cells for row in PARTS[str(cell["part"])].measure(cell, config)]
-    verdicts = judge(wanted, _table(rows, cells))
-    assert len(verdicts) == 3
-    for verdict in verdicts:
-        assert verdict.outcome == "inconclusive", verdict
-        assert "short_of_rank" in verdict.note
+    claims = ("linear-training-kfac", "kfac-leverage", "kfac-forster")
+    verdicts = verdicts_of(Config(widths=(16,), seeds=1, structures=("kfac",), step_scales=(), claims=claims))
+    assert set(verdicts) == set(claims)
+    for verdict in verdicts.values():
+        assert verdict.outcome == "outside the assumptions", verdict
+        assert "short of rank" in verdict.note
+
+
+def test_a_run_that_diverges_has_no_outputs_from_there_on_and_says_so() -> None:
+    setting = setting_of(Cell({"width": 8, "depth": 3, "activation": "relu", "outputs": 1, "seed": 0}), Config())
+    model = copy.deepcopy(setting.problem.model)
+    away = {name: torch.full_like(p, -1e60) for name, p in model.named_parameters()}
+    trained, tested, ended = train(model, setting, 1e60, 3, lambda _: away)
+    assert ended == {"status": "diverged at step 1"}
+    for outputs in (trained, tested):
+        assert len(outputs) == 3
+        assert np.isnan(outputs).all()
+
+
+def test_steps_are_taken_up_where_they_were_left() -> None:
+    def halving() -> Descent:
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(layer.weight)
+        half = lambda model: {"weight": model.weight / 2}  # noqa: E731
+        return Descent(layer, half, 1.0, lambda model: {"weight": model.weight.item()})
+
+    first, second = halving(), halving()
+    trace = follow(first, 2)
+    assert trace.series("weight", 3).tolist() == [1.0, 0.5, 0.25]
+    assert trace.ended == {}
+    second.load_state_dict(first.state_dict())
+    assert follow(second, 1).series("weight").tolist() == [0.25, 0.125]
 
 
 def test_claims_have_distinct_ids_sources_and_cells() -> None:

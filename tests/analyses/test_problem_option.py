@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from analyses.assembly import data_hash, digest_of
-from curvlab.problems import Problem
+from curvlab.problems import Problem, data_hash, digest_of
 from curvlab.study.runner import main
 
 GENERAL = ("edge_of_stability", "jacobian_rank", "ntk_isotropy", "spectrum", "training")
@@ -27,7 +26,7 @@ def run(name: str, problem: str, tmp_path: Path, *options: str) -> int:
 def test_an_unknown_problem_is_wrong_usage(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(name, "digitz", tmp_path) == 2
     text = capfd.readouterr()
-    assert "--problem" in text.err + text.out
+    assert "problem" in text.err + text.out
     assert name in GRAPHS or "Did you mean 'digits'" in text.err
 
 
@@ -182,7 +181,7 @@ def test_races_need_classes(own: str, tmp_path: Path, capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("jacobian_rank", ("--activation",), "--activation must name at least one"),
+        ("jacobian_rank", ("--activation",), "--activation needs at least one value"),
         ("jacobian_rank", ("--activation", "relu", "relu"), "--activation names relu 2 times"),
         ("spectrum", ("--structures", "kfac", "kfac"), "--structures names kfac 2 times"),
         ("edge_of_stability", ("--samples", "10000000"), "--samples 10000000"),

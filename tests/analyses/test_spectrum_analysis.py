@@ -11,9 +11,16 @@ import torch
 from analyses.spectrum import ANALYSIS
 from analyses.spectrum.config import HESSIAN, Config
 from analyses.spectrum.measure import WHOLE, Restricted, measure, operator_of, problem_of
-from curvlab.study import Cell, main
+from curvlab.study import Cell, Context, main
+from curvlab.study.cache import CellCache
 
 SMALL = Config(width=6, structures=("full", "kfac"), seeds=2, top=3, steps=2, probes=2, lanczos=12)
+
+
+def observed(matrix: str) -> pd.DataFrame:
+    """What is measured of a matrix at seed 0."""
+    cell = Cell({"experiment": "spectra", "problem": "digits", "matrix": matrix, "seed": 0})
+    return pd.DataFrame(measure(cell, Context(SMALL, cell, CellCache(Path(), {}), {})))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def test_the_command_ends_with_verdicts_and_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "kfac"])
 def test_measurements_are_those_of_the_dense_matrix(matrix: str) -> None:
-    rows = pd.DataFrame(measure(Cell({"problem": "digits", "matrix": matrix, "seed": 0}), SMALL))
+    rows = observed(matrix)
     whole = operator_of(matrix, problem_of(SMALL, 0))
     names = list(whole.space.shapes)
     for layer, dense in ((WHOLE, whole.to_dense()), ("0", Restricted(whole, names[:1]).to_dense())):
@@ -58,7 +65,7 @@ def test_a_layers_block_is_that_of_the_dense_matrix() -> None:
 
 
 def test_the_density_integrates_to_one() -> None:
-    rows = pd.DataFrame(measure(Cell({"problem": "digits", "matrix": "ggn", "seed": 0}), SMALL))
+    rows = observed("ggn")
     density = rows[rows["quantity"] == "density"].sort_values("place")
     scale = 1e-3 * rows.loc[rows["quantity"] == "eigenvalue", "value"].max()
     axis = np.arcsinh(density["eigenvalue"] / scale)

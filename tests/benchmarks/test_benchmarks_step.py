@@ -131,7 +131,7 @@ def test_operations_of_the_dual_form_by_hand():
     assert rows == plain + 80 + 55 * 4 + 15 * 5 + 55 * 3 + 15 * 4 + 1000 // 6 + 100 + 23 * 5 + 10 * 5
 
 
-def test_counts_of_the_issues_network():
+def test_counts_of_three_wide_layers():
     network = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
     layers, _ = layers_of(network, torch.randn(1, 784))
     assert kfac(layers, 256, 1).mean(10) / gradient_descent(layers, 256).every == pytest.approx(2.97, abs=0.01)

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from . import names
-from .margins import apart, verdicts_with_margins, with_margins
+from .margins import FAMILY, apart, is_identity, verdicts_with_margins, with_margins
 from .runs import KEY, Results, canonical, coordinates
 
 FOLDER = Path(__file__).parent
+NOT_MEASURED = "not measured"
 SHOWN = 12
 """Lines of a list that are printed."""
 
@@ -26,7 +27,7 @@ class Comparison:
     Attributes:
         analysis: Its name.
         numbers: Numbers that were compared; those that are timed count as keys only.
-        kinds: How many of each kind of margin, with those that are timed.
+        kinds: How many of each kind of margin, with those that are timed and those that changed on purpose.
         verdicts: Verdicts that were compared.
         largest: In words, the number that is furthest from the stored one in units of its margin.
         deviations: Numbers and verdicts beyond their margins.
@@ -89,50 +90,69 @@ def check_whole(name: str, numbers: pd.DataFrame, verdicts: Mapping[str, Mapping
     """Raise a ValueError unless every experiment and every claim of the run without options is among the results."""
     analysis = import_module(f"analyses.{name}").ANALYSIS
     judged = {claim for run in verdicts.values() for claim in run}
-    parts = {coordinates(cell).get("part") for cell in numbers["cell"].unique()}
     absent = {claim.id for claim in analysis.claims(analysis.defaults)} - judged
-    absent |= {
-        str(cell.coordinates.get("part"))
-        for cell in analysis.cells(analysis.defaults)
-        if cell.coordinates.get("part") not in parts
-    }
+    absent |= {str(cell["experiment"]) for cell in analysis.cells(analysis.defaults)} - set(
+        numbers["cell"].map(_experiment)
+    )
     if absent:
         raise ValueError(f"the small runs of {name} lack {', '.join(sorted(absent))}")
 
 
 def load(name: str, folder: Path = FOLDER) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """The stored numbers and verdicts under today's names."""
+    """The stored numbers and verdicts under today's names; `status` of a number is how that of its observation may begin."""
     numbers = pd.read_parquet(folder / f"{name}.parquet")
-    numbers = numbers.astype(dict.fromkeys([*KEY[:5], "kind"], "object"))
-    renamed = {cell: _translated(cell) for cell in {*numbers["cell"], *numbers["labels"]}}
-    quantities = names.QUANTITIES.get(name, {})
-    numbers = numbers.assign(
-        cell=numbers["cell"].map(renamed),
-        labels=numbers["labels"].map(renamed),
-        quantity=[quantities.get(quantity, quantity) for quantity in numbers["quantity"]],
-    )
+    numbers = stated(numbers.astype(dict.fromkeys([*KEY[:5], "kind"], "object")))
+    cells = {cell: _translated(name, cell, names.ADDED.get(name, {})) for cell in numbers["cell"].unique()}
+    labels = {label: _translated(name, label, {}) for label in numbers["labels"].unique()}
+    numbers = numbers.assign(cell=numbers["cell"].map(cells), labels=numbers["labels"].map(labels))
+    statuses, quantities = names.STATUSES.get(name, {}), names.QUANTITIES.get(name, {})
+    known = zip(numbers["cell"].map(_experiment), numbers["quantity"], numbers["status"], strict=True)
+    numbers["status"] = pd.Series([statuses.get(key, (key[2],)) for key in known], numbers.index)
+    for (quantity, column), factor in names.FACTORS.get(name, {}).items():
+        changed = (numbers["quantity"] == quantity) & (numbers["column"] == column)
+        numbers["margin"] = numbers["margin"].mask(changed, (factor - 1.0) * numbers["number"].abs())
+        numbers["kind"] = numbers["kind"].mask(changed, "changed")
+    numbers = numbers[[quantities.get(quantity, quantity) is not None for quantity in numbers["quantity"]]]
+    renamed = [
+        str(quantities[quantity]).format_map(coordinates(label)) if quantity in quantities else quantity
+        for quantity, label in zip(numbers["quantity"], numbers["labels"], strict=True)
+    ]
     claims = names.CLAIMS.get(name, {})
     stored = json.loads((folder / f"{name}.json").read_text())
     verdicts = {
         run: {claims.get(claim, claim): verdict for claim, verdict in judged.items() if claims.get(claim, claim)}
         for run, judged in stored.items()
     }
-    return numbers[numbers["quantity"].notna()], verdicts
+    return numbers.assign(quantity=renamed), verdicts
 
 
-def _translated(entries: str) -> str:
-    return canonical(
-        {
-            names.COORDINATES.get(name, name): names.VALUES.get(name, {}).get(entry, entry)
-            for name, entry in coordinates(entries).items()
-        }
-    )
+def stated(numbers: pd.DataFrame) -> pd.DataFrame:
+    """Numbers with the status of their observations in a column of its own, "" where there is none."""
+    labels = {label: coordinates(label) for label in numbers["labels"].unique()}
+    status = {label: entries.pop("status", "") for label, entries in labels.items()}
+    others = {label: canonical(entries) for label, entries in labels.items()}
+    return numbers.assign(labels=numbers["labels"].map(others), status=numbers["labels"].map(status))
+
+
+def _translated(name: str, entries: str, added: Mapping[str, object]) -> str:
+    renamed = {**names.EVERYWHERE, **names.COORDINATES.get(name, {})}
+    translated = {
+        renamed.get(entry, entry): names.VALUES.get(entry, {}).get(value, value)
+        for entry, value in coordinates(entries).items()
+    }
+    return canonical({**added, **translated})
+
+
+def _experiment(cell: str) -> str:
+    return str(coordinates(cell)["experiment"])
 
 
 def compare(name: str, found: Results, folder: Path = FOLDER) -> Comparison:
     """Compare the results of an analysis with the stored ones."""
     numbers, verdicts = load(name, folder)
-    table = numbers.merge(found.numbers, on=list(KEY), how="outer", suffixes=("", "_found"), indicator=True)
+    table = numbers.merge(
+        stated(found.numbers), on=list(KEY), how="outer", suffixes=("", "_found"), indicator=True, validate="one_to_one"
+    )
     both = table[table["_merge"] == "both"]
     kinds: dict[str, int] = both["kind"].value_counts().to_dict()
     both = both[both["kind"] != "timed"]
@@ -154,12 +174,16 @@ def compare(name: str, found: Results, folder: Path = FOLDER) -> Comparison:
         _groups(table[table["_merge"] == "left_only"]),
         _groups(table[table["_merge"] == "right_only"]),
     )
-    for run, claim in judged:
-        verdict = found.verdicts.get(run, {}).get(claim)
-        if verdict is None:
-            comparison.missing.append(f"claim {claim} ({run})")
-        else:
-            comparison.deviations += _verdict(f"claim {claim} ({run})", verdicts[run][claim], verdict)
+    comparison.deviations += _statuses(table[table["_merge"] == "both"])
+    for run, stored in verdicts.items():
+        judged_now = found.verdicts.get(run, {})
+        allowed = _allowed(stored, judged_now, names.OUTCOMES.get(name, {}))
+        for claim, verdict in allowed.items():
+            where = f"claim {claim} ({run})"
+            if claim in judged_now:
+                comparison.deviations += _verdict(where, verdict, judged_now[claim])
+            else:
+                comparison.missing.append(where)
     comparison.new += [
         f"claim {claim} ({run})"
         for run, judged_now in found.verdicts.items()
@@ -181,13 +205,43 @@ def _groups(rows: pd.DataFrame) -> list[str]:
     """Numbers without a counterpart, by quantity and experiment, each with the first of its cells."""
     if not len(rows):
         return []
-    experiment = names.COORDINATES.get("part", "part")
-    parts = rows["cell"].map(lambda cell: coordinates(cell).get(experiment, ""))
+    experiments = rows["cell"].map(_experiment)
     return [
-        f"{quantity}{'' if column == 'value' else f', {column}'}: {len(group)} numbers ({run} {part}), "
+        f"{quantity}{'' if column == 'value' else f', {column}'}: {len(group)} numbers ({run} {experiment}), "
         f"such as in {group['cell'].iloc[0]} {group['labels'].iloc[0]}"
-        for (run, part, quantity, column), group in rows.groupby([rows["run"], parts, rows["quantity"], rows["column"]])
+        for (run, experiment, quantity, column), group in rows.groupby(
+            [rows["run"], experiments, rows["quantity"], rows["column"]]
+        )
     ]
+
+
+def _statuses(rows: pd.DataFrame) -> list[str]:
+    """Observations whose status does not begin as it should."""
+    rows = rows[rows["column"] == "value"]
+    wrong = [
+        not any(status.startswith(beginning) if beginning else status == "" for beginning in beginnings)
+        for status, beginnings in zip(rows["status_found"], rows["status"], strict=True)
+    ]
+    return [
+        f"status {row['status_found']!r} for {row['status']}, {row['quantity']}, {row['run']} {row['cell']} {row['labels']}"
+        for _, row in rows[wrong].iterrows()
+    ]
+
+
+def _allowed(
+    stored: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The stored verdicts of a run, with what claims may be now for which nothing was measured."""
+    allowed = {}
+    unseen = {claim for claim, each in stored.items() if each.get("outcome") == ["inconclusive"] and not each["seeds"]}
+    left = any(
+        found.get(claim, {}).get("outcome") == NOT_MEASURED and not is_identity(stored[claim]) for claim in unseen
+    )
+    for claim, verdict in stored.items():
+        allowed[claim] = {field: entry for field, entry in verdict.items() if not (left and field in FAMILY)}
+        if claim in unseen:
+            allowed[claim]["outcome"] = ["inconclusive", outcomes.get(claim, NOT_MEASURED)]
+    return allowed
 
 
 def _verdict(where: str, stored: Mapping[str, Any], found: Mapping[str, Any]) -> Sequence[str]:

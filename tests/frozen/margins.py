@@ -72,7 +72,7 @@ def with_margins(name: str, plain: Results, echo: Results) -> pd.DataFrame:
             f"{name}: {len(alone)} numbers are not in both measurements, such as\n{alone.iloc[0].to_string()}"
         )
     cells = table["cell"].map(coordinates)
-    table["part"] = [cell.get("part", "") for cell in cells]
+    table["experiment"] = [cell["experiment"] for cell in cells]
     table["fellow"] = [str({key: entry for key, entry in cell.items() if key != "seed"}) for cell in cells]
     table["step"] = [
         next((label[key] for key in ("step", "epoch") if key in label), -1)
@@ -83,7 +83,7 @@ def with_margins(name: str, plain: Results, echo: Results) -> pd.DataFrame:
     fellow = ["run", "fellow", "quantity", "column"]
     modulus = table["number"].abs().where(np.isfinite(table["number"]), 0.0)
     scale = modulus.groupby([table[key] for key in fellow]).transform("max")
-    usual = modulus.groupby([table[key] for key in ("run", "part", "quantity", "column")]).transform("median")
+    usual = modulus.groupby([table[key] for key in ("run", "experiment", "quantity", "column")]).transform("median")
     echoes = echoed(table.groupby([*fellow, "step"])["apart"].transform("max").to_numpy(), scale.to_numpy())
     alike = table.groupby([*fellow, "labels", "occurrence"])["number"]
     seeds = (alike.transform("max") - alike.transform("min")).fillna(np.inf)
@@ -143,7 +143,7 @@ def _verdict(
     if plain["claim"].startswith(TIMED_CLAIMS):
         return found
     found |= {"outcome": sorted({plain["outcome"], echo["outcome"]}), "seeds": plain["seeds"]}
-    if plain["rule"].startswith("|value|"):  # an identity's estimate is a measurement, and compared as such
+    if is_identity(plain):  # its estimate is a measurement, and compared as such
         return found
     scale = max((abs(plain[field]) for field in LOCATIONS if plain[field] is not None), default=0.0)
     for field in compared:
@@ -153,6 +153,11 @@ def _verdict(
         margin = max(exact, float(echoed(abs(plain[field] - echo[field]), size)))
         found[field] = [plain[field], rounded_up(margin)]
     return found
+
+
+def is_identity(verdict: Mapping[str, Any]) -> bool:
+    """Whether a verdict is on an identity, which has no p-value and is in no family."""
+    return str(verdict["rule"]).startswith("|value|")
 
 
 def apart(first: pd.Series, second: pd.Series) -> pd.Series:

@@ -41,17 +41,23 @@ RUNS: Mapping[str, Mapping[str, str]] = {
         "single precision": "--seeds 2 --epochs 20 --configurations 1 --starts 1 --epsilons 0.1 --gammas 1 --refreshes 4",
     },
     "spectrum": {
-        "digits": "--seeds 2 --width 8 --top 3 --probes 2 --lanczos 12",
+        "digits": "--seeds 2 --width 8 --top 3 --probes 2 --lanczos 12 "
+        "--structures full block-diagonal block-tridiagonal unit-wise diagonal kfac ekfac",
         "trained": "--seeds 2 --width 6 --top 2 --probes 2 --lanczos 8 --steps 10 --structures full kfac",
         "karate": "--seeds 2 --problem karate-gcn --width 4 --top 1 --probes 2 --lanczos 4 --structures full kfac",
     },
     "training": {
-        "digits": "--seeds 2 --races 2 --steps 40 --configurations 2 --target-loss 0.5 --target-accuracy 0.8 --dtype float64",
+        "digits": "--seeds 2 --races 2 --steps 40 --configurations 2 --target-loss 0.5 --target-accuracy 0.8 --dtype float64 "
+        "--structures full block-diagonal layer-wise block-tridiagonal unit-wise diagonal kfac ekfac",
         "single precision": "--seeds 2 --races 2 --steps 10 --configurations 1 --target-loss 2 --target-accuracy 0.2 --rivals sgd "
         "--structures full kfac",
     },
 }  # fmt: skip
-"""Options by analysis and run."""
+"""Options by analysis and run.
+
+Where all structures are named, the stored results lack one that is measured by default since, and whose claims would enter
+their families: leave the option out when the results are stored again.
+"""
 
 COMPUTED = frozenset(
     {

@@ -16,6 +16,7 @@ FAST = "spectrum"
 @pytest.mark.parametrize(
     "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.study) for name in RUNS]
 )
+@pytest.mark.filterwarnings("ignore::curvlab.errors.OutsideRange")  # by Monte Carlo the full matrix is short of rank
 def test_results_are_the_frozen_ones(name: str) -> None:
     comparison = compare(name, results(name))
     assert comparison.clean, str(comparison)
@@ -27,13 +28,14 @@ VERDICT = {
 }  # fmt: skip
 
 
-def measured(shift: float = 0.0, *, quantity: str = "share", coordinate: str = "part") -> Results:
+def measured(shift: float = 0.0, *, quantity: str = "share", coordinate: str = "seed", status: str = "") -> Results:
     """Two seeds of a quantity, whose scale is 2, and one that is timed."""
+    labels = {"step": 3} | ({"status": status} if status else {})
     numbers = pd.DataFrame(
         [
             {
-                "run": "digits", "cell": canonical({coordinate: "response", "seed": seed}), "quantity": name,
-                "labels": canonical({"step": 3}), "column": "value", "occurrence": 0, "number": number,
+                "run": "digits", "cell": canonical({"experiment": "response", coordinate: seed}), "quantity": name,
+                "labels": canonical(labels), "column": "value", "occurrence": 0, "number": number,
             }
             for name, values in ((quantity, (1.0 + shift, 2.0)), ("seconds_per_step", (0.1 + shift, 0.2)))
             for seed, number in enumerate(values)
@@ -72,6 +74,14 @@ def test_what_an_echo_has_lost_is_held_to_the_range_of_the_seeds(folder: Path) -
     assert not compare("ntk_isotropy", measured(1.1), folder).clean
 
 
+def test_numbers_that_changed_on_purpose_have_changed_by_no_more_than_a_factor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "FACTORS", {"ntk_isotropy": {("share", "value"): 1.5}})
+    assert compare("ntk_isotropy", measured(0.4), folder).clean
+    assert not compare("ntk_isotropy", measured(0.6), folder).clean
+
+
 def test_what_is_missing_or_new_is_named(folder: Path) -> None:
     comparison = compare("ntk_isotropy", measured(quantity="ratio"), folder)
     assert not comparison.clean
@@ -95,14 +105,62 @@ def test_a_verdict_that_changes_is_named(field: str, entry: object, folder: Path
     assert f"claim share (digits): {field} is" in line
 
 
+@pytest.mark.parametrize(
+    ("stored", "now", "clean"),
+    [
+        ("", "", True), ("", "ok", False), ("", "outside the assumptions: few", False), ("ok", "", False),
+        ("diverged", "diverged at step 3", True), ("diverged at step 3", "diverged at step 4", False),
+    ],
+)  # fmt: skip
+def test_a_status_may_say_more_where_there_was_one(stored: str, now: str, clean: bool, folder: Path) -> None:
+    results_of_then = measured(status=stored)
+    store("ntk_isotropy", results_of_then, results_of_then, folder)
+    assert compare("ntk_isotropy", measured(status=now), folder).clean is clean
+
+
+def family(outcome: str, *, rule: str = "mean > 0", p_adjusted: float = 0.02) -> Results:
+    """Results with a claim for which nothing is measured, and what becomes of the other claim beside it."""
+    nothing = dict.fromkeys(("estimate", "low", "high", "confidence", "p_value", "p_adjusted"))
+    other = VERDICT | nothing | {"claim": "planless", "outcome": outcome, "seeds": 0, "rule": rule}
+    verdicts = {"share": VERDICT | {"p_adjusted": p_adjusted}, "planless": other}
+    return replace(measured(), verdicts={"digits": verdicts})
+
+
+def test_a_claim_without_measurements_may_leave_its_family(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    then = family("inconclusive")
+    store("ntk_isotropy", then, then, folder)
+    assert not compare("ntk_isotropy", family("inconclusive", p_adjusted=0.01), folder).clean
+    assert compare("ntk_isotropy", family("not measured", p_adjusted=0.01), folder).clean
+    assert not compare("ntk_isotropy", family("supported"), folder).clean
+    assert not compare("ntk_isotropy", family("outside the assumptions"), folder).clean
+    monkeypatch.setattr(names, "OUTCOMES", {"ntk_isotropy": {"planless": "outside the assumptions"}})
+    assert compare("ntk_isotropy", family("outside the assumptions"), folder).clean
+
+
+def test_an_identity_without_measurements_was_in_no_family(folder: Path) -> None:
+    then = family("inconclusive", rule="|value| ≤ tolerance")
+    store("ntk_isotropy", then, then, folder)
+    assert compare("ntk_isotropy", family("not measured", rule="|value| ≤ tolerance"), folder).clean
+    changed = family("not measured", rule="|value| ≤ tolerance", p_adjusted=0.01)
+    assert not compare("ntk_isotropy", changed, folder).clean
+
+
+def test_a_measured_claim_must_stay_measured(folder: Path) -> None:
+    found = replace(measured(), verdicts={"digits": {"share": VERDICT | {"outcome": "not measured"}}})
+    assert not compare("ntk_isotropy", found, folder).clean
+
+
 def test_names_that_changed_are_translated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    renamed = measured(quantity="ratio", coordinate="experiment")
+    renamed = measured(quantity="ratio_3", coordinate="draw")
     renamed = replace(renamed, verdicts={"digits": {"whole": VERDICT | {"claim": "whole"}}})
     assert not compare("ntk_isotropy", renamed, folder).clean
-    monkeypatch.setattr(names, "COORDINATES", {"part": "experiment"})
-    monkeypatch.setattr(names, "QUANTITIES", {"ntk_isotropy": {"share": "ratio"}})
+    monkeypatch.setattr(names, "COORDINATES", {"ntk_isotropy": {"seed": "draw"}})
+    monkeypatch.setattr(names, "QUANTITIES", {"ntk_isotropy": {"share": "ratio_{step}"}})
     monkeypatch.setattr(names, "CLAIMS", {"ntk_isotropy": {"share": "whole"}})
     assert compare("ntk_isotropy", renamed, folder).clean
+    monkeypatch.setattr(names, "ADDED", {"ntk_isotropy": {"split": "public"}})
+    assert not compare("ntk_isotropy", renamed, folder).clean
+    monkeypatch.setattr(names, "ADDED", {})
     monkeypatch.setattr(names, "QUANTITIES", {"ntk_isotropy": {"share": None}})
     comparison = compare("ntk_isotropy", renamed, folder)
     assert comparison.clean

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import paper_figures
-from curvlab.study import Analysis, Cell, CommonOptions, UsageError, style
+from curvlab.study import Analysis, CommonOptions, Experiment, UsageError, style
 from curvlab.study import main as run
 from paper_figures import Paper, find, names
 from paper_figures.__main__ import main
@@ -27,8 +27,11 @@ class Options(CommonOptions):
     structures: tuple[str, ...] = ("full", "kfac", "diagonal")
 
 
+def _measure(cell, context):
+    return [{"quantity": "number", "value": 3.0}]
+
+
 def _analysis():
-    cell = {"structure": "full", "seed": 0}
     return Analysis(
         name="tiny",
         version=1,
@@ -37,11 +40,8 @@ def _analysis():
         examples=("--seeds 1", "--seeds 2"),
         cost="nothing",
         config=Options,
-        claims=lambda _: [],
-        cells=lambda _: [Cell(cell)],
+        experiments=(Experiment(name="number", cells=lambda _: [{"structure": "full", "seed": 0}], measure=_measure),),
         data_hash=lambda _: "data",
-        measure=lambda *_: [{"quantity": "number", "value": 3.0}],
-        resources=lambda *_: (0.0, 0.0),
     )
 
 
@@ -176,7 +176,7 @@ def test_another_problem_takes_the_place_of_the_papers_own(tmp_path, capsys):
 def test_the_table_of_scales_has_published_derived_and_measured_values():
     rows = []
     for structure, seed in ((s, seed) for s in STRUCTURES for seed in range(3)):
-        at = {"part": "response", "structure": structure, "kind": "exact", "width": 64, "depth": 3, "outputs": 1}
+        at = {"experiment": "response", "structure": structure, "kind": "exact", "width": 64, "depth": 3, "outputs": 1}
         at |= {"activation": "relu", "seed": seed, "cell": f"{structure}{seed}"}
         quantities = {"alpha": 3.0 + seed, "anisotropy": 1e-14, "alpha_predicted": 4.0}
         if structure != "full":
@@ -191,7 +191,7 @@ def test_the_table_of_scales_has_published_derived_and_measured_values():
 
 def test_the_table_of_condition_2_has_a_row_an_activation_and_width():
     rows = [
-        {"part": "training", "data": "own", "eta": 0.5, "activation": activation, "width": width, "seed": seed}
+        {"experiment": "training", "data": "own", "eta": 0.5, "activation": activation, "width": width, "seed": seed}
         | {"quantity": quantity, "value": value + seed}
         for activation, width, seed in product(("erf", "relu"), (64, 256), range(3))
         for quantity, value in (("constant_trajectory", 1.0), ("constant_ball_random", 3.0))

@@ -9,7 +9,7 @@ from curvlab.study.inference import Summary
 
 SEEDS = 12
 FAMILIES = 1000
-LESS, GREATER = Inequality(0.0, "less"), Inequality(0.0, "greater")
+LESS, GREATER = Inequality("q", "less", 0.0), Inequality("q", "greater", 0.0)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def outcomes(rules, draws):
 @pytest.mark.parametrize("dependence", ["independent", "one draw for all"])
 def test_true_claims_are_refuted_in_at_most_one_family_of_twenty(dependence, noise):
     """The truths that are hardest to spare: on the bound, on an end of the margin, inside a very narrow margin."""
-    rules = [LESS, GREATER, Equivalence(0.5, 0.5), Equivalence(0.0, 1e-3)]
+    rules = [LESS, GREATER, Equivalence("q", 0.5, 0.5), Equivalence("q", 0.0, 1e-3)]
     shape = (FAMILIES, len(rules), SEEDS)
     draws = noise.normal(size=shape)
     if dependence == "one draw for all":
@@ -50,12 +50,12 @@ def test_decided_neighbours_do_not_spoil_the_level(noise):
 
 
 def test_a_single_claim_keeps_its_level_inside_a_narrow_margin(noise):
-    refuted = (outcomes([Equivalence(0.0, 1e-6)], noise.normal(size=(FAMILIES, 1, SEEDS))) == "refuted").sum()
+    refuted = (outcomes([Equivalence("q", 0.0, 1e-6)], noise.normal(size=(FAMILIES, 1, SEEDS))) == "refuted").sum()
     assert 27 <= refuted <= 73
 
 
 def test_false_claims_are_supported_in_at_most_one_family_of_twenty(noise):
-    rules = [LESS, GREATER, Equivalence(0.5, 0.5), Equivalence(-0.5, 0.5)]
+    rules = [LESS, GREATER, Equivalence("q", 0.5, 0.5), Equivalence("q", -0.5, 0.5)]
     supported = (outcomes(rules, noise.normal(size=(FAMILIES, 4, SEEDS))) == "supported").any(axis=1).sum()
     assert 5 <= supported <= 73
 
@@ -71,9 +71,9 @@ VISIBLE = 1.75
         (LESS, VISIBLE, "refuted"),
         (GREATER, VISIBLE, "supported"),
         (GREATER, -VISIBLE, "refuted"),
-        (Equivalence(0.0, VISIBLE), 0.0, "supported"),
-        (Equivalence(0.0, 1.0), 1.0 + VISIBLE, "refuted"),
-        (Equivalence(0.0, 1.0), -1.0 - VISIBLE, "refuted"),
+        (Equivalence("q", 0.0, VISIBLE), 0.0, "supported"),
+        (Equivalence("q", 0.0, 1.0), 1.0 + VISIBLE, "refuted"),
+        (Equivalence("q", 0.0, 1.0), -1.0 - VISIBLE, "refuted"),
     ],
 )
 def test_a_visible_effect_is_decided_among_twenty_claims(rule, truth, outcome, noise):

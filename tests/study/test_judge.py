@@ -1,13 +1,26 @@
 """Verdicts on synthetic measurements with known truth."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from statsmodels.stats.weightstats import DescrStatsW
 
-from curvlab.study import Cell, Claim, Equivalence, Failure, Identity, Inequality, judge
+from curvlab.study import (
+    Cell,
+    Claim,
+    Equivalence,
+    Failure,
+    Identity,
+    Inequality,
+    judge,
+    outside,
+    refuted,
+    supported,
+    undecided,
+)
 from curvlab.study.claims import contradicts
 
 SEEDS = 12
@@ -21,11 +34,9 @@ def claim(rule, name="q0", **fields):
         "source": "s",
         "measured": "m",
         "estimate": lambda rows: rows,
-        "expected": "open",
-        "reason": "r",
-        "quantities": (name,),
+        "expected": undecided("r"),
     }
-    return Claim(rule=rule, **(defaults | fields))
+    return Claim(rule=replace(rule, quantities=name), **(defaults | fields))
 
 
 def measured(*values):
@@ -45,7 +56,7 @@ def one(rule, values, **fields):
     return verdict
 
 
-LESS, GREATER = Inequality(0.0, "less"), Inequality(0.0, "greater")
+LESS, GREATER = Inequality("q0", "less", 0.0), Inequality("q0", "greater", 0.0)
 
 
 @pytest.fixture
@@ -57,7 +68,7 @@ def noise():
 def test_tost_is_statsmodels(noise):
     values = noise.normal(0.3, 1.0, size=SEEDS)
     p_value, *_ = DescrStatsW(values).ttost_mean(-1.2, 1.2)
-    verdict = one(Equivalence(0.0, 1.2), values)
+    verdict = one(Equivalence("q0", 0.0, 1.2), values)
     assert verdict.p_value == pytest.approx(p_value, rel=1e-9)
     assert verdict.estimate == pytest.approx(values.mean())
     assert (verdict.low, verdict.high) == pytest.approx(DescrStatsW(values).tconfint_mean(alpha=0.1))
@@ -75,7 +86,7 @@ def test_interval_says_the_same_as_the_verdict(noise):
     seen = set()
     for _ in range(60):
         draws = noise.normal(noise.uniform(-2, 2, size=(4, 1)), 1.0, size=(4, SEEDS))
-        rules = [LESS, GREATER, Equivalence(0.0, 1.0), Equivalence(0.0, 1.0)]
+        rules = [LESS, GREATER, Equivalence("q0", 0.0, 1.0), Equivalence("q0", 0.0, 1.0)]
         claims = [claim(rule, f"q{k}") for k, rule in enumerate(rules)]
         for rule, verdict in zip(rules, judge(claims, measured(*draws)), strict=True):
             if isinstance(rule, Equivalence):
@@ -94,7 +105,7 @@ def test_interval_says_the_same_as_the_verdict(noise):
 def test_the_family_counts_every_claim_with_a_p_value_even_an_untestable_one(noise):
     values = noise.normal(-1.0, 1.0, size=SEEDS)
     untestable = claim(LESS, "q1", assumptions=lambda _: "not here")
-    identity = claim(Identity(), "q2", estimate=lambda rows: rows.assign(tolerance=1e-3))
+    identity = claim(Identity("q0"), "q2", estimate=lambda rows: rows.assign(tolerance=1e-3))
     alone = one(LESS, values)
     first, second, third = judge([claim(LESS), untestable, identity], measured(values, values, np.zeros(SEEDS)))
     assert first.p_value == alone.p_value
@@ -109,12 +120,12 @@ def test_identity_is_refuted_by_one_observation():
     def estimate(rows):
         return rows.assign(tolerance=[1e-12, 1e-12, 1e-9, 0.0])
 
-    fine = one(Identity(), [1e-13, -1e-12, 5e-10, 0.0], estimate=estimate)
+    fine = one(Identity("q0"), [1e-13, -1e-12, 5e-10, 0.0], estimate=estimate)
     assert (fine.outcome, fine.estimate, fine.seeds) == ("supported", 1e-12, 4)
-    broken = one(Identity(), [1e-13, -2e-12, 5e-10, 0.0], estimate=estimate)
+    broken = one(Identity("q0"), [1e-13, -2e-12, 5e-10, 0.0], estimate=estimate)
     assert (broken.outcome, broken.estimate) == ("refuted", 2e-12)
     assert broken.note.startswith("1 of 4 observations exceed")
-    exact = one(Identity(), [0.0, 0.0, 0.0, 1e-300], estimate=estimate)
+    exact = one(Identity("q0"), [0.0, 0.0, 0.0, 1e-300], estimate=estimate)
     assert (exact.outcome, exact.estimate) == ("refuted", 1e-300)
 
 
@@ -122,16 +133,16 @@ def test_an_ill_conditioned_observation_can_only_refute():
     def estimate(rows):
         return rows.assign(tolerance=[1e-12, 5.0, 5.0, 5.0])
 
-    fine = one(Identity(), [1e-13, 1.0, 4.0, 0.0], estimate=estimate)
+    fine = one(Identity("q0"), [1e-13, 1.0, 4.0, 0.0], estimate=estimate)
     assert (fine.outcome, fine.estimate) == ("supported", 1e-13)
     assert fine.note.endswith("3 more are too ill-conditioned to count")
-    assert one(Identity(), [1e-13, 6.0, 0.0, 0.0], estimate=estimate).outcome == "refuted"
-    assert one(Identity(), [2e-12, 1.0, 1.0, 1.0], estimate=estimate).outcome == "refuted"
+    assert one(Identity("q0"), [1e-13, 6.0, 0.0, 0.0], estimate=estimate).outcome == "refuted"
+    assert one(Identity("q0"), [2e-12, 1.0, 1.0, 1.0], estimate=estimate).outcome == "refuted"
 
 
 @pytest.mark.parametrize("tolerance", [np.inf, np.nan, -1.0, 0.5])
 def test_identity_needs_a_tolerance_that_can_fail(tolerance):
-    verdict = one(Identity(), [0.0, 0.0], estimate=lambda rows: rows.assign(tolerance=tolerance))
+    verdict = one(Identity("q0"), [0.0, 0.0], estimate=lambda rows: rows.assign(tolerance=tolerance))
     assert verdict.outcome == "inconclusive"
     assert "tolerance" in verdict.note
 
@@ -148,7 +159,7 @@ def test_one_seed_is_inconclusive_and_says_what_to_do():
     [(12, 40.0, "supported"), (12, 41.0, "refuted"), (2, 40.0, "inconclusive"), (12, 40.5, "inconclusive")],
 )
 def test_a_quantity_without_variance_is_judged_by_the_sign_test(seeds, value, outcome):
-    verdict = one(Equivalence(40.0, 0.5), np.full(seeds, value))
+    verdict = one(Equivalence("q0", 40.0, 0.5), np.full(seeds, value))
     assert verdict.outcome == outcome
     assert "sign test" in verdict.note
     assert (verdict.low, verdict.high) == (value, value)
@@ -174,7 +185,7 @@ def test_a_value_that_is_not_finite_is_named_and_never_dropped():
 def test_divergence_is_a_status_and_the_claim_says_what_it_makes_of_it():
     table = in_cells([-5.0, -5.1, np.inf, -5.2]).assign(status=["ok", "ok", "diverged", None])
     counted = claim(
-        Inequality(0.5, "less"), estimate=lambda rows: rows.assign(value=(rows["status"] == "diverged") * 1.0)
+        Inequality("q0", "less", 0.5), estimate=lambda rows: rows.assign(value=(rows["status"] == "diverged") * 1.0)
     )
     assert judge([counted], table)[0].estimate == 0.25
     plain, dropped = judge(
@@ -192,7 +203,7 @@ def test_only_declared_cells_and_quantities_reach_the_estimate(noise):
         return rows
 
     table = pd.concat([in_cells(noise.normal(size=4)), in_cells([0.0] * 4).assign(quantity="other")])
-    judge([claim(LESS, estimate=estimate, needs=lambda cell: cell["seed"] in (1, 3))], table)
+    judge([claim(LESS, estimate=estimate, at={"seed": (1, 3)})], table)
     assert set(seen[0]["seed"]) == {1, 3}
     assert set(seen[0]["quantity"]) == {"q0"}
 
@@ -201,7 +212,7 @@ def test_a_failed_cell_makes_the_claims_inconclusive_that_need_it(noise):
     table = in_cells(noise.normal(-5, 1, size=SEEDS))
     failures = [Failure(Cell({"seed": 7, "width": 4}), "RuntimeError: no"), Failure(Cell({"seed": 8, "width": 4}), "n")]
     needing = claim(LESS, id="needing")
-    other = claim(LESS, id="other", needs=lambda cell: cell["width"] == 8)
+    other = claim(LESS, id="other", at={"width": lambda width: width == 8})
     first, second = judge([needing, other], table, failures)
     assert first.outcome == "inconclusive"
     assert first.note == "no measurement in cell seed=7, width=4 (and 1 more): RuntimeError: no"
@@ -226,10 +237,24 @@ def test_an_estimate_that_cannot_be_used_costs_only_its_own_claim(estimate, note
     assert fine.outcome == "supported"
 
 
-def test_what_was_measured_outside_the_assumptions_only_is_named():
-    apart = pd.DataFrame({"quantity": ["gap_short_of_rank", "other"], "value": [3.0, 1.0], "seed": [0, 0]})
-    [verdict] = judge([claim(LESS, "gap")], apart)
-    assert (verdict.outcome, verdict.note) == ("inconclusive", "nothing was measured for it, only gap_short_of_rank")
+def test_observations_outside_the_assumptions_are_left_out_and_counted(noise):
+    values = noise.normal(-5, 1, size=SEEDS)
+    table = measured(values).assign(status="ok")
+    table.loc[3, "value"], table.loc[3, "status"] = np.inf, outside("short of rank")["status"]
+    [verdict] = judge([claim(LESS)], table)
+    assert (verdict.outcome, verdict.seeds) == ("supported", SEEDS - 1)
+    assert verdict.estimate == pytest.approx(np.delete(values, 3).mean())
+    assert verdict.note == "outside the assumptions and left out: 1 of 12 observations: short of rank"
+    [none] = judge([claim(LESS)], table.assign(status=outside("short of rank")["status"]))
+    assert (none.outcome, none.note) == ("outside the assumptions", "12 of 12 observations: short of rank")
+
+
+def test_a_claim_that_no_planned_cell_serves_is_in_no_family(noise):
+    table, planned = in_cells(noise.normal(-1, 1, size=SEEDS)), [Cell({"width": 8, "seed": 0})]
+    elsewhere = claim(LESS, id="elsewhere", at={"width": (4, 16)})
+    alone, both = judge([claim(LESS)], table), judge([claim(LESS), elsewhere], table, planned=planned)
+    assert both[0] == alone[0]
+    assert (both[1].outcome, both[1].note) == ("not measured", "the configuration plans no cell with width 4 or 16")
 
 
 def test_nothing_measured():
@@ -241,10 +266,10 @@ def test_nothing_measured():
 
 @pytest.mark.parametrize(
     ("expected", "values", "contradiction"),
-    [("supported", 5.0, True), ("refuted", -5.0, True), ("refuted", 5.0, False), ("open", 5.0, False)],
+    [(supported, 5.0, True), (refuted, -5.0, True), (refuted, 5.0, False), (undecided, 5.0, False)],
 )
 def test_contradiction(expected, values, contradiction, noise):
-    subject = claim(LESS, expected=expected)
+    subject = claim(LESS, expected=expected("r"))
     [verdict] = judge([subject], measured(noise.normal(values, 1.0, size=SEEDS)))
     assert contradicts(subject, verdict) == contradiction
 
@@ -252,9 +277,9 @@ def test_contradiction(expected, values, contradiction, noise):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Equivalence(1.0, 0.0), "margin > 0"),
-        (lambda: Equivalence(np.nan, 1.0), "finite target"),
-        (lambda: Inequality(np.inf, "less"), "finite bound"),
+        (lambda: Equivalence("q0", 1.0, 0.0), "margin > 0"),
+        (lambda: Equivalence("q0", np.nan, 1.0), "finite target"),
+        (lambda: Inequality("q0", "less", np.inf), "finite bound"),
         (lambda: claim(LESS, id="two words"), "without spaces"),
     ],
 )

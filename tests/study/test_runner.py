@@ -16,9 +16,16 @@ import dummy_analysis
 import pandas as pd
 import pytest
 
-from curvlab.study import Claim, latest, load, main
+from curvlab.study import Claim, Equivalence, Experiment, latest, load, main, refuted, supported, undecided
 
 ANALYSIS = replace(dummy_analysis.ANALYSIS, figures={})
+
+
+def changed(**fields):
+    """The dummy with another experiment."""
+    return replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, **fields),))
+
+
 FOLDER_FILES = {
     "config.json",
     "environment.json",
@@ -32,7 +39,12 @@ FOLDER_FILES = {
 
 def command(*arguments):
     """The dummy as a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "COLUMNS": "200",
+        "OMP_NUM_THREADS": "1",
+    }
     return {"args": [sys.executable, "-m", "dummy_analysis", *arguments], "env": environment, "text": True}
 
 
@@ -53,7 +65,9 @@ def test_a_run_from_the_command_line_and_the_command_that_redraws_its_figure(tmp
 
     measurements = pd.read_parquet(folder / "measurements.parquet")
     assert len(measurements) == 4 * 2 * 2 * 2
-    assert {"structure", "offset", "seed", "quantity", "value", "layer", "sample", "cell"} == set(measurements.columns)
+    assert {"experiment", "structure", "offset", "seed", "quantity", "value", "layer", "sample", "cell"} == set(
+        measurements.columns
+    )
     verdicts = json.loads((folder / "verdicts.json").read_text())
     assert [v["claim"] for v in verdicts["verdicts"]] == ["D-1", "D-2", "D-3", "D-4", "D-5"]
     assert verdicts["complete"]
@@ -61,7 +75,7 @@ def test_a_run_from_the_command_line_and_the_command_that_redraws_its_figure(tmp
     assert {"packages", "git", "hardware", "threads", "python", "command"} <= environment.keys()
     assert environment["threads"] == {"torch": 1, "OMP_NUM_THREADS": "1"}
     log = (folder / "log.txt").read_text()
-    assert "cell structure=full, offset=0.0, seed=3: 2 observations" in log
+    assert "cell experiment=numbers, structure=full, offset=0.0, seed=3: 2 observations" in log
     assert "font" not in log
 
     report = (folder / "report.md").read_text()
@@ -116,12 +130,12 @@ def stopping(signal_number, after):
     """The dummy, signalling its own process while it measures one of its cells."""
     count = iter(range(1000))
 
-    def measure(cell, config):
+    def measure(cell, context):
         if next(count) == after:
             signal.raise_signal(signal_number)
-        return ANALYSIS.measure(cell, config)
+        return dummy_analysis.measure(cell, context)
 
-    return replace(ANALYSIS, measure=measure)
+    return changed(measure=measure)
 
 
 def test_sigterm_is_an_interruption_too_and_its_handler_is_put_back(run, capsys):
@@ -150,7 +164,8 @@ def test_ten_seeds_after_five_run_five_more(run, capsys):
     assert len(run.measured) == 20
     assert {line.rpartition("=")[2] for line in run.measured} == {"5", "6", "7", "8", "9"}
     assert "40 cells, 20 cached, 20 to run" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(run.stored().measurements.iloc[: len(first)], first)
+    again = run.stored().measurements.query("seed < 5").reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, first)
 
 
 @pytest.mark.parametrize(
@@ -230,12 +245,12 @@ def test_claims_run_only_the_cells_that_they_need(run):
 
 def contradicted(config):
     """The dummy's claims with the opposite expectation."""
-    opposite = {"supported": "refuted", "refuted": "supported", "open": "open"}
-    return [replace(claim, expected=opposite[claim.expected]) for claim in dummy_analysis.claims(config)]
+    opposite = {"supported": refuted, "refuted": supported, "open": undecided}
+    return [replace(c, expected=opposite[c.expected.outcome](c.expected.reason)) for c in dummy_analysis.claims(config)]
 
 
 def test_strict_exits_with_1_on_a_contradicted_expectation(run, capsys):
-    against = replace(ANALYSIS, claims=contradicted)
+    against = changed(claims=contradicted)
     assert run("--strict") == 0
     assert run("--strict", "--claims", "D-5") == 0
     assert run("--strict", "--claims", "D-3", analysis=against) == 1
@@ -260,7 +275,7 @@ def test_a_failing_cell_costs_only_the_claims_that_need_it(run, capsys):
     stored = run.stored()
     [failure] = stored.failures
     assert (str(failure.cell), failure.reason) == (
-        "structure=full, offset=0.0, seed=1",
+        "experiment=numbers, structure=full, offset=0.0, seed=1",
         "RuntimeError: this cell always fails",
     )
     assert "Traceback" in (stored.folder / "log.txt").read_text()
@@ -273,14 +288,14 @@ def test_a_measurement_that_is_no_number_fails_its_cell(run):
     assert run("--seeds", "2", "--problem", "tensor") == 0
     [failure] = run.stored().failures
     assert failure.reason == (
-        "TypeError: 'value' in observation 0 of cell structure=full, offset=0.0, seed=1 is a ndarray; "
+        "TypeError: 'value' in observation 0 of cell experiment=numbers, structure=full, offset=0.0, seed=1 is a ndarray; "
         "text, a number or a truth value is needed"
     )
 
 
 def test_a_value_that_is_not_finite_names_cell_layer_and_sample(run, capsys):
     assert run("--problem", "nan") == 0
-    where = "alpha = nan, layer 2, sample 7, cell offset=0.0, seed=1, structure=full"
+    where = "alpha = nan, layer 2, sample 7, cell experiment=numbers, offset=0.0, seed=1, structure=full"
     assert f"non-finite: {where}" in capsys.readouterr().out
     stored = run.stored()
     assert f"non-finite value: {where}" in (stored.folder / "log.txt").read_text()
@@ -381,7 +396,9 @@ def test_dry_run_measures_nothing(run, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "cells:  20, 8 cached, 12 to run" in out
     assert "time:   about 6.0 s" in out
-    assert re.search(r"memory: about 3\.0 MiB for cell structure=\S+, offset=\S+, seed=2, .* available", out)
+    assert re.search(
+        r"memory: about 3\.0 MiB for cell experiment=numbers, structure=\S+, offset=\S+, seed=2, .* available", out
+    )
     assert len(list((run.results / "dummy").glob("2*"))) == 1
     monkeypatch.setenv("DUMMY_CLAIM", "5.0")
     assert run("--seeds", "5", "--dry-run", "--workers", "3") == 0
@@ -468,12 +485,104 @@ def test_a_value_that_an_option_names_twice_is_wrong_usage(run, capsys):
 
 
 def test_names_that_occur_twice_are_a_bug_of_the_analysis(run):
-    twice = replace(ANALYSIS, cells=lambda config: [*ANALYSIS.cells(config), ANALYSIS.cells(config)[0]])
-    with pytest.raises(ValueError, match="dummy has cells that are called the same"):
-        run("--seeds", "1", analysis=twice)
+    with pytest.raises(ValueError, match="two experiments of dummy have one name: numbers"):
+        replace(ANALYSIS, experiments=(dummy_analysis.NUMBERS,) * 2)
 
     def claims(config) -> list[Claim]:
-        return [*ANALYSIS.claims(config)[:1]] * 2
+        return [*dummy_analysis.claims(config)[:1]] * 2
 
     with pytest.raises(ValueError, match="dummy has claims that are called the same: D-1"):
-        run("--seeds", "1", analysis=replace(ANALYSIS, claims=claims))
+        run("--seeds", "1", analysis=changed(claims=claims))
+
+
+CHOICE = Experiment(name="choice", cells=lambda _: [{"rival": rival, "seed": 100} for rival in (1, 2, 3)],
+                    measure=lambda cell, _: [{"quantity": "cost", "value": float(cell["rival"])}])  # fmt: skip
+"""What an experiment chooses by."""
+
+
+def chosen(cell, context):
+    costs = context.rows("choice", rival=(2, 3)).set_index("rival")["value"]
+    return [{"quantity": "chosen", "value": float(costs.idxmin())}]
+
+
+JUDGED = Experiment(
+    name="judged",
+    cells=lambda config: [{"arm": "best"}] if config.scale < 1 else [],
+    measure=chosen,
+    claims=lambda _: [
+        Claim(id="best", statement="The cheapest is 2.", rule=Equivalence("chosen", 2.0, 0.1), source="nowhere",
+              measured="which is cheapest", expected=supported("it was made so"))
+    ],
+    after=("choice",),
+)  # fmt: skip
+CHOOSING = replace(ANALYSIS, experiments=(JUDGED, CHOICE))
+
+
+def test_an_experiment_reads_what_those_before_it_measured(run, capsys):
+    assert run("--seeds", "8", analysis=CHOOSING) == 0
+    assert [str(cell)[:17] for cell in CHOOSING.cells(dummy_analysis.Options(seeds=3))] == (
+        ["experiment=choice"] * 3 + ["experiment=judged"] * 3
+    )
+    assert run.outcomes() == {"best": "supported"}
+    capsys.readouterr()
+    assert run("--seeds", "9", "--claims", "best", analysis=CHOOSING) == 0
+    assert "12 cells, 11 cached, 1 to run" in capsys.readouterr().out
+
+
+def test_a_shard_measures_what_it_reads_and_nobody_has_measured(run):
+    assert run("--seeds", "3", "--shard", "6/6", analysis=CHOOSING) == 0
+    assert len(list((run.results / ".cache" / "dummy").glob("*.json"))) == 3, "a cell of its own, and two that it reads"
+
+
+def test_a_fresh_run_reads_only_what_it_measured_itself(run):
+    assert run("--seeds", "2", analysis=CHOOSING) == 0
+    dearer = replace(CHOICE, measure=lambda cell, _: [{"quantity": "cost", "value": -float(cell["rival"])}])
+    other = replace(ANALYSIS, experiments=(JUDGED, dearer))
+    assert run("--seeds", "2", analysis=other) == 0
+    assert run.outcomes() == {"best": "inconclusive"}, "two seeds of one value"
+    assert list(run.stored().measurements.query("quantity == 'chosen'")["value"]) == [2.0, 2.0]
+    assert run("--seeds", "2", "--fresh", analysis=other) == 0
+    assert list(run.stored().measurements.query("quantity == 'chosen'")["value"]) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda context: context.rows("judged"), "experiment 'judged' reads what 'judged' measured; name that in its"),
+        (lambda context: context.rows("choice", rival=9), "experiment 'choice' plans no cell with rival 9"),
+    ],
+)
+def test_what_cannot_be_read_is_named(run, read, message):
+    broken = replace(JUDGED, measure=lambda _, context: read(context))
+    assert run("--seeds", "2", analysis=replace(ANALYSIS, experiments=(broken, CHOICE))) == 0
+    assert all(failure.reason.startswith(f"LookupError: {message}") for failure in run.stored().failures)
+    assert len(run.stored().failures) == 2
+
+
+def test_experiments_that_wait_for_each_other_or_for_nobody_are_refused():
+    with pytest.raises(ValueError, match="experiments of dummy wait for each other: choice, judged"):
+        replace(ANALYSIS, experiments=(JUDGED, replace(CHOICE, after=("judged",))))
+    with pytest.raises(ValueError, match="experiment 'judged' comes after choice, unknown here"):
+        replace(ANALYSIS, experiments=(JUDGED,))
+
+
+def test_a_claim_without_planned_cells_is_not_measured_and_in_no_family(run, capsys):
+    both = replace(ANALYSIS, experiments=(dummy_analysis.NUMBERS, JUDGED, CHOICE))
+    assert run("--scale", "1.5", analysis=both) == 0
+    verdicts = run.stored().verdicts.set_index("claim")
+    assert verdicts.loc["best", "outcome"] == "not measured"
+    assert "not measured: best: the configuration plans no cell with experiment judged" in capsys.readouterr().out
+    assert "| best | the configuration plans no cell with experiment judged |" in (
+        (run.stored().folder / "report.md").read_text()
+    )
+    assert run("--scale", "1.5") == 0
+    alone = run.stored().verdicts.set_index("claim")
+    assert list(alone["p_adjusted"].dropna()) == list(verdicts.loc[alone.index, "p_adjusted"].dropna())
+
+
+def test_a_run_without_a_single_measurement_fails(run, capsys):
+    def fail(cell, context):
+        raise RuntimeError("no")
+
+    assert run("--seeds", "2", analysis=changed(measure=fail)) == 1
+    assert "Cells without measurements: 8" in capsys.readouterr().out

@@ -7,19 +7,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from scipy import stats
 
+from curvlab.fisher import STRUCTURES
 from curvlab.study import style
+from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
 
-STRUCTURES = (
-    "full",
-    "block-diagonal",
-    "block-tridiagonal",
-    "layer-wise",
-    "unit-wise",
-    "diagonal",
-    "kfac",
-    "ekfac",
-    "gradient-descent",
-)
+DRAWN = {**LOOKS, **WITHOUT_STRUCTURE}
 
 
 @pytest.fixture
@@ -43,11 +35,14 @@ def seeds(*points, count=12):
 
 
 def test_every_structure_has_a_look_of_its_own():
-    assert tuple(style.LOOKS) == STRUCTURES
+    assert list(LOOKS) == list(STRUCTURES)
     for field in ("color", "marker", "label"):
-        assert len({getattr(look, field) for look in style.LOOKS.values()}) == len(STRUCTURES)
-    with pytest.raises(ValueError, match=r"Unknown structure 'k-fac'\. Did you mean 'kfac'"):
-        style.look("k-fac")
+        assert len({getattr(look, field) for look in DRAWN.values()}) == len(DRAWN)
+
+
+def test_what_has_no_look_is_drawn_all_the_same():
+    assert style.look("mine").label == "mine"
+    assert style.in_order(["mine", "kfac", "full", "mine"]) == ["full", "kfac", "mine"]
 
 
 def drawn(container):
@@ -138,7 +133,7 @@ def test_caption_names_the_claims_and_their_verdicts(axes):
 
 def test_colours_stand_out_from_the_paper_and_from_each_other():
     """No two colours closer than a quarter of the RGB cube's side, none almost white."""
-    colours = np.array([to_rgb(look.color) for look in style.LOOKS.values()])
+    colours = np.array([to_rgb(look.color) for look in DRAWN.values()])
     distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
     assert distances[np.triu_indices(len(colours), 1)].min() > 0.25
     assert np.linalg.norm(1 - colours, axis=1).min() > 0.25
@@ -147,7 +142,7 @@ def test_colours_stand_out_from_the_paper_and_from_each_other():
 def test_a_saved_figure_has_the_width_of_a_column_and_text_as_text(tmp_path):
     with style.use():
         figure, grid = style.canvas(1, 2, width="double")
-        for index, structure in enumerate(STRUCTURES):
+        for index, structure in enumerate(DRAWN):
             points = [(width, (index + 1) * width**-0.5) for width in (128, 512, 2048)]
             for panel, count in zip(grid.flat, (12, 3), strict=True):
                 panel.set(yscale="log", xlabel="width", ylabel="distance from isotropy")
@@ -164,3 +159,21 @@ def test_a_saved_figure_has_the_width_of_a_column_and_text_as_text(tmp_path):
     assert f"/MediaBox [ 0 0 {style.DOUBLE * 72:g} ".encode() in content
     assert b"/Type3" not in content, "fonts are embedded as TrueType, so that text stays text"
     assert b"/FontFile2" in content
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_bands_and_points_across_are_means_with_t_intervals(axes, scale):
+    axes.set(xscale=scale, yscale=scale)
+    of, back = (np.log, np.exp) if scale == "log" else (np.asarray, np.asarray)
+    table = seeds((128, 1.0), (512, 2.0), count=4)
+    left_out = table[(table["width"] != 512) | (table["seed"] != 3)]
+    assert list(style.band(axes, left_out, "width", color="k").index) == [128]
+    means = style.band(axes, table, "width", color="k")
+    assert means[512] == pytest.approx(back(of(table.loc[table["width"] == 512, "value"]).mean()))
+    values = table.loc[table["width"] == 128, "value"]
+    low, high = back(np.array(stats.t.interval(0.95, 3, of(values).mean(), stats.sem(of(values)))))
+    band = axes.collections[-1].get_paths()[0].vertices
+    assert (band[band[:, 0] == 128, 1].min(), band[:, 1][band[:, 0] == 128].max()) == pytest.approx((low, high))
+    style.across(axes, values, 0.0, style.look("kfac"))
+    (bar,) = axes.containers[-1].lines[2][0].get_segments()
+    assert (bar[0, 0], bar[1, 0]) == pytest.approx((low, high))

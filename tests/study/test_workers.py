@@ -15,12 +15,18 @@ import dummy_analysis
 import pandas as pd
 import pytest
 
-from curvlab.study import Cell, DataUnavailable, MemoryShortage, execution, workers
+from curvlab.study import Cell, MemoryShortage, execution, workers
 from curvlab.study.execution import Plan
+from curvlab.tools.errors import DataUnavailable
 from curvlab.tools.storage import StorageFull
 
 ANALYSIS = replace(dummy_analysis.ANALYSIS, figures={})
-STRUCK = "structure=full, offset=0.0, seed="
+STRUCK = "experiment=numbers, structure=full, offset=0.0, seed="
+
+
+def measuring(measure):
+    """The dummy with another measurement."""
+    return replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=measure),))
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def forked(monkeypatch):
 
     def dummy():
         environment = {name: value for name, value in os.environ.items() if name.startswith("DUMMY_")}
-        return replace(ANALYSIS, measure=partial(dummy_analysis.measure_in, environment))
+        return measuring(partial(dummy_analysis.measure_in, environment))
 
     return dummy
 
@@ -72,7 +78,7 @@ def test_how_many_workers(monkeypatch):
 
 def test_an_analysis_that_cannot_be_sent_stays_in_one_process(run, monkeypatch):
     monkeypatch.setenv("DUMMY_CLAIM", "1.0")
-    local = replace(ANALYSIS, measure=lambda cell, config: ANALYSIS.measure(cell, config))
+    local = measuring(lambda cell, context: dummy_analysis.measure(cell, context))
     assert run("--seeds", "4", "--workers", "2", analysis=local) == 0
     assert len(run.measured) == 16
     assert "one worker instead of 2, because dummy cannot be sent" in log_of(run.stored().folder)
@@ -154,14 +160,14 @@ def test_a_cell_that_cannot_be_stored_stops_the_workers(run, forked, capsys):
 class Unloadable:
     """A measurement that ends the process into which it is sent."""
 
-    __call__ = staticmethod(ANALYSIS.measure)
+    __call__ = staticmethod(dummy_analysis.measure)
 
     def __reduce__(self):
         return os._exit, (1,)
 
 
 def test_workers_that_cannot_start_leave_the_work_to_this_process(run, forked):
-    assert run("--seeds", "4", "--workers", "2", analysis=replace(ANALYSIS, measure=Unloadable())) == 0
+    assert run("--seeds", "4", "--workers", "2", analysis=measuring(Unloadable())) == 0
     assert "worker processes cannot be started" in log_of(run.stored().folder)
     assert len(run.measured) == 16
 

@@ -1,0 +1,184 @@
+"""Gradient flow beside gradient descent: sharpening without an edge, and where the two part (claims 3 and 7)."""
+
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy.stats import kendalltau
+from torch import from_numpy, nn
+from torch.nn.utils import vector_to_parameters
+
+from analyses.edge_of_stability.config import Config
+from analyses.edge_of_stability.descent import TOLERANCE, Descent, descend, flow
+from analyses.edge_of_stability.optimisers import momentum
+from analyses.edge_of_stability.points import PAPER, given, memory, points
+from analyses.edge_of_stability.setting import Setting, flat, setting_of
+from analyses.edge_of_stability.windows import Edge
+from curvlab import study
+from curvlab.spectrum import eigenpairs
+
+SHARE = 0.3
+"""The share of --steps over which flow and descent are compared."""
+SWEEPS = {"depth": "sweep_depths", "width": "sweep_widths", "samples": "sweep_samples"}
+
+
+def _points(config: Config) -> list[study.Point]:
+    base = {"eta": config.middle, "sweep": "none"}
+    swept = [
+        {**base, "sweep": name, name: value}
+        for name, option in SWEEPS.items()
+        if getattr(config, option)
+        for value in sorted({*getattr(config, option), getattr(config, name)})
+    ]
+    return points(config, [base, *swept])
+
+
+def _sharpness(
+    setting: Setting, model: nn.Module, path: Float[np.ndarray, "T P"]
+) -> tuple[Float[np.ndarray, " T"], Float[np.ndarray, " T"]]:
+    """Return λ_max of the Hessian, and the loss, along a path of parameters."""
+    hessian, start, values, losses = setting.hessian(model), None, [], []
+    like = flat(model)
+    for parameters in path:
+        vector_to_parameters(from_numpy(parameters).to(like), model.parameters())
+        start = eigenpairs(hessian, 1, start=start, tolerance=TOLERANCE, block=6)
+        values.append(float(start.values[0]))  # noqa: PD011
+        losses.append(setting.gradient(model)[0])
+    return np.array(values), np.array(losses)
+
+
+def _course(quantity: str, times: Float[np.ndarray, " T"], series: Float[np.ndarray, " T"]) -> list[dict[str, object]]:
+    return [study.observed(quantity, float(v), time=float(t)) for t, v in zip(times, series, strict=True)]
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    config = context.config
+    setting, eta = setting_of(cell, config), float(cell["eta"])
+    grid = config.measured(int(SHARE * config.steps))
+    times = eta * np.array(grid)
+    model = setting.network()
+    path = flow(model, setting, times)
+    sharpness, losses = _sharpness(setting, model, path)
+    rows = [
+        study.observed("flow_trend", float(kendalltau(times, sharpness).statistic)),
+        study.observed("flow_growth", float(np.log(sharpness[-1] / sharpness[0]))),
+        *_course("flow_sharpness", times, sharpness),
+        *_course("flow_loss", times, losses),
+    ]
+    if cell["sweep"] != "none":
+        return rows
+    return rows + _against_descent(setting, eta, grid, path, sharpness)
+
+
+def _against_descent(
+    setting: Setting, eta: float, grid: range, path: Float[np.ndarray, "T P"], sharpness: Float[np.ndarray, " T"]
+) -> list[dict[str, object]]:
+    """Distance between flow and descent, before and after the flow's sharpness passes 2/η."""
+
+    def place(model: nn.Module) -> dict[str, Float[np.ndarray, " P"]]:
+        return {"place": np.asarray(flat(model).numpy(force=True), dtype=float)}
+
+    model = setting.network()
+    optimiser = momentum(model, "gd", eta)
+    trace = descend(Descent(model, setting, optimiser, grid, top=1, see=place), grid[-1])
+    edge, places = Edge(trace, optimiser.threshold, eta), trace.series("place")
+    count = len(places)
+    times = eta * np.array(grid)[:count]
+    distance = np.linalg.norm(places - path[:count], axis=1)
+    above = np.flatnonzero(sharpness[:count] >= optimiser.threshold)
+    crossed = bool(len(above)) and 0 < above[0] < count - 1
+    rows = [
+        *_course("distance", times, distance),
+        *_course("descent_sharpness", eta * edge.steps, edge.sharpness),
+        study.observed("crossed", float(crossed)),
+    ]
+    if crossed:
+        i = int(above[0])
+        s0, s1 = sharpness[i - 1], sharpness[i]
+        crossing = float(times[i - 1] + (optimiser.threshold - s0) / (s1 - s0) * (times[i] - times[i - 1]))
+        at = float(np.interp(crossing, times, distance))
+        moved = np.linalg.norm(path[:count] - path[0], axis=1)
+        before, after = at / crossing, (distance[-1] - at) / (times[-1] - crossing)
+        rows += [
+            study.observed("crossing_time", crossing),
+            study.observed("distance_share", at / float(np.interp(crossing, times, moved))),
+            study.observed("log_slopes", float(np.log2(max(after, 1e-12) / before))),
+        ]
+    return rows
+
+
+def _growth_slope(table: pd.DataFrame, against: str) -> pd.DataFrame:
+    return study.slope_by_seed(table.assign(value=np.exp(table["value"])), against)
+
+
+passing = partial(
+    given, condition="crossed", otherwise="The flow's sharpness does not pass 2/η in any of {count} runs."
+)
+"""A claim on flows whose sharpness passes 2/η."""
+
+
+def _sharpens_more(name: str, direction: Literal["less", "greater"], words: str) -> study.Claim:
+    return study.Claim(
+        id=f"sharpening-{name}",
+        statement=f"Progressive sharpening: {words}.",
+        rule=study.Inequality("flow_growth", direction, 0.0),
+        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 3)",
+        measured=f"Slope of the growth of the flow's sharpness, S(end)/S(0), on {name}, both in logs.",
+        expected=study.supported("The paper's secondary statement."),
+        at={"sweep": name},
+        estimate=partial(_growth_slope, against=name),
+    )
+
+
+CLAIMS = [
+    study.Claim(
+        id="flow-sharpens",
+        statement="Along gradient flow the sharpness keeps rising.",
+        rule=study.Inequality("flow_trend", "greater", 0.5),
+        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 3)",
+        measured="Kendall's τ of the sharpness with time.",
+        expected=study.supported("The paper finds it rising fivefold on CIFAR-10."),
+        at={"sweep": "none"},
+    ),
+    study.Claim(
+        id="flow-grows",
+        statement="Gradient flow ends sharper than it began.",
+        rule=study.Inequality("flow_growth", "greater", 0.0),
+        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 3)",
+        measured="Log of the sharpness at the end over that at the start.",
+        expected=study.supported("The paper finds it on CIFAR-10."),
+        at={"sweep": "none"},
+    ),
+    passing(
+        study.Claim(
+            id="flow-followed",
+            statement="Gradient descent follows the flow until the sharpness crosses 2/η.",
+            rule=study.Inequality("distance_share", "less", 0.1),
+            source=f"{PAPER} (docs/theory/cohen_2021.md, claim 7)",
+            measured="Distance of the two at the flow's crossing over the distance that the flow has gone by then.",
+            expected=study.supported("Every mode is stable, and steps are short against the flow's time scales."),
+            at={"sweep": "none"},
+        )
+    ),
+    passing(
+        study.Claim(
+            id="flow-left",
+            statement="Past the crossing gradient descent departs from the flow at more than twice the rate before.",
+            rule=study.Inequality("log_slopes", "greater", 1.0),
+            source=f"{PAPER} (docs/theory/cohen_2021.md, claim 7)",
+            measured="Log2 of the mean growth of the distance per time after the crossing over that before.",
+            expected=study.supported("The flow goes on where descent cannot."),
+            at={"sweep": "none"},
+        )
+    ),
+    _sharpens_more("depth", "greater", "more with depth"),
+    _sharpens_more("width", "less", "less in wide networks"),
+    _sharpens_more("samples", "greater", "more with more data"),
+]
+
+
+FLOW: study.Experiment[Config] = study.Experiment(
+    name="flow", cells=_points, measure=_measure, claims=CLAIMS, seconds=4.0, memory=memory
+)

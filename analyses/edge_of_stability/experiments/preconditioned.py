@@ -1,0 +1,171 @@
+"""Training with a structure as preconditioner: its own edge, at 2/η of the preconditioned Hessian (claim 13)."""
+
+from functools import partial
+from math import log10
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from analyses.edge_of_stability.config import Config
+from analyses.edge_of_stability.descent import Descent, descend
+from analyses.edge_of_stability.optimisers import Frozen, natural
+from analyses.edge_of_stability.points import BAND, PAPER, memory, points, reaching
+from analyses.edge_of_stability.setting import Setting, setting_of
+from analyses.edge_of_stability.windows import Edge
+from analyses.specs import classifies_nodes
+from curvlab import study
+from curvlab.fisher import Structure, make
+from curvlab.rows import sqrt_fisher
+from curvlab.spectrum import StructureOperator, eigenpairs
+
+SAMPLES = 32
+"""With ten classes 320 rows, on whose side the full structure is solved."""
+FROZEN, LIVE = "frozen", "live"
+DAMPING = {FROZEN: 0.1, LIVE: 1e-4}
+"""ρ over λ_max of the structure at initialisation."""
+ETA = {FROZEN: 0.1, LIVE: 0.4}
+STEPS = {FROZEN: 240, LIVE: 40}
+EVERY = {FROZEN: 30, LIVE: 20}
+KICK = 1e-3
+"""Relative change of the parameters, at random, that gives every mode a residual before the bound is probed."""
+BEYOND = (0.9, 1.1)
+"""Step sizes after a live run, over its bound 2/λ_max."""
+PROBE = 15
+"""Steps taken at each of these."""
+COVERED = ("full", "block-diagonal")
+"""Structures for which λ_max(P⁻¹H) near interpolation is known: 1, and the number of layers."""
+
+
+def _points(config: Config) -> list[study.Point]:
+    few = {} if classifies_nodes(config.problem) else {"samples": SAMPLES}
+    at = {"loss": "half-squared", **few}
+    return points(
+        config, [{"structure": name, "mode": mode, **at} for name in config.preconditioners for mode in (FROZEN, LIVE)]
+    )
+
+
+def _layers(model: nn.Module) -> int:
+    """Number of layers with parameters."""
+    return sum(bool(list(module.parameters(recurse=False))) for module in model.modules())
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting, mode = setting_of(cell, context.config), str(cell["mode"])
+    model, structure = setting.network(), make(str(cell["structure"]))
+    structure.update(sqrt_fisher(model, setting.problem.loss, *setting.problem.train))
+    damping = DAMPING[mode] * float(eigenpairs(StructureOperator(structure), 1, tolerance=1e-3).values[0])
+    eta, live = ETA[mode], mode == LIVE
+    optimiser = natural(model, setting, structure, damping, eta) if live else Frozen(model, structure, damping, eta)
+    measured = range(EVERY[mode] if live else 0, STEPS[mode] + 1, EVERY[mode])
+    trace = descend(Descent(model, setting, optimiser, measured, top=1), STEPS[mode])
+    edge = Edge(trace, optimiser.threshold, eta)
+    rows = edge.rows()
+    if live and trace.diverged is None:
+        final, layers = float(edge.sharpness[-1]), _layers(model)
+        rows.append(study.observed("final", final, layers=layers))
+        known = {"full": 1, "block-diagonal": layers}.get(structure.key)
+        if known is not None:
+            rows.append(study.observed("final_share", final / known))
+            rows += _beyond(model, setting, structure, damping, known)
+    return rows
+
+
+def _beyond(
+    model: nn.Module, setting: Setting, structure: Structure, damping: float, known: int
+) -> list[dict[str, object]]:
+    """Change of the loss by further steps, on both sides of the bound 2/λ_max that theory gives."""
+    generator = torch.Generator().manual_seed(0)
+    start = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        start[name] = value + KICK * float(value.norm() / noise.norm()) * noise
+    rows = []
+    for factor in BEYOND:
+        model.load_state_dict(start, strict=False)
+        optimiser = natural(model, setting, structure, damping, factor * 2.0 / known)
+        trace = descend(Descent(model, setting, optimiser), PROBE)
+        losses = trace.series("loss")
+        change = log10(losses[-1] / losses[0]) if np.isfinite(losses[-1]) else np.inf
+        rows.append(study.observed(f"change_{factor:g}", change, **trace.ended))
+    return rows
+
+
+def _frozen_claims(structure: str) -> list[study.Claim]:
+    claim = partial(study.Claim, at={"structure": structure, "mode": FROZEN})
+    what = f"gradient descent preconditioned by the initial {structure} structure"
+    return [
+        claim(
+            id=f"preconditioned-sharpens-{structure}",
+            statement=f"Below its threshold, {what} raises λ_max((F + ρI)⁻¹H).",
+            rule=study.Inequality("rising_share", "greater", 0.5),
+            source=f"{PAPER} (docs/theory/cohen_2021.md, claims 3 and 13)",
+            measured="Share of the intervals between measurements before the crossing over which it rises.",
+            expected=study.undecided("A linear change of variables makes it gradient descent, on another network."),
+        ),
+        reaching(
+            claim(
+                id=f"preconditioned-edge-{structure}",
+                statement=f"Having reached it, {what} hovers at λ_max((F + ρI)⁻¹H) = 2/η.",
+                rule=study.Equivalence("plateau_ratio", 1.0, BAND),
+                source=f"{PAPER} (docs/theory/cohen_2021.md, claim 13)",
+                measured="λ_max((F + ρI)⁻¹H)·η/2, the mean over measurements from the first crossing to the end.",
+                expected=study.supported("A linear change of variables makes it gradient descent."),
+            )
+        ),
+        reaching(
+            claim(
+                id=f"preconditioned-above-{structure}",
+                statement=f"Having reached its edge, {what} is above it on average.",
+                rule=study.Inequality("plateau_ratio", "greater", 1.0),
+                source=f"{PAPER} (docs/theory/cohen_2021.md, claims 4 and 13)",
+                measured="The same mean.",
+                expected=study.undecided("The paper asks it as a separate question."),
+            )
+        ),
+    ]
+
+
+def _live_claims(structure: str) -> list[study.Claim]:
+    at = {"structure": structure, "mode": LIVE}
+    source = f"{PAPER} and Karakida & Osawa 2020 (docs/theory/cohen_2021.md, claim 13, derived)"
+    number, bound = ("1", "2") if structure == "full" else ("the number L of layers", "2/L")
+    below, above = BEYOND
+
+    def side(word: str, verb: str, factor: float, direction: Literal["less", "greater"]) -> study.Claim:
+        return study.Claim(
+            id=f"natural-{word}-{structure}",
+            statement=f"Near interpolation {structure} natural gradient {verb} at {factor:g} times the bound η = {bound}.",
+            rule=study.Inequality(f"change_{factor:g}", direction, 0.0),
+            source=source,
+            measured=f"Log10 of the loss after {PROBE} steps over that before, "
+            f"after a random change by {KICK:g} of the parameters at which a run at η = {ETA[LIVE]:g} ends.",
+            expected=study.supported("The mode of the largest eigenvalue is multiplied by 1 − ηλ a step."),
+            at=at,
+        )
+
+    return [
+        study.Claim(
+            id=f"natural-curvature-{structure}",
+            statement=f"Near interpolation λ_max of the Hessian preconditioned by the {structure} Fisher matrix is {number}.",
+            rule=study.Equivalence("final_share", 1.0, 0.05),
+            source=source,
+            measured=f"λ_max((F + ρI)⁻¹H) over that after {STEPS[LIVE]} steps.",
+            expected=study.supported("H tends to F as residuals vanish; L blocks of a full row rank add up to L."),
+            at=at,
+        ),
+        side("below", "converges", below, "less"),
+        side("beyond", "moves away", above, "greater"),
+    ]
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    frozen = [claim for structure in config.preconditioners for claim in _frozen_claims(structure)]
+    return frozen + [claim for structure in COVERED for claim in _live_claims(structure)]
+
+
+PRECONDITIONED: study.Experiment[Config] = study.Experiment(
+    name="preconditioned", cells=_points, measure=_measure, claims=_claims, seconds=4.0, memory=memory
+)

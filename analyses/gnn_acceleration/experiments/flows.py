@@ -1,0 +1,350 @@
+"""Gradient flow of linear models on the graph: the bounds, the floors of λ, and skip connections and depth along paths.
+
+Claims 1, 2, 3, 5 and 6. The flow, unlike its bounds, is not in closed form: its error is watched by the energy balance and
+by what the flow conserves.
+"""
+
+from math import ceil, log10
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from analyses.gnn_acceleration.config import Config
+from analyses.gnn_acceleration.flow import Model, Path, descend, flow, initial
+from analyses.gnn_acceleration.points import PAPER, memory
+from analyses.gnn_acceleration.setting import Setting, named, setting_of
+from curvlab import study
+from curvlab.theory import graph_dynamics as theory
+
+STARTS: dict[str, tuple[str, float]] = {
+    "zero": ("orthogonal", 0.0),
+    "orthogonal": ("orthogonal", 0.5),
+    "glorot": ("glorot", 0.5),
+    "uniform": ("uniform", 0.5),
+}
+"""Layers and spectral norm of the heads. The first is followed at every depth, the others at one, the second also by
+gradient descent."""
+COMPARED_DEPTH = 2
+DURATION = 2.0
+"""Of a flow, in 1/λ_max of the tangent kernel at the start; the kernel grows on the way."""
+POINTS = 41
+STEP = 1 / 16
+"""Largest learning rate of gradient descent, in 1/λ_max of the tangent kernel along the flow."""
+TOLERANCE = 1e-6
+"""Above the error of the integration, which the claims on energy and conservation hold to the same."""
+ONE_RUN = "all seeds are one run turned round: orthogonal layers, zero heads and a fixed split; --nodes draws nodes"
+
+
+def _points(config: Config) -> list[study.Point]:
+    depths = config.swept_depths
+    compared = max((depth for depth in depths if depth <= COMPARED_DEPTH), default=depths[0])
+    return [
+        {"aggregation": aggregation, "depth": depth, "start": start}
+        for aggregation in config.aggregation
+        for depth in depths
+        for start in (STARTS if depth == compared and depth > 0 else ["zero"])
+    ]
+
+
+def _start(cell: study.Cell, setting: Setting, scales: range) -> Model:
+    init, head_norm = STARTS[str(cell["start"])]
+    rng = np.random.default_rng(int(cell["seed"]))
+    return initial(setting.propagated(max(scales)), setting.targets, scales, rng, init, head_norm)
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting, depth = setting_of(cell, context.config), int(cell["depth"])
+    single = _start(cell, setting, range(depth, depth + 1))
+    multi = _start(cell, setting, range(depth + 1))
+    end = DURATION / multi.sharpness()
+    rows = []
+    paths: dict[str, Path] = {}
+    for name, model in (("single", single), ("multi", multi)):
+        own = DURATION / model.sharpness()
+        grid = np.linspace(0.0, own, POINTS)
+        paths[name] = flow(model, np.unique(np.append(grid, end)) if end < own else grid)
+        rows += _bounds(paths[name], name, setting.nodes.numpy()) + _checks(paths[name], name)
+        if cell["start"] == "orthogonal":
+            rows += _descent(model, grid, name)
+    rows += _scales(paths["multi"])
+    if cell["start"] == "zero":
+        rows += [study.observed("left", log10(_left(paths[name], end)), model=name) for name in paths]
+    if cell["start"] == "zero" and depth > 0:
+        shallow = flow(_start(cell, setting, range(depth)), np.array([0.0, end]))
+        reached = log10(_left(paths["multi"], end))
+        replicated = {} if context.config.drawn_nodes else study.outside(ONE_RUN)
+        rows += [
+            study.observed("skip_log_ratio", reached - log10(_left(paths["single"], end)), **replicated),
+            study.observed("depth_log_ratio", reached - log10(_left(shallow, end)), **replicated),
+            *_along(paths["multi"], depth),
+        ]
+    return rows
+
+
+def _left(path: Path, time: float) -> float:
+    """L over its initial value at one of the times of a path."""
+    return float(path.losses[np.abs(path.times - time).argmin()] / path.losses[0])
+
+
+def _stack(model: Model) -> np.ndarray:
+    """The features of all scales with a head, one upon the other."""
+    return np.concatenate([model.features[scale] for scale in model.heads])
+
+
+def _bound(path: Path, floors: np.ndarray, features: np.ndarray) -> tuple[float, float]:
+    """Largest excess of L − L⋆ over its bound, over L(0), and log10 of the measured exponent over the bound's."""
+    start = path.models[0]
+    optimum = theory.optimal_loss(features, start.targets)
+    excess = path.losses - optimum
+    bound = theory.loss_bound(excess[0], floors, theory.least_singular_value(features), path.times)
+    measured = np.log(excess[0] / max(excess[-1], 1e-12 * excess[0]))
+    guaranteed = np.log(excess[0] / bound[-1])
+    loose = log10(measured / guaranteed) if guaranteed > 0 else float("nan")
+    return max(0.0, float((excess - bound).max() / path.losses[0])), loose
+
+
+def _floors(path: Path) -> np.ndarray:
+    """λ_min(B^(1:l)ᵀ B^(1:l)) by time and scale."""
+    return np.stack([model.floors() for model in path.models])
+
+
+def _missing(features: np.ndarray) -> int:
+    """Ranks that features lack of the number that theorem 1 asks for, min(F, n)."""
+    return int(min(features.shape) - np.linalg.matrix_rank(features))
+
+
+def _bounds(path: Path, name: str, nodes: Int[np.ndarray, " n"]) -> list[dict[str, object]]:
+    """Theorems 1 and 2a, which say nothing where features lack rank; the nodes that deprive them of it are named."""
+    start = path.models[0]
+    floors = _floors(path)[:, list(start.heads)].min(axis=1)
+    features = _stack(start)
+    excess, loose = _bound(path, floors, features)
+    missing = _missing(features)
+    guilty = nodes[theory.dependent_nodes(features)] if missing else nodes[:0]
+    lacking = f"the features lack {missing} of the ranks that σ_min needs, by the nodes {named(guilty)}"
+    rows = [
+        study.observed(
+            f"excess_{name}",
+            excess,
+            tolerance=TOLERANCE,
+            model=name,
+            missing=missing,
+            nodes=" ".join(map(str, guilty)),
+            **(study.outside(lacking) if missing else {}),
+        ),
+        study.observed("floor", float(floors.min()), model=name),
+        study.observed("floor_start", float(floors[0]), model=name),
+    ]
+    if np.isfinite(loose):
+        rows.append(study.observed("looseness", loose, model=name))
+    return rows
+
+
+def _scales(path: Path) -> list[dict[str, object]]:
+    """Theorem 2b at every scale; its proof holds for those of full column rank."""
+    rows = []
+    for scale, floors in enumerate(_floors(path).T):
+        features = path.models[0].features[scale]
+        covered = np.linalg.matrix_rank(features) == features.shape[1]
+        excess, _ = _bound(path, floors, features)
+        informative = path.losses[-1] > theory.optimal_loss(features, path.models[0].targets)
+        if informative:
+            quantity = "scale_excess" if covered else "scale_excess_uncovered"
+            rows.append(study.observed(quantity, excess, tolerance=TOLERANCE, scale=scale))
+    return rows
+
+
+def _checks(path: Path, name: str) -> list[dict[str, object]]:
+    """Energy balance, conservation, and the floors that follow from it."""
+    start, at = path.models[0], {"model": name, "tolerance": TOLERANCE}
+    rows = [study.observed("energy", path.energy, **at)]
+    if not start.layers:
+        return rows
+    before = theory.conserved(start.heads, start.layers)
+    changes = [
+        float(np.linalg.norm(now - then) / np.linalg.norm(layer) ** 2)
+        for model in path.models[1:]
+        for now, then, layer in zip(theory.conserved(model.heads, model.layers), before, model.layers, strict=True)
+    ]
+    rows.append(study.observed("conserved", max(changes), **at))
+    guaranteed = np.array(theory.floor_of_products(start.heads, start.layers))
+    rows.append(study.observed("guaranteed", float(guaranteed[-1]), model=name))
+    if guaranteed[-1] > 0:
+        shortfall = float((guaranteed - _floors(path)).max())
+        rows.append(study.observed("floor_shortfall", max(0.0, shortfall), **at))
+    return rows
+
+
+def _descent(model: Model, grid: np.ndarray, name: str) -> list[dict[str, object]]:
+    """Gradient descent at a step and at half of it: the flow's bound, and the order of its distance from the flow."""
+    exact = flow(model, grid)
+    sharpest = max(point.sharpness() for point in exact.models)
+    steps = ceil((grid[1] - grid[0]) * sharpest / STEP)
+    paths = [descend(model, grid, steps * halved) for halved in (1, 2)]
+    outputs = [np.stack([point.residual for point in path.models]) for path in (exact, *paths)]
+    distances = [float(np.linalg.norm(found - outputs[0])) for found in outputs[1:]]
+    floors = _floors(paths[0])[:, list(model.heads)].min(axis=1)
+    excess, _ = _bound(paths[0], floors, _stack(model))
+    return [
+        study.observed("descent_excess", excess, tolerance=TOLERANCE, model=name),
+        study.observed("descent_halving", distances[0] / distances[1], model=name),
+    ]
+
+
+def _along(path: Path, depth: int) -> list[dict[str, object]]:
+    """What skip connections, and the last layer, add to the speed at the points of a multiscale path."""
+    rows = []
+    for change, reference in (("skip", [depth]), ("depth", list(range(depth)))):
+        gains = np.array([model.gain(reference) for model in path.models])
+        total = gains[:, 1:].sum(axis=1) / gains[:, 0]
+        rows += [
+            study.observed("path_slow_down", max(0.0, -float(total.min())), tolerance=1e-9, change=change),
+            study.observed("path_condition_fails", float(np.mean(gains[:, 2] < 0)), change=change),
+        ]
+    return rows
+
+
+def _bound_claim(model: str, theorem: str, features: str) -> study.Claim:
+    return study.Claim(
+        id=f"bound-{model}",
+        statement=f"The loss of the {model} model obeys L(T) − L⋆ ≤ (L(0) − L⋆) exp(−4 λ_T σ_min²({features}) T).",
+        rule=study.Identity(f"excess_{model}"),
+        source=f"{PAPER}, theorem {theorem}",
+        measured="Largest excess over the bound along the flow, over L(0), with λ_T followed along it; all depths and starts "
+        "whose features have the rank that σ_min needs.",
+        expected=study.supported("It is a theorem."),
+    )
+
+
+def _scale_claim(id_: str, quantity: str, which: str, expected: study.Expected) -> study.Claim:
+    other = {"scale_excess", "scale_excess_uncovered"} - {quantity}
+
+    def assumptions(table: pd.DataFrame) -> str | None:
+        return f"There is no informative scale {which}." if set(table["quantity"]) == other else None
+
+    return study.Claim(
+        id=id_,
+        statement=f"A multiscale model decays towards L⋆_l at the rate of every single scale l {which}.",
+        rule=study.Identity(("scale_excess", "scale_excess_uncovered")),
+        source=f"{PAPER}, theorem 2 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 3b, recalled)",
+        measured="Largest excess over the bound of a scale along the flow, over L(0); scales whose optimum the loss passes are "
+        "left out.",
+        expected=expected,
+        estimate=study.among(study.identities, quantity=quantity),
+        assumptions=assumptions,
+    )
+
+
+def _path_claim(change: str, words: str, number: int) -> study.Claim:
+    return study.Claim(
+        id=f"{change}-along-path",
+        statement=f"{words} at every point of a multiscale path from zero heads.",
+        rule=study.Identity("path_slow_down"),
+        source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number})",
+        measured="Largest relative loss of speed against the model without the new scales at the same outputs.",
+        expected=study.undecided("It holds at zero heads; further on no theorem says so."),
+        at={"start": "zero", "depth": _deep},
+        estimate=study.among(study.identities, change=change),
+    )
+
+
+def _faster_claim(aggregation: str, change: str, words: str, number: int) -> study.Claim:
+    return study.Claim(
+        id=f"{change}-faster-{aggregation}",
+        statement=f"{words} in training from zero heads with {aggregation.upper()} aggregation.",
+        rule=study.Inequality(f"{change}_log_ratio", "less", 0.0),
+        source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number})",
+        measured=f"log10 of the losses left with over without at T = {DURATION:g}/λ_max of the larger model, mean over depths.",
+        expected=study.supported("It is faster at the start, and both models move along the same V."),
+        at={"start": "zero", "depth": _deep, "aggregation": aggregation},
+    )
+
+
+def _deep(depth: object) -> bool:
+    """Whether there are layers, without which a model has one scale only."""
+    return depth != 0
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    return [
+        _bound_claim("single", "1", "G_H"),
+        _bound_claim("multi", "2 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 3a)", "G^[H]"),
+        _scale_claim(
+            "bound-scale",
+            "scale_excess",
+            "of full column rank",
+            study.supported("With full column rank every prediction lies in the row space of G_l (derived)."),
+        ),
+        _scale_claim(
+            "bound-scale-deficient",
+            "scale_excess_uncovered",
+            "without full column rank",
+            study.undecided("Counter-examples exist, see scale-anywhere; this asks whether training runs into one."),
+        ),
+        study.Claim(
+            id="bound-descent",
+            statement="Gradient descent obeys the bounds of the flow at T = ηk.",
+            rule=study.Identity("descent_excess"),
+            source=f"{PAPER}, theorems 1 and 2, which are about the flow",
+            measured="Largest excess over the bound at η ≤ 1/(16 λ_max), λ_max the largest along the flow, over L(0).",
+            expected=study.supported("The bounds are loose, and (1 − x) ≤ exp(−x)."),
+            at={"start": "orthogonal"},
+        ),
+        study.Claim(
+            id="floor-guaranteed",
+            statement="Square layers keep λ_min(B^(1:l)ᵀB^(1:l)) above the floor that the conserved matrices give.",
+            rule=study.Identity("floor_shortfall"),
+            source=f"{PAPER}, time-independent condition "
+            "(docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 2; the floor is derived)",
+            measured="Largest shortfall of λ_min at any time and scale, for starts with a positive floor.",
+            expected=study.supported("It follows from the conservation law."),
+            at={"depth": _deep},
+        ),
+        study.Claim(
+            id="flow-energy",
+            statement="The loss falls by the integral of ‖∇L‖², to the accuracy that the bounds are judged by.",
+            rule=study.Identity("energy"),
+            source=f"{PAPER}, section 4, dL/dt",
+            measured="Distance of the two at the end, over L(0).",
+            expected=study.supported("A check of the integration."),
+        ),
+        study.Claim(
+            id="flow-conserved",
+            statement="The flow conserves B_iB_iᵀ − B_{i+1}ᵀB_{i+1} − W_iᵀW_i.",
+            rule=study.Identity("conserved"),
+            source=f"{PAPER}, time-independent condition (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 2; derived)",
+            measured="Largest change over ‖B_i‖².",
+            expected=study.supported("It is an identity of the flow (derived)."),
+            at={"depth": _deep},
+        ),
+        study.Claim(
+            id="descent-order",
+            statement="Gradient descent approaches the flow in proportion to η.",
+            rule=study.Equivalence("descent_halving", 2.0, 0.2),
+            source=f"{PAPER}, algorithm (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md)",
+            measured="Distance of the outputs from the flow's at η ≤ 1/(16 λ_max), over that at half of it, all points of time.",
+            expected=study.supported("It is Euler's method."),
+            at={"start": "orthogonal"},
+        ),
+        _path_claim("skip", "Skip connections accelerate", 5),
+        _path_claim("depth", "The last layer accelerates", 6),
+        *(
+            _faster_claim(aggregation, change, words, number)
+            for aggregation in config.aggregation
+            for change, words, number in (
+                ("skip", "Skip connections accelerate", 5),
+                ("depth", "One more layer accelerates", 6),
+            )
+        ),
+    ]
+
+
+FLOWS: study.Experiment[Config] = study.Experiment(
+    name="flows",
+    cells=_points,
+    measure=_measure,
+    claims=_claims,
+    seconds=lambda cell, _: 1.0 + int(cell["depth"]),
+    memory=memory,
+)

@@ -1,0 +1,16 @@
+"""What experiments share: their source, the points of those that a depth does not tell apart, and their memory."""
+
+from analyses.gnn_acceleration.config import Config
+from curvlab.study import Cell, Point
+
+PAPER = "Xu, Zhang, Jegelka & Kawaguchi 2021"
+
+
+def by_aggregation(config: Config) -> list[Point]:
+    """Return a point for each aggregation."""
+    return [{"aggregation": aggregation} for aggregation in config.aggregation]
+
+
+def memory(_: Cell, config: Config) -> float:
+    """Peak bytes of a cell; the complete split of the largest graph has 18 717 training nodes."""
+    return 2e9 if config.problem == "karate" or config.splits == ("public",) else 1.5e10

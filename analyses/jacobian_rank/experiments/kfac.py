@@ -1,0 +1,112 @@
+"""K-FAC on the two-layer network: every sample decays by its leverage (claims 7 and 8)."""
+
+from itertools import product
+
+import numpy as np
+
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.descent import descend, natural
+from analyses.jacobian_rank.points import DRIFTS, PAPER, SYNTHETIC, admitted, memory, seconds
+from analyses.jacobian_rank.setting import setting_of
+from curvlab import fisher, study, theory
+from curvlab.nn import linearize
+
+STEPS = 5
+
+
+def _points(config: Config) -> list[study.Point]:
+    if "kfac" not in config.structures or config.swept_widths == (0,):
+        return []
+    at, pairs = {"problem": SYNTHETIC, "similarity": 0.5}, product(config.activation, config.swept_widths)
+    return admitted(config, [{**at, "width": width, "activation": activation} for activation, width in pairs])
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting = setting_of(cell, context.config)
+    x = setting.inputs.numpy(force=True)
+    y = setting.targets.numpy(force=True)
+    start = setting.residual.numpy(force=True)
+    leverage = theory.leverages(x)
+    N, steps = len(x), range(STEPS + 1)
+    eta = 1.0
+    predicted = theory.kfac_residual(leverage, eta, steps, start)
+    worst = theory.kfac_worst_rate(x, eta) ** np.arange(STEPS + 1)
+    norm = float(np.linalg.norm(start))
+    structure = fisher.KFAC()
+    rows = []
+    runs = {"network": setting.network()}
+    if int(cell["width"]) == context.config.swept_widths[0]:
+        runs["linearised"] = linearize(setting.problem.model)
+    for run, model in runs.items():
+        # Both factors are means over samples, which makes a step N times larger.
+        residuals = descend(model, setting, natural(structure, setting), eta / N, STEPS) - y
+        error = float(np.abs(residuals - predicted).max() / norm)
+        if run == "linearised":
+            tolerance = setting.round_off(structure.condition_number())
+            rows.append(study.observed("linear_error", error, tolerance=tolerance))
+            continue
+        squared = np.square(residuals).sum(1) / norm**2
+        rows += [
+            study.observed("error", error),
+            study.observed("excess", float(np.max((squared - worst)[1:]))),
+            study.observed("looseness", float(np.log(worst[-1]) / np.log(squared[-1]))),
+        ]
+        rows += [
+            study.observed("decay", float(residuals[1, i] / start[i]), predicted=1 - eta * h, sample=i)
+            for i, h in enumerate(leverage)
+            if abs(start[i]) > norm / N
+        ]
+    return rows
+
+
+def _width(activation: str) -> study.Claim:
+    exponent, _ = DRIFTS[activation]
+    return study.Claim(
+        id=f"kfac-width-{activation}",
+        statement=f"On the {activation} network itself the distance from that law falls with the width.",
+        rule=study.Inequality("error", "less", -0.1),
+        source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 8)",
+        measured="Slope of log distance against log m.",
+        expected=study.supported(f"The change of J falls as m^({exponent:g})."),
+        at={"activation": activation},
+        estimate=study.slope_by_seed,
+        assumptions=study.needs_several_widths,
+    )
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    return [
+        study.Claim(
+            id="kfac-leverages",
+            statement="With the activation patterns frozen, K-FAC decays every example by its own leverage, 1 − ηh_i.",
+            rule=study.Identity("linear_error"),
+            source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 8, derived)",
+            measured=f"Distance of the linearised network's residuals from (1 − ηh_i)^k r_i(0) over {STEPS} steps.",
+            expected=study.supported("J F⁺ Jᵀ = I ∘ H where SSᵀ is invertible."),
+            at={"width": config.swept_widths[0]},
+        ),
+        study.Claim(
+            id="kfac-bound",
+            statement="Under K-FAC ‖r(k)‖² ≤ (1 − η/λ_max(XᵀX))^k ‖r(0)‖².",
+            rule=study.Inequality("excess", "less", 0.0),
+            source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 7)",
+            measured="Largest excess of ‖r(k)‖²/‖r(0)‖² over the bound at η = 1, at the largest width.",
+            expected=study.supported("1/λ_max is the smallest leverage that unit inputs can have."),
+            estimate=study.at_largest_width(study.by_seed),
+        ),
+        study.Claim(
+            id="kfac-bound-loose",
+            statement="The worst-case rate of K-FAC is loose by more than a factor of two in the number of steps.",
+            rule=study.Inequality("looseness", "less", 0.5),
+            source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 7)",
+            measured="log of the bound over log of the measured ‖r(k)‖²/‖r(0)‖² at the largest width.",
+            expected=study.supported("The leverages average d/n, and the square is not used."),
+            estimate=study.at_largest_width(study.by_seed),
+        ),
+        *map(_width, config.activation),
+    ]
+
+
+KFAC: study.Experiment[Config] = study.Experiment(
+    name="kfac", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.05, 0.25), memory=memory
+)

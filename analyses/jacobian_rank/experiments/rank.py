@@ -1,0 +1,213 @@
+"""Full row rank at initialisation, of the whole Jacobian and of its blocks (claim 1)."""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import product
+from math import cos, sin
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import curvlab
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.descent import unit_rank
+from analyses.jacobian_rank.networks import NETWORKS, network_of
+from analyses.jacobian_rank.points import PAPER, admitted, memory, seconds
+from analyses.jacobian_rank.setting import setting_of
+from analyses.specs import classifies_nodes
+from curvlab import study, theory
+from curvlab.nn import TwoLayer
+from curvlab.rows import Rows
+from curvlab.spectrum import rank
+
+DISTINCT, DUPLICATED, PARALLEL, NEAR = "distinct", "duplicated", "parallel", "near"
+ANGLES = (0.2, 0.1, 0.05, 0.02)
+"""Angles between the first two inputs, in radians, where they are nearly parallel."""
+SAMPLES = (10, 20, 80)
+"""Numbers of samples tried besides the configured one."""
+NEAR_EXPONENTS = {
+    "relu": (
+        1.0,
+        "A share proportional to the angle of the units tells the two apart, each by an entry of its full size.",
+    ),
+    "erf": (2.0, "The two rows differ in proportion to the angle."),
+}
+"""Exponent of the angle with which λ_min(G) falls, by activation, and its derivation."""
+
+
+def _points(config: Config) -> list[study.Point]:
+    activations, widths = config.activation, config.swept_widths
+    smallest, largest, first = {"width": widths[0]}, {"width": widths[-1]}, {"activation": activations[0]}
+    graph = classifies_nodes(config.problem)
+    dependent = (DUPLICATED,) if graph else (DUPLICATED, PARALLEL)
+    own: list[study.Point] = [
+        *({"inputs": DISTINCT, "width": width, "activation": name} for name, width in product(activations, widths)),
+        *({"inputs": inputs, **smallest, "activation": name} for name, inputs in product(activations, dependent)),
+    ]
+    others: list[study.Point] = []
+    if not graph:
+        near = product(activations, ANGLES)
+        own += [{"inputs": NEAR, "angle": angle, **largest, "activation": name} for name, angle in near]
+        if "samples" in config.takes:
+            own += [{"inputs": DISTINCT, **largest, **first, "samples": samples} for samples in SAMPLES]
+        cases = product(NETWORKS, (DISTINCT, DUPLICATED))
+        others = [{"network": network, "inputs": inputs, **smallest, **first} for network, inputs in cases]
+    return admitted(config, [*({"network": "own", **point} for point in own), *others])
+
+
+def _inputs(x: Float[Tensor, "N d"], cell: study.Cell) -> Float[Tensor, "N d"]:
+    """Return the inputs, the second of them made to depend on the first one."""
+    changed, first = x.clone(), x[0]
+    match cell["inputs"]:
+        case "duplicated":
+            changed[1] = first
+        case "parallel":
+            changed[1] = 2 * first
+        case "near":
+            angle = float(cell["angle"])
+            across = x[1] - (x[1] @ first) / (first @ first) * first
+            changed[1] = cos(angle) * first + sin(angle) * first.norm() / across.norm() * across
+    return changed
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting = setting_of(cell, context.config)
+    x = _inputs(setting.inputs, cell)
+    model = setting.problem.model if cell["network"] == "own" else network_of(setting, cell)
+    rows = curvlab.jacobian(model, x)
+    kernel = rows.gram()
+    values = torch.linalg.eigvalsh(kernel).numpy(force=True)
+    found = rank(rows)
+    missing = rows.R - found.rank
+    expected = _expected_missing(cell)
+    measured: list[dict[str, object]] = [
+        study.observed("missing", missing),
+        study.observed("undecided", found.undecided),
+        study.observed("smallest_ratio", float(values[0] / values[-1])),
+    ]
+    if rows.P >= rows.R:
+        measured.append(study.observed("surprise", float(missing - expected), tolerance=0.0))
+    for layer in rows.layers:
+        if layer.size >= rows.R:
+            surprise = rows.R - rank(rows, parameters=layer.layout.names).rank - expected
+            measured.append(study.observed("layer_surprise", surprise, tolerance=0.0, layer=layer.name))
+    if cell["inputs"] == NEAR:
+        measured.append(study.observed("near_smallest", float(values[0])))
+    if isinstance(model, TwoLayer) and cell["inputs"] == DISTINCT and "activation" in cell.coordinates:
+        measured += _two_layer(x, rows, values, str(cell["activation"]))
+    return measured
+
+
+def _expected_missing(cell: study.Cell) -> int:
+    """Rows that depend on others: a copy of an input, and for ReLU without biases a multiple of one."""
+    parallel = cell["inputs"] == PARALLEL and cell.coordinates.get("activation", "relu") == "relu"
+    return int(cell["inputs"] == DUPLICATED or parallel)
+
+
+def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activation: str) -> list[dict[str, object]]:
+    limit = theory.two_layer_limit_gram(x.numpy(force=True), activation)
+    smallest = float(np.linalg.eigvalsh(limit)[0])
+    return [
+        study.observed("smallest", float(values[0])),
+        study.observed("smallest_limit", smallest),
+        study.observed("limit_ratio", float(values[0]) / smallest),
+        study.observed("unit_rank", unit_rank(rows)),
+    ]
+
+
+def _full_rank(name: str, statement: str, reason: str, at: Mapping[str, object]) -> study.Claim:
+    return study.Claim(
+        id=f"rank-{name}",
+        statement=statement,
+        rule=study.Identity("surprise"),
+        source=f"{PAPER}, condition 1 (docs/theory/zhang_martens_grosse_2019.md, claim 1)",
+        measured="Number of rows missing in the numerical rank, against the number expected.",
+        expected=study.supported(reason),
+        at=at,
+    )
+
+
+def _near(activation: str) -> study.Claim:
+    exponent, reason = NEAR_EXPONENTS[activation]
+    return study.Claim(
+        id=f"rank-near-{activation}",
+        statement=f"Two inputs at a small angle cost no rank with {activation}; λ_min(G) falls as the angle to the power "
+        f"{exponent:g}.",
+        rule=study.Equivalence("near_smallest", exponent, 0.2),
+        source=f"{PAPER}, condition 1 and λ₀ (docs/theory/zhang_martens_grosse_2019.md, claim 1 and traps; exponent derived)",
+        measured=f"Slope of log λ_min(G) against the logarithm of angles from {ANGLES[-1]:g} to {ANGLES[0]:g}, at the "
+        "largest width.",
+        expected=study.supported(reason),
+        at={"inputs": NEAR, "activation": activation},
+        estimate=partial(study.slope_by_seed, against="angle"),
+    )
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    distinct = {"network": "own", "inputs": DISTINCT, "samples": config.samples}
+    networks = {"network": tuple(NETWORKS)}
+    return [
+        _full_rank(
+            "initial",
+            "The Jacobian of the two-layer network has full row rank at initialisation.",
+            "λ_min of the limit kernel is positive for inputs that are not parallel.",
+            {"network": "own", "inputs": (DISTINCT, NEAR)},
+        ),
+        _full_rank(
+            "duplicated",
+            "A duplicated input costs exactly one dimension of row rank.",
+            "Its row is the other's.",
+            {"network": "own", "inputs": DUPLICATED},
+        ),
+        _full_rank(
+            "parallel",
+            "A positively parallel input costs one dimension of row rank with ReLU, and none with a smooth activation.",
+            "A ReLU network without biases is positively homogeneous in its input.",
+            {"network": "own", "inputs": PARALLEL},
+        ),
+        _full_rank(
+            "networks",
+            "Networks with all layers trained (MLP, convolutional, residual) have full row rank at initialisation, less one "
+            "for a duplicated input.",
+            "P is far above the number of rows.",
+            networks,
+        ),
+        study.Claim(
+            id="rank-layers",
+            statement="Every single layer of these networks has full row rank, less one for a duplicated input.",
+            rule=study.Identity("layer_surprise"),
+            source=f"{PAPER}, condition 1, for layer-wise blocks (derived)",
+            measured="Number of rows missing in the numerical rank of a layer's Jacobian, against the number expected.",
+            expected=study.supported("Its inputs are distinct. Layers with fewer parameters than rows are left out."),
+            at=networks,
+        ),
+        study.Claim(
+            id="rank-limit",
+            statement="λ_min of the kernel at initialisation tends to that of the limit kernel.",
+            rule=study.Equivalence("limit_ratio", 1.0, 0.1),
+            source=f"{PAPER}, section 4 (docs/theory/zhang_martens_grosse_2019.md, setting)",
+            measured="λ_min(G(0))/λ_min(G∞) at the largest width.",
+            expected=study.supported("G is a mean over m units."),
+            at=distinct,
+            estimate=study.at_largest_width(study.by_seed),
+        ),
+        *map(_near, config.activation),
+        study.Claim(
+            id="rank-units",
+            statement="The Jacobian of a single ReLU unit lacks row rank where that of the whole network does not.",
+            rule=study.Inequality("unit_rank", "less", 0.9),
+            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
+            measured="Mean over units of the row rank of a unit's block, over the number of rows.",
+            expected=study.supported(
+                "A unit is active on about half of the samples, and only their rows are not zero."
+            ),
+            at={**distinct, "activation": "relu"},
+        ),
+    ]
+
+
+RANK: study.Experiment[Config] = study.Experiment(
+    name="rank", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.01, 0.1), memory=memory
+)

@@ -1,0 +1,155 @@
+"""What approximations of the Fisher matrix leave of full rank, of stability and of the rate, on networks with several layers."""
+
+from functools import partial
+from itertools import product
+from math import log10
+
+import numpy as np
+import torch
+
+import curvlab
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.descent import DIVERGED, descend, gradient, natural, watch
+from analyses.jacobian_rank.networks import TRAINED, network_setting
+from analyses.jacobian_rank.points import PAPER, admitted, memory, worst_decade_by_seed
+from analyses.specs import MEMBERS, classifies_nodes
+from curvlab import study, theory
+from curvlab.fisher import make
+from curvlab.nn import linearize
+
+STEPS = 5
+NEAR = 0.1
+"""Distance from the linear prediction, over the latter's move, up to which outputs count as following it."""
+TOO_FAR = ("unit-wise", "diagonal", "kfac", "ekfac")
+"""Structures whose steps an earlier run found to move too far for J to stay."""
+ON = "of an MLP, a convolutional and a residual network"
+
+
+def _structures(config: Config) -> list[str]:
+    return [structure for structure in config.structures if structure in MEMBERS]
+
+
+def _points(config: Config) -> list[study.Point]:
+    if classifies_nodes(config.problem):
+        return []
+    at = {"width": config.swept_widths[0], "activation": config.activation[0]}
+    pairs = product(TRAINED, _structures(config))
+    return admitted(config, [{**at, "network": network, "structure": structure} for network, structure in pairs])
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting = network_setting(cell, context.config)
+    problem, structure = setting.problem, make(str(cell["structure"]))
+    structure.update(curvlab.sqrt_fisher(problem.model, problem.loss, *problem.train))
+    response = structure.response(setting.jacobian, 0.0)
+    tolerance = study.round_off(setting.jacobian.R, structure.condition_number(), response.dtype)
+    response = (response + response.T) / 2
+    values = torch.linalg.eigvalsh(response)
+    eta = 1 / float(values[-1])
+    path, seen = watch(setting.network(), setting, structure, natural(structure, setting), eta, STEPS, setting.inspect)
+    descended = descend(setting.network(), setting, gradient(setting), 1 / float(setting.eigenvalues[-1]), STEPS)
+    squared, by_descent = (setting.squared_residuals(run) for run in (path, descended))
+    linear = theory.predict_train(
+        path[0], setting.targets.numpy(force=True), response.numpy(force=True), eta, range(len(path))
+    )
+    step = descend(linearize(problem.model), setting, natural(make(structure.key), setting), eta, 1)
+    diverged = squared[-1] > DIVERGED**2 * squared[0]
+    status = {"status": f"diverged at step {len(path) - 1}"} if diverged else {}
+    missing = len(values) - int(torch.linalg.matrix_rank(response, hermitian=True))
+    distance = np.linalg.norm(path[-1] - linear[-1]) / np.linalg.norm(linear[-1] - linear[0])
+    error = np.linalg.norm(step[1] - linear[1]) / np.linalg.norm(linear[1] - linear[0])
+    rows = [
+        study.observed("missing", missing, tolerance=0.0),
+        study.observed("condition", 1 / (eta * float(values.abs().min()))),
+        study.observed("log_gain", float(np.log10(squared[-1] / by_descent[-1])), **status),
+        study.observed("lost", max(one.deficiency for one in seen), tolerance=0.0),
+        study.observed("distance", float(distance), **status),
+        study.observed("linear_error", float(error), tolerance=tolerance),
+        study.observed("change_share", setting.change_share(seen)),
+    ]
+    if setting.full_rank:
+        rows.append(study.observed("constant", setting.stability_constant(seen)))
+    return rows
+
+
+def _expected(structure: str) -> tuple[study.Expected, study.Expected]:
+    """Whether the outputs follow the linear prediction, and whether the step is faster than gradient descent."""
+    if_still = "It holds where J hardly changes; the change is measured beside it."
+    conditioned = "Its response is better conditioned than the kernel"
+    if structure in TOO_FAR:
+        moves = f"{conditioned}, but an earlier run found that it moves too far for J to stay."
+        return study.refuted(if_still), study.refuted(moves)
+    return study.undecided(if_still), study.supported(f"{conditioned}.")
+
+
+def _claims_of(structure: str) -> list[study.Claim]:
+    claim = partial(study.Claim, at={"structure": structure})
+    linear, faster = _expected(structure)
+    return [
+        claim(
+            id=f"response-rank-{structure}",
+            statement=f"The {structure} step can move the outputs {ON} in every direction.",
+            rule=study.Identity("missing"),
+            source=f"{PAPER}, condition 1, for approximations (derived)",
+            measured="Dimensions missing in the rank of J F⁺ Jᵀ.",
+            expected=study.supported("F⁺ is positive on the range of Jᵀ."),
+        ),
+        claim(
+            id=f"kept-{structure}",
+            statement=f"The Jacobian {ON} keeps full row rank along {structure} steps.",
+            rule=study.Identity("lost"),
+            source=f"{PAPER}, conditions 1 and 2, for approximations (derived)",
+            measured=f"Share of the rows missing in the rank of J before and after each of {STEPS} steps at η = 1/λ_max.",
+            expected=study.supported(
+                "P is far above the number of rows, and nothing drives the steps to where rows depend on each other."
+            ),
+        ),
+        claim(
+            id=f"stable-{structure}",
+            statement=f"Along {structure} steps the Jacobian {ON} changes as little as condition 2 asks.",
+            rule=study.Inequality("constant", "less", log10(0.5)),
+            source=f"{PAPER}, condition 2, for approximations (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
+            measured="log10 of C_emp along the run, the largest of the three networks; condition 2 wants C_emp below ½.",
+            expected=study.refuted("√λ_min(G) is small against ‖J‖, and the networks are narrow."),
+            estimate=worst_decade_by_seed,
+        ),
+        claim(
+            id=f"linearised-{structure}",
+            statement=f"On the linearised network a {structure} step takes the residual r to (I − ηM) r.",
+            rule=study.Identity("linear_error"),
+            source=f"{PAPER}, theorem 1 in the linear limit "
+            "(docs/theory/zhang_martens_grosse_2019.md, claim 4, for approximations)",
+            measured="Distance of the outputs from it after a step at η = 1/λ_max(M), over the length of the move.",
+            expected=study.supported("M = J F⁺ Jᵀ/N, and J does not change."),
+        ),
+        claim(
+            id=f"linear-{structure}",
+            statement=f"The outputs {ON} follow the linear prediction of the {structure} response, r ← (I − ηM) r.",
+            rule=study.Inequality("distance", "less", log10(NEAR)),
+            source=f"{PAPER}, theorem 1 in the linear limit "
+            "(docs/theory/zhang_martens_grosse_2019.md, claim 4, for approximations)",
+            measured=f"log10 of the distance of the outputs from it after {STEPS} steps at η = 1/λ_max(M), or where the run "
+            "diverges, over the length of its move; the largest of the three networks.",
+            expected=linear,
+            estimate=worst_decade_by_seed,
+        ),
+        claim(
+            id=f"faster-{structure}",
+            statement=f"The {structure} step contracts the residual {ON} faster than gradient descent, each at its 1/λ_max.",
+            rule=study.Inequality("log_gain", "less", 0.0),
+            source=f"{PAPER}, rates (docs/theory/zhang_martens_grosse_2019.md, claim 6, for approximations)",
+            measured=f"log10 of what {STEPS} steps leave of ‖r‖², less that of gradient descent, the largest of the three.",
+            expected=faster,
+            estimate=study.worst_by_seed,
+        ),
+    ]
+
+
+STRUCTURES: study.Experiment[Config] = study.Experiment(
+    name="structures",
+    cells=_points,
+    measure=_measure,
+    claims=lambda config: [claim for structure in _structures(config) for claim in _claims_of(structure)],
+    seconds=0.12,
+    memory=memory,
+)

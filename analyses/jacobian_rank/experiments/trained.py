@@ -1,0 +1,99 @@
+"""A network trained on real data with a cross-entropy: the redundant rows of a softmax, and what training does to the rank."""
+
+import numpy as np
+import torch
+from torch import nn
+
+import curvlab
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.points import PAPER, admitted, memory
+from analyses.jacobian_rank.setting import setting_of
+from curvlab import study
+from curvlab.rows import Rows
+from curvlab.spectrum import Rank, rank
+
+OUTPUTS, WIDTH, SAMPLES = 3, 128, 40
+STEPS, LEARNING_RATE = 100, 0.01
+DAMPING = "rel:1e-6"
+SOURCE = f"{PAPER}, condition 1, for a cross-entropy (derived)"
+
+
+def _points(config: Config) -> list[study.Point]:
+    at = {"problem": "digits", "loss": "cross-entropy", "outputs": OUTPUTS, "width": WIDTH, "samples": SAMPLES}
+    return admitted(config, [at])
+
+
+def _train(model: nn.Module, loss: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        optimiser.step()
+    optimiser.zero_grad()
+    return float(loss(model(x), y).detach())
+
+
+def _described(rows: Rows, found: Rank, name: str) -> list[dict[str, object]]:
+    missing = rows.R - found.structural_zeros - found.rank
+    return [
+        study.observed(f"missing_{name}", missing, tolerance=0.0),
+        study.observed(f"undecided_{name}", found.undecided),
+        study.observed(f"condition_{name}", found.condition),
+        study.observed(f"effective_{name}", found.effective_dimension(DAMPING)),
+    ]
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting = setting_of(cell, context.config)
+    model, loss, (x, y) = setting.network(), setting.problem.loss, setting.problem.train
+    rows = []
+    conditions = []
+    for when in ("initial", "trained"):
+        if when == "trained":
+            rows.append(study.observed("loss", _train(model, loss, x, y)))
+        S = curvlab.sqrt_fisher(model, loss, x, y)
+        of_fisher, of_jacobian = rank(S), rank(S.jacobian())
+        redundant = of_fisher.structural_zeros / len(x) - 1
+        described = _described(S, of_fisher, "fisher") + _described(S, of_jacobian, "jacobian")
+        described.append(study.observed("redundant", redundant, tolerance=0.0))
+        rows += [{**row, "when": when} for row in described]
+        conditions.append(of_fisher.condition)
+    rows.append(study.observed("decades", float(np.log10(conditions[1] / conditions[0]))))
+    return rows
+
+
+CLAIMS = [
+    study.Claim(
+        id="trained-redundant",
+        statement="Under a softmax the rows of the Fisher matrix have one redundant direction a sample and no other, before "
+        "training.",
+        rule=study.Identity(("missing_fisher", "redundant")),
+        source=SOURCE,
+        measured="Rows missing in the numerical rank beyond one a sample.",
+        expected=study.supported("A common shift of the logits changes nothing, and J has full row rank."),
+        estimate=study.among(study.identities, when="initial"),
+    ),
+    study.Claim(
+        id="trained-jacobian",
+        statement="The Jacobian of a network trained on real data with a cross-entropy still has full row rank.",
+        rule=study.Identity("missing_jacobian"),
+        source=SOURCE,
+        measured="Rows missing in the numerical rank of J after training.",
+        expected=study.supported("P is far above the number of rows."),
+        estimate=study.among(study.identities, when="trained"),
+    ),
+    study.Claim(
+        id="trained-condition",
+        statement="Training with a cross-entropy worsens the condition of the Fisher matrix' rows by more than a decade.",
+        rule=study.Inequality("decades", "greater", 1.0),
+        source=SOURCE,
+        measured="log10 of the condition number of S after training over that before.",
+        expected=study.refuted("Fitted samples lose their weight p(1 − p), but an earlier run found 0.8 decades."),
+    ),
+]
+
+
+TRAINED: study.Experiment[Config] = study.Experiment(
+    name="trained", cells=_points, measure=_measure, claims=CLAIMS, seconds=0.3, memory=memory
+)

@@ -1,0 +1,279 @@
+"""Natural gradient on the two-layer network: stability of the Jacobian, rate, and movement (claims 2 to 4, 9, 10)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import curvlab
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.descent import (
+    contraction,
+    descend,
+    displaced,
+    excess,
+    length,
+    moved,
+    natural,
+    unit_rank,
+    watch,
+)
+from analyses.jacobian_rank.points import DRIFTS, EASY, PAPER, admitted, memory, second_largest, seconds
+from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Inspected, Setting, setting_of
+from curvlab import study, theory
+from curvlab.fisher import Full
+from curvlab.nn import TwoLayer, linearize
+
+RATES = (0.1, 0.25, 0.5, 1.0)
+"""η at the second largest width and on easy data; other widths have `MIDDLE`."""
+MIDDLE = 0.5
+STEPS = 10
+BALL_POINTS = 4
+"""Random points on the surface of the ball of condition 2."""
+
+
+def _points(config: Config) -> list[study.Point]:
+    points: list[study.Point] = [
+        {"data": "own", "width": width, "activation": activation, "eta": eta}
+        for activation, width in product(config.activation, config.swept_widths)
+        for eta in (RATES if width == second_largest(config) else (MIDDLE,))
+    ]
+    if config.swept_widths != (0,):
+        easy, pairs = {**EASY, "data": "easy", "width": config.swept_widths[-1]}, product(config.activation, RATES)
+        points += [{**easy, "activation": activation, "eta": eta} for activation, eta in pairs]
+    return admitted(config, points)
+
+
+def _on_surface(setting: Setting, direction: Mapping[str, Tensor]) -> float:
+    """C_emp where a direction meets the surface of the ball of condition 2."""
+    radius = theory.condition_radius(float(setting.residual.norm()), float(setting.eigenvalues[0]))
+    rows = curvlab.jacobian(displaced(setting, radius, direction), setting.inputs)
+    return setting.stability_constant([setting.inspect(rows)])
+
+
+@lru_cache(maxsize=1)
+def _at_random(setting: Setting, seed: int) -> float:
+    """Largest C_emp at random points of the surface; it does not depend on η, so that neighbouring cells share it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random() -> dict[str, Tensor]:
+        return {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(setting.inputs)
+            for name, shape in setting.jacobian.space.shapes.items()
+        }
+
+    return max(_on_surface(setting, random()) for _ in range(BALL_POINTS))
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting, smallest = setting_of(cell, context.config), context.config.swept_widths[0]
+    eta = float(cell["eta"])
+    model = setting.network()
+    structure = Full()
+    path, seen = watch(model, setting, structure, natural(structure, setting), eta, STEPS, setting.inspect)
+    squared = setting.squared_residuals(path)
+    constants = _constants(setting, model, seen, int(cell["seed"])) if setting.full_rank else {}
+    above = {"value": excess(squared, theory.ngd_rate_bound(eta)), "tolerance": BOUND_TOLERANCE}
+    rows = [
+        *(study.observed(f"constant_{name}", value) for name, value in constants.items()),
+        *({"quantity": quantity, **above, **status} for quantity, status in _coverage(constants, eta)),
+        study.observed("change_frobenius", max(one.change_frobenius for one in seen)),
+        study.observed("missing", max(one.deficiency for one in seen), tolerance=0.0),
+        *(_movement(setting, model, eta) if setting.full_rank else []),
+    ]
+    if isinstance(model, TwoLayer):
+        rows.append(study.observed("unit_rank", unit_rank(curvlab.jacobian(model, setting.inputs))))
+    if eta < 1:
+        rows.append(study.observed("rate_ratio", contraction(squared) / theory.ngd_linear_ratio(eta)))
+    rows += [study.observed("squared", float(value / squared[0]), step=step) for step, value in enumerate(squared)]
+    if setting.full_rank and cell["data"] == "own" and int(cell["width"]) <= smallest:
+        rows.append(_linearised(setting, eta))
+    return rows
+
+
+def _constants(setting: Setting, trained: torch.nn.Module, seen: Sequence[Inspected], seed: int) -> dict[str, float]:
+    """C_emp along the run, and at points of the ball's surface."""
+    return {
+        "ball_random": _at_random(setting, seed),
+        "ball_trained": _on_surface(setting, moved(trained, setting)),
+        "trajectory": setting.stability_constant(seen),
+    }
+
+
+def _coverage(constants: Mapping[str, float], eta: float) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield what the excess over the bound is called by every claim about it, and its status there."""
+    in_ball = bool(constants) and eta <= theory.largest_step(max(constants.values()))
+    on_path = bool(constants) and eta <= theory.largest_step(constants["trajectory"])
+    for quantity, where, holds in (
+        ("excess_in_ball", "in the ball", in_ball),
+        ("excess_on_path", "on the path", on_path),
+    ):
+        reason = f"condition 2 does not hold {where} with an allowed step; it would on wider networks (--widths)"
+        yield quantity, {} if holds else study.outside(reason)
+    yield "excess", study.outside("theorem 1 covers the run") if on_path else {}
+
+
+def _movement(setting: Setting, model: torch.nn.Module, eta: float) -> list[dict[str, object]]:
+    """How far the parameters have moved, over the closed form and over the bound."""
+    residual, far = setting.residual.numpy(force=True), length(moved(model, setting))
+    closed = float(theory.movement(residual, setting.gram.numpy(force=True), eta, [STEPS])[0])
+    bound = theory.movement_bound(float(np.linalg.norm(residual)), float(setting.eigenvalues[0]))
+    return [study.observed("movement_ratio", far / closed), study.observed("movement_bound_ratio", far / bound)]
+
+
+def _linearised(setting: Setting, eta: float) -> dict[str, object]:
+    """Distance of the linearised network's residuals from (1 − η)^k r(0), relative to ‖r(0)‖."""
+    steps = 3
+    path = descend(linearize(setting.problem.model), setting, natural(Full(), setting), eta, steps)
+    start = setting.residual.numpy(force=True)
+    expected = np.multiply.outer((1 - eta) ** np.arange(steps + 1), start)
+    error = np.abs(path - setting.targets.numpy(force=True) - expected).max() / np.linalg.norm(start)
+    tolerance = setting.round_off(float(setting.eigenvalues[-1] / setting.eigenvalues[0]))
+    return study.observed("linear_error", float(error), tolerance=tolerance)
+
+
+def _bound(id_: str, where: str, measured: str, quantity: str) -> study.Claim:
+    return study.Claim(
+        id=id_,
+        statement=f"Where condition 2 holds {where} and η is allowed, ‖u(k) − y‖² ≤ (1 − η)^k ‖u(0) − y‖² at every step.",
+        rule=study.Identity(quantity),
+        source=f"{PAPER}, theorem 1 (docs/theory/zhang_martens_grosse_2019.md, claim 3)",
+        measured=f"Largest excess of ‖r(k)‖²/‖r(0)‖² over (1 − η)^k; C is the largest C_emp {measured}.",
+        expected=study.supported("It is a theorem."),
+    )
+
+
+def _slope(id_: str, norm: str, quantity: str, activation: str, expected: study.Expected) -> study.Claim:
+    exponent, _ = DRIFTS[activation]
+    return study.Claim(
+        id=f"{id_}-{activation}",
+        statement=f"Along natural gradient {norm} of the change of the Jacobian falls as m^({exponent:g}) with "
+        f"{activation}.",
+        rule=study.Equivalence(quantity, exponent, 0.05),
+        source=f"{PAPER}, section 4 (docs/theory/zhang_martens_grosse_2019.md, claim 9, derived)",
+        measured=f"Slope of the logarithm of its largest value along the run at η = {MIDDLE:g} against log m.",
+        expected=expected,
+        at={"data": "own", "activation": activation, "eta": MIDDLE},
+        estimate=study.slope_by_seed,
+        assumptions=study.needs_several_widths,
+    )
+
+
+SPECTRAL = {
+    "relu": study.refuted(
+        "Two samples flip together on a share O(1/m) of the units, and n of these outweigh the O(m^(−1/2)) of one sample "
+        "until m is far above n²."
+    ),
+    "erf": study.supported("All entries change alike, so the norms are proportional."),
+}
+"""What is expected of the spectral norm over the widths of the default run, by activation."""
+
+
+def _drifts(activation: str) -> list[study.Claim]:
+    exponent, reason = DRIFTS[activation]
+    constant = "the spectral norm over √λ_min(G(0))"
+    return [
+        _slope("drift", constant, "constant_trajectory", activation, SPECTRAL[activation]),
+        _slope("drift-frobenius", "the Frobenius norm", "change_frobenius", activation, study.supported(reason)),
+        study.Claim(
+            id=f"drift-ball-{activation}",
+            statement=f"At random points of the ball of condition 2 the change of the Jacobian falls at least as fast as "
+            f"m^({exponent:g}) with {activation}.",
+            rule=study.Inequality("constant_ball_random", "less", exponent + 0.05),
+            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
+            measured="Slope of log C_emp, the largest at random points of the ball's surface, against log m.",
+            expected=study.supported(
+                "The radius is O(1), so a random move changes every pre-activation by O(m^(−1/2)) or less."
+            ),
+            at={"data": "own", "activation": activation, "eta": MIDDLE},
+            estimate=study.slope_by_seed,
+            assumptions=study.needs_several_widths,
+        ),
+    ]
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    own = {"data": "own", "eta": (0.1, 0.25, 0.5)}
+    return [
+        study.Claim(
+            id="rank-training",
+            statement="The Jacobian keeps full row rank along natural gradient.",
+            rule=study.Identity("missing"),
+            source=f"{PAPER}, conditions 1 and 2 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 2)",
+            measured="Share of the rows missing in the rank after any step.",
+            expected=study.supported("The Jacobian changes by less than its least singular value."),
+        ),
+        _bound(
+            "rate-bound",
+            "in the ball",
+            "at random points of the ball's surface, where the run would leave it, and along the run",
+            "excess_in_ball",
+        ),
+        _bound(
+            "rate-bound-path", "on the path", "along the run alone, which is all that the proof uses", "excess_on_path"
+        ),
+        study.Claim(
+            id="rank-units-trained",
+            statement="Single ReLU units lack row rank after training, too, where the whole network does not.",
+            rule=study.Inequality("unit_rank", "less", 0.9),
+            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
+            measured="Mean over units of the row rank of a unit's block, over the number of rows, after the run.",
+            expected=study.supported("Training flips few activation patterns."),
+            at={"data": "own", "activation": "relu"},
+        ),
+        study.Claim(
+            id="rate-beyond",
+            statement="The bound of theorem 1 holds at η from 0.1 to 0.5 also where its conditions do not.",
+            rule=study.Equivalence("excess", 0.0, 1e-6),
+            source=f"{PAPER}, theorem 1: the converse is not claimed (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
+            measured="The same excess, for runs that the theorem does not cover, the largest of a seed.",
+            expected=study.undecided("The conditions are sufficient, not necessary."),
+            at=own,
+            estimate=study.worst_by_seed,
+        ),
+        study.Claim(
+            id="rate-linear",
+            statement="On the linearised network every residual contracts by 1 − η per step, and at η = 1 one step solves.",
+            rule=study.Identity("linear_error"),
+            source=f"{PAPER}, theorem 1 in the linear limit (docs/theory/zhang_martens_grosse_2019.md, claim 4, derived)",
+            measured="Distance from (1 − η)^k r(0), relative to ‖r(0)‖.",
+            expected=study.supported("J J⁺ = I at full row rank."),
+        ),
+        study.Claim(
+            id="rate-squared",
+            statement="The squared residual of a wide network contracts by (1 − η)² per step, not by the bound's 1 − η.",
+            rule=study.Equivalence("rate_ratio", 1.0, 0.1),
+            source=f"{PAPER}, theorem 1 (docs/theory/zhang_martens_grosse_2019.md, claim 4, derived)",
+            measured="Geometric mean over the steps of ‖r(k+1)‖²/‖r(k)‖², over (1 − η)², at the largest width and η = 0.5.",
+            expected=study.supported("The bound spends the square root on the change of J."),
+            at={"data": "own", "eta": 0.5},
+            estimate=study.at_largest_width(study.by_seed),
+        ),
+        study.Claim(
+            id="movement-closed-form",
+            statement="Natural gradient moves the parameters by √(r(0)ᵀG⁻¹r(0)) in all.",
+            rule=study.Equivalence("movement_ratio", 1.0, 0.05),
+            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 10, derived)",
+            measured=f"‖θ({STEPS}) − θ(0)‖ over (1 − (1 − η)^{STEPS}) √(r(0)ᵀG⁻¹r(0)), at the second largest width.",
+            expected=study.supported("Every step moves along the same Jᵀ(JJᵀ)⁻¹r(0) as long as J stays."),
+            at={**own, "width": second_largest(config)},
+        ),
+        study.Claim(
+            id="movement-bound",
+            statement="The movement stays below ‖r(0)‖/√λ_min(G(0)).",
+            rule=study.Inequality("movement_bound_ratio", "less", 1.0),
+            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 10)",
+            measured="The movement over that bound, the largest of a seed.",
+            expected=study.supported("The residual is not along the least eigenvector."),
+            estimate=study.worst_by_seed,
+        ),
+        *(claim for activation in config.activation for claim in _drifts(activation)),
+    ]
+
+
+TRAINING: study.Experiment[Config] = study.Experiment(
+    name="training", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.2, 0.5), memory=memory
+)

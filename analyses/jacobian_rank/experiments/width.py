@@ -1,0 +1,196 @@
+"""The width that the theorems' conclusions take, against the width that suffices for the proofs (claim 6)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import log2
+from typing import Any
+
+import numpy as np
+
+import curvlab
+from analyses.descent import Descent, Direction
+from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.descent import gradient, look_at_outputs, natural
+from analyses.jacobian_rank.points import PAPER, SYNTHETIC, admitted, memory
+from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting, setting_of
+from curvlab import study, theory
+from curvlab.fisher import Full
+
+SAMPLES = (4, 8, 16, 32)
+WIDTHS = tuple(2**power for power in range(13))
+"""Tried one after the other, until the conclusion holds."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method with what its theorem concludes.
+
+    Attributes:
+        name: of the method, in words.
+        direction: its steps.
+        eta: its learning rate, from λ_max(G(0)).
+        rate: the concluded factor per step of ‖r‖², from η and λ₀.
+        steps: number of steps for which that is asked.
+        every: steps from one look at the Jacobian to the next.
+        power: of n in the width that suffices, n^power/λ₀⁴ but for constants and the probability of failure.
+    """
+
+    name: str
+    direction: Callable[[Setting], Direction]
+    eta: Callable[[float], float]
+    rate: Callable[[float, float], float]
+    steps: int
+    every: int
+    power: int
+
+
+RUNS: Mapping[str, Run] = {
+    "natural": Run(
+        "natural gradient",
+        lambda setting: natural(Full(), setting),
+        lambda _: 0.5,
+        lambda eta, _: theory.ngd_rate_bound(eta),
+        6,
+        1,
+        4,
+    ),
+    "descent": Run(
+        "gradient descent", gradient, lambda largest: 1 / largest, lambda eta, least: 1 - eta * least / 2, 20, 10, 6
+    ),
+}
+
+
+def _points(config: Config) -> list[study.Point]:
+    at = {"problem": SYNTHETIC, "similarity": 0.0, "activation": config.activation[0]}
+    return admitted(config, [{**at, "samples": samples} for samples in SAMPLES])
+
+
+@dataclass(eq=False)
+class Concluding(Descent):
+    """A descent that ends where it contradicts its theorem's conclusion.
+
+    Attributes:
+        setting: Its network at initialisation, and its data.
+        rate: The concluded factor per step of ‖r‖².
+        every: Steps from one look at the Jacobian to the next.
+    """
+
+    setting: Setting
+    rate: float
+    every: int
+
+    def look(self, step: int) -> dict[str, Any]:
+        """See the outputs, and the change of the Jacobian.
+
+        Raises:
+            Diverged: the Jacobian has lost full row rank, or ‖r(k)‖² exceeds rate^k ‖r(0)‖².
+        """
+        seen = super().look(step)
+        squared = float(np.square(seen["outputs"] - self.setting.targets.numpy(force=True)).sum())
+        if not squared <= (self.rate**step + BOUND_TOLERANCE) * float(self.setting.residual.square().sum()):
+            raise study.Diverged
+        if step and step % self.every == 0:
+            now = self.setting.inspect(curvlab.jacobian(self.model, self.setting.inputs))
+            if now.deficiency:
+                raise study.Diverged
+            seen["change"] = now.change
+        return seen
+
+
+def _concludes(setting: Setting, run: Run, least: float) -> float | None:
+    """Return C_emp along a run, None if the theorem's conclusion does not hold."""
+    if not setting.full_rank:
+        return None
+    eta = run.eta(float(setting.eigenvalues[-1]))
+    model = setting.network()
+    process = Concluding(
+        model, run.direction(setting), eta, look_at_outputs(setting), setting, run.rate(eta, least), run.every
+    )
+    trace = study.follow(process, run.steps)
+    if trace.diverged is not None:
+        return None
+    return theory.stability_constant(trace.series("change").max(), float(setting.eigenvalues[0]))
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    def setting(width: int) -> Setting:
+        return setting_of(cell, context.config, width=width)
+
+    inputs = setting(WIDTHS[0]).inputs.numpy(force=True)
+    N, features = inputs.shape
+    least = float(np.linalg.eigvalsh(theory.two_layer_limit_gram(inputs, str(cell["activation"])))[0])
+    widths = [width for width in WIDTHS if width * features >= N]
+    while widths and not setting(widths[0]).full_rank:
+        del widths[0]
+    rows = []
+    for name, run in RUNS.items():
+        at: dict[str, object] = {"run": name, "sufficient": N**run.power / least**4}
+        reached = ((width, _concludes(setting(width), run, least)) for width in widths)
+        width, constant = next((found for found in reached if found[1] is not None), (None, None))
+        if width is None or constant is None:
+            rows.append(study.observed("needed", float("nan"), status=f"more than {WIDTHS[-1]} units", **at))
+            continue
+        rows += [
+            study.observed("needed", width, **at),
+            study.observed("doublings", log2(width / widths[0]), **at),
+            study.observed("constant", constant, **at),
+        ]
+    return rows
+
+
+def _order(name: str) -> study.Claim:
+    run = RUNS[name]
+    return study.Claim(
+        id=f"width-order-{name}",
+        statement=f"The width at which {run.name} reaches the theorem's conclusion grows more slowly than the sufficient order "
+        f"n^{run.power}/λ₀⁴.",
+        rule=study.Inequality("needed", "less", 1.0),
+        source=f"{PAPER}, theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claim 6)",
+        measured=f"Slope of log least width against log n^{run.power}/λ₀⁴, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full "
+        "row rank, and the rate at every step.",
+        expected=study.supported(
+            "The order is sufficient, not necessary: the proof takes union bounds and norms of sums of n terms."
+        ),
+        estimate=study.among(partial(study.slope_by_seed, against="sufficient"), run=name),
+    )
+
+
+CLAIMS = [
+    *map(_order, RUNS),
+    study.Claim(
+        id="width-proportional",
+        statement="The width at which natural gradient reaches the theorem's conclusion is proportional to n.",
+        rule=study.Equivalence("needed", 1.0, 0.25),
+        source=f"{PAPER}, condition 1 and theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 6; derived)",
+        measured="Slope of log least width against log n.",
+        expected=study.undecided(
+            "P ≥ n needs m ≥ n/d; whether more than a multiple of that is needed, no theorem says."
+        ),
+        estimate=study.among(partial(study.slope_by_seed, against="samples"), run="natural"),
+    ),
+    study.Claim(
+        id="width-rank",
+        statement="Natural gradient reaches the theorem's conclusion at no more than twice the width at which J(0) has full "
+        "row rank.",
+        rule=study.Inequality("doublings", "less", 1.0),
+        source=f"{PAPER}, condition 1 and theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 6; derived)",
+        measured="Doublings from the one width to the other, the mean over n.",
+        expected=study.undecided("Condition 1 is necessary; no theorem says how much more is."),
+        estimate=study.among(study.by_seed, run="natural"),
+    ),
+    study.Claim(
+        id="width-condition",
+        statement="At the least width that reaches the theorem's conclusion, condition 2 fails.",
+        rule=study.Inequality("constant", "greater", 0.5),
+        source=f"{PAPER}, theorem 1: the converse is not claimed (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
+        measured="C_emp along natural gradient at that width, the smallest over n; condition 2 wants it below ½.",
+        expected=study.supported("The conditions are sufficient, not necessary."),
+        estimate=study.among(study.least_by_seed, run="natural"),
+    ),
+]
+
+
+WIDTH: study.Experiment[Config] = study.Experiment(
+    name="width", cells=_points, measure=_measure, claims=CLAIMS, seconds=0.15, memory=memory
+)

@@ -1,0 +1,67 @@
+"""What experiments share: their points, what cells at them cost, and how fast the Jacobian is to change."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from analyses.jacobian_rank.config import Config
+from curvlab.study import Cell, Point, worst_by_seed
+
+PAPER = "Zhang, Martens & Grosse 2019"
+
+DRIFTS = {
+    "relu": (
+        -0.25,
+        "A share O(m^(−1/2)) of a sample's activation patterns flips, each flip changing an entry of size m^(−1/2).",
+    ),
+    "erf": (-0.5, "Every pre-activation moves by O(m^(−1/2)), and φ' with it."),
+}
+"""Exponent of the width m with which the Jacobian changes along natural gradient, by activation, and its derivation."""
+
+SYNTHETIC = "synthetic-two-layer"
+"""Random inputs, more samples than dimensions, and a similarity that sets λ_min of the kernel."""
+
+EASY: Mapping[str, object] = {"problem": SYNTHETIC, "similarity": 0.0, "samples": 6}
+"""Few random samples, for which condition 2 holds at widths that fit into memory."""
+
+WIDEST = 16384
+"""Width at which `seconds` are given."""
+
+
+def second_largest(config: Config) -> int:
+    """The second largest width, or the only one."""
+    return config.swept_widths[-2:][0]
+
+
+def admitted(config: Config, points: Iterable[Point]) -> list[Point]:
+    """Points with their problem; at the configured one without what it cannot vary, a fixed width or number of samples as 0."""
+    fixed = {"width", "activation", "samples"} - config.takes.keys()
+    own = {"samples": config.samples} | dict.fromkeys(fixed & {"width", "samples"}, 0)
+
+    def complete(point: Point) -> Point:
+        if point.get("problem", config.problem) != config.problem:
+            return point
+        varied = {name: value for name, value in point.items() if name not in fixed}
+        return {"problem": config.problem, **own, **varied}
+
+    return list(map(complete, points))
+
+
+def _width(cell: Cell) -> int:
+    return int(cell.coordinates.get("width", 0)) or 1024
+
+
+def seconds(fixed: float, at_widest: float) -> Callable[[Cell, Config], float]:
+    """Seconds of a cell: a fixed number, and one that grows with the width up to that at `WIDEST`."""
+    return lambda cell, _: fixed + at_widest * _width(cell) / WIDEST
+
+
+def memory(cell: Cell, config: Config) -> float:
+    """Peak bytes of a cell."""
+    return 4e8 + 8.0 * _width(cell) * (10 * config.samples + 1500)
+
+
+def worst_decade_by_seed(table: pd.DataFrame) -> pd.DataFrame:
+    """Estimate by log10 of the largest of a seed's observations, for values that spread over decades."""
+    return worst_by_seed(table.assign(value=np.log10(table["value"])))

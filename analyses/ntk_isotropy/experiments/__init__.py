@@ -1,0 +1,1 @@
+"""The experiments of the analysis, one a file."""

@@ -1,0 +1,98 @@
+"""K-FAC where a factor is short of rank: inputs of low dimension, the Forster transform, narrow layers (claims 4, 5)."""
+
+import torch
+
+from analyses.ntk_isotropy.config import Config
+from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.responses import anisotropy, distance, measured_response
+from analyses.ntk_isotropy.setting import SHORT_OF_RANK, on_inputs, rows_of_full_rank, setting_of
+from analyses.specs import classifies_nodes
+from curvlab import study, theory
+from curvlab.fisher import KFAC
+from curvlab.rows.factored import KroneckerRows
+
+
+def _points(config: Config) -> list[study.Point]:
+    if "kfac" not in config.structures or "width" not in config.takes or classifies_nodes(config.problem):
+        return []
+    return points(config, [{"inputs": inputs} for inputs in ("raw", "forster", "narrow")])
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    """Build the network on inputs reduced to N/2 principal coordinates, or with hidden layers of N/2 units."""
+    whole = setting_of(cell, context.config)
+    inputs, width, deviation = str(cell["inputs"]), int(cell["width"]), 0.0
+    x, N = whole.inputs.flatten(1), whole.samples
+    low = N // 2
+    if inputs == "narrow":
+        width = low
+    else:
+        _, _, axes = torch.linalg.svd(x, full_matrices=False)
+        coordinates = (x @ axes[:low].T).numpy(force=True)
+        if inputs == "forster":
+            transform = theory.forster_transform(coordinates)
+            coordinates, deviation = transform.apply(coordinates), transform.deviation
+        x = torch.nn.functional.normalize(torch.as_tensor(coordinates, dtype=x.dtype, device=x.device), dim=1)
+    network = on_inputs(whole, x, width, int(cell["seed"]))
+    structure = KFAC().update(network.rows)
+    identity = torch.eye(network.jacobian.R, dtype=x.dtype, device=x.device)
+    shares = measured_response(structure, network, identity)[0].mT
+    total = shares.sum(0)
+    rows = [study.observed("total_anisotropy", anisotropy(total, float(total.diagonal().mean())))]
+    if inputs == "narrow":
+        return rows
+    leverages = torch.as_tensor(theory.leverages(x.numpy(force=True)), dtype=x.dtype, device=x.device)
+    scales = torch.full_like(leverages, low) if inputs == "forster" else N * leverages
+    expected = scales.repeat(whole.targets.shape[1]).diag()
+    tolerance = network.tolerance(structure.condition_number()) + deviation * low**0.5
+    first = network.jacobian.layers[0]
+    assert isinstance(first, KroneckerRows)
+    status = {} if rows_of_full_rank(first) else study.outside(SHORT_OF_RANK)
+    error = distance(shares[0], expected)
+    rows.append(study.observed(f"first_layer_{inputs}", error, tolerance=tolerance, **status))
+    rows += [
+        study.observed("leverage_response", float(v), sample=n, predicted=float(N * leverages[n]))
+        for n, v in enumerate(shares[0].diagonal()[:N])
+    ]
+    return rows
+
+
+CLAIMS = [
+    study.Claim(
+        id="kfac-leverage",
+        statement="With fewer inputs than samples, K-FAC's first layer responds by diag(N × leverage).",
+        rule=study.Identity("first_layer_raw"),
+        source=f"derived from {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 5)",
+        measured="Relative distance of the first layer's response from diag(N h_n), inputs reduced to N/2 dimensions.",
+        expected=study.supported(
+            "The h-part is N xᵀ(XᵀX)⁻¹x', the δ-part is N·I, and the product is element-wise. Networks where δ is short "
+            "of rank on the samples are outside the assumptions and left out."
+        ),
+        at={"inputs": "raw"},
+    ),
+    study.Claim(
+        id="kfac-forster",
+        statement="After a Forster transform of the inputs K-FAC's first layer responds by M_0 I.",
+        rule=study.Identity("first_layer_forster"),
+        source=f"{PAPER}, section 3.2 and published code (docs/theory/karakida_osawa_2020.md, claim 5)",
+        measured="Relative distance of the first layer's response from M_0 I.",
+        expected=study.supported(
+            "In radial isotropic position all leverages are M_0/N. Networks where δ is short of rank are left out as above."
+        ),
+        at={"inputs": "forster"},
+    ),
+    study.Claim(
+        id="kfac-narrow",
+        statement="With N above the width of the hidden layers the K-FAC response is not isotropic.",
+        rule=study.Inequality("total_anisotropy", "greater", 0.1),
+        source=f"the negative case of {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 4)",
+        measured="‖M − ᾱI‖_F/‖ᾱI‖_F at width N/2.",
+        expected=study.supported("Neither factor has full rank on the samples."),
+        at={"inputs": "narrow"},
+    ),
+]
+
+
+INPUTS: study.Experiment[Config] = study.Experiment(
+    name="inputs", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.05, 0.3), memory=memory
+)

@@ -1,0 +1,284 @@
+"""The response at initialisation (claims 1, 2, 4, 6, 8, 14).
+
+Spectra and diagonals come from `Structure.response`, which is held to the response of random directions (`two_ways`).
+"""
+
+from typing import Literal
+
+import torch
+
+import curvlab
+from analyses.ntk_isotropy.config import Config
+from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
+from analyses.ntk_isotropy.responses import anisotropy, distance, finite_step, measured_response, probes
+from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SMOOTH, Setting, make, setting_of
+from curvlab import study
+from curvlab.fisher import Structure
+from curvlab.nn import ACTIVATIONS
+
+FAMILY = ("full", "block-diagonal", "block-tridiagonal", "layer-wise")
+UNCOVERED: tuple[tuple[str, str, study.Expected], ...] = (
+    ("diagonal", "exact", study.supported("The diagonal is not in the layer-wise family.")),
+    ("ekfac", "exact", study.undecided("EKFAC shares K-FAC's basis but not its spectrum.")),
+    ("full", "mc", study.supported("With one output a draw rescales the row of a sample by a random number.")),
+    ("full", "empirical", study.supported("Each sample is scaled by its own residual.")),
+    ("block-diagonal", "empirical", study.supported("Each sample is scaled by its own residual.")),
+)
+"""Structures and kinds that no theorem covers."""
+
+
+def _points(config: Config) -> list[study.Point]:
+    wanted: list[study.Point] = []
+    for structure in config.structures:
+        at = {"structure": structure, "kind": "exact", "width": config.swept_widths[0]}
+        wanted += [{**at, "width": width} for width in config.swept_widths]
+        wanted += [{**at, "activation": activation} for activation in config.other_activations]
+        wanted += [{**at, "outputs": outputs} for outputs in config.other_outputs]
+        if structure in (*FAMILY, "kfac"):
+            wanted += [{**at, "depth": depth} for depth in config.other_depths]
+        if structure in ("full", "block-diagonal", "kfac", "diagonal"):
+            wanted += [{**at, "kind": kind} for kind in config.other_kinds]
+    return points(config, wanted)
+
+
+def _structure(cell: study.Cell, setting: Setting) -> Structure:
+    structure = make(str(cell["structure"]), setting.depth)
+    kind = str(cell["kind"])
+    if kind == "exact":
+        return structure.update(setting.rows)
+    generator = torch.Generator().manual_seed(int(cell["seed"]))
+    rows = curvlab.sqrt_fisher(
+        setting.problem.model,
+        setting.problem.loss,
+        setting.inputs,
+        setting.targets,
+        kind,  # type: ignore[arg-type]
+        generator=generator if kind == "mc" else None,
+    )
+    return structure.update(rows)
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting = setting_of(cell, context.config)
+    structure = _structure(cell, setting)
+    name, exact = str(cell["structure"]), cell["kind"] == "exact"
+    directions = probes(setting, int(cell["seed"]))
+    shares, tested = measured_response(structure, setting, directions)
+    moved = shares.sum(0)
+    response = structure.response(setting.jacobian, 0.0) * structure.count / setting.samples
+    diagonal = response.diagonal()
+    mean = float(diagonal.mean())
+    tolerance = setting.tolerance(structure.condition_number())
+    eigenvalues = torch.linalg.eigvalsh((response + response.T) / 2)
+    off_diagonal = float((response - diagonal.diag()).norm() / diagonal.norm())
+    rows = [
+        study.observed("alpha", mean),
+        study.observed("anisotropy", anisotropy(response, mean)),
+        study.observed("eigenvalue_min", float(eigenvalues[0])),
+        study.observed("eigenvalue_max", float(eigenvalues[-1])),
+        study.observed("spread", float(diagonal.std() / mean)),
+        study.observed("off_diagonal", off_diagonal, tolerance=tolerance),
+        study.observed("two_ways", distance(moved, directions @ response.T), tolerance=tolerance),
+        study.observed("finite_step", finite_step(structure, setting, response)),
+    ]
+    for index, share in enumerate(shares):
+        layer_alpha = float((share * directions).sum() / len(directions))
+        rows.append(study.observed("layer_alpha", layer_alpha, layer=index + 1))
+    if not exact:
+        return rows
+    predicted, published = setting.alpha(name), setting.published_alpha(name)
+    if predicted is not None:
+        rows += [
+            study.observed("alpha_predicted", predicted),
+            study.observed("alpha_ratio", mean / predicted),
+            study.observed("distance", distance(moved, predicted * directions), tolerance=tolerance),
+        ]
+    if published is not None:
+        rows += [study.observed("alpha_published", published), study.observed("alpha_over_published", mean / published)]
+    if (formula := setting.predicted_test_response(name)) is not None:
+        expected = directions @ torch.as_tensor(formula.T, dtype=tested.dtype, device=tested.device)
+        rows.append(study.observed("test_response_error", distance(tested, expected), tolerance=tolerance))
+    if name == "kfac" and setting.plain:
+        for index, share in enumerate(shares):
+            scale = 1.0 if index == setting.depth - 1 else float(setting.samples)
+            observed = {"value": distance(share, scale * directions), "tolerance": tolerance, "layer": index + 1}
+            status = {} if setting.full_rank(index) else study.outside(SHORT_OF_RANK)
+            rows.append({"quantity": "layer_distance", **observed, **status})
+    return rows
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    return [
+        *(_isotropic(structure) for structure in FAMILY),
+        study.Claim(
+            id="response-two-ways",
+            statement="The response by Jᵀ → solve → J and that by row-side algebra are the same.",
+            rule=study.Identity("two_ways"),
+            source="checks the measurement itself",
+            measured="Relative distance of the two for random directions, every structure and kind.",
+            expected=study.supported("Push-through identity."),
+        ),
+        _finite_step(
+            "smooth", 1e-6, study.supported("A central difference at a relative step of 1e-5 errs by its square.")
+        ),
+        _finite_step(
+            "kinked",
+            1e-3,
+            study.refuted("An earlier run saw the kinks that such a step crosses change M r by up to 0.8 %."),
+        ),
+        *_kfac(),
+        *_unit_wise(config),
+        *(_off_training(structure) for structure in (*FAMILY, "kfac", "unit-wise")),
+        *(_anisotropic(*case) for case in UNCOVERED),
+    ]
+
+
+def _isotropic(structure: str) -> study.Claim:
+    return study.Claim(
+        id=f"isotropic-{structure}",
+        statement=f"At zero damping the {structure} response is αI, at every width, depth, activation and output count.",
+        rule=study.Identity("distance"),
+        source=f"{PAPER}, Condition 1 and section 3 (docs/theory/karakida_osawa_2020.md, claims 1 and 2)",
+        measured="‖(M − αI)U‖_F/‖αU‖_F for random directions U, with the derived α, by Jᵀ → solve → J.",
+        expected=study.supported(
+            "Σ_l J_l F⁺ J_lᵀ = 1ᵀΣ⁺1 · I holds at every finite width where all Θ_l are positive definite."
+        ),
+        at={"structure": structure, "kind": "exact"},
+    )
+
+
+def _finite_step(sort: Literal["smooth", "kinked"], bound: float, expected: study.Expected) -> study.Claim:
+    activations = tuple(name for name in ACTIVATIONS if (name in SMOOTH) == (sort == "smooth"))
+    return study.Claim(
+        id=f"finite-step-{sort}",
+        statement="A finite parameter step through the real forward pass moves the outputs as the response says.",
+        rule=study.Inequality("finite_step", "less", bound),
+        source=f"{PAPER}, Condition 1; checks the measurement itself, {sort} activations",
+        measured="Relative distance of a central difference along F⁺Jᵀr from M r, largest over the cells of a seed.",
+        expected=expected,
+        at={"kind": "exact", "activation": activations},
+        estimate=study.worst_by_seed,
+    )
+
+
+def _kfac() -> list[study.Claim]:
+    at = {"structure": "kfac", "kind": "exact"}
+    return [
+        study.Claim(
+            id="kfac-layers",
+            statement="Literal K-FAC is isotropic layer by layer, with N in every hidden layer and 1 in the last.",
+            rule=study.Identity("layer_distance"),
+            source=f"derived from {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 4)",
+            measured="‖(M_l − α_l I)U‖_F/‖α_l U‖_F of every layer, for random directions U.",
+            expected=study.supported(
+                "B and A are Gram matrices over the samples; the last layer's δ is the same for all, so it carries no N. "
+                "Layers where a factor is short of rank on the samples are outside the assumptions and left out."
+            ),
+            at=at,
+        ),
+        study.Claim(
+            id="kfac-published-alpha",
+            statement="The scale of the K-FAC response is α = N·L.",
+            rule=study.Equivalence("alpha_over_published", 1.0, 0.01),
+            source=f"{PAPER}, section 3.2 and published code",
+            measured="tr M/(R·N·L).",
+            expected=study.refuted("Literal K-FAC has α = N(L−1) + 1: the last layer contributes 1, not N."),
+            at=at,
+        ),
+    ]
+
+
+def _unit_wise(config: Config) -> list[study.Claim]:
+    at = {"structure": "unit-wise", "kind": "exact"}
+    one_relu = {**at, "outputs": (0, 1), "activation": ("relu", "")}
+    several = {**at, "outputs": config.other_outputs}
+    return [
+        study.Claim(
+            id="unit-wise-diagonal",
+            statement="With one output the unit-wise response is diagonal.",
+            rule=study.Identity("off_diagonal"),
+            source=f"derived from {PAPER}, section 3.3 (docs/theory/karakida_osawa_2020.md, claim 6)",
+            measured="‖off-diagonal part‖_F/‖diagonal‖_F.",
+            expected=study.supported(
+                "K⁺K of a unit projects on the samples that are active at it, if their inputs are independent."
+            ),
+            at=one_relu,
+        ),
+        study.Claim(
+            id="unit-wise-alpha",
+            statement="The unit-wise response has the scale α = γ(L−1)M in wide networks.",
+            rule=study.Equivalence("alpha_over_published", 1.0, 0.02),
+            source=f"{PAPER}, section 3.3",
+            measured="mean diag(M)/(γ(L−1)M) at the largest width, one output.",
+            expected=study.supported(
+                "About half of the ReLU units are active for each sample; the last layer adds 1, negligible here."
+            ),
+            at=one_relu,
+            estimate=study.at_largest_width(study.by_seed),
+        ),
+        study.Claim(
+            id="unit-wise-spread",
+            statement="The relative spread of the unit-wise response over samples falls like M^(−1/2).",
+            rule=study.Equivalence("spread", -0.5, 0.15),
+            source=f"derived from {PAPER}, section 3.3 (docs/theory/karakida_osawa_2020.md, claim 6)",
+            measured="Slope of log(std/mean of diag M) against log width.",
+            expected=study.supported(
+                "The number of active units of a sample is a sum over units; shared inputs correlate samples, not units."
+            ),
+            at={**at, "outputs": (0, 1), "activation": base(config)["activation"]},
+            estimate=study.slope_by_seed,
+            assumptions=study.needs_several_widths,
+        ),
+        study.Claim(
+            id="unit-wise-outputs",
+            statement="With C > 1 outputs the unit-wise response has the scale γM(L−1), as published for C = 1.",
+            rule=study.Equivalence("alpha_over_published", 1.0, 0.05),
+            source=f"{PAPER}, section 3.3, read literally for C > 1",
+            measured="mean diag(M)/(γ(L−1)M) with several outputs.",
+            expected=study.refuted(
+                "The Jacobian of a hidden unit has rank N, not NC, so its scale is divided by C (derived)."
+            ),
+            at=several,
+        ),
+        study.Claim(
+            id="unit-wise-outputs-derived",
+            statement="With C > 1 outputs the unit-wise response has the mean α = γM(L−1)/C + 1.",
+            rule=study.Equivalence("alpha_ratio", 1.0, 0.05),
+            source="derived (docs/theory/karakida_osawa_2020.md, claim 6)",
+            measured="mean diag(M)/α with several outputs.",
+            expected=study.supported("The directions of many units average to I/C; the last layer adds I."),
+            at=several,
+        ),
+    ]
+
+
+def _off_training(structure: str) -> study.Claim:
+    return study.Claim(
+        id=f"test-response-{structure}",
+        statement=f"Off the training set the {structure} response is the formula of its structure.",
+        rule=study.Identity("test_response_error"),
+        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 8)",
+        measured="‖(K − K_formula)U‖_F/‖K_formula U‖_F at the test inputs, for random directions U.",
+        expected=study.supported(
+            "Exact at finite width with the kernels, or the back-propagated rows, of the actual network."
+        ),
+        at={"structure": structure, "kind": "exact"},
+    )
+
+
+def _anisotropic(structure: str, kind: str, expected: study.Expected) -> study.Claim:
+    return study.Claim(
+        id=f"anisotropic-{structure}" if kind == "exact" else f"anisotropic-{structure}-{kind}",
+        statement=f"The {structure} response of the {kind} Fisher is not isotropic.",
+        rule=study.Inequality("anisotropy", "greater", 0.1),
+        source="no theorem covers it (docs/theory/karakida_osawa_2020.md, claim 14)",
+        measured="‖M − ᾱI‖_F/‖ᾱI‖_F with ᾱ = tr M/R, smallest over the widths.",
+        expected=expected,
+        at={"structure": structure, "kind": kind, "outputs": (0, 1)},
+        estimate=study.least_by_seed,
+    )
+
+
+RESPONSE: study.Experiment[Config] = study.Experiment(
+    name="response", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.03, 0.5), memory=memory
+)

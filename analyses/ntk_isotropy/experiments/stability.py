@@ -1,0 +1,121 @@
+"""The edge of stability of preconditioned training, at its root: λ_max(F⁻¹F) and λ_max(F⁻¹H) against 2/η (claim 15)."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import curvlab
+from analyses.descent import Descent, flat, outputs
+from analyses.ntk_isotropy.config import Config
+from analyses.ntk_isotropy.descent import both_outputs, frozen, natural, train
+from analyses.ntk_isotropy.points import memory, points, seconds
+from analyses.ntk_isotropy.setting import Setting, make, setting_of
+from curvlab import study, theory
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.rows import gram
+from curvlab.spectrum import Hessian
+
+STRUCTURES = ("full", "block-diagonal")
+NEAR = 1e-5
+"""The test starts once exact natural gradient at η = 1 has shrunk the residual by this: the theorem is about interpolation."""
+WARM_UP = 12
+"""Steps after which that is given up."""
+STEPS = 6
+FACTORS = (0.9, 1.1)
+"""Step sizes tested, in units of 2/λ_max."""
+
+
+def _points(config: Config) -> list[study.Point]:
+    at = {"width": config.swept_widths[0], "activation": "erf"}
+    structures = [name for name in STRUCTURES if name in config.structures]
+    return points(config, [{**at, "structure": name, "factor": factor} for name in structures for factor in FACTORS])
+
+
+def _normalised_range(layers: list[LayerRows], space: ParameterSpace) -> Float[Tensor, "K P"]:
+    """Return vectors W that span the range of a block, with `Wᵀ F W = I`."""
+    system = gram(layers, layers)
+    values, vectors = torch.linalg.eigh(system)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    coefficients = (vectors[:, kept] / values[kept]).T
+    named = {name: coefficients.new_zeros(len(coefficients), *shape) for name, shape in space.shapes.items()}
+    for layer in layers:
+        named |= layer.layout.split(layer.rmatvec(coefficients))
+    return space.flatten(named)
+
+
+def _hessian_top(setting: Setting, model: nn.Module, structure: str) -> float:
+    """λ_max of F⁻¹H on range(F), by Hessian-vector products with a basis of the range in which F is the identity."""
+    rows = curvlab.sqrt_fisher(model, setting.problem.loss, setting.inputs, setting.targets)
+    groups = [list(rows.layers)] if structure == "full" else [[layer] for layer in rows.layers]
+    basis = torch.cat([_normalised_range(group, rows.space) for group in groups])
+    matrix = basis @ Hessian(model, setting.problem.loss, setting.problem.train).matmat(basis).T
+    return float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-1])
+
+
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting = setting_of(cell, context.config)
+    name, factor = str(cell["structure"]), float(cell["factor"])
+    alpha = setting.alpha(name)
+    assert alpha is not None
+    y = flat(setting.targets).numpy(force=True)
+    model = copy.deepcopy(setting.problem.model)
+    start = float(np.linalg.norm(setting.initial.numpy(force=True) - y))
+    study.follow(
+        Descent(model, natural(make("full", setting.depth), setting), 1.0, partial(both_outputs, setting=setting)),
+        WARM_UP,
+        until=lambda seen: bool(np.linalg.norm(seen["train"] - y) < NEAR * start),
+    )
+    rows = curvlab.sqrt_fisher(model, setting.problem.loss, setting.inputs, setting.targets)
+    structure = make(name, setting.depth).update(rows)
+    response = structure.response(rows.jacobian(), 0.0)
+    fisher_top = float(torch.linalg.eigvalsh((response + response.T) / 2)[-1])
+    hessian_top = _hessian_top(setting, model, name)
+    eta = factor * theory.stability_limit(hessian_top)
+    before = outputs(model, setting.inputs).numpy(force=True)
+    trained, _, ended = train(model, setting, eta, STEPS, frozen(structure, setting))
+    residuals = [float(np.linalg.norm(f - y)) for f in (before, *trained)]
+    growth = (residuals[-1] / residuals[0]) ** (1 / STEPS)
+    return [
+        study.observed("fisher_top_over_alpha", fisher_top / alpha),
+        study.observed("hessian_top_over_alpha", hessian_top / alpha),
+        study.observed("growth", growth, predicted=abs(1 - 2 * factor), **ended),
+        *(study.observed("residual", r, step=t, **ended) for t, r in enumerate(residuals)),
+    ]
+
+
+def _sharpness(structure: str) -> study.Claim:
+    return study.Claim(
+        id=f"preconditioned-sharpness-{structure}",
+        statement=f"Near interpolation λ_max(F⁻¹H) of the {structure} Fisher is α.",
+        rule=study.Equivalence("hessian_top_over_alpha", 1.0, 0.02),
+        source="derived (docs/theory/karakida_osawa_2020.md, claim 15)",
+        measured=f"λ_max(F⁻¹H)/α on range(F), once exact natural gradient has shrunk the residual to {NEAR:g}.",
+        expected=study.supported("H is the Gauss-Newton matrix up to the residual times the curvature of f."),
+        at={"structure": structure},
+    )
+
+
+def _edge(structure: str, factor: float) -> study.Claim:
+    below = factor < 1
+    return study.Claim(
+        id=f"edge-{structure}-{'below' if below else 'above'}",
+        statement=f"At η = {factor:g} · 2/λ_max(F⁻¹H) the residual {'shrinks' if below else 'grows'}.",
+        rule=study.Inequality("growth", "less" if below else "greater", 1.0),
+        source="derived (docs/theory/karakida_osawa_2020.md, claim 15)",
+        measured=f"Geometric mean growth of the training residual over {STEPS} steps.",
+        expected=study.supported(f"The predicted factor per step is {abs(1 - 2 * factor):g}."),
+        at={"structure": structure, "factor": factor},
+    )
+
+
+CLAIMS = [claim for name in STRUCTURES for claim in (_sharpness(name), *(_edge(name, factor) for factor in FACTORS))]
+
+
+STABILITY: study.Experiment[Config] = study.Experiment(
+    name="stability", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.5, 10.0), memory=memory
+)

@@ -1,0 +1,154 @@
+"""What single ingredients add to K-FAC: the one table of what is claimed of them."""
+
+from dataclasses import dataclass
+from math import log10
+
+from analyses.training.comparison import Comparison
+from analyses.training.config import Config
+from analyses.training.methods import INVERT_EVERY, KL_CLIP, PASSES
+from analyses.training.race import entrants
+from curvlab.study import Expected, supported, undecided
+
+KFAC_PAPER = "Martens & Grosse 2015"
+
+SLIGHT = log10(1.1)
+"""More steps, as log10 of the ratio, that count as no loss."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """What is claimed of an ingredient of K-FAC.
+
+    Attributes:
+        name: In the claim's id.
+        label: In figures.
+        method: The method that has it.
+        without: The method that has it not.
+        statement: Its gain in steps.
+        source: Paper and section.
+        expected: What is expected of that.
+        bound: The largest log10 of the ratio of steps that counts as a gain.
+        faster: The claim that its steps take less time, if that is what it is for.
+        expected_faster: What is expected of that.
+    """
+
+    name: str
+    label: str
+    method: str
+    without: str
+    statement: str
+    source: str
+    expected: Expected
+    bound: float = 0.0
+    faster: str = ""
+    expected_faster: Expected | None = None
+
+    @property
+    def versus(self) -> Comparison:
+        """K-FAC with it against K-FAC without it."""
+        return Comparison(self.method, (self.without,))
+
+
+INGREDIENTS = (
+    Ingredient(
+        "adapted",
+        "Levenberg–Marquardt damping",
+        "kfac-adapted",
+        "kfac",
+        "Levenberg–Marquardt damping needs fewer steps than fixed damping.",
+        f"{KFAC_PAPER}, section 6.5",
+        undecided(
+            "It lowers the damping as the quadratic model comes to hold, but in a short run from a tuned start it has little to "
+            "do."
+        ),
+    ),
+    Ingredient(
+        "quadratic",
+        "quadratic-model step",
+        "kfac-quadratic",
+        "kfac",
+        "Step size and momentum from the quadratic model need fewer steps than a fixed, tuned step size.",
+        f"{KFAC_PAPER}, sections 6.4 and 7",
+        undecided("The step fits the place, but also the noise of a small batch."),
+    ),
+    Ingredient(
+        "clipped",
+        "trust region",
+        "kfac-clipped",
+        "kfac",
+        f"A trust region of {KL_CLIP:g} needs fewer steps than none.",
+        "Ba, Grosse & Martens 2017, section 5",
+        undecided("It admits less damping and longer steps later, but shortens the first ones."),
+    ),
+    Ingredient(
+        "split",
+        "split damping",
+        "kfac-split",
+        "kfac",
+        "Damping split over the factors needs fewer steps than damping of their product.",
+        f"{KFAC_PAPER}, section 6.3",
+        undecided("It is cheaper, an approximation of the same step; at equal ρ it damps more."),
+    ),
+    Ingredient(
+        "average",
+        "averaged factors",
+        "kfac",
+        "kfac-latest",
+        "Factors averaged over batches (decay 0.95) need fewer steps than those of the latest batch.",
+        f"{KFAC_PAPER}, section 5",
+        supported("A batch that is smaller than the layers determines few directions."),
+    ),
+    Ingredient(
+        "rare",
+        "rare inverses",
+        "kfac-rare",
+        "kfac-split",
+        f"Inverses that are made every {INVERT_EVERY} updates, layers in turn, need at most a tenth more steps.",
+        f"{KFAC_PAPER}, section 8",
+        supported("The averaged factors change slowly."),
+        SLIGHT,
+        "A step of K-FAC with rare inverses takes less time than one with inverses of every batch.",
+        supported("Inverses are most of what the method adds to a step on small layers."),
+    ),
+    Ingredient(
+        "accumulated",
+        "accumulated passes",
+        "kfac-accumulated",
+        "kfac",
+        f"Steps on gradients and factors of {PASSES} passes, in the memory of one, are fewer than those on one.",
+        f"{KFAC_PAPER}, section 13: larger batches",
+        undecided(f"They see {PASSES} times the samples, but near the start noise is not what limits a step."),
+    ),
+    Ingredient(
+        "autocast",
+        "autocast and loss scaling",
+        "kfac-autocast",
+        "kfac",
+        "Passes under autocast, with a scaled loss, need at most a tenth more steps.",
+        "Micikevicius et al. 2018, section 3",
+        supported("Their round-off is small beside the noise of a batch; factors and inverses keep full precision."),
+        SLIGHT,
+        "A step of K-FAC from a pass under autocast takes less time than one in full precision.",
+        undecided("It pays where products in half precision are faster, on large layers."),
+    ),
+    Ingredient(
+        "plain",
+        "plain output layer",
+        "kfac-plain",
+        "kfac",
+        "Leaving the output layer to the plain gradient needs at most a tenth more steps.",
+        "practice with many classes, whose factor is the largest; no paper",
+        undecided(
+            "The other layers' curvature may do, but the output layer then moves at their rate without their damping."
+        ),
+        SLIGHT,
+        "A step of K-FAC that leaves the output layer to the plain gradient takes less time than one on all layers.",
+        supported("It makes no factors and inverses there."),
+    ),
+)
+
+
+def compared(config: Config) -> list[Ingredient]:
+    """Return the ingredients whose two methods take part."""
+    present = {method.name for method in entrants(config)}
+    return [one for one in INGREDIENTS if {one.method, one.without} <= present]

@@ -1,0 +1,209 @@
+"""What figures share: a layout of panels, selections of measurements, lines and guides."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, SupportsFloat
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from curvlab.study import style
+
+Panel = Callable[[Axes, pd.DataFrame], None]
+"""Draws one relation into given axes from the measurements of a run; raises `NotStored` if they are absent."""
+
+NEUTRAL = "#555555"
+"""Colour of guides, remarks and predictions that hold for every structure."""
+DASHED = (0, (4, 2))
+SMALL = 6.5
+"""Font size of remarks, in printer's points."""
+
+
+class NotStored(LookupError):
+    """Measurements that a panel needs are not among the stored ones; the message names them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A figure: panels in a grid, and the claims that it shows.
+
+    Attributes:
+        command: The command that measures what it draws.
+        panels: Rows of panels.
+        claims: Beginnings of the ids of its claims; those that were judged enter the caption.
+        width: Of the figure.
+        height: Of a row, in inches, without the caption.
+        columns: Of the legend.
+    """
+
+    command: str
+    panels: Sequence[Sequence[Panel]]
+    claims: tuple[str, ...]
+    width: Literal["column", "double"] = "double"
+    height: float = 2.1
+    columns: int = 5
+
+    def __call__(self, measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
+        """Draw the figure from stored measurements and verdicts; a panel without measurements says so."""
+        figure, grid = style.canvas(len(self.panels), len(self.panels[0]), width=self.width, height=self.height)
+        for row, panels in zip(grid, self.panels, strict=True):
+            for axes, panel in zip(row, panels, strict=True):
+                try:
+                    panel(axes, measurements)
+                except NotStored as missing:
+                    axes.clear()
+                    _say_missing(axes, str(missing), self.command)
+                if axes.get_yscale() == "log" and axes.get_ylim()[1] < 100 * axes.get_ylim()[0]:
+                    plain_ticks(axes.yaxis)
+        if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+            style.legend(figure, columns=self.columns)
+        _caption(figure, verdicts, self.claims)
+        return figure
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label 1, 2 and 5 of every decade of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _say_missing(axes: Axes, what: str, command: str) -> None:
+    axes.set_axis_off()
+    text = f"{what}\nis not among the stored results;\n{command}\nmeasures it."
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, color=NEUTRAL, transform=axes.transAxes)
+
+
+def _caption(figure: Figure, verdicts: pd.DataFrame, claims: tuple[str, ...]) -> None:
+    """Write the judged claims with ids that begin with one of `claims`."""
+    judged = [claim for claim in verdicts.get("claim", ()) if str(claim).startswith(claims)]
+    if judged:
+        style.caption(figure, verdicts, judged)
+
+
+def take(measurements: pd.DataFrame, experiment: str, quantity: str, **where: object) -> pd.DataFrame:
+    """Return the finite observations of an experiment's quantity with given coordinates; a tuple lists the values allowed.
+
+    Raises:
+        NotStored: there are none.
+    """
+    kept = (measurements["quantity"] == quantity) & np.isfinite(measurements["value"])
+    for name, value in ({"experiment": experiment} | where).items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        kept &= measurements[name].isin(allowed) if name in measurements else False
+    if not kept.any():
+        raise NotStored(f"{experiment}: {quantity.replace('_', ' ')}")
+    found: pd.DataFrame = measurements.loc[kept]
+    return found
+
+
+def at_base(table: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Keep the point from which a run varies one thing at a time: the most frequent value of each coordinate."""
+    kept = table
+    for name in names or ("depth", "activation", "outputs"):
+        kept = kept.loc[kept[name] == kept[name].mode()[0]]
+    return kept
+
+
+def groups(table: pd.DataFrame, name: str) -> Iterator[tuple[float, pd.DataFrame]]:
+    """Yield every value of a numeric column, ascending, with its rows."""
+    for value in sorted(float(value) for value in table[name].unique()):
+        yield value, table.loc[table[name] == value]
+
+
+def structures_of(table: pd.DataFrame, separation: float = 3.2) -> Iterator[tuple[str, pd.DataFrame, float]]:
+    """Yield every structure of a table in the order of legends, its rows and its displacement.
+
+    Args:
+        table: Measurements.
+        separation: Displacement between structures at the same abscissa, in printer's points.
+    """
+    present = style.in_order(table["structure"].dropna())
+    for index, structure in enumerate(present):
+        yield structure, table[table["structure"] == structure], separation * (index - (len(present) - 1) / 2)
+
+
+def width_axis(axes: Axes, table: pd.DataFrame) -> list[int]:
+    """Make the x axis one of hidden widths, with a tick at each of the table's, and return them.
+
+    Raises:
+        NotStored: the problem has a width of its own.
+    """
+    widths = sorted(int(width) for width in table["width"].unique())
+    if widths[0] == 0:
+        raise NotStored("A dependence on the width (the problem has its own)")
+    style.log_ticks(axes, widths)
+    axes.margins(x=0.2)
+    axes.set_xlabel("hidden width $M$ (units)")
+    return widths
+
+
+def predicted(
+    axes: Axes, table: pd.DataFrame, x: str, structure: str, *, y: str = "value", label: str | None = None
+) -> None:
+    """Draw a prediction as a line of means over seeds, geometric on a logarithmic axis; a single point as a dash."""
+    logarithmic = axes.get_yscale() == "log"
+    shown = table[table[y] > 0] if logarithmic else table
+    if shown.empty:
+        return
+    means = (np.log(shown[y]) if logarithmic else shown[y]).groupby(shown[x]).mean()
+    line = np.exp(means) if logarithmic else means
+    if len(line) == 1:
+        line = pd.Series([line.iloc[0]] * 2, index=[0.88 * line.index[0], 1.12 * line.index[0]])
+    style.theory(axes, line.index, line, structure, label=label)
+
+
+def by_structure(
+    axes: Axes,
+    table: pd.DataFrame,
+    x: str,
+    *,
+    theory: pd.DataFrame | None = None,
+    separation: float = 3.2,
+    **options: Any,
+) -> None:
+    """Draw the measured points of every structure side by side.
+
+    Args:
+        axes: Where to draw.
+        table: Measurements.
+        x: Column with the abscissa.
+        theory: Predictions, drawn as lines; None for none.
+        separation: Between structures, see `structures_of`.
+        options: Of `style.measured`.
+    """
+    for index, (structure, group, shift) in enumerate(structures_of(table, separation)):
+        if theory is not None:
+            label = None if index else "theory"
+            predicted(axes, theory[theory["structure"] == structure], x, structure, label=label)
+        style.measured(axes, group, x, structure, shift=shift, **options)
+
+
+def inverse_root(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw M^(−1/2) for comparison, below the measured points of a table; nothing at a single width."""
+    widths = np.array(sorted(table["width"].unique()), dtype=float)
+    if len(widths) < 2:
+        return
+    means = np.log(table["value"]).groupby([table["structure"].fillna(""), table["width"]]).mean()
+    lowest = float(np.exp(means.groupby("width").min() + 0.5 * np.log(widths / widths[0])).min())
+    between = float(np.sqrt(widths[0] * widths[1]))
+    axes.plot(
+        widths, 0.6 * lowest * np.sqrt(widths[0] / widths), color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1
+    )
+    below = 0.6 * lowest * float(np.sqrt(widths[0] / between))
+    note(axes, between, below, "$M^{-1/2}$", ha="right", va="top", xytext=(0, -1))
+
+
+def level(axes: Axes, y: SupportsFloat) -> None:
+    """Draw a horizontal guide."""
+    axes.axhline(float(y), color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
+
+
+def note(axes: Axes, x: SupportsFloat, y: SupportsFloat, text: str, **options: Any) -> None:
+    """Write a small remark at data coordinates; ``xytext`` displaces it by printer's points."""
+    placed = {"ha": "left", "va": "bottom", "xytext": (0, 0), "color": NEUTRAL} | options
+    axes.annotate(text, (float(x), float(y)), textcoords="offset points", fontsize=SMALL, **placed)

@@ -1,0 +1,47 @@
+"""The command `curvlab`."""
+
+import dummy_analysis
+import pytest
+
+from curvlab.study import ANALYSES, command
+
+
+@pytest.fixture(autouse=True)
+def dummy(monkeypatch):
+    monkeypatch.setitem(ANALYSES._things, "dummy", dummy_analysis.ANALYSIS)
+
+
+def test_list_names_every_analysis_with_its_question(capsys):
+    assert command.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "dummy" in out
+    assert "Does a noisy number lie where its structure says?" in " ".join(out.split())
+
+
+def test_run_passes_options_on(tmp_path, capsys):
+    assert command.main(["run", "dummy", "--seeds", "2", "--dry-run", "--results", str(tmp_path)]) == 0
+    assert "cells:  8, 0 cached, 8 to run" in capsys.readouterr().out
+
+
+def test_figures_are_those_of_papers(tmp_path, capsys):
+    assert command.main(["figures", "--results", str(tmp_path)]) == 0
+    assert "karakida_osawa_2020" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "dumy"], "error: Unknown analysis 'dumy'. Did you mean 'dummy'?"),
+        (["run"], "usage: curvlab list"),
+        (["draw"], "usage: curvlab list"),
+        (["run", "dummy", "--sedes", "2"], "--seeds"),
+    ],
+)
+def test_wrong_usage_says_what_was_meant(arguments, message, capsys):
+    assert command.main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_help(capsys):
+    assert command.main(["--help"]) == command.main([]) == 0
+    assert "curvlab run NAME" in capsys.readouterr().out
