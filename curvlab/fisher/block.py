@@ -31,7 +31,7 @@ Total = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Relation:
+class RowRelation:
     """What rows J have to do with the rows S of a state.
 
     Attributes:
@@ -251,11 +251,11 @@ class Block(ABC):
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc` for rows of the last batch, or for all rows of the state if `keeps_rows`."""
 
-    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002
+    def prefers_per_sample_gradients(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002
         """Whether `solve_sum` takes fewer operations than `solve`.
 
         Args:
-            layers: rows of the state's last batch; summands have their shape, with one row a sample.
+            layers: rows of the state's last batch; per_sample_gradients have their shape, with one row a sample.
             damping: ρ.
         """
         return False
@@ -272,7 +272,7 @@ class Block(ABC):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        relation: Relation,
+        relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         """Return `left (F + ρI)⁻¹ rightᵀ`; the relation is that of `right` to the rows S that `lift` takes."""
 

@@ -21,6 +21,7 @@ from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout, Slot
 from curvlab.rows.products import chunks
+from curvlab.tools.looks import Look
 
 Labels = Int[Tensor, "units width"]
 """The number of the component to which every entry of a layer's matrix belongs."""
@@ -116,7 +117,7 @@ class ComponentWise(
     RowStructure,
     key="component-wise",
     summary="one block of F a component of a layer",
-    look=("#882255", "h", "component-wise"),
+    look=Look("#882255", "h", "component-wise"),
 ):
     """One block of `F` a component, for any partition of a layer's parameters into components.
 

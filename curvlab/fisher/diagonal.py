@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, Block, Relation, RunningAverage, State, check_rtol
+from curvlab.fisher.block import Batch, Block, RowRelation, RunningAverage, State, check_rtol
 from curvlab.fisher.plain import weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.structure import Structure
@@ -16,6 +16,7 @@ from curvlab.fisher.system import inverse_values, rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
+from curvlab.tools.looks import Look
 
 
 class DiagonalBlock(Block):
@@ -63,7 +64,7 @@ class DiagonalBlock(Block):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        relation: Relation,  # noqa: ARG002
+        relation: RowRelation,  # noqa: ARG002
     ) -> Float[Tensor, "Q R"]:
         weights = self._inverse(damping)
         if self.index is not None:
@@ -89,7 +90,7 @@ class DiagonalBlock(Block):
         self.average.restore(state)
 
 
-class Diagonal(Structure, key="diagonal", summary="the diagonal of F", look=("#CC79A7", "X", "diagonal")):
+class Diagonal(Structure, key="diagonal", summary="the diagonal of F", look=Look("#CC79A7", "X", "diagonal")):
     """The diagonal of `F`.
 
     Args:

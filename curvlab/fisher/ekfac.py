@@ -18,6 +18,7 @@ from curvlab.fisher.state import batches_of
 from curvlab.fisher.system import rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout
+from curvlab.tools.looks import Look
 
 
 class _Corrected(KroneckerBlock):
@@ -79,7 +80,7 @@ class _EmbeddingEKFAC(_Corrected, EmbeddingBlock):
     """EKFAC of an embedding."""
 
 
-class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis", look=("#56B4E9", "p", "EKFAC")):
+class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis", look=Look("#56B4E9", "p", "EKFAC")):
     """K-FAC's eigenbasis with the Fisher's own diagonal in it.
 
     `fit` goes twice over the data, so that many batches give what one would. `update` corrects in the basis of the

@@ -11,6 +11,7 @@ from curvlab.fisher.side import RowSide, Side
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout
+from curvlab.tools.looks import Look
 
 
 class RowStructure(Structure):
@@ -30,7 +31,7 @@ class RowStructure(Structure):
         return self._config.window
 
 
-class Full(RowStructure, key="full", summary="F = SᵀS itself", look=("#000000", "o", "full")):
+class Full(RowStructure, key="full", summary="F = SᵀS itself", look=Look("#000000", "o", "full")):
     """The full matrix `F = SᵀS`.
 
     With R rows and P parameters it is kept as rows, and solved with `[R, R]`, or as `[P, P]`, whichever is smaller.
@@ -50,7 +51,7 @@ class BlockDiagonal(
     RowStructure,
     key="block-diagonal",
     summary="diagonal blocks of F, by default one a layer",
-    look=("#0072B2", "s", "block-diagonal"),
+    look=Look("#0072B2", "s", "block-diagonal"),
 ):
     """The blocks of `F` on its diagonal: one a layer, or those of a partition of the parameters' names.
 

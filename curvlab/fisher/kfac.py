@@ -40,7 +40,9 @@ from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
-from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import LayerRows
+from curvlab.tools.looks import Look
 
 
 class _LinearKFAC(LinearBlock, KFACBlock):
@@ -51,7 +53,7 @@ class _EmbeddingKFAC(EmbeddingBlock, KFACBlock):
     """K-FAC of an embedding."""
 
 
-class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a layer", look=("#E69F00", "P", "K-FAC")):
+class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a layer", look=Look("#E69F00", "P", "K-FAC")):
     """Kronecker-factored blocks.
 
     Args:
@@ -91,7 +93,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         blocks = [self._make_block(layer) for layer in rows.layers]
         kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
         for turn, block in enumerate(kronecker):
-            block.take_turn(turn, len(kronecker))
+            block.stagger(turn, len(kronecker))
         return blocks
 
     def _prepare(self, damping: float) -> None:

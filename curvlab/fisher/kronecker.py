@@ -17,13 +17,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, Relation, State, check_rtol
+from curvlab.fisher.block import Batch, Block, RowRelation, State, check_rtol
 from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.plain import is_plain, weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.system import inverse_values
-from curvlab.rows.layer import EmbeddingRows, KroneckerRows, LayerRows, SharedRows
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import LayerRows, SharedRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
 from curvlab.rows.side_by_side import times
@@ -76,7 +77,7 @@ class KroneckerBlock(Block):
         self._inverted_at = 0.0
         self._age = 0
 
-    def take_turn(self, turn: int, turns: int) -> None:
+    def stagger(self, turn: int, turns: int) -> None:
         """Let the inverses age ahead of other blocks', so that not all are made anew at once."""
         self._age = turn * self.options.invert_every // turns
 
@@ -230,7 +231,7 @@ class KroneckerBlock(Block):
         units = self.units.basis.values + rho_units[:, None]
         return 1 / (units[..., None] * (self.width.basis.values + rho_width[:, None])[:, None, :])
 
-    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: D102
+    def prefers_per_sample_gradients(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: D102
         return self._splits(damping) and self.worth_factoring(layers[0], summed=True)
 
     def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:  # noqa: D102
@@ -254,7 +255,7 @@ class KroneckerBlock(Block):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        relation: Relation,
+        relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         x, y = self.rotate(left[0]), self.rotate(right[0])
         spanned = damping == 0 or self._complete or (relation.coefficients is not None and self.spans(right[0]))

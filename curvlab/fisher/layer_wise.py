@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import IllConditioned
-from curvlab.fisher.block import Block, Relation
+from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.full import RowStructure, partition_parts
 from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, Side, SidedBlock
@@ -38,6 +38,7 @@ from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import gram
 from curvlab.rows.side_by_side import combine, dense, gram64, moment, times
+from curvlab.tools.looks import Look
 
 Sigma = Sequence[Sequence[float]] | Callable[[int], Tensor]
 """Σ itself, or a function that returns Σ for a number of layers."""
@@ -221,7 +222,7 @@ class LayerWiseBlock(SidedBlock):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        relation: Relation,
+        relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         if not self.keeps_rows:
             return times(left, self.solve(dense(right), damping)[0]).T
@@ -265,7 +266,7 @@ class LayerWise(
     RowStructure,
     key="layer-wise",
     summary="the family S̃ᵀ(Σ ⊗ I)S̃ for any symmetric Σ",
-    look=("#F0E442", "v", "layer-wise"),
+    look=Look("#F0E442", "v", "layer-wise"),
 ):
     """The layer-wise family for a symmetric Σ.
 
@@ -319,7 +320,7 @@ class BlockTridiagonal(
     LayerWise,
     key="block-tridiagonal",
     summary="F restricted to a layer and its neighbours",
-    look=("#D55E00", "^", "block-tridiagonal"),
+    look=Look("#D55E00", "^", "block-tridiagonal"),
 ):
     """The blocks of `F` between a layer and its neighbours; indefinite for three layers and more.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvlab.fisher.block import RunningAverage, State, Total
 from curvlab.fisher.inverse import CholeskyInverse, DiagonalInverse, Inverse, LowRankInverse, MatrixInverse
 from curvlab.fisher.system import condition_limit, naming_overflow
-from curvlab.rows.aligned import aligned, pitch
+from curvlab.rows.aligned import aligned, padded_columns
 from curvlab.rows.products import cached, chunks, mirror
 
 STRIPS = 4
@@ -362,7 +362,7 @@ def inverses(wanted: Sequence[tuple[Factor, Float[Tensor, " _"]]], uses: int) ->
             continue
         assert isinstance(factor, Moment)
         Q, d, _ = factor.shape
-        alike[Q, pitch(d, rho.dtype), rho.dtype][position] = factor
+        alike[Q, padded_columns(d, rho.dtype), rho.dtype][position] = factor
     for (Q, width, _), moments in alike.items():
         whole = wanted[next(iter(moments))][1].new_empty(len(moments), Q, width, width)
         for (position, moment), matrix in zip(moments.items(), whole, strict=True):

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.rows.layer import KroneckerRows, LayerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.products import chunks
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.fisher.block import Relation
+from curvlab.fisher.block import RowRelation
 from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, SidedBlock
 from curvlab.fisher.stack import Cut, Rows, Stack, Together, Whole
@@ -126,7 +126,7 @@ class RowBlock(SidedBlock):
         y = eigen.coordinates(self.root.times(x).mT) * scale[:, None]
         return self.root.combine((y @ eigen.vectors.mT).mT.to(x)) + outside * x
 
-    def prefers_summands(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
+    def prefers_per_sample_gradients(self, layers: tuple[LayerRows, ...], damping: float) -> bool:  # noqa: ARG002, D102
         return self.cut.sums and self.keeps_rows and damping > 0
 
     def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ class RowBlock(SidedBlock):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        relation: Relation,
+        relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         same = all(x is y for x, y in zip(left, right, strict=True))
         a = self.cut.rows(left)

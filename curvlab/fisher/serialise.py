@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curvlab.rows import Rows
-from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.loss import restored
 from curvlab.rows.parameters import Layout, ParameterSpace
 

@@ -15,6 +15,8 @@ from operator import mul
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from curvlab.errors import StateError
 from curvlab.fisher.block import Batch, Block, RunningAverage, Total
@@ -284,7 +286,7 @@ class State(ABC):
             "shapes": pack_rows(self.shapes),
             "kept": [(decay, pack_rows(rows)) for decay, rows in self._kept],
             "counts": self._counts.state(),
-            "blocks": [(repr(block), block.state()) for block in self._blocks],
+            "blocks": [(repr(block), list(block.names), _entries(block), block.state()) for block in self._blocks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -297,14 +299,25 @@ class State(ABC):
             raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
         shapes = unpack_rows(state["shapes"])
         blocks = self._make_blocks(shapes)
-        made, saved = [repr(block) for block in blocks], [name for name, _ in state["blocks"]]
+        made, saved = [repr(block) for block in blocks], [name for name, *_ in state["blocks"]]
         if made != saved:
             raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
-        for block, (_, content) in zip(blocks, state["blocks"], strict=True):
+        for block, (name, names, entries, _) in zip(blocks, state["blocks"], strict=True):
+            if list(block.names) != names or not torch.equal(_entries(block), entries):
+                raise ValueError(
+                    f"The state's {name} covers other parameters than that of this configuration, which cuts them by another "
+                    "partition. Load the state into a structure with the same one."
+                )
+        for block, (*_, content) in zip(blocks, state["blocks"], strict=True):
             block.restore(content)
         self._shapes, self._blocks, self._anew, self._latest, self._largest = shapes, blocks, [], None, None
         self._counts.restore(state["counts"])
         self._merge([(decay, unpack_rows(packed)) for decay, packed in state["kept"]])
+
+
+def _entries(block: Block) -> Int[Tensor, " _"]:
+    """Return which entries of its layer a block covers, none for all."""
+    return torch.empty(0, dtype=torch.long) if block.index is None else block.index.cpu()
 
 
 def batches_of(blocks: Iterable[Block], rows: Rows, decay: float, total: Total | None = None) -> list[Batch]:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
-from curvlab.fisher.block import Block, Relation
+from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.fitting import Checkpoint, Fitting, identity
 from curvlab.fisher.moment import Invert
@@ -36,11 +36,14 @@ from curvlab.rows.loss import Kind, Scaling
 from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
+from curvlab.tools.looks import LOOKS, Look
+from curvlab.tools.registry import Registry
 
 Own = TypeVar("Own", bound="Structure")
 
-STRUCTURES: dict[str, type[Structure]] = {}
-"""Every structure by its key; the options, the tests and the documentation read this."""
+STRUCTURES: Registry[type[Structure]] = Registry("structure", "curvlab.structures")
+"""Every structure by its key, ours and those of installed packages, which add to them by entry points of the group
+``curvlab.structures``; the options, the tests and the documentation read this."""
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""
@@ -65,25 +68,26 @@ class Structure(State):
     Configuration is given at construction and frozen; the state comes from `update` or `fit`.
     """
 
-    look: ClassVar[tuple[str, str, str]]
-    """Its colour, marker and name in figures."""
+    look: ClassVar[Look]
+    """How it is drawn in figures."""
 
     def __init_subclass__(
-        cls, key: str | None = None, summary: str = "", look: tuple[str, str, str] | None = None, **kwargs: Any
+        cls, key: str | None = None, summary: str = "", look: Look | None = None, **kwargs: Any
     ) -> None:
         """Register a subclass that has a key.
 
         Args:
             key: what options, tables and results call the structure.
             summary: what it is, in a few words.
-            look: colour, marker and name in figures; a grey circle and the key if None.
+            look: how it is drawn in figures; a grey circle with the key as its name if None.
             kwargs: of other base classes.
         """
         super().__init_subclass__(**kwargs)
         if key is not None:
             cls.key, cls.summary = key, summary
-            cls.look = look or ("#999999", "o", key)
-            STRUCTURES[key] = cls
+            cls.look = look or Look("#999999", "o", key)
+            LOOKS[key] = cls.look
+            STRUCTURES.register(key, cls)
 
     @classmethod
     def fit(
@@ -308,14 +312,14 @@ class Structure(State):
         self,
         gradient: Mapping[str, Tensor],
         damping: Damping,
-        summands: Callable[[str], LayerRows | None] | None = None,
+        per_sample_gradients: Callable[[str], LayerRows | None] | None = None,
     ) -> dict[str, Tensor]:
         """Return `(F + ρI)⁻¹g` as `solve` does, by a cheaper route where one is open and without its report.
 
         Args:
             gradient: g by name.
             damping: ρ, absolute or relative.
-            summands: returns, for the name of a parameter, rows of its layer that add up to g there, one a sample: the
+            per_sample_gradients: returns, for the name of a parameter, rows of its layer that add up to g there, one a sample: the
                 layer's inputs, and the gradients at its outputs; None if there are none. Blocks with Kronecker factors
                 multiply with their inverses what takes fewer operations, the factors of these rows or g; blocks of rows
                 with the same inputs never form g. All agree to rounding.
@@ -323,7 +327,11 @@ class Structure(State):
         rho = self._damping(damping)
         found: dict[str, Tensor] = {}
         for block in self._blocks:
-            layers = self._summands(block, rho, summands) if summands is not None else None
+            layers = (
+                self._per_sample_gradients(block, rho, per_sample_gradients)
+                if per_sample_gradients is not None
+                else None
+            )
             if layers is not None:
                 found.update({name: value[None] for name, value in block.solve_sum(layers, rho).items()})
             else:
@@ -331,13 +339,13 @@ class Structure(State):
                 block.put(solution, found)
         return {name: found[name][0] for name in self.space.shapes}
 
-    def _summands(
-        self, block: Block, damping: float, summands: Callable[[str], LayerRows | None]
+    def _per_sample_gradients(
+        self, block: Block, damping: float, per_sample_gradients: Callable[[str], LayerRows | None]
     ) -> tuple[LayerRows, ...] | None:
         """Return the rows that add up to a block's share of a gradient, if it takes whole layers and wants them."""
-        if not block.prefers_summands(block.of(self.shapes), damping):
+        if not block.prefers_per_sample_gradients(block.of(self.shapes), damping):
             return None
-        layers = [summands(part.names[0]) for part in block.parts]
+        layers = [per_sample_gradients(part.names[0]) for part in block.parts]
         fitting = [layer for layer, part in zip(layers, block.parts, strict=True) if layer and layer.layout == part]
         return tuple(fitting) if len(fitting) == len(layers) else None
 
@@ -366,15 +374,15 @@ class Structure(State):
         products = [block.sandwich(block.of(left), block.of(jacobian), rho, relation) for block in self._blocks]
         return torch.stack(products).sum(0) / self.count
 
-    def _relation(self, right: Rows) -> Relation:
+    def _relation(self, right: Rows) -> RowRelation:
         """Return what rows have to do with the rows that `lift` speaks of."""
         rows = self._merged or self._latest
         if rows is None:
-            return Relation(None, None)
+            return RowRelation(None, None)
         if right is rows:
-            return Relation(Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device)), None)
+            return RowRelation(Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device)), None)
         factor = rows.factor if rows.stems_from(right) else None
-        return Relation(None if factor is None else factor.inverse(), factor)
+        return RowRelation(None if factor is None else factor.inverse(), factor)
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Form F, in `named_parameters()` order. Memory `P²`."""
@@ -432,8 +440,6 @@ def make(key: str, **options: Any) -> Structure:
     Raises:
         ValueError: for an unknown key or option, with the nearest known one suggested.
     """
-    if key not in STRUCTURES:
-        raise unknown_name("structure", key, STRUCTURES)
     known = signature(STRUCTURES[key]).parameters
     for name in options:
         if name not in known:

@@ -14,16 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.fisher.block import Block, Relation
+from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.full import RowStructure
 from curvlab.fisher.plain import contract_units, is_plain, plain_factors
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide
 from curvlab.fisher.stack import Cut, Formed, Stack
 from curvlab.rows import Rows
-from curvlab.rows.layer import KroneckerRows, LayerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import chunks
+from curvlab.tools.looks import Look
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ class UnitBlock(RowBlock):
         left: tuple[LayerRows, ...],
         right: tuple[LayerRows, ...],
         damping: float,
-        relation: Relation,
+        relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         a, b = left[0], right[0]
         if is_plain(a) and is_plain(b) and not (self.keeps_rows and not is_plain(self.layers[0])):
@@ -146,7 +148,7 @@ class UnitBlock(RowBlock):
         return self.system.sandwich(x, y, damping, lambda: (a @ b.mT).repeat_interleave(O, dim=0))
 
 
-class UnitWise(RowStructure, key="unit-wise", summary="one block of F a unit", look=("#009E73", "D", "unit-wise")):
+class UnitWise(RowStructure, key="unit-wise", summary="one block of F a unit", look=Look("#009E73", "D", "unit-wise")):
     """One block of `F` a unit: an output channel with its incoming weights and bias, a scale-shift pair, a table row.
 
     A bare parameter is one unit. Units of a dense layer on vectors are kept on a row side of `[N, N]`.

@@ -102,9 +102,9 @@ class Preconditioner:
         self.skipped = 0
         self._last_due: int | None = None
         self._skipped_in_a_row = 0
-        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self._former: Mapping[str, str] | None = None  # names, from when the model has changed until rows are seen
         self._bind(model)
+        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
     def _bind(self, model: nn.Module) -> None:
         self._owners = _preconditioned(model, self.plain)

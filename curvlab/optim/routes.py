@@ -97,11 +97,13 @@ class Summands(Route):
 
     def _adds_up(self, layer: LayerRows, gradients: Mapping[str, Tensor]) -> bool:
         worthwhile = not self.structure.averages or is_small(layer)
-        summand = self.own.summand(layer.layout.names[0]) if worthwhile else None
-        return summand is not None and adds_up(summand, gradients)
+        per_sample_gradient = self.own.per_sample_gradient(layer.layout.names[0]) if worthwhile else None
+        return per_sample_gradient is not None and adds_up(per_sample_gradient, gradients)
 
     def direction(self, gradients: Mapping[str, Tensor], sums: set[str], damping: float) -> dict[str, Tensor]:  # noqa: D102
-        return self.structure.direction(gradients, damping, lambda n: self.own.summand(n) if n in sums else None)
+        return self.structure.direction(
+            gradients, damping, lambda n: self.own.per_sample_gradient(n) if n in sums else None
+        )
 
 
 class Lift(Summands):

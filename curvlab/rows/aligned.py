@@ -20,7 +20,7 @@ NARROW = 256
 """Columns below which rows are left close together."""
 
 
-def pitch(columns: int, dtype: torch.dtype) -> int:
+def padded_columns(columns: int, dtype: torch.dtype) -> int:
     """Return the number of entries from one row to the next."""
     if columns < NARROW:
         return columns
@@ -32,7 +32,7 @@ def pitch(columns: int, dtype: torch.dtype) -> int:
 def aligned(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return memory for a tensor of some shape, not filled."""
     *leading, columns = shape
-    return like.new_empty(*leading, pitch(columns, like.dtype))[..., :columns]
+    return like.new_empty(*leading, padded_columns(columns, like.dtype))[..., :columns]
 
 
 def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:

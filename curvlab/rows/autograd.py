@@ -1,7 +1,7 @@
 """The autograd engine: rows of any architecture by hooks and batched reverse passes.
 
 The forward pass records, for every layer in the table, its inputs and the edge of the graph at its output; one batched
-`torch.autograd.grad` then brings the seeds to those edges. Parameters that are used elsewhere, or in a layer whose
+`torch.autograd.grad` then brings the cotangents to those edges. Parameters that are used elsewhere, or in a layer whose
 inputs have no sample axis in front, get dense rows per sample by `torch.func` (functorch, now part of torch).
 """
 
@@ -25,14 +25,23 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.nn.hooks import has_forward_hooks, unwatched
 from curvlab.nn.linearize import differentiable_attention
+from curvlab.rows.graph_signature import Routes, signature_of
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.packed import is_packed, length, taken
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
-from curvlab.rows.route import Routes, route_to
 from curvlab.rows.samples import Samples
-from curvlab.rows.sweep import Arguments, PickOutput, Seed, Swept, call, in_parameter_order, select_output, unhooked
+from curvlab.rows.sweep import (
+    Arguments,
+    MakeCotangents,
+    PickOutput,
+    SweepResult,
+    call,
+    in_parameter_order,
+    select_output,
+    unhooked,
+)
 
 logger = logging.getLogger("curvlab")
 
@@ -50,12 +59,12 @@ def sweep(
     model: nn.Module,
     arguments: Arguments,
     pick: PickOutput,
-    seed: Seed,
+    make_cotangents: MakeCotangents,
     samples: Samples,
     known: Routes,
     without: Collection[str] = (),
-) -> Swept:
-    """Propagate the seeds through the model and keep the rows factored, but for parameters named in `without`.
+) -> SweepResult:
+    """Propagate the cotangents through the model and keep the rows factored, but for parameters named in `without`.
 
     What its graph tells is looked up in `known`, or added.
 
@@ -73,36 +82,42 @@ def sweep(
         finally:
             for handle in handles:
                 handle.remove()
-        seeds = seed(chosen.detach())
-        N = seeds.shape[1]
-        route = route_to(z, recorder.made, trainable(model), samples.along_first(N), known)
-        factored = recorder.calls(samples, N, route)
+        cotangents = make_cotangents(chosen.detach())
+        N = cotangents.shape[1]
+        graph_signature = signature_of(z, recorder.made, trainable(model), samples.along_first(N), known)
+        factored = recorder.calls(samples, N, graph_signature)
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
         edges = [made.edge for made in calls]
         if samples.interact:
             largest = max((made.shape.numel() for made in calls), default=1)
-            gradients, dense = backward_over_graphs(z, edges, seeds, others, chunks(len(seeds), MESSAGES * largest))
+            gradients, dense = backward_over_graphs(
+                z, edges, cotangents, others, chunks(len(cotangents), MESSAGES * largest)
+            )
         else:
             dense = []
             if others:
-                route = replace(route, unknown=f"rows of {others[0].label} by calls on single samples")
-                at_output = seeds_at(chosen, z, seeds)
+                graph_signature = replace(
+                    graph_signature, unknown=f"rows of {others[0].label} by calls on single samples"
+                )
+                at_output = seeds_at(chosen, z, cotangents)
                 dense = dense_rows(model, arguments, pick, chosen.detach(), at_output, N, others)
-            gradients = backward(z, edges, seeds, keep=route.unknown is not None)
+            gradients = backward(z, edges, cotangents, keep=graph_signature.unknown is not None)
     at = {
-        made: seeds.new_zeros(len(seeds), *made.shape) if g is None else g
+        made: cotangents.new_zeros(len(cotangents), *made.shape) if g is None else g
         for made, g in zip(calls, gradients, strict=True)
     }
     layers = [form(owner, {made: at[made] for made in own}, samples, N) for owner, own in factored.items()]
-    graph = None if route.unknown is None else z
-    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), [*layers, *dense]), route, graph)
+    graph = None if graph_signature.unknown is None else z
+    return SweepResult(
+        chosen.detach(), cotangents, in_parameter_order(trainable(model), [*layers, *dense]), graph_signature, graph
+    )
 
 
 def backward(
-    z: Tensor, edges: Sequence[GradientEdge | Tensor | None], seeds: Tensor, *, keep: bool = False
+    z: Tensor, edges: Sequence[GradientEdge | Tensor | None], cotangents: Tensor, *, keep: bool = False
 ) -> list[Tensor | None]:
-    """Bring the seeds to the edges, all rows in one pass; a single one as autograd's own, without a batch of one.
+    """Bring the cotangents to the edges, all rows in one pass; a single one as autograd's own, without a batch of one.
 
     One row after the other where torch cannot vectorise a layer's reverse pass, as that of a GroupNorm on channels-last data.
     """
@@ -117,16 +132,16 @@ def backward(
         return found
 
     with unhooked(reached), _named_checkpoints():
-        if len(seeds) == 1:
-            found = [None if g is None else g[None] for g in pulled(seeds[0], batched=False, keep=keep)]
+        if len(cotangents) == 1:
+            found = [None if g is None else g[None] for g in pulled(cotangents[0], batched=False, keep=keep)]
         else:
             try:
-                found = list(pulled(seeds, batched=True, keep=True))
+                found = list(pulled(cotangents, batched=True, keep=True))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 logger.info("One row after the other, as torch cannot vectorise the reverse pass: %s", error)
-                rows = [pulled(seed, batched=False, keep=True) for seed in seeds]
+                rows = [pulled(cotangent, batched=False, keep=True) for cotangent in cotangents]
                 arrived = ([g for g in of_edge if g is not None] for of_edge in zip(*rows, strict=True))
                 found = [torch.stack(gradients) if gradients else None for gradients in arrived]
     at_edge = iter(found)
@@ -134,13 +149,13 @@ def backward(
 
 
 def seeds_at(
-    output: Float[Tensor, "M ..."], z: Float[Tensor, "N C ..."], seeds: Float[Tensor, "V N C ..."]
+    output: Float[Tensor, "M ..."], z: Float[Tensor, "N C ..."], cotangents: Float[Tensor, "V N C ..."]
 ) -> Float[Tensor, "V M ..."]:
-    """Bring seeds to an output of which z is a part, or another layout."""
+    """Bring cotangents to an output of which z is a part, or another layout."""
     if z is output:
-        return seeds
-    (found,) = backward(z, [output], seeds, keep=True)
-    return seeds.new_zeros(len(seeds), *output.shape) if found is None else found
+        return cotangents
+    (found,) = backward(z, [output], cotangents, keep=True)
+    return cotangents.new_zeros(len(cotangents), *output.shape) if found is None else found
 
 
 @contextmanager
@@ -157,30 +172,32 @@ def _named_checkpoints() -> Iterator[None]:
 
 
 def backward_over_graphs(
-    z: Tensor, edges: Sequence[GradientEdge | None], seeds: Tensor, others: Sequence[Owner], parts: Iterable[slice]
+    z: Tensor, edges: Sequence[GradientEdge | None], cotangents: Tensor, others: Sequence[Owner], parts: Iterable[slice]
 ) -> tuple[list[Tensor | None], list[LayerRows]]:
-    """Bring the seeds to the edges, some rows at a time, and form the rows of parameters without a factored form.
+    """Bring the cotangents to the edges, some rows at a time, and form the rows of parameters without a factored form.
 
     Those take a reverse pass a graph, which for one graph is the same. Memory `R·P` of them.
     """
     parts = list(parts)
     parameters: list[Tensor] = [getattr(owner.module, local) for owner in others for local in owner.names]
 
-    def bring(z: Tensor, to: Sequence[GradientEdge | Tensor | None], seeds: Tensor) -> list[Tensor | None]:
-        found = [backward(z, to, seeds[part], keep=True) for part in parts]
+    def bring(z: Tensor, to: Sequence[GradientEdge | Tensor | None], cotangents: Tensor) -> list[Tensor | None]:
+        found = [backward(z, to, cotangents[part], keep=True) for part in parts]
         return [
             torch.cat(pieces) if (pieces := [g for g in gs if g is not None]) else None
             for gs in zip(*found, strict=True)
         ]
 
-    first = bring(z, [*edges, *parameters] if len(z) == 1 else edges, seeds)
-    found = [first[len(edges) :]] if len(z) == 1 else [bring(z[n], parameters, seeds[:, n]) for n in range(len(z))]
+    first = bring(z, [*edges, *parameters] if len(z) == 1 else edges, cotangents)
+    found = [first[len(edges) :]] if len(z) == 1 else [bring(z[n], parameters, cotangents[:, n]) for n in range(len(z))]
     names = [name for owner in others for name in owner.names.values()]
     rows = {
-        name: torch.stack([seeds.new_zeros(len(seeds), *p.shape) if g is None else g for g in gradients], dim=1)
+        name: torch.stack(
+            [cotangents.new_zeros(len(cotangents), *p.shape) if g is None else g for g in gradients], dim=1
+        )
         for name, p, gradients in zip(names, parameters, zip(*found, strict=True), strict=True)
     }
-    return first[: len(edges)], [_as_dense(owner, rows, seeds) for owner in others]
+    return first[: len(edges)], [_as_dense(owner, rows, cotangents) for owner in others]
 
 
 def dense_rows(
@@ -188,7 +205,7 @@ def dense_rows(
     arguments: Arguments,
     pick: PickOutput,
     output: Float[Tensor, "M ..."],
-    seeds: Float[Tensor, "V M ..."],
+    cotangents: Float[Tensor, "V M ..."],
     samples: int,
     owners: Sequence[Owner],
 ) -> list[LayerRows]:
@@ -202,7 +219,7 @@ def dense_rows(
         arguments: that it was called on.
         pick: which output.
         output: what it returned.
-        seeds: rows there.
+        cotangents: rows there.
         samples: their number N, of which the output holds one after the other.
         owners: those of the parameters.
 
@@ -218,15 +235,15 @@ def dense_rows(
             f"axis, which are no equal number for each of {samples} samples. Make the first axis the sample; give positions "
             "that do not count a weight of zero, as by ignore_index, instead of leaving them out."
         )
-    z, seeds = output.unflatten(0, (samples, -1)), seeds.unflatten(1, (samples, -1))
+    z, cotangents = output.unflatten(0, (samples, -1)), cotangents.unflatten(1, (samples, -1))
     for split in _splits(arguments, samples):
         try:
-            outputs, rows = _of_samples(model, split, pick, seeds, owners, names)
+            outputs, rows = _of_samples(model, split, pick, cotangents, owners, names)
         except Exception as error:
             failure = failure or error
             continue
         if _alike(outputs, z):
-            return [_as_dense(owner, rows, seeds) for owner in owners]
+            return [_as_dense(owner, rows, cotangents) for owner in owners]
         first = rows if first is None else first
     if first is None:
         remedy = FIXED if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()) else ""
@@ -234,7 +251,7 @@ def dense_rows(
             f"The parameters {names} have no factored rows, and dense ones could not be formed by calling the model "
             f"on single samples, which the first axis of all inputs and outputs must number: {failure}{remedy}"
         ) from failure
-    return [_as_dense(owner, first, seeds) for owner in owners]
+    return [_as_dense(owner, first, cotangents) for owner in owners]
 
 
 @dataclass(frozen=True)
@@ -274,22 +291,22 @@ def _alike(outputs: Tensor, z: Tensor) -> bool:
 
 
 def _of_samples(
-    model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner], names: str
+    model: nn.Module, split: _Split, pick: PickOutput, cotangents: Tensor, owners: Sequence[Owner], names: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return outputs `[N, K, …]`, K being the entries of a sample, and gradients `[V, N, *shape]` by name."""
     if has_forward_hooks(model):
         # Under torch.func it might store a tensor that is dead afterwards.
         logger.info("Rows of %s by one sample after the other, as the model has hooks.", names)
-        return _one_by_one(model, split, pick, seeds, owners)
+        return _one_by_one(model, split, pick, cotangents, owners)
     try:
-        return _vectorised(model, split, pick, seeds, owners)
+        return _vectorised(model, split, pick, cotangents, owners)
     except Exception as error:
         logger.info("Rows of %s by one sample after the other, as torch.func failed: %s", names, error)
-        return _one_by_one(model, split, pick, seeds, owners)
+        return _one_by_one(model, split, pick, cotangents, owners)
 
 
 def _vectorised(
-    model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+    model: nn.Module, split: _Split, pick: PickOutput, cotangents: Tensor, owners: Sequence[Owner]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     names = [name for owner in owners for name in owner.names.values()]
@@ -311,30 +328,32 @@ def _vectorised(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         # Samples inside rows: in the other order torch's rule of PReLU gives an axis too many.
-        z, rows = vmap(lambda cotangents: vmap(of_sample)(own, cotangents))(seeds)
+        z, rows = vmap(lambda cotangents: vmap(of_sample)(own, cotangents))(cotangents)
     return z[0], rows
 
 
 def _one_by_one(
-    model: nn.Module, split: _Split, pick: PickOutput, seeds: Tensor, owners: Sequence[Owner]
+    model: nn.Module, split: _Split, pick: PickOutput, cotangents: Tensor, owners: Sequence[Owner]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     parameters: dict[str, Tensor] = {
         name: getattr(owner.module, local) for owner in owners for local, name in owner.names.items()
     }
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
     outputs = []
-    for n in range(seeds.shape[1]):
+    for n in range(cotangents.shape[1]):
         args, kwargs = split.sample(n)
         with torch.enable_grad(), unwatched(model):
             z = select_output(model(*args, **kwargs), pick)
         outputs.append(z.detach())
-        for (name, p), g in zip(parameters.items(), backward(z, list(parameters.values()), seeds[:, n]), strict=True):
-            found[name].append(seeds.new_zeros(len(seeds), *p.shape) if g is None else g)
+        for (name, p), g in zip(
+            parameters.items(), backward(z, list(parameters.values()), cotangents[:, n]), strict=True
+        ):
+            found[name].append(cotangents.new_zeros(len(cotangents), *p.shape) if g is None else g)
     return torch.stack(outputs), {name: torch.stack(rows, dim=1) for name, rows in found.items()}
 
 
-def _as_dense(owner: Owner, rows: dict[str, Tensor], seeds: Tensor) -> LayerRows:
+def _as_dense(owner: Owner, rows: dict[str, Tensor], cotangents: Tensor) -> LayerRows:
     """Lay out gradients `[V, N, *shape]` of an owner's parameters."""
     layout = owner.layout
     joined = layout.join({name: rows[name].flatten(0, 1) for name in layout.names})
-    return DenseRows(owner.name, layout, joined.view(*seeds.shape[:2], layout.units, layout.width))
+    return DenseRows(owner.name, layout, joined.view(*cotangents.shape[:2], layout.units, layout.width))

@@ -1,6 +1,6 @@
 """The BackPACK engine: an extension that keeps the back-propagated factors.
 
-BackPACK propagates the seeds through a chain of modules; where its own extensions would form `[V, N, *parameter]`, the
+BackPACK propagates the cotangents through a chain of modules; where its own extensions would form `[V, N, *parameter]`, the
 rules here hand the factor at the layer's output to the table of layers. The extension is called on one module after the
 other, from the output on, instead of from the backward hooks of a gradient that nobody needs. It runs on a structural
 twin of the model, as BackPACK leaves attributes on modules and parameters: the twin has Parameters of its own that
@@ -44,16 +44,16 @@ from torch.utils._pytree import tree_map_only
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
 from curvlab.rows.autograd import seeds_at
+from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.modules import is_batch
 from curvlab.rows.owners import owners_of, trainable
 from curvlab.rows.products import distinct
-from curvlab.rows.route import Route
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
     Arguments,
+    MakeCotangents,
     PickOutput,
-    Seed,
-    Swept,
+    SweepResult,
     call,
     in_parameter_order,
 )
@@ -158,7 +158,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
-    """Propagates seeds and keeps, for every layer of the table, its input and the rows at its output."""
+    """Propagates cotangents and keeps, for every layer of the table, its input and the rows at its output."""
 
     def __init__(self) -> None:
         super().__init__("curvlab_rows", {**_PARAMETRISED, **_PARAMETERLESS})
@@ -166,16 +166,18 @@ class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
         self._seeds: Tensor | None = None
 
     def is_shared(self, rows: Tensor) -> bool:
-        """Whether rows are one sample's for all, or the seeds; layers keep what reaches them, but hand on what is new."""
+        """Whether rows are one sample's for all, or the cotangents; layers keep what reaches them, but hand on what is new."""
         assert self._seeds is not None
-        mine, seeds = rows.untyped_storage(), self._seeds.untyped_storage()
-        return 0 in rows.stride() or mine.data_ptr() == seeds.data_ptr()
+        mine, cotangents = rows.untyped_storage(), self._seeds.untyped_storage()
+        return 0 in rows.stride() or mine.data_ptr() == cotangents.data_ptr()
 
-    def propagate(self, chain: Sequence[Any], seeds: Tensor) -> None:
+    def propagate(self, chain: Sequence[Any], cotangents: Tensor) -> None:
         """Bring rows at the output of a chain of called modules to the layers that gradients reach."""
         *_, last = chain
-        self._seeds = seeds
-        self.saved_quantities.save_quantity(last.output.data_ptr(), seeds, self.accumulate_backpropagated_quantities)
+        self._seeds = cotangents
+        self.saved_quantities.save_quantity(
+            last.output.data_ptr(), cotangents, self.accumulate_backpropagated_quantities
+        )
         for module in reversed(chain):
             if module.output.requires_grad:
                 self(module, (), ())
@@ -213,8 +215,10 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
     return None
 
 
-def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, samples: Samples) -> Swept:
-    """Propagate the seeds with BackPACK and keep the rows factored, of a model without an `obstacle`."""
+def sweep(
+    model: nn.Module, arguments: Arguments, pick: PickOutput, make_cotangents: MakeCotangents, samples: Samples
+) -> SweepResult:
+    """Propagate the cotangents with BackPACK and keep the rows factored, of a model without an `obstacle`."""
     twin = _twin(model)
     chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:
@@ -222,20 +226,20 @@ def sweep(model: nn.Module, arguments: Arguments, pick: PickOutput, seed: Seed, 
     with torch.enable_grad():
         chosen = samples.choose(call(twin, tree_map_only(Tensor, Tensor.detach, arguments), pick))
         z = samples.lay_out(chosen)
-    seeds = seed(chosen.detach())
+    cotangents = make_cotangents(chosen.detach())
     extension = _RowsExtension()
     with torch.no_grad():
-        extension.propagate(chain, seeds_at(chain[-1].output, z, seeds))
+        extension.propagate(chain, seeds_at(chain[-1].output, z, cotangents))
     layers = []
     for owner in owners_of(twin):
-        (site,), (x, g) = owner.sites, extension.kept[owner.module]
-        if not (is_batch(owner.module, x) and samples.fit(x, g.shape[1], seeds.shape[1])):
+        (use,), (x, g) = owner.uses, extension.kept[owner.module]
+        if not (is_batch(owner.module, x) and samples.fit(x, g.shape[1], cotangents.shape[1])):
             raise UnsupportedModel(
-                f"The model's output has {seeds.shape[1]} entries along its first axis, and layer {owner.name!r} sees {len(x)}: "
-                "the first axis must be the sample. Keep the positions of a sample on an axis of their own, [N, C, T]."
+                f"The model's output has {cotangents.shape[1]} entries along its first axis, and layer {owner.name!r} sees "
+                f"{len(x)}: the first axis must be the sample. Keep the positions of a sample on an axis of their own, [N, C, T]."
             )
-        layers.append(samples.form(site, (x,), g, seeds.shape[1]))
-    return Swept(chosen.detach(), seeds, in_parameter_order(trainable(model), layers), Route())
+        layers.append(samples.form(use, (x,), g, cotangents.shape[1]))
+    return SweepResult(chosen.detach(), cotangents, in_parameter_order(trainable(model), layers), GraphSignature())
 
 
 def _twin(module: Any) -> Any:

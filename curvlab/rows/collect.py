@@ -1,7 +1,7 @@
 """Rows from a forward and a backward pass that the user runs.
 
 `sqrt_fisher` makes a sweep of its own. A training step has made one already: hooks take the layers' inputs from its
-forward pass and the gradients at their outputs from its backward pass, and the seeds of other kinds of rows go through
+forward pass and the gradients at their outputs from its backward pass, and the cotangents of other kinds of rows go through
 the graph while it stands. A hook on the loss shows outputs and targets.
 """
 
@@ -24,14 +24,14 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
+from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Checks, compare, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_seeds, watching
+from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_cotangents, watching
 from curvlab.rows.owners import Owner, decomposing, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.returned import Returned
-from curvlab.rows.route import Route, route_to
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, detached, in_parameter_order
@@ -108,13 +108,13 @@ class Collector(AbstractContextManager["Collector"]):
         self._upstream: Tensor | None = None
         self._returned = Returned.of(())
         self._targets: Any = None
-        self._route = Route()
+        self._signature = GraphSignature()
         self._kind: Hashable = None
         self._count = 0
         self._terms: LossTerms | None = None
         self._dense_layers: list[LayerRows] = []
-        self._summands: dict[Owner, LayerRows] = {}
-        self._swept: dict[Call, Tensor] = {}
+        self._per_sample_gradients: dict[Owner, LayerRows] = {}
+        self._propagated: dict[Call, Tensor] = {}
         self._watch, self._watching = HookWatch(), ExitStack()
 
     def __enter__(self) -> Collector:
@@ -210,7 +210,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._read_graph()
         self._take_factored()
         with self._watch.kept_quiet():
-            self._seed(laid_out, self._terms)
+            self._propagate(laid_out, self._terms)
 
     @watching
     def _on_value(self, *_: Any) -> None:
@@ -222,62 +222,62 @@ class Collector(AbstractContextManager["Collector"]):
         if not self._watch.quiet:
             self._upstream = gradient.detach() if self._upstream is None else self._upstream + gradient.detach()
 
-    def _seed(self, z: Tensor, terms: LossTerms) -> None:
+    def _propagate(self, z: Tensor, terms: LossTerms) -> None:
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
         if self._draw is None:
             return
         terms.check(self._draw.kind)
-        seeds = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
+        cotangents = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
         scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
         # Hooks may change the gradients that the user's own pass brings.
         scales = scales and not self._watch.registered
         checks = self._is_due()
         if checks or not scales:
-            self._swept = self._sweep(z, seeds)
-        self._dense_layers = self._dense(z, seeds)
-        if checks and (wrong := self._wrong(z, seeds)):
+            self._propagated = self._sweep(z, cotangents)
+        self._dense_layers = self._dense(z, cotangents)
+        if checks and (wrong := self._wrong(z, cotangents)):
             with without_factors(self._model, wrong):
                 self._take_factored()
-                self._dense_layers = self._dense(z, seeds)
-                refuse(self._wrong(z, seeds))
+                self._dense_layers = self._dense(z, cotangents)
+                refuse(self._wrong(z, cotangents))
         if scales:
             # The numbers of a pass do not depend on whether it was checked.
-            self._swept = {}
+            self._propagated = {}
 
     def _is_due(self) -> bool:
         """Whether the rows of this pass are to be compared with a reverse pass."""
         assert self._z is not None
         apart = next((owner.label for owner in self._owners if owner not in self._factored), None)
         if apart is not None and not self._samples.interact:
-            self._route = replace(self._route, unknown=f"rows of {apart} by calls on single samples")
-        self._kind = (self._route.functions, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
-        return self._checks.due(self._kind, self._route, self.parameters)
+            self._signature = replace(self._signature, unknown=f"rows of {apart} by calls on single samples")
+        self._kind = (self._signature.functions, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
+        return self._checks.due(self._kind, self._signature, self.parameters)
 
     def _read_graph(self) -> None:
         assert self._z is not None
-        self._route = route_to(
+        self._signature = signature_of(
             self._z,
             self._recorder.made,
             self.parameters,
             self._samples.along_first(self._count),
-            self._checks.routes,
+            self._checks.signatures,
             coupled=bool(self._coupled),
         )
 
     def _take_factored(self) -> None:
         apart = unfactored(self._model)
-        found = self._recorder.calls(self._samples, self._count, self._route)
+        found = self._recorder.calls(self._samples, self._count, self._signature)
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
         without = tuple(name for o in self._owners if o not in self._factored for name in o.names.values())
         if self._coupled and without and self._draw is not None:
             raise no_rows_beside(self._coupled, without)
 
-    def _wrong(self, z: Tensor, seeds: Tensor) -> tuple[str, ...]:
+    def _wrong(self, z: Tensor, cotangents: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
         layers = [*self._factored_layers(), *self._dense_layers]
-        wrong, told = compare(self.parameters, z, seeds, layers, coupled=bool(self._coupled))
+        wrong, verified = compare(self.parameters, z, cotangents, layers, coupled=bool(self._coupled))
         if not wrong:
-            self._checks.add(self._kind, self._route, told)
+            self._checks.add(self._kind, self._signature, verified)
         return wrong
 
     def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
@@ -287,23 +287,23 @@ class Collector(AbstractContextManager["Collector"]):
             return terms.sampled(draw.samples, draw.generator, joint=True, share=share)
         if draw.kind == "empirical":
             return terms.empirical(joint=draw.joint)
-        return identity_seeds(flat_outputs(z.detach()))
+        return identity_cotangents(flat_outputs(z.detach()))
 
     def _calls(self) -> list[Call]:
         """The calls of all factored layers, each once."""
         return list(dict.fromkeys(call for calls in self._factored.values() for call in calls))
 
-    def _sweep(self, z: Tensor, seeds: Tensor) -> dict[Call, Tensor]:
-        """Bring seeds to the layers' outputs."""
+    def _sweep(self, z: Tensor, cotangents: Tensor) -> dict[Call, Tensor]:
+        """Bring cotangents to the layers' outputs."""
         calls = self._calls()
-        found = backward(z, [call.edge for call in calls], seeds, keep=True)
+        found = backward(z, [call.edge for call in calls], cotangents, keep=True)
         return {
-            call: seeds.new_zeros(len(seeds), *call.shape) if g is None else g
+            call: cotangents.new_zeros(len(cotangents), *call.shape) if g is None else g
             for call, g in zip(calls, found, strict=True)
         }
 
     def _factored_layers(self) -> list[LayerRows]:
-        return [self._rows(owner, self._swept) for owner in self._factored]
+        return [self._rows(owner, self._propagated) for owner in self._factored]
 
     def _finish(self) -> None:
         if self._z is None or self._terms is None:
@@ -314,15 +314,15 @@ class Collector(AbstractContextManager["Collector"]):
         if self._upstream is None:
             raise StateError("No rows were collected: call backward() within the context.")
         upstream, self._upstream = self._samples.lay_out(self._upstream), None
-        if self._draw is not None and not self._swept:
+        if self._draw is not None and not self._propagated:
             factor = self._sample_factor(self._terms, upstream)
-            self._swept = {call: _scaled(_gradient(call, upstream), factor)[None] for call in self._calls()}
+            self._propagated = {call: _scaled(_gradient(call, upstream), factor)[None] for call in self._calls()}
         if self._draw is not None:
             self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
         self._returned, self._z = self._returned.detached(self._z), self._z.detach()
 
-    def summand(self, name: str) -> LayerRows | None:
+    def per_sample_gradient(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.
 
         They share their inputs with `rows`. None for a layer without factored rows.
@@ -330,24 +330,24 @@ class Collector(AbstractContextManager["Collector"]):
         owner = next((o for o in self._factored if name in o.names.values()), None)
         if owner is None or self._z is None:
             return None
-        if owner not in self._summands:
-            self._summands[owner] = self._summand(owner, self._z)
-        return self._summands[owner]
+        if owner not in self._per_sample_gradients:
+            self._per_sample_gradients[owner] = self._per_sample_gradient(owner, self._z)
+        return self._per_sample_gradients[owner]
 
-    def _summand(self, owner: Owner, z: Tensor) -> LayerRows:
+    def _per_sample_gradient(self, owner: Owner, z: Tensor) -> LayerRows:
         gradients = {call: _gradient(call, z)[None] for call in self._factored[owner]}
         layer = self._rows(owner, gradients).to(self._dtype)
         mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
         return layer if mine is None else layer._with_factors(*mine.factors[:-1], layer.factors[-1])
 
-    def _dense(self, z: Tensor, seeds: Tensor) -> list[LayerRows]:
+    def _dense(self, z: Tensor, cotangents: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""
         left = [owner for owner in self._owners if owner not in self._factored]
         if not left:
             return []
         if self._samples.interact:
-            return backward_over_graphs(z, [], seeds, left, [slice(None)])[1]
-        found = self._returned.behind(z, seeds)
+            return backward_over_graphs(z, [], cotangents, left, [slice(None)])[1]
+        found = self._returned.behind(z, cotangents)
         if found is None:
             names = tuple(name for owner in left for name in owner.names.values())
             raise UnsupportedModel(

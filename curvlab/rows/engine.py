@@ -19,9 +19,9 @@ from curvlab.rows.owners import contiguous_gradients, trainable
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import (
     Arguments,
+    MakeCotangents,
     PickOutput,
-    Seed,
-    Swept,
+    SweepResult,
     as_arguments,
     call,
     check_finite,
@@ -35,68 +35,89 @@ logger = logging.getLogger("curvlab")
 Engine = Literal["auto", "backpack", "autograd"]
 _announced: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
-Reading = tuple[Arguments, Samples]
+ModelInputs = tuple[Arguments, Samples]
 """The model's arguments, and what a sample is in them."""
 
 
-def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> Reading:
+def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> ModelInputs:
     """Tell the arguments of a model, and what a sample is."""
     arguments = as_arguments(inputs)
     return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
 
 
 def sweep(
-    model: nn.Module, reading: Reading, pick: PickOutput, engine: Engine, seed: Seed, *, single: bool = False
-) -> Swept:
+    model: nn.Module,
+    read_inputs: ModelInputs,
+    pick: PickOutput,
+    engine: Engine,
+    make_cotangents: MakeCotangents,
+    *,
+    single: bool = False,
+) -> SweepResult:
     """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output.
 
     Args:
         model: the model.
-        reading: its arguments.
+        read_inputs: its arguments.
         pick: which output.
         engine: which engine.
-        seed: makes the rows at the output.
+        make_cotangents: makes the rows at the output.
         single: whether that is one row an output vector, which "auto" leaves to autograd.
     """
     if not isinstance(model, Linearized):
-        return _checked_sweep(model, reading, pick, _choose(model, pick, engine, single, model), seed, model)
-    arguments, samples = reading
+        return _checked_sweep(
+            model, read_inputs, pick, _choose(model, pick, engine, single, model), make_cotangents, model
+        )
+    arguments, samples = read_inputs
     with torch.no_grad(), left_as_found(model.base):
         z = samples.choose(call(model, arguments, pick))
     base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
-    swept = _checked_sweep(base, reading, pick, _choose(base, pick, engine, single, model), lambda _: seed(z), model)
-    return replace(swept, output=z)
+    sweep_result = _checked_sweep(
+        base, read_inputs, pick, _choose(base, pick, engine, single, model), lambda _: make_cotangents(z), model
+    )
+    return replace(sweep_result, output=z)
 
 
 def _checked_sweep(
-    model: nn.Module, reading: Reading, pick: PickOutput, chosen: str, seed: Seed, once_for: nn.Module
-) -> Swept:
+    model: nn.Module,
+    read_inputs: ModelInputs,
+    pick: PickOutput,
+    chosen: str,
+    make_cotangents: MakeCotangents,
+    once_for: nn.Module,
+) -> SweepResult:
     trainable(model)
-    arguments, samples = reading
+    arguments, samples = read_inputs
 
     def forward() -> Tensor:
         with left_as_found(model), unwatched(model), differentiable_recurrence(model), contiguous_gradients(model):
             return samples.lay_out(samples.choose(call(model, arguments, pick)))
 
-    def attempt() -> tuple[Swept, tuple[str, ...]]:
+    def attempt() -> tuple[SweepResult, tuple[str, ...]]:
         with left_as_found(model):
             if chosen == "backpack":
-                swept = backpack.sweep(model, arguments, pick, seed, samples)
+                sweep_result = backpack.sweep(model, arguments, pick, make_cotangents, samples)
             else:
-                swept = autograd.sweep(
-                    model, arguments, pick, seed, samples, checks_of(once_for).routes, unfactored(once_for)
+                sweep_result = autograd.sweep(
+                    model,
+                    arguments,
+                    pick,
+                    make_cotangents,
+                    samples,
+                    checks_of(once_for).signatures,
+                    unfactored(once_for),
                 )
-        check_finite(swept)
-        wrong = wrong_rows(model, forward, swept, chosen, once_for)
-        return replace(swept, graph=None), wrong
+        check_finite(sweep_result)
+        wrong = wrong_rows(model, forward, sweep_result, chosen, once_for)
+        return replace(sweep_result, graph=None), wrong
 
-    swept, wrong = attempt()
+    sweep_result, wrong = attempt()
     if wrong and chosen == "autograd":
         with without_factors(once_for, wrong):
-            swept, wrong = attempt()
+            sweep_result, wrong = attempt()
             refuse(wrong)
     refuse(wrong)
-    return swept
+    return sweep_result
 
 
 def _choose(model: nn.Module, pick: PickOutput, engine: Engine, single: bool, announced_for: nn.Module) -> str:

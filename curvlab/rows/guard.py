@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
+from curvlab.rows.graph_signature import GraphSignature, Routes, remember
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import trainable
-from curvlab.rows.route import Route, Routes, remember
-from curvlab.rows.sweep import Swept, unhooked
+from curvlab.rows.sweep import SweepResult, unhooked
 
 logger = logging.getLogger("curvlab")
 
@@ -49,32 +49,32 @@ class Checks:
     """What has been compared so far, of one model.
 
     Attributes:
-        routes: what graphs have told.
-        told: parameters whose rows were right, by the kind of pass.
+        signatures: what graphs have verified.
+        verified: parameters whose rows were right, by the kind of pass.
         announced: whether it has been said that all passes are compared.
     """
 
-    routes: Routes = field(default_factory=dict)
-    told: dict[Hashable, set[str]] = field(default_factory=dict)
+    signatures: Routes = field(default_factory=dict)
+    verified: dict[Hashable, set[str]] = field(default_factory=dict)
     announced: bool = False
 
-    def due(self, kind: Hashable, route: Route, names: Collection[str]) -> bool:
+    def due(self, kind: Hashable, graph_signature: GraphSignature, names: Collection[str]) -> bool:
         """Whether rows of a pass are to be compared."""
-        return route.unknown is not None or self.new(kind, route, names)
+        return graph_signature.unknown is not None or self.new(kind, graph_signature, names)
 
-    def new(self, kind: Hashable, route: Route, names: Collection[str]) -> bool:
+    def new(self, kind: Hashable, graph_signature: GraphSignature, names: Collection[str]) -> bool:
         """Whether rows of some parameter have not been right yet, in any pass of the kind."""
-        depending = set(names) if route.reached is None else route.reached.intersection(names)
-        return not depending <= self.told.get(kind, set())
+        depending = set(names) if graph_signature.reached is None else graph_signature.reached.intersection(names)
+        return not depending <= self.verified.get(kind, set())
 
-    def add(self, kind: Hashable, route: Route, told: Collection[str]) -> None:
+    def add(self, kind: Hashable, graph_signature: GraphSignature, verified: Collection[str]) -> None:
         """Remember the parameters whose rows were right."""
-        remember(self.told, kind, self.told.get(kind, set()).union(told), KINDS)
-        if route.unknown is not None and not self.announced:
+        remember(self.verified, kind, self.verified.get(kind, set()).union(verified), KINDS)
+        if graph_signature.unknown is not None and not self.announced:
             self.announced = True
             logger.warning(
                 "Rows are checked by another backward pass for every batch, because of %s: samples may interact there.",
-                route.unknown,
+                graph_signature.unknown,
             )
 
 
@@ -110,7 +110,7 @@ def without_factors(model: nn.Module, wrong: Sequence[str]) -> Iterator[None]:
 def wrong_rows(
     model: nn.Module,
     forward: Callable[[], Float[Tensor, "N C ..."]],
-    swept: Swept,
+    sweep_result: SweepResult,
     engine: str,
     once_for: nn.Module,
 ) -> tuple[str, ...]:
@@ -123,19 +123,20 @@ def wrong_rows(
     """
     parameters = trainable(model)
     kind = (
-        engine, swept.seeds.shape, swept.output.dtype, tuple(parameters), model.training, swept.route.functions,
-        tuple((layer.name, layer.factors[0].shape) for layer in swept.layers),
+        engine, sweep_result.cotangents.shape, sweep_result.output.dtype, tuple(parameters), model.training,
+        sweep_result.graph_signature.functions,
+        tuple((layer.name, layer.factors[0].shape) for layer in sweep_result.layers),
     )  # fmt: skip
     checks = checks_of(once_for)
-    if not checks.due(kind, swept.route, parameters):
+    if not checks.due(kind, sweep_result.graph_signature, parameters):
         return ()
-    z = swept.graph
-    if z is None or checks.new(kind, swept.route, parameters):
+    z = sweep_result.graph
+    if z is None or checks.new(kind, sweep_result.graph_signature, parameters):
         with torch.enable_grad():
             z = forward()
-    wrong, told = compare(parameters, z, swept.seeds, swept.layers)
+    wrong, verified = compare(parameters, z, sweep_result.cotangents, sweep_result.layers)
     if not wrong:
-        checks.add(kind, swept.route, told)
+        checks.add(kind, sweep_result.graph_signature, verified)
     return wrong
 
 
@@ -153,7 +154,7 @@ def refuse(wrong: Sequence[str]) -> None:
 def compare(
     parameters: Mapping[str, Tensor],
     z: Float[Tensor, "N C ..."],
-    seeds: Float[Tensor, "V N C ..."],
+    cotangents: Float[Tensor, "V N C ..."],
     layers: Sequence[LayerRows],
     *,
     coupled: bool = False,
@@ -163,7 +164,7 @@ def compare(
     Args:
         parameters: by name.
         z: outputs, with their graph.
-        seeds: rows at the output.
+        cotangents: rows at the output.
         layers: rows of the layers.
         coupled: whether samples interact, as in batch normalisation, so that only sums over them are gradients.
 
@@ -176,7 +177,7 @@ def compare(
     V, N = layers[0].shape
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu").to(z).expand(V, N)
-    cotangent = torch.einsum("vn,vn...->n...", w, seeds)
+    cotangent = torch.einsum("vn,vn...->n...", w, cotangents)
     expected = _pulled(z, parameters, cotangent)
     if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
         return (), frozenset()

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import unknown_name
 from curvlab.rows.engine import Engine, read, sweep
-from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_seeds
+from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_cotangents
 from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import NodeChoice, Samples
-from curvlab.rows.sweep import PickOutput, Seed, Swept, savable
+from curvlab.rows.sweep import MakeCotangents, PickOutput, SweepResult, savable
 
 
 @torch.inference_mode(False)
@@ -61,8 +61,8 @@ def jacobian(
 
     Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
     """
-    reading = read(model, inputs, nodes)
-    rows = _jacobian_rows(model, sweep(model, reading, output, engine, _every_output(reading[1])))
+    read_inputs = read(model, inputs, nodes)
+    rows = _jacobian_rows(model, sweep(model, read_inputs, output, engine, _every_output(read_inputs[1])))
     return rows.to(dtype or widest(trainable(model).values()))
 
 
@@ -121,34 +121,34 @@ def sqrt_fisher(
         raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
-    reading = read(model, inputs, nodes)
+    read_inputs = read(model, inputs, nodes)
     targets = tree_map_only(Tensor, savable, targets)
     of_rows = dtype or widest(trainable(model).values())
 
     def terms_of(z: Tensor) -> LossTerms:
-        terms = reading[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, of_rows)), targets)
+        terms = read_inputs[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, of_rows)), targets)
         terms.check(kind, part=share is not None)
         return terms
 
     base: Rows | None = None
     factor: OutputFactor | None
     if kind in ("exact", "ggn") and keep_jacobian:
-        swept = sweep(model, reading, output, engine, _every_output(reading[1]))
-        base = _jacobian_rows(model, swept).to(of_rows)
-        terms = terms_of(swept.output)
+        sweep_result = sweep(model, read_inputs, output, engine, _every_output(read_inputs[1]))
+        base = _jacobian_rows(model, sweep_result).to(of_rows)
+        terms = terms_of(sweep_result.output)
         factor = terms.root()
         layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
     else:
         draw = _weighted if kind in ("exact", "ggn") else _sampler(kind, samples, generator, share)
 
-        def seed(z: Tensor) -> Tensor:
-            return draw(terms_of(z)).view(-1, *reading[1].lay_out(z).shape).to(z.dtype)
+        def make_cotangents(z: Tensor) -> Tensor:
+            return draw(terms_of(z)).view(-1, *read_inputs[1].lay_out(z).shape).to(z.dtype)
 
         single = kind in ("mc", "empirical") and samples == 1
-        swept = sweep(model, reading, output, engine, seed, single=single)
-        terms = terms_of(swept.output)
+        sweep_result = sweep(model, read_inputs, output, engine, make_cotangents, single=single)
+        terms = terms_of(sweep_result.output)
         factor = terms.root() if kind in ("exact", "ggn") else None
-        layers = tuple(layer.to(of_rows) for layer in swept.layers)
+        layers = tuple(layer.to(of_rows) for layer in sweep_result.layers)
     return Rows(
         layers=layers,
         space=_space(model),
@@ -163,15 +163,15 @@ def sqrt_fisher(
 
 
 def _weighted(terms: LossTerms) -> Tensor:
-    return terms.root().apply(identity_seeds(terms.z).flatten(2))
+    return terms.root().apply(identity_cotangents(terms.z).flatten(2))
 
 
-def _every_output(samples: Samples) -> Seed:
-    def seed(z: Tensor) -> Tensor:
+def _every_output(samples: Samples) -> MakeCotangents:
+    def make_cotangents(z: Tensor) -> Tensor:
         laid_out = samples.lay_out(z)
-        return identity_seeds(flat_outputs(laid_out)).view(-1, *laid_out.shape)
+        return identity_cotangents(flat_outputs(laid_out)).view(-1, *laid_out.shape)
 
-    return seed
+    return make_cotangents
 
 
 def _sampler(
@@ -188,14 +188,14 @@ def _space(model: nn.Module) -> ParameterSpace:
     return ParameterSpace({name: parameter.shape for name, parameter in trainable(model).items()})
 
 
-def _jacobian_rows(model: nn.Module, swept: Swept) -> Rows:
-    samples = swept.seeds.shape[1]
+def _jacobian_rows(model: nn.Module, sweep_result: SweepResult) -> Rows:
+    samples = sweep_result.cotangents.shape[1]
     return Rows(
-        layers=swept.layers,
+        layers=sweep_result.layers,
         space=_space(model),
         kind="jacobian",
         count=1.0,
         terms=float(samples),
         reduction="none",
-        sample_weights=swept.output.new_ones(samples),
+        sample_weights=sweep_result.output.new_ones(samples),
     )

@@ -16,10 +16,10 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn.modes import randomness, refuse_script
 from curvlab.rows.modules import (
     Composite,
+    LayerUse,
     Names,
     Project,
     Projection,
-    Site,
     composite_for,
     decomposed,
     layout_of,
@@ -38,19 +38,19 @@ class Owner:
         names: local names of its trainable parameters to their names in the model; a tied parameter is listed by its
             first owner only.
         layout: how these are laid out in units.
-        sites: the modules that use any of them, itself included.
+        uses: the modules that use any of them, itself included.
     """
 
     module: nn.Module
     name: str
     names: Names
     layout: Layout
-    sites: Sequence[Site]
+    uses: Sequence[LayerUse]
 
     @property
     def tied(self) -> bool:
         """Whether another module uses one of its parameters, too, or it uses one of another."""
-        return len(self.sites) > 1 or any(site.names != self.names for site in self.sites)
+        return len(self.uses) > 1 or any(use.names != self.names for use in self.uses)
 
     @property
     def label(self) -> str:
@@ -60,7 +60,7 @@ class Owner:
     @property
     def ruled(self) -> bool:
         """Whether all modules that use its parameters have rules."""
-        return all(rule_for(site.module) is not None for site in self.sites)
+        return all(rule_for(use.module) is not None for use in self.uses)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -114,19 +114,19 @@ def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] 
         rule = rule_for(module)
         if rule is not None and rule.check is not None:
             rule.check(module, name)
-    sites = list(_sites(model, names))
+    uses = list(_sites(model, names))
     found: list[Owner] = []
     taken: set[str] = set()
-    for site in sites:
-        fresh = {local: name for local, name in site.names.items() if name not in taken}
+    for use in uses:
+        fresh = {local: name for local, name in use.names.items() if name not in taken}
         taken |= set(fresh.values())
         if fresh:
-            users = [user for user in sites if not set(fresh.values()).isdisjoint(user.names.values())]
-            found.append(Owner(site.module, site.name, fresh, layout_of(site.module, fresh), users))
+            users = [user for user in uses if not set(fresh.values()).isdisjoint(user.names.values())]
+            found.append(Owner(use.module, use.name, fresh, layout_of(use.module, fresh), users))
     return found
 
 
-def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[Site]:
+def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[LayerUse]:
     """Yield the modules that hold parameters with given names by id; a composite one in place of what it bypasses."""
     bypassed: set[tuple[str, str]] = set()
     for name, module in model.named_modules():
@@ -136,14 +136,14 @@ def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[Site]:
             bypassed |= {(path.rpartition(".")[0], path.rpartition(".")[2]) for path in inside}
             own = {k: names[id(p)] for k in stand_in.locals if id(p := getattr(stand_in, k)) in names}
             if own:
-                yield Site(stand_in, prefix + part, own, layout_of(stand_in, own))
+                yield LayerUse(stand_in, prefix + part, own, layout_of(stand_in, own))
         left = {
             k: names[id(p)]
             for k, p in module._parameters.items()
             if p is not None and id(p) in names and (name, k) not in bypassed
         }
         if left:
-            yield Site(module, name, left, layout_of(module, left))
+            yield LayerUse(module, name, left, layout_of(module, left))
 
 
 def _projections(module: nn.Module) -> Project:
@@ -155,10 +155,10 @@ def _projections(module: nn.Module) -> Project:
 def decomposing(model: nn.Module, owners: Iterable[Owner]) -> Iterator[None]:
     """Run composite modules in decomposed form, with the stand-ins of owners where there are any."""
     known = {
-        (site.module.owner, site.module.part): site.module
+        (use.module.owner, use.module.part): use.module
         for owner in owners
-        for site in owner.sites
-        if isinstance(site.module, Projection)
+        for use in owner.uses
+        if isinstance(use.module, Projection)
     }
     pairs: list[tuple[Composite, Project]] = []
     for module in model.modules():

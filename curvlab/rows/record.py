@@ -19,11 +19,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
-from curvlab.rows.modules import Inputs, Site, is_batch
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.graph_signature import GraphSignature, edge_of
+from curvlab.rows.layer import DenseRows, LayerRows
+from curvlab.rows.modules import Inputs, LayerUse, is_batch
 from curvlab.rows.owners import Owner
 from curvlab.rows.parameters import Layout
-from curvlab.rows.route import Route, edge_of
 from curvlab.rows.samples import Samples
 
 
@@ -32,7 +33,7 @@ class Call:
     """One forward pass of a module.
 
     Attributes:
-        site: the module.
+        use: the module.
         inputs: the tensors that it was called on.
         shape: shape of its output.
         edge: edge of the graph at its output, None without a gradient.
@@ -40,7 +41,7 @@ class Call:
         gradient: gradient at its output, once a backward pass of the user has brought it.
     """
 
-    site: Site
+    use: LayerUse
     inputs: Inputs
     shape: torch.Size
     edge: GradientEdge | None
@@ -57,8 +58,8 @@ class Recorder:
 
     def __init__(self, owners: Sequence[Owner]) -> None:
         self._owners = owners
-        self._calls: dict[Site, list[Call]] = {site: [] for owner in owners for site in owner.sites}
-        self._transformed: set[Site] = set()
+        self._calls: dict[LayerUse, list[Call]] = {use: [] for owner in owners for use in owner.uses}
+        self._transformed: set[LayerUse] = set()
 
     def hook(
         self, made: Callable[[Call, Tensor], None] | None = None, watching: Callable[[], bool] = lambda: True
@@ -70,17 +71,17 @@ class Recorder:
             watching: whether a call counts.
         """
         return [
-            site.module.register_forward_hook(
-                partial(self._on_call, made, watching, site), prepend=True, with_kwargs=True
+            use.module.register_forward_hook(
+                partial(self._on_call, made, watching, use), prepend=True, with_kwargs=True
             )
-            for site in self._calls
+            for use in self._calls
         ]
 
     def _on_call(
         self,
         made: Callable[[Call, Tensor], None] | None,
         watching: Callable[[], bool],
-        site: Site,
+        use: LayerUse,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -92,11 +93,11 @@ class Recorder:
         tensors = [x for x in named.values() if isinstance(x, Tensor)]
         if any(is_functorch_wrapped_tensor(x) for x in (*tensors, output)):
             # Within torch.func, where the first axis is not that of the samples and nothing outlives the transform.
-            self._transformed.add(site)
+            self._transformed.add(use)
             return
         sources = [edge for x in tensors if (edge := edge_of(x)) is not None]
-        call = Call(site, tuple(x.detach() for x in tensors), output.shape, edge_of(output), sources)
-        self._calls[site].append(call)
+        call = Call(use, tuple(x.detach() for x in tensors), output.shape, edge_of(output), sources)
+        self._calls[use].append(call)
         if made is not None:
             made(call, output)
 
@@ -105,26 +106,26 @@ class Recorder:
         """All calls."""
         return [call for calls in self._calls.values() for call in calls]
 
-    def calls(self, samples: Samples, count: int, route: Route) -> dict[Owner, list[Call]]:
+    def calls(self, samples: Samples, count: int, graph_signature: GraphSignature) -> dict[Owner, list[Call]]:
         """Return the calls of every owner that can be factored: with samples on the first axis of its inputs.
 
         Args:
             samples: what a sample is.
             count: their number N.
-            route: which parameters and calls the graph leaves out.
+            graph_signature: which parameters and calls the graph leaves out.
         """
-        found = {owner: [call for site in owner.sites for call in self._calls[site]] for owner in self._owners}
+        found = {owner: [call for use in owner.uses for call in self._calls[use]] for owner in self._owners}
         made = self.made
-        misplaced = {made[number] for number in route.misplaced}
+        misplaced = {made[number] for number in graph_signature.misplaced}
         return {
             owner: calls
             for owner, calls in found.items()
             if calls
-            and self._transformed.isdisjoint(owner.sites)
-            and route.elsewhere.isdisjoint(owner.names.values())
+            and self._transformed.isdisjoint(owner.uses)
+            and graph_signature.elsewhere.isdisjoint(owner.names.values())
             and misplaced.isdisjoint(calls)
             and all(
-                is_batch(call.site.module, x := call.inputs[0]) and samples.fit(x, call.shape[0], count)
+                is_batch(call.use.module, x := call.inputs[0]) and samples.fit(x, call.shape[0], count)
                 for call in calls
             )
         }
@@ -132,7 +133,7 @@ class Recorder:
 
 def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples, count: int) -> LayerRows:
     """Form the rows of an owner, of a number of samples, from the rows `[V, N, *output]` at the outputs of its calls."""
-    parts = [samples.form(call.site, call.inputs, g, count) for call, g in gradients.items()]
+    parts = [samples.form(call.use, call.inputs, g, count) for call, g in gradients.items()]
     if len(parts) == 1:
         (rows,) = parts
         return rows if rows.layout == owner.layout else rows.restrict(owner.layout.names)

@@ -1,7 +1,7 @@
 """What a model returned in a pass of the user's, of which the loss takes a tensor, or a function of one.
 
-A loss that is called on `model(x)[:, :-1].reshape(-1, C)`, say, has seeds there; the model, called on single samples, takes them
-at what it returns.
+A loss that is called on `model(x)[:, :-1].reshape(-1, C)`, say, has cotangents there; the model, called on single samples, takes
+them at what it returns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from curvlab.rows.autograd import backward
-from curvlab.rows.route import edge_of, nearest
+from curvlab.rows.graph_signature import edge_of, nearest
 from curvlab.rows.sweep import PickOutput
 
 RESHAPING = tuple(
@@ -71,9 +71,9 @@ class Returned:
         return True
 
     def behind(
-        self, z: Float[Tensor, "N C ..."], seeds: Float[Tensor, "V N C ..."]
+        self, z: Float[Tensor, "N C ..."], cotangents: Float[Tensor, "V N C ..."]
     ) -> tuple[PickOutput, Tensor, Float[Tensor, "V M ..."]] | None:
-        """Return the one tensor that the loss's outputs z were computed from: how to pick it, itself, and the seeds there.
+        """Return the one tensor that the loss's outputs z were computed from: how to pick it, itself, and the cotangents there.
 
         One number a sample, `[N]`, becomes `[N, 1]`. None if there is no such tensor, or more than one. Cost: a backward pass
         through what lies between.
@@ -83,7 +83,7 @@ class Returned:
             return None
         (k,) = found
         output = self.leaves[k].detach()
-        (at_output,) = backward(z, [self.edges[k]], seeds, keep=True)
+        (at_output,) = backward(z, [self.edges[k]], cotangents, keep=True)
         assert at_output is not None
         if output.ndim > 1:
             return (lambda value: tree_leaves(value)[k]), output, at_output

@@ -27,7 +27,7 @@ from curvlab.nn import GraphNetwork
 from curvlab.rows.grouping import Grouping
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import LossTerms, flat_outputs, loss_terms
-from curvlab.rows.modules import Inputs, Site, rule_for
+from curvlab.rows.modules import Inputs, LayerUse, rule_for
 from curvlab.rows.packed import is_packed, leaves, length
 from curvlab.rows.sweep import Arguments
 
@@ -86,22 +86,22 @@ class Samples:
         terms = loss_terms(loss, z, targets)
         return terms if self.count(len(z)) == len(z) else terms.relaid(self.lay_out)
 
-    def form(self, site: Site, inputs: Inputs, g: Tensor, count: int) -> LayerRows:
+    def form(self, use: LayerUse, inputs: Inputs, g: Tensor, count: int) -> LayerRows:
         """Form the rows of a layer from its inputs and the rows at its output, of entries along the first axis.
 
         They are in the type of the layer's parameters, whatever autocast computed in.
 
         Args:
-            site: the layer.
+            use: the layer.
             inputs: what it was called on.
             g: rows at its output.
             count: number N of samples.
         """
-        rule, grouping = rule_for(site.module), self.grouping(inputs[0], count)
+        rule, grouping = rule_for(use.module), self.grouping(inputs[0], count)
         assert rule is not None
-        dtype = getattr(site.module, next(iter(site.names))).dtype
+        dtype = getattr(use.module, next(iter(use.names))).dtype
         inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-        rows = rule.rows(site, inputs, g.to(dtype))
+        rows = rule.rows(use, inputs, g.to(dtype))
         return rows if grouping is None else rows.group(grouping)
 
     def fit(self, x: Tensor, entries: int, count: int) -> bool:

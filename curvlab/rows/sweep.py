@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import attributes_kept
+from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.packed import is_packed
-from curvlab.rows.route import Route
 
-Seed = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
+MakeCotangents = Callable[[Float[Tensor, "N C ..."]], Float[Tensor, "V N C ..."]]
 """Chooses the rows to propagate back, given the model's output."""
 
 PickOutput = Callable[[Any], Tensor] | str | int | None
@@ -30,21 +30,21 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """Result of one sweep.
 
     Attributes:
         output: the model's output, as the loss takes it.
-        seeds: rows at the output, in the layout of rows.
+        cotangents: rows at the output, in the layout of rows.
         layers: rows of every layer.
-        route: the way of samples through the model.
+        graph_signature: the way of samples through the model.
         graph: the output with its graph, in the layout of rows, where rows of such a pass are always compared.
     """
 
     output: Float[Tensor, "L C ..."]
-    seeds: Float[Tensor, "V N C ..."]
+    cotangents: Float[Tensor, "V N C ..."]
     layers: tuple[LayerRows, ...]
-    route: Route
+    graph_signature: GraphSignature
     graph: Float[Tensor, "M C ..."] | None = None
 
 
@@ -183,9 +183,9 @@ def in_parameter_order(names: Iterable[str], layers: Iterable[LayerRows]) -> tup
     return tuple(sorted(layers, key=lambda layer: min(order[name] for name in layer.layout.names)))
 
 
-def check_finite(swept: Swept) -> None:
+def check_finite(sweep_result: SweepResult) -> None:
     """Raise `ValueError` for rows that are not finite; names the first layer and its first sample."""
-    for layer in swept.layers:
+    for layer in sweep_result.layers:
         *shared, rows = (factor for factor in layer.factors if factor.is_floating_point())
         for factor in (*shared, rows.transpose(0, 1)):
             if not (factor.sum().isfinite() or factor.isfinite().all()):

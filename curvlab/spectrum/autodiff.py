@@ -334,11 +334,11 @@ def _named_derivatives() -> Iterator[None]:
 def _pull(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    seeds: Sequence[Tensor | None] = (None,),
+    cotangents: Sequence[Tensor | None] = (None,),
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the gradient of outputs with respect to inputs, zero where there is none; keeps the graph."""
-    reached = [(y, s) for y, s in zip(outputs, seeds, strict=True) if y.requires_grad]
+    reached = [(y, s) for y, s in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if not reached:
         return tuple(torch.zeros_like(x) for x in inputs)
     return torch.autograd.grad(

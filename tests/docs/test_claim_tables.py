@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import analyses
+from curvlab.study import undecided
 
 DOCS = Path(__file__).parents[2] / "docs"
 SPEC = importlib.util.spec_from_file_location("claims", DOCS / "claims.py")
@@ -30,7 +31,7 @@ def test_every_analysis_has_a_page():
 
 
 def claim(name, statement, source="paper", rule="mean < 1"):
-    return SimpleNamespace(id=name, statement=statement, source=source, rule=rule, expected="open")
+    return SimpleNamespace(id=name, statement=statement, source=source, rule=rule, expected=undecided("r"))
 
 
 def test_claims_that_differ_by_a_word_share_a_row():

@@ -13,20 +13,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-from oracle import (
-    CLASSES,
-    DOUBLE,
-    Architecture,
-    count_of,
-    dense_jacobian,
-    indices,
-    loss_case,
-    outputs,
-    term_weights,
-    trainable,
-    unreduced,
-    vectors,
-)
+from oracle import CLASSES, DOUBLE, Architecture, indices, loss_case, vectors
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
@@ -34,6 +21,7 @@ import curvlab.fisher as cf
 from curvlab.nn import HalfSquaredError, NTKLinear
 from curvlab.rows import Rows, jacobian, sqrt_fisher
 from curvlab.rows.loss import loss_terms
+from curvlab.testing.oracle import count_of, dense_jacobian, outputs, term_weights, trainable, unreduced
 
 KINDS = ("exact", "ggn", "mc", "empirical")
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

@@ -1,6 +1,7 @@
 """Components of layers: which there are, and that F is masked by them."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from fisher_oracle import KINDS, NETWORKS, Case, case, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import DOUBLE, LOSSES, assert_close
+from oracle import DOUBLE, LOSSES
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
@@ -17,6 +18,7 @@ from curvlab.nn import HalfSquaredError
 from curvlab.optim import Preconditioner
 from curvlab.rows import sqrt_fisher
 from curvlab.rows.parameters import Layout
+from curvlab.testing.oracle import assert_close
 
 
 def components(module: nn.Module, x: Tensor, partition: Any = "semantic") -> Counter[int]:
@@ -151,3 +153,21 @@ def test_partitions_that_are_none_are_refused() -> None:
     ):
         with pytest.raises(PartitionError, match=rf"layer '0' is a tensor of integers \[5, 5\].*returned {found}"):
             cf.ComponentWise(partition=rule).update(rows)
+
+
+def shifted(by: int) -> Callable[[str, Layout], torch.Tensor]:
+    """Return the partition of a layer's entries into pairs, from another start."""
+    return lambda _, layout: ((torch.arange(layout.size) + by) % layout.size // 2).view(layout.units, layout.width)
+
+
+def test_a_state_of_another_partition_is_refused() -> None:
+    rows = case("mlp", "mse").rows
+    state = cf.ComponentWise(partition=shifted(0)).update(rows).state_dict()
+    cf.ComponentWise(partition=shifted(0)).load_state_dict(state)
+    with pytest.raises(ValueError, match="covers other parameters than that of this configuration"):
+        cf.ComponentWise(partition=shifted(1)).load_state_dict(state)
+    names = list(rows.space.shapes)
+    first, second = ([names[:1], names[1:2], names[2:]], [names[1:2], names[:1], names[2:]])
+    state = cf.BlockDiagonal(partition=first).update(rows).state_dict()
+    with pytest.raises(ValueError, match="this configuration"):
+        cf.BlockDiagonal(partition=second).load_state_dict(state)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from fisher_oracle import draw, perceptron, rows_of
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.fisher as cf
 from curvlab.nn import HalfSquaredError
+from curvlab.testing.oracle import assert_close
 
 curvlinops = pytest.importorskip("curvlinops")
 metrics = pytest.importorskip("nngeometry.metrics")

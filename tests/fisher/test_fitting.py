@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from fisher_oracle import case
-from oracle import assert_close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.fisher as cf
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher.fitting import fingerprint
+from curvlab.testing.oracle import assert_close
 
 KEYS = tuple(cf.STRUCTURES)
 

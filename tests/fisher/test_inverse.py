@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fisher_oracle import draw
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor
 
 from curvlab.fisher.inverse import (
@@ -17,6 +17,7 @@ from curvlab.fisher.inverse import (
     restored,
 )
 from curvlab.fisher.moment import DiagonalMoment, Moment, inverses
+from curvlab.testing.oracle import assert_close
 
 D = 9
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from fisher_oracle import build, case, dense_structure, draw, positions, reference, rows_of
-from oracle import DOUBLE, architecture, assert_close, loss_case, outputs
+from oracle import DOUBLE, architecture, loss_case
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.fisher.moment import Moment, inverses
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, jacobian, sqrt_fisher
+from curvlab.testing.oracle import assert_close, outputs
 
 
 def factored_inverse(network: str, sharing: str, rho: float) -> Tensor:

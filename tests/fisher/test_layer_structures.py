@@ -7,19 +7,13 @@ import pytest
 import torch
 from fisher_oracle import DENSE_LAYERS, Reference, dense_structure, draw, kronecker_block, positions, reference, rows_of
 from layer_cases import CrossAttention, Recurrent, layer_case
-from oracle import (
-    CLASSES,
-    DOUBLE,
-    assert_close,
-    loss_case,
-    outputs,
-    trainable,
-)
+from oracle import CLASSES, DOUBLE, loss_case
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.rows import jacobian
-from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.testing.oracle import assert_close, outputs, trainable
 
 SPECS = ("block-diagonal", "unit-wise", "diagonal", "kfac", "kfac-reduce", "ekfac")
 OPTIONS = {"kfac-reduce": {"sharing": "reduce"}}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from fisher_oracle import NETWORKS, SPECS, build, case, draw, positions
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
@@ -13,6 +13,7 @@ from curvlab.errors import NotPositiveDefinite, OutsideRange
 from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.rows import Rows, sqrt_fisher
+from curvlab.testing.oracle import assert_close
 
 POWERS = (0.25, 0.5, 1.0, 2.0)
 INDEFINITE = [spec for spec in SPECS if "tridiagonal" in spec]

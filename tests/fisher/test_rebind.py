@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from fisher_oracle import PLAIN_SPECS, build, draw
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.errors import StateError
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.testing.oracle import assert_close
 
 LOSS = nn.CrossEntropyLoss()
 AVERAGES = (

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from oracle import DOUBLE, LOSSES, LossCase, assert_close, dense_ggn, dense_jacobian
+from oracle import DOUBLE, LOSSES, LossCase
 from torch import Tensor, nn
 
 from curvlab.fisher import KFAC, BlockDiagonal, Diagonal, Full, UnitWise, natural_gradient_step
 from curvlab.nn import HalfSquaredError
+from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian
 
 
 def network() -> nn.Module:

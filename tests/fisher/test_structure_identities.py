@@ -3,13 +3,13 @@
 import pytest
 import torch
 from fisher_oracle import DOUBLE, build, case, draw, positions, reference, sigma_of
-from oracle import assert_close
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 import curvlab.fisher as cf
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import sqrt_fisher
+from curvlab.testing.oracle import assert_close
 
 
 def hessian_of(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from fisher_oracle import PLAIN_SPECS, SPECS, build, case, dense_structure, positions
-from oracle import LOSSES, assert_close
+from oracle import LOSSES
 from torch import nn
 
 from curvlab.rows import sqrt_fisher
+from curvlab.testing.oracle import assert_close
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical"])

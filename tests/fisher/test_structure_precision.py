@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 from fisher_oracle import DOUBLE, build, draw, sigma_of
-from oracle import assert_close
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.errors import IllConditioned
 from curvlab.nn import HalfSquaredError, ntk_mlp
 from curvlab.rows import Rows, sqrt_fisher
+from curvlab.testing.oracle import assert_close
 
 ROW_SIDE = ("full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise")
 SMALL = ("unit-wise", "kfac", "ekfac")

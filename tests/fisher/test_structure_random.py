@@ -25,10 +25,11 @@ from fisher_oracle import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import DOUBLE, LOSSES, assert_close
+from oracle import DOUBLE, LOSSES
 from torch import Tensor, nn
 
 from curvlab.rows import Rows
+from curvlab.testing.oracle import assert_close
 
 SAMPLES = 5
 CUTS = st.lists(st.integers(1, SAMPLES - 1), max_size=3, unique=True).map(lambda cuts: (0, *sorted(cuts), SAMPLES))

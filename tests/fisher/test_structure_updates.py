@@ -24,13 +24,14 @@ from fisher_oracle import (
     rows_of,
     sigma_of,
 )
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.fisher as cf
 from curvlab.errors import StateError
 from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.testing.oracle import assert_close
 
 CUTS = ((0, 1), (1, 4), (4, 6))
 PARAMETER_SPECS = (

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from fisher_oracle import NETWORKS, PLAIN_SPECS, SPECS, Case, build, case, dense_structure, draw, pinv, positions
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.rows import products, sqrt_fisher
+from curvlab.testing.oracle import assert_close
 
 LOSSES = {"mlp": "ce-all", "cnn": "mse", "sequence": "ce-ignore"}
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_close
 from torch import Tensor, nn
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
 
 from curvlab.nn.functional import called_with
+from curvlab.testing.oracle import assert_close
 
 
 class Aliased(nn.Module):

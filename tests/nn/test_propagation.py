@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor
 from torch_geometric.nn import GCN, GCNConv, GINConv, SimpleConv
 
 from curvlab.nn import GraphNetwork, Propagation, gcn
+from curvlab.testing.oracle import assert_close
 
 
 def graph(nodes: int, edges: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from curvlab import theory
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import KFAC
 from curvlab.nn import Erf, HalfSquaredError, TwoLayer, linearize
-from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.factored import KroneckerRows
 
 
 def generator(seed: int = 0) -> torch.Generator:

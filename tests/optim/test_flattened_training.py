@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Structure, make
 from curvlab.optim import LevenbergMarquardt, NaturalGradient, Preconditioner
+from curvlab.testing.oracle import assert_close
 
 N, T, C = 5, 3, 3
 

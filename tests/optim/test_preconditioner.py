@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import sqrt_fisher
@@ -23,6 +23,7 @@ from curvlab.optim import Preconditioner
 from curvlab.optim.gradients import masked
 from curvlab.rows.collect import Collector
 from curvlab.rows.loss import Kind
+from curvlab.testing.oracle import assert_close
 
 RHO = 0.05
 
@@ -73,7 +74,7 @@ def test_the_direction_is_the_solve_of_a_structure_fitted_to_the_batch(key: str,
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, kind: type[Block]) -> list[str]:
-    """Record which blocks solve with summands."""
+    """Record which blocks solve with per_sample_gradients."""
     solved: list[str] = []
     original = kind.solve_sum
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import assert_close
 from shared_training import structures, train
 
 from curvlab.optim.processes import Processes, _spread
+from curvlab.testing.oracle import assert_close
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,13 @@ import io
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab.errors import StateError
 from curvlab.fisher import KFAC, STRUCTURES
 from curvlab.optim import Preconditioner
+from curvlab.testing.oracle import assert_close
 
 LOSS = nn.CrossEntropyLoss()
 

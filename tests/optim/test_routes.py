@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab.fisher import STRUCTURES, make
 from curvlab.optim import Preconditioner, routes
 from curvlab.optim.routes import Gradient, Lift, Route, Step, Summands
+from curvlab.testing.oracle import assert_close
 
 FAST = [route for route in routes.ROUTES if route is not Gradient]
 OPTIONS: dict[str, dict[str, Any]] = {

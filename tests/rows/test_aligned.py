@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvlab.rows.aligned import LINE, NARROW, PAGE, aligned, pitch, product
+from curvlab.rows.aligned import LINE, NARROW, PAGE, aligned, padded_columns, product
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 255, 256, 785, 1024, 1025, 4096])
 def test_pitch_is_a_number_of_lines_but_not_of_pages(columns: int, dtype: torch.dtype) -> None:
-    width = pitch(columns, dtype)
+    width = padded_columns(columns, dtype)
     if columns < NARROW:
         assert width == columns
     else:
@@ -25,4 +25,4 @@ def test_product_is_that_of_other_memory(columns: int) -> None:
     assert torch.allclose(product(like, right), like @ right, rtol=1e-14)
     made: Tensor = aligned((2, 3, columns), like)
     assert made.shape == (2, 3, columns)
-    assert made.stride() == (3 * pitch(columns, made.dtype), pitch(columns, made.dtype), 1)
+    assert made.stride() == (3 * padded_columns(columns, made.dtype), padded_columns(columns, made.dtype), 1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LOSSES, LossCase, architecture, assert_close, loss_case, outputs
+from oracle import LOSSES, LossCase, architecture, loss_case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -12,6 +12,7 @@ import curvlab.rows
 from curvlab.errors import StateError
 from curvlab.fisher import STRUCTURES, Full
 from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.testing.oracle import assert_close, outputs
 
 CASES = [pytest.param(case, id=case.name) for case in LOSSES]
 SPLITS = {"4+3": (4, 3), "1+5+1": (1, 5, 1)}

@@ -6,19 +6,7 @@ from typing import Any
 import pytest
 import torch
 from layer_cases import LAYERS
-from oracle import (
-    ARCHITECTURES,
-    DOUBLE,
-    LOSSES,
-    Architecture,
-    LossCase,
-    assert_close,
-    dense_ggn,
-    dense_jacobian,
-    loss_case,
-    outputs,
-    unpack,
-)
+from oracle import ARCHITECTURES, DOUBLE, LOSSES, Architecture, LossCase, loss_case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +16,7 @@ from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.guard import Checks
 from curvlab.rows.owners import owners_of
 from curvlab.rows.samples import Nodes
+from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outputs, unpack
 
 PLAIN = [a for a in ARCHITECTURES if a.output is None and a.name != "one-output"]
 
@@ -72,7 +61,7 @@ def check(case: Architecture, losses: LossCase, kind: str, reduction: str) -> No
         assert_close(found.coefficients @ S, g, 1e-9)
     summed: dict[str, Tensor] = {}
     for mine in rows.layers:
-        layer = found.summand(mine.layout.names[0])
+        layer = found.per_sample_gradient(mine.layout.names[0])
         if layer is not None:
             assert layer.shares_inputs(mine)
             summed |= layer.layout.split(layer.total())

@@ -7,12 +7,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layer_cases import Recurrent, SelfAttention
-from oracle import DOUBLE, assert_close, chain, dense_jacobian
+from oracle import DOUBLE, chain
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from curvlab.rows import jacobian
-from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -5,18 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
-    DOUBLE,
-    LOSSES,
-    LossCase,
-    assert_close,
-    count_of,
-    dense_empirical,
-    dense_ggn,
-    dense_jacobian,
-    loss_case,
-    outputs,
-)
+from oracle import DOUBLE, LOSSES, LossCase, loss_case
 from torch import Tensor, nn
 
 from curvlab import gram
@@ -24,9 +13,11 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
-from curvlab.rows.layer import DenseRows, KroneckerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import DenseRows
 from curvlab.rows.owners import owners_of
 from curvlab.rows.rows import Rows
+from curvlab.testing.oracle import assert_close, count_of, dense_empirical, dense_ggn, dense_jacobian, outputs
 
 N, T, C = 5, 4, 3
 
@@ -145,10 +136,10 @@ def test_both_paths_give_the_matrices_of_definitions(way: str, name: str, bare: 
         if found.coefficients is not None:
             assert_close(found.coefficients @ S, gradient(model), 1e-9)
         for layer in rows_of(found).layers:
-            summand = found.summand(layer.layout.names[0])
-            if summand is not None:
+            per_sample_gradient = found.per_sample_gradient(layer.layout.names[0])
+            if per_sample_gradient is not None:
                 g = rows_of(found).space.unflatten(gradient(model))
-                for parameter, value in summand.layout.split(summand.total()).items():
+                for parameter, value in per_sample_gradient.layout.split(per_sample_gradient.total()).items():
                     assert_close(value, g[parameter], 1e-9)
         if way != "last":
             S = swept(model, loss, x, y, kind).dense()

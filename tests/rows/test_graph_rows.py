@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import CLASSES, DOUBLE, assert_close, dense_ggn, trainable
+from oracle import CLASSES, DOUBLE
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch_geometric.data import Batch, Data
@@ -30,7 +30,9 @@ from curvlab import compare, jacobian, linearize, sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import KFAC, STRUCTURES, BlockDiagonal, Diagonal, Full, natural_gradient_step
 from curvlab.nn import GraphNetwork, HalfSquaredError, NodesLast, Propagation, gcn
-from curvlab.rows.layer import DenseRows, KroneckerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import DenseRows
+from curvlab.testing.oracle import assert_close, dense_ggn, trainable
 
 FEATURES, HIDDEN = 4, 5
 

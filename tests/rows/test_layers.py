@@ -6,28 +6,17 @@ from typing import Any
 import pytest
 import torch
 from layer_cases import LAYERS
-from oracle import (
-    ARCHITECTURES,
-    CLASSES,
-    Architecture,
-    Cube,
-    architecture,
-    assert_close,
-    chain,
-    dense_jacobian,
-    head,
-    mlp,
-    trainable,
-    vectors,
-)
+from oracle import ARCHITECTURES, CLASSES, Architecture, Cube, architecture, chain, head, mlp, vectors
 from torch import Tensor, nn
 
 import curvlab.rows
 from curvlab.rows import backpack
 from curvlab.rows.backpack import _PARAMETERLESS, _PARAMETRISED
-from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import DenseRows
 from curvlab.rows.modules import COMPOSITES, RULES, supported_layers
 from curvlab.rows.samples import Samples
+from curvlab.testing.oracle import assert_close, dense_jacobian, trainable
 
 EVERY = [*ARCHITECTURES, *LAYERS]
 CASES = [pytest.param(a, engine, id=f"{a.name}-{engine}") for a in EVERY for engine in a.engines]

@@ -5,24 +5,12 @@ from typing import Any
 import pytest
 import torch
 from layer_cases import layer_case
-from oracle import (
-    ARCHITECTURES,
-    LOSSES,
-    Architecture,
-    LossCase,
-    architecture,
-    assert_close,
-    dense_empirical,
-    dense_ggn,
-    dense_jacobian,
-    freeze,
-    loss_case,
-    outputs,
-)
+from oracle import ARCHITECTURES, LOSSES, Architecture, LossCase, architecture, freeze, loss_case
 from torch import Tensor, nn
 
 from curvlab.nn import Linearized, linearize
 from curvlab.rows import jacobian, sqrt_fisher
+from curvlab.testing.oracle import assert_close, dense_empirical, dense_ggn, dense_jacobian, outputs
 
 CASES = [pytest.param(a, id=a.name) for a in [*ARCHITECTURES, layer_case("encoder"), layer_case("lstm-all")]]
 

@@ -6,21 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from oracle import (
-    CLASSES,
-    LOSSES,
-    LossCase,
-    architecture,
-    assert_close,
-    count_of,
-    dense_empirical,
-    dense_ggn,
-    dense_jacobian,
-    loss_case,
-    outputs,
-    ramp,
-    term_weights,
-)
+from oracle import CLASSES, LOSSES, LossCase, architecture, loss_case, ramp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +14,16 @@ import curvlab.rows
 from curvlab.errors import StateError
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, merge, sqrt_fisher
-from curvlab.rows.loss import identity_seeds, likelihood, loss_terms
+from curvlab.rows.loss import identity_cotangents, likelihood, loss_terms
+from curvlab.testing.oracle import (
+    assert_close,
+    count_of,
+    dense_empirical,
+    dense_ggn,
+    dense_jacobian,
+    outputs,
+    term_weights,
+)
 
 NETWORKS = {"[N, C]": "mlp", "[N, C, X]": "conv1d-grid", "[N, C, H, W]": "conv2d-grid"}
 REDUCTIONS = ("mean", "sum")
@@ -325,7 +320,7 @@ def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
     N, C, X = z.shape
     loss, y = case.make(z, "mean")
     factor = loss_terms(loss, z, y).root()
-    applied = factor.apply(identity_seeds(z)).view(C, X, N, C, X)
+    applied = factor.apply(identity_cotangents(z)).view(C, X, N, C, X)
     A = torch.diagonal(applied, dim1=1, dim2=4).permute(3, 1, 0, 2)
     inverse = torch.linalg.pinv(A, rtol=1e-12)
     u = torch.randn(2, C, X, N, dtype=z.dtype)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from backpack.context import CTX
 from layer_cases import layer_case
-from oracle import ARCHITECTURES, CLASSES, Architecture, architecture, assert_close, dense_jacobian, mlp, vectors
+from oracle import ARCHITECTURES, CLASSES, Architecture, architecture, mlp, vectors
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import linearize
 from curvlab.rows import jacobian, sqrt_fisher
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 NAMES = ("self-attention", "encoder", "lstm", "cells", "shared-table", "weight-norm", "language-model")
 MODELS = [*ARCHITECTURES, *(layer_case(name) for name in NAMES)]

@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CLASSES, DOUBLE, assert_close
+from oracle import CLASSES, DOUBLE
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from curvlab import gram, jacobian, sqrt_fisher
 from curvlab.fisher import Full
 from curvlab.optim import Preconditioner
-from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.factored import KroneckerRows
 from curvlab.spectrum import GGN
+from curvlab.testing.oracle import assert_close
 
 LENGTHS = torch.tensor([2, 4, 1, 3, 4])
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, architecture, assert_close, dense_ggn, dense_jacobian, mlp, outputs
+from oracle import DOUBLE, architecture, mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +15,7 @@ from curvlab.rows import sqrt_fisher
 from curvlab.rows.collect import Collector, Draw
 from curvlab.rows.owners import owners_of
 from curvlab.spectrum import GGN
+from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outputs
 
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=DOUBLE)
 LABELS = torch.tensor([0, 2, 2, 1, -1, 2, 0, -1, 1, 1, -1])

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CLASSES, architecture, assert_close, chain, dense_jacobian, freeze, mlp, vectors
+from oracle import CLASSES, architecture, chain, freeze, mlp, vectors
 from torch import Tensor, nn
 
 import curvlab.rows
 from curvlab.fisher.moment import Moment
 from curvlab.rows import products
-from curvlab.rows.layer import DenseRows, EmbeddingRows, KroneckerRows, LayerRows
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.rows import Rows, gram
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 NAMES = ["mlp", "one-output", "leading-axes", "grid-vectors", "conv2d-groups", "conv1d-grid", "batchnorm2d"]
 NAMES += ["layernorm-long", "embedding-padding", "attention", "bare", "tied", "reused", "frozen-weight", "oddities"]

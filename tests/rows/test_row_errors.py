@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CLASSES, architecture, assert_close, chain, dense_jacobian, freeze, mlp
+from oracle import CLASSES, architecture, chain, freeze, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,8 +13,10 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn import HalfSquaredError, linearize
 from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
-from curvlab.rows.layer import DenseRows, KroneckerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import DenseRows
 from curvlab.spectrum import Hessian
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 LABELS = torch.tensor([0, 1, 2, 0])
 

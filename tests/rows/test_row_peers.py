@@ -8,11 +8,12 @@ from backpack import backpack, extend
 from backpack.extensions import SqrtGGNExact
 from nngeometry.gram import GramMatrix
 from nngeometry.object import PMatDense
-from oracle import architecture, assert_close, chain, loss_case, outputs, ramp, vectors
+from oracle import architecture, chain, loss_case, ramp, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.rows import Rows, jacobian, sqrt_fisher
+from curvlab.testing.oracle import assert_close, outputs
 
 NETWORKS = ["mlp", "conv2d", "batchnorm1d", "residual", "frozen-weight"]
 OUTER = ["mse-mean", "mse-sum", "ce-mean", "ce-sum", "ce-smooth-mean", "ce-weights-sum", "bce-mean", "bce-sum"]

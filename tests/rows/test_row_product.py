@@ -8,23 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from oracle import (
-    ARCHITECTURES,
-    CLASSES,
-    LOSSES,
-    Architecture,
-    LossCase,
-    assert_close,
-    dense_empirical,
-    dense_ggn,
-    dense_jacobian,
-    outputs,
-    trainable,
-)
+from oracle import ARCHITECTURES, CLASSES, LOSSES, Architecture, LossCase
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from curvlab.rows import Rows, jacobian, merge, sqrt_fisher
+from curvlab.testing.oracle import assert_close, dense_empirical, dense_ggn, dense_jacobian, outputs, trainable
 
 Example = Callable[..., None]
 

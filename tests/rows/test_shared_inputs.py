@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CLASSES, DOUBLE, assert_close, dense_jacobian
+from oracle import CLASSES, DOUBLE
 from torch import Tensor, nn
 
 from curvlab import jacobian, sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.optim import Preconditioner
 from curvlab.rows.layer import DenseRows
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 SAMPLES = 4
 

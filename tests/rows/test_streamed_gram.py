@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import architecture, assert_close, dense_jacobian, loss_case, outputs
+from oracle import architecture, loss_case
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map_only
@@ -19,6 +19,7 @@ from curvlab.fisher import Full
 from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
 from curvlab.optim import Preconditioner
 from curvlab.rows.streamed import bytes_of
+from curvlab.testing.oracle import assert_close, dense_jacobian, outputs
 
 
 def budgets(rows: curvlab.Rows) -> list[int]:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import jacobian
+from curvlab.testing.oracle import assert_close
 
 
 class Strided(nn.Module):

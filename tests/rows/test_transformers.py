@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close, trainable
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import compare
 from curvlab.fisher import make
 from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
-from curvlab.rows.layer import KroneckerRows
+from curvlab.rows.factored import KroneckerRows
+from curvlab.testing.oracle import assert_close, trainable
 
 SAMPLES = 3
 

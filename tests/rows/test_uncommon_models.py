@@ -6,7 +6,7 @@ from typing import Any
 import backpack
 import pytest
 import torch
-from oracle import DOUBLE, assert_close, dense_jacobian
+from oracle import DOUBLE
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +15,7 @@ from curvlab import gram, jacobian, sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.optim import Preconditioner
 from curvlab.spectrum import GGN, Hessian
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 KINDS = ["exact", "empirical", "mc"]
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import nn
 
 from curvlab import sqrt_fisher
 from curvlab.fisher import KFAC, make
 from curvlab.nn import WeightedCrossEntropy, gcn
 from curvlab.optim import Preconditioner
+from curvlab.testing.oracle import assert_close
 
 COUNTS = torch.tensor([1, 2, 0, 3, 1])
 

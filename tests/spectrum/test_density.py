@@ -5,12 +5,13 @@ from math import log
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab.errors import NotPositiveDefinite
 from curvlab.spectrum import DenseOperator, Hessian, density, logdet
 from curvlab.spectrum.lanczos import quadrature, quadratures
+from curvlab.testing.oracle import assert_close
 
 
 def operator(values: Tensor, seed: int = 0) -> DenseOperator:

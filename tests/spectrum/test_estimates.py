@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from torch import Tensor
 
 from curvlab.spectrum import DenseOperator, diagonal, trace
+from curvlab.testing.oracle import assert_close
 
 
 def symmetric(values: Tensor, seed: int = 0) -> Tensor:

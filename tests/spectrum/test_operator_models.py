@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close, trainable, vectors
+from oracle import DOUBLE, vectors
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.spectrum import GGN, Hessian
+from curvlab.testing.oracle import assert_close, trainable
 
 
 def finite_difference_hessian(model: nn.Module, loss: nn.Module, x: Any, y: Tensor, step: float = 1e-5) -> Tensor:

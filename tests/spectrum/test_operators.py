@@ -12,24 +12,7 @@ import torch
 from curvlinops import HessianLinearOperator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
-    ARCHITECTURES,
-    DOUBLE,
-    LOSSES,
-    Architecture,
-    Cube,
-    architecture,
-    assert_close,
-    attributes_kept,
-    chain,
-    dense_empirical,
-    dense_ggn,
-    dense_jacobian,
-    loss_case,
-    mlp,
-    outputs,
-    trainable,
-)
+from oracle import ARCHITECTURES, DOUBLE, LOSSES, Architecture, Cube, architecture, chain, loss_case, mlp
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,6 +22,15 @@ from curvlab.errors import UnsupportedModel
 from curvlab.fisher import KFAC
 from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
 from curvlab.spectrum import GGN, DenseOperator, Fisher, Hessian, Operator, RowsOperator, StructureOperator
+from curvlab.testing.oracle import (
+    assert_close,
+    attributes_kept,
+    dense_empirical,
+    dense_ggn,
+    dense_jacobian,
+    outputs,
+    trainable,
+)
 
 
 def dense_hessian(model: nn.Module, value: Callable[[], Tensor]) -> Tensor:

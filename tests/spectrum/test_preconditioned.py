@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import DOUBLE, assert_close
+from oracle import DOUBLE
 from scipy.linalg import eigh
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from curvlab.spectrum import (
     eigenpairs,
     trace,
 )
+from curvlab.testing.oracle import assert_close
 
 ENDS = ("largest", "smallest", "both")
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ARCHITECTURES, DOUBLE, Architecture, architecture, dense_jacobian, outputs
+from oracle import ARCHITECTURES, DOUBLE, Architecture, architecture
 from torch import Tensor, nn
 
 import curvlab
 from curvlab.errors import NotPositiveDefinite
 from curvlab.rows import Rows
 from curvlab.spectrum import Rank, condition_number, effective_dimension, rank
+from curvlab.testing.oracle import dense_jacobian, outputs
 
 EPS = torch.finfo(DOUBLE).eps
 

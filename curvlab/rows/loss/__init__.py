@@ -28,7 +28,7 @@ from curvlab.rows.loss.own import (
     watching,
 )
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
-from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_seeds
+from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_cotangents
 
 __all__ = [
     "LOSSES",
@@ -41,7 +41,7 @@ __all__ = [
     "divisor",
     "flat_outputs",
     "held_by_sample",
-    "identity_seeds",
+    "identity_cotangents",
     "loss_terms",
     "restored",
     "watching",

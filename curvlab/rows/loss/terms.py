@@ -8,7 +8,7 @@ s_i, the gradient of term i without its weight:
     mc          √(w_i/count) times a random row: a score at a target that the model draws, Λ^{1/2}ε for squared errors
     empirical   √(w_i/count) s_i, element-wise losses summed over the C elements of a position
 
-Shapes: outputs `[N, C, X]` with X the product of the extra axes (1 without any); seeds `[V, N, C, X]`, rows of one
+Shapes: outputs `[N, C, X]` with X the product of the extra axes (1 without any); cotangents `[V, N, C, X]`, rows of one
 position v-ordered as (k, x), x innermost.
 """
 
@@ -137,8 +137,8 @@ def _one_row_a_position(rows: Float[Tensor, "K N C X"]) -> Float[Tensor, "V N C 
     return torch.diag_embed(rows, dim1=1, dim2=-1).flatten(0, 1)
 
 
-def identity_seeds(z: Float[Tensor, "N C X"]) -> Float[Tensor, "V N C X"]:
-    """Return the seeds of J: one row an output element, (c, x) with x innermost."""
+def identity_cotangents(z: Float[Tensor, "N C X"]) -> Float[Tensor, "V N C X"]:
+    """Return the cotangents of J: one row an output element, (c, x) with x innermost."""
     N, C, X = z.shape
     eye = torch.eye(C * X, dtype=z.dtype, device=z.device)
     return eye.view(C * X, 1, C, X).expand(C * X, N, C, X)

@@ -1,6 +1,6 @@
 """The table of supported layers: how a module's inputs and back-propagated rows become `LayerRows`.
 
-A new layer is one entry of `RULES`: its exact forward pass (a subclass that overrides `forward` is not covered), how
+A new layer is one entry of `RULES`, by `register`: its exact forward pass (a subclass that overrides `forward` is not covered), how
 its parameters are laid out in units, and how its rows follow from its inputs and from the rows at its output; or of
 `COMPOSITES`, for a module that consists of linear maps. Both engines read this table, and so do the tests and the
 documentation.
@@ -9,9 +9,11 @@ documentation.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
-from functools import partial
-from typing import TypeVar
+from functools import cache, partial
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,23 +25,25 @@ from curvlab.rows.modules.elementwise import BATCH_NORM, GROUP_NORM, INSTANCE_NO
 from curvlab.rows.modules.linear import BILINEAR, INPUT_FIRST_LINEAR, LINEAR
 from curvlab.rows.modules.lookup import EMBEDDING, EMBEDDING_BAG
 from curvlab.rows.modules.recurrent import CELL, RECURRENT
-from curvlab.rows.modules.rule import Inputs, Names, Rule, Site
+from curvlab.rows.modules.rule import Inputs, LayerUse, Names, Rule
 from curvlab.rows.parameters import Layout
+from curvlab.tools.registry import BrokenPlugin, load
 
 __all__ = [
     "COMPOSITES",
     "RULES",
     "Composite",
     "Inputs",
+    "LayerUse",
     "Names",
     "Project",
     "Projection",
     "Rule",
-    "Site",
     "composite_for",
     "decomposed",
     "is_batch",
     "layout_of",
+    "register",
     "rule_for",
     "supported_layers",
 ]
@@ -87,6 +91,31 @@ _ELSEWHERE = {
 """Layers of libraries that are looked up where their user has imported them: importing them here would cost seconds."""
 
 
+def register(kind: type[nn.Module], entry: Rule | Composite) -> None:
+    """Add a layer, or replace what is known of it.
+
+    An installed package adds layers by an entry point of the group ``curvlab.layers``, a mapping of their classes to what
+    this function takes.
+
+    Args:
+        kind: its class; a subclass with a `forward` of its own is another layer.
+        entry: the rule by which its rows are formed, or how it consists of linear maps.
+    """
+    table: dict[type[nn.Module], Any] = COMPOSITES if isinstance(entry, Composite) else RULES
+    table[kind] = entry
+
+
+@cache
+def load_plugins() -> None:
+    """Add the layers of installed packages; one that cannot be loaded is warned of by name."""
+    for point in entry_points(group="curvlab.layers"):
+        try:
+            for kind, entry in load(point, "layers").items():
+                register(kind, entry)
+        except BrokenPlugin as error:
+            warnings.warn(str(error), stacklevel=2)
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule of a module, or None if its forward pass or its parameters are not those in the table."""
     return _entry(_rules(), module) if module._parameters.keys() <= {"weight", "bias"} else None
@@ -102,6 +131,7 @@ def is_batch(module: nn.Module, x: Tensor) -> bool:
 
 def composite_for(module: nn.Module) -> Composite | None:
     """Return how a module is decomposed, or None if it is not, or its forward pass is not that in the table."""
+    load_plugins()
     return _entry(COMPOSITES, module)
 
 
@@ -115,6 +145,7 @@ def _entry(table: Mapping[type[nn.Module], Entry], module: nn.Module) -> Entry |
 
 
 def _rules() -> Mapping[type[nn.Module], Rule]:
+    load_plugins()
     loaded = {
         getattr(library, name): rule
         for (path, name), rule in _ELSEWHERE.items()
@@ -125,6 +156,7 @@ def _rules() -> Mapping[type[nn.Module], Rule]:
 
 def supported_layers() -> list[str]:
     """Return the names of the layers in the table."""
+    load_plugins()
     return [kind.__name__ for kind in (*RULES, *COMPOSITES)]
 
 

@@ -16,20 +16,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from curvlab.rows.layer import KroneckerRows, LayerRows
-from curvlab.rows.modules.rule import Inputs, Rule, Site, augmented
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.modules.rule import Inputs, LayerUse, Rule, augmented
 
 
-def _convolution(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
-    module: Any = site.module
+def _convolution(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
+    module: Any = use.module
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padding = module._reversed_padding_repeated_twice
     padded = F.pad(inputs[0], padding, mode=mode) if any(padding) else inputs[0]
-    return _on_patches(site, _patches(padded, module.kernel_size, module.stride, module.dilation), g)
+    return _on_patches(use, _patches(padded, module.kernel_size, module.stride, module.dilation), g)
 
 
-def _transposed_convolution(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
-    module: Any = site.module
+def _transposed_convolution(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
+    module: Any = use.module
     kernel, dilation = module.kernel_size, module.dilation
     stuffed, outputs = _stuffed(inputs[0], module.stride), g.shape[3:]
     padding: list[int] = []
@@ -37,7 +38,7 @@ def _transposed_convolution(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
         before = d * (k - 1) - p
         padding = [before, out + d * (k - 1) - before - size, *padding]
     patches = _patches(F.pad(stuffed, padding), kernel, (1,) * len(kernel), dilation)
-    return _on_patches(site, patches.flip(tuple(range(-len(kernel), 0))), g)
+    return _on_patches(use, patches.flip(tuple(range(-len(kernel), 0))), g)
 
 
 def _stuffed(x: Float[Tensor, "N C ..."], stride: Sequence[int]) -> Float[Tensor, "N C ..."]:
@@ -57,13 +58,13 @@ def _patches(
     return x
 
 
-def _on_patches(site: Site, patches: Float[Tensor, "N C ..."], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
-    (V, N), groups, axes = g.shape[:2], site.module.groups, g.ndim - 3
+def _on_patches(use: LayerUse, patches: Float[Tensor, "N C ..."], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
+    (V, N), groups, axes = g.shape[:2], use.module.groups, g.ndim - 3
     assert isinstance(groups, int)
     features = patches.movedim(1, 1 + axes).unflatten(1 + axes, (groups, -1))
-    a = augmented(features, site.names, axes=1 + axes).flatten(1, axes)
+    a = augmented(features, use.names, axes=1 + axes).flatten(1, axes)
     rows = g.reshape(V, N, groups, g.shape[2] // groups, -1).permute(0, 1, 4, 2, 3)
-    return KroneckerRows(site.name, site.layout, a, rows)
+    return KroneckerRows(use.name, use.layout, a, rows)
 
 
 def _axes(module: Any) -> int:

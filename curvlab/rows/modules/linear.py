@@ -6,28 +6,29 @@ import torch
 from torch import Tensor
 
 from curvlab.nn import NTKLinear
-from curvlab.rows.layer import KroneckerRows, LayerRows
-from curvlab.rows.modules.rule import Inputs, Rule, Site, augmented
+from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.modules.rule import Inputs, LayerUse, Rule, augmented
 
 
-def _linear(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
-    module, x = site.module, inputs[0]
+def _linear(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
+    module, x = use.module, inputs[0]
     if isinstance(module, NTKLinear):
-        return _on_vectors(site, x * module.weight_scale, g, module.bias_scale)
-    return _on_vectors(site, x, g)
+        return _on_vectors(use, x * module.weight_scale, g, module.bias_scale)
+    return _on_vectors(use, x, g)
 
 
-def _bilinear(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
+def _bilinear(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
     left, right = inputs
-    return _on_vectors(site, torch.einsum("...i,...j->...ij", left, right).flatten(-2), g)
+    return _on_vectors(use, torch.einsum("...i,...j->...ij", left, right).flatten(-2), g)
 
 
-def _on_vectors(site: Site, x: Tensor, g: Tensor, bias_scale: float = 1.0) -> LayerRows:
+def _on_vectors(use: LayerUse, x: Tensor, g: Tensor, bias_scale: float = 1.0) -> LayerRows:
     """Return the rows of a layer on the last axis; axes between the first and the last are positions."""
     V, N = g.shape[:2]
     T = x.shape[1:-1].numel()
-    a = augmented(x.reshape(N, T, 1, x.shape[-1]), site.names, bias_scale)
-    return KroneckerRows(site.name, site.layout, a, g.reshape(V, N, T, 1, g.shape[-1]))
+    a = augmented(x.reshape(N, T, 1, x.shape[-1]), use.names, bias_scale)
+    return KroneckerRows(use.name, use.layout, a, g.reshape(V, N, T, 1, g.shape[-1]))
 
 
 LINEAR = Rule(lambda m: m.weight.shape[0], _linear)

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import UnsupportedModel
-from curvlab.rows.layer import EmbeddingRows, LayerRows
-from curvlab.rows.modules.rule import Inputs, Rule, Site
+from curvlab.rows.factored import EmbeddingRows
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.modules.rule import Inputs, LayerUse, Rule
 
 
-def _embedding(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
-    module: Any = site.module
+def _embedding(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
+    module: Any = use.module
     (V, N), (x, *_) = g.shape[:2], inputs
     T = x.shape[1:].numel()
     index, rows = x.reshape(N, T), g.reshape(V, N, T, g.shape[-1])
     if module.padding_idx is not None:
         rows = rows * (index != module.padding_idx)[..., None]
-    return EmbeddingRows(site.name, site.layout, index.clone(), rows)
+    return EmbeddingRows(use.name, use.layout, index.clone(), rows)
 
 
 def check_table(module: Any, name: str) -> None:
@@ -32,12 +33,12 @@ def check_table(module: Any, name: str) -> None:
         )
 
 
-def _bag(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
-    module: Any = site.module
+def _bag(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
+    module: Any = use.module
     index, *weights = inputs
     if index.ndim != 2:
         raise UnsupportedModel(
-            f"EmbeddingBag {site.name!r} was called on one axis with offsets, so its first axis is not the sample. Call "
+            f"EmbeddingBag {use.name!r} was called on one axis with offsets, so its first axis is not the sample. Call "
             "it on indices [N, T], padded with padding_idx."
         )
     share = weights[0] if weights else torch.ones_like(index, dtype=g.dtype)
@@ -45,7 +46,7 @@ def _bag(site: Site, inputs: Inputs, g: Tensor) -> LayerRows:
         share = share * (index != module.padding_idx)
     if module.mode == "mean":
         share = share / share.sum(1, keepdim=True).clamp_min(1)
-    return EmbeddingRows(site.name, site.layout, index.clone(), g[:, :, None] * share[..., None])
+    return EmbeddingRows(use.name, use.layout, index.clone(), g[:, :, None] * share[..., None])
 
 
 def _check_bag(module: Any, name: str) -> None:

@@ -22,7 +22,7 @@ Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class LayerUse:
     """A module through whose forward pass parameters are used.
 
     Attributes:
@@ -44,14 +44,14 @@ class Rule:
 
     Attributes:
         units: number of units of a module (output channels, scale-shift pairs, table rows).
-        rows: `(site, inputs, g [V, N, *output])` to the rows of one call.
+        rows: `(use, inputs, g [V, N, *output])` to the rows of one call.
         check: raises `UnsupportedModel` for settings that the rule does not cover, if there are any.
         input_first: number of groups of a weight `[groups·inputs, outputs, …]`; units come first if None.
         axes: number of axes of an input with samples, if a module also takes one without.
     """
 
     units: Callable[[Any], int]
-    rows: Callable[[Site, Inputs, Tensor], LayerRows]
+    rows: Callable[[LayerUse, Inputs, Tensor], LayerRows]
     check: Callable[[Any, str], None] | None = None
     input_first: Callable[[Any], int] | None = None
     axes: Callable[[Any], int] | None = None
@@ -68,11 +68,11 @@ def augmented(a: Tensor, names: Names, bias_scale: float = 1.0, *, axes: int = 1
     return columns
 
 
-def scale_shift(site: Site, normalised: Float[Tensor, "N T U"], g: Float[Tensor, "V N T U"]) -> LayerRows:
+def scale_shift(use: LayerUse, normalised: Float[Tensor, "N T U"], g: Float[Tensor, "V N T U"]) -> LayerRows:
     """Return the rows of an elementwise scale and shift."""
     columns = []
-    if "weight" in site.names:
+    if "weight" in use.names:
         columns.append((g * normalised).sum(2))
-    if "bias" in site.names:
+    if "bias" in use.names:
         columns.append(g.sum(2))
-    return DenseRows(site.name, site.layout, torch.stack(columns, dim=-1))
+    return DenseRows(use.name, use.layout, torch.stack(columns, dim=-1))

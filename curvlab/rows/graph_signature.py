@@ -25,7 +25,7 @@ LATEST = 256
 
 
 @dataclass(frozen=True)
-class Route:
+class GraphSignature:
     """What the graph of a pass tells.
 
     Attributes:
@@ -45,7 +45,7 @@ class Route:
 
 Entry = TypeVar("Entry")
 
-Routes = dict[Hashable, Route]
+Routes = dict[Hashable, GraphSignature]
 """What graphs have told, by their digests and by what was asked."""
 
 
@@ -59,7 +59,7 @@ class Passed(Protocol):
     """Edges at its inputs."""
 
 
-def route_to(
+def signature_of(
     z: Tensor,
     calls: Sequence[Passed],
     parameters: Mapping[str, Tensor],
@@ -67,7 +67,7 @@ def route_to(
     known: Routes,
     *,
     coupled: bool = False,
-) -> Route:
+) -> GraphSignature:
     """Read the graph of an output.
 
     Args:
@@ -143,7 +143,7 @@ def _read(
     names: Mapping[int, str],
     samples: int | None,
     coupled: bool,
-) -> Route:
+) -> GraphSignature:
     """Tell what follows from a digest."""
     outputs = {(edge.node, edge.output_nr) for call in calls if (edge := call.edge) is not None}
     unknown, misplaced = None, set[Edge]()
@@ -151,7 +151,7 @@ def _read(
         unknown = "graphs in one batch"
     elif samples > 1 and end is not None:
         unknown, misplaced = _follow(end, outputs, samples, coupled)
-    return Route(
+    return GraphSignature(
         functions=functions,
         reached=_reached([] if end is None else [end[0]], (), names),
         elsewhere=_reached(_ends(end, calls), {node for node, _ in outputs}, names),

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOUBLE, assert_close, dense_jacobian
+from oracle import DOUBLE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Full
 from curvlab.optim import Preconditioner
-from curvlab.rows import guard, jacobian, route
+from curvlab.rows import graph_signature, guard, jacobian
 from curvlab.rows.digest import digest
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 
 class ByLength(nn.Module):
@@ -71,10 +72,10 @@ def test_a_weight_that_is_used_elsewhere_from_some_batch_on() -> None:
 class Routed(nn.Module):
     def __init__(self, route: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.last, self.route = nn.Linear(3, 4), nn.Linear(4, 2), route
+        self.first, self.last, self.graph_signature = nn.Linear(3, 4), nn.Linear(4, 2), route
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.route(torch.tanh(self.first(x))))
+        return self.last(self.graph_signature(torch.tanh(self.first(x))))
 
 
 class Doubling(torch.autograd.Function):
@@ -159,7 +160,7 @@ def test_a_function_of_ones_own_by_the_name_of_a_known_one() -> None:
 
     model, x = Routed(F.relu).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
     assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
-    model.route = Relu.apply
+    model.graph_signature = Relu.apply
     with pytest.raises(UnsupportedModel, match="samples interact"):
         jacobian(model, x)
 
@@ -167,13 +168,13 @@ def test_a_function_of_ones_own_by_the_name_of_a_known_one() -> None:
 def read_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the graphs that are read from here on, digests that are known apart."""
     found: list[Any] = []
-    read = route._read
+    read = graph_signature._read
 
     def note(functions: Any, *asked: Any) -> Any:
         found.append(functions)
         return read(functions, *asked)
 
-    monkeypatch.setattr(route, "_read", note)
+    monkeypatch.setattr(graph_signature, "_read", note)
     return found
 
 
@@ -197,7 +198,7 @@ def test_a_graph_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tables_forget_the_oldest() -> None:
     table: dict[Any, int] = {}
     for n in range(5):
-        route.remember(table, n, n, 3)
+        graph_signature.remember(table, n, n, 3)
     assert table == {2: 2, 3: 3, 4: 4}
 
 
@@ -235,10 +236,10 @@ def test_graphs_of_the_same_functions_are_told_apart(alike: str) -> None:
     model, x = Routed(apart).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
     for _ in range(2):
         assert_close(jacobian(model, x).dense(), dense_jacobian(model, x).detach())
-    model.route = mixing
+    model.graph_signature = mixing
     with pytest.raises(UnsupportedModel, match=r"samples interact|no factored rows"):
         jacobian(model, x)
-    model.route = apart
+    model.graph_signature = apart
     assert_close(jacobian(model, x).dense(), dense_jacobian(model, x).detach())
 
 
@@ -262,10 +263,10 @@ class Gated(nn.Module):
 
 BESIDE = {
     "weight": lambda layer, h: torch.tanh(F.linear(h, layer.weight.T)),
-    "mean": lambda layer, h: h.mean(0),  # noqa: ARG005
-    "permutation": lambda layer, h: torch.eye(len(h), dtype=DOUBLE).roll(1, 0) @ h,  # noqa: ARG005
-    "pairs": lambda layer, h: h.view(2, 2, 3).flip(1).reshape(4, 3),  # noqa: ARG005
-    "sum": lambda layer, h: h * h.norm(),  # noqa: ARG005
+    "mean": lambda layer, h: h.mean(0),
+    "permutation": lambda layer, h: torch.eye(len(h), dtype=DOUBLE).roll(1, 0) @ h,
+    "pairs": lambda layer, h: h.view(2, 2, 3).flip(1).reshape(4, 3),
+    "sum": lambda layer, h: h * h.norm(),
 }
 
 
