@@ -35,7 +35,7 @@ def table_of(analysis: str) -> str:
     """The claims of an analysis by default, as a table in Markdown."""
     described = import_module(f"analyses.{analysis}").ANALYSIS
     families = folded(described.claims(described.defaults))
-    rows = [[f"`{name}`", text, str(one.rule), one.expected, one.source] for name, text, one in families]
+    rows = [[f"`{name}`", text, str(one.rule), one.expected.outcome, one.source] for name, text, one in families]
     return "\n".join(map(_line, (HEADER, ["---"] * len(HEADER), *rows)))
 
 
@@ -60,7 +60,11 @@ def folded(claims: Sequence[Claim]) -> list[tuple[str, str, Claim]]:
 def _joined(members: Sequence[Claim], claim: Claim) -> tuple[str, str] | None:
     """Id and statement that a claim shares with a family, with gaps; None if it is none of the family."""
     first = members[0]
-    if (str(first.rule), first.expected, first.source) != (str(claim.rule), claim.expected, claim.source):
+    if (str(first.rule), first.expected.outcome, first.source) != (
+        str(claim.rule),
+        claim.expected.outcome,
+        claim.source,
+    ):
         return None
     left, right = _apart(first.id, claim.id)
     name = first.id.replace(left, GAP, 1)
