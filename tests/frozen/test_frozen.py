@@ -10,12 +10,9 @@ from . import names
 from .comparison import compare, store
 from .runs import KEY, RUNS, Results, canonical, results
 
-FAST = "spectrum"
 
-
-@pytest.mark.parametrize(
-    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.study) for name in RUNS]
-)
+@pytest.mark.study
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.OutsideRange")  # by Monte Carlo the full matrix is short of rank
 def test_results_are_the_frozen_ones(name: str) -> None:
     comparison = compare(name, results(name))

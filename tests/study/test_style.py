@@ -11,7 +11,7 @@ from curvlab.fisher import STRUCTURES
 from curvlab.study import style
 from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
 
-DRAWN = {**LOOKS, **WITHOUT_STRUCTURE}
+DRAWN = LOOKS | WITHOUT_STRUCTURE
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def seeds(*points, count=12):
 
 
 def test_every_structure_has_a_look_of_its_own():
-    assert list(LOOKS) == list(STRUCTURES)
+    assert [key for key in LOOKS if key in STRUCTURES] == list(STRUCTURES)
     for field in ("color", "marker", "label"):
         assert len({getattr(look, field) for look in DRAWN.values()}) == len(DRAWN)
 
