@@ -194,7 +194,7 @@ def band(axes: Axes, table: pd.DataFrame, x: str, **line: Any) -> pd.Series:
     drawn = np.array([(summary.mean, *summary.interval(0.95)) for summary in summaries]).reshape(-1, 3).T
     mean, low, high = np.exp(drawn) if logarithmic else drawn
     axes.plot(values.columns, mean, **line)
-    axes.fill_between(values.columns, low, high, color=line["color"], alpha=0.2, linewidth=0, zorder=1)
+    axes.fill_between(values.columns, low, high, color=line["color"], alpha=0.15, linewidth=0, zorder=1)
     return pd.Series(mean, values.columns)
 
 
