@@ -4,11 +4,11 @@ from functools import partial
 
 from analyses.edge_of_stability import panels
 from analyses.edge_of_stability.config import Config
+from analyses.edge_of_stability.experiments import published
 from analyses.edge_of_stability.experiments.chebyshev import CHEBYSHEV
 from analyses.edge_of_stability.experiments.flow import FLOW
 from analyses.edge_of_stability.experiments.losses import LOSSES
 from analyses.edge_of_stability.experiments.preconditioned import PRECONDITIONED
-from analyses.edge_of_stability.experiments.published import PUBLISHED, SETTING
 from analyses.edge_of_stability.experiments.quadratic import QUADRATIC
 from analyses.edge_of_stability.experiments.schedules import SCHEDULES
 from analyses.edge_of_stability.experiments.structures import STRUCTURES
@@ -23,7 +23,7 @@ from curvlab.study.panels import Layout
 
 def _data_hash(config: Config) -> str:
     if config.published:
-        load_images(str(SETTING["problem"]))
+        load_images(str(published.SETTING["problem"]))
     if config.problem not in IMAGE_SETS:
         return data_hash(config.problem)
     try:
@@ -93,7 +93,17 @@ ANALYSIS: Analysis[Config] = Analysis(
     cost="digits, N = 128, tanh network 64-64-64-10, runs of 800 steps, 10 seeds: about 7 minutes of processor time, spread over "
     "the cores.",
     config=Config,
-    experiments=(QUADRATIC, TRAINING, FLOW, SCHEDULES, LOSSES, STRUCTURES, PRECONDITIONED, CHEBYSHEV, PUBLISHED),
+    experiments=(
+        QUADRATIC,
+        TRAINING,
+        FLOW,
+        SCHEDULES,
+        LOSSES,
+        STRUCTURES,
+        PRECONDITIONED,
+        CHEBYSHEV,
+        published.PUBLISHED,
+    ),
     data_hash=_data_hash,
     figures=FIGURES,
     axes=("heavy_ball", "nesterov", "adam", "batch_size", "preconditioners"),
