@@ -125,8 +125,10 @@ def follow(
             if end.seen is not None:
                 trace.seen.append({"step": taken, **end.seen})
             break
-        if more is not None:
+        if more is not None and seen is not None:
             trace.seen[-1] |= more
+        elif more is not None:
+            trace.seen.append({"step": step, **more})
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return trace

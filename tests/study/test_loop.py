@@ -83,6 +83,16 @@ def test_what_a_step_adds_belongs_to_what_was_seen_before_it():
     assert np.allclose(positions[[2, 4]], positions[[1, 3]] / 2 + noise)
 
 
+def test_what_a_step_adds_where_nothing_was_seen_before_it_stands_alone():
+    class Rarely(Halving):
+        def look(self, step):
+            return super().look(step) if step == 2 else None
+
+    trace = follow(Rarely(), 4)
+    assert [sorted(seen) for seen in trace.seen] == [["noise", "step"], ["norm", "position", "step"], ["noise", "step"]]
+    assert [seen["step"] for seen in trace.seen] == [1, 2, 3]
+
+
 def test_nothing_seen_is_nothing_kept():
     class Silent(Halving):
         def look(self, step):
