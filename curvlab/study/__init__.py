@@ -1,75 +1,52 @@
-"""Claims that can fail, the judge, results on disk, the command line and the look of figures.
+"""Experiments, claims that can fail, the judge, results on disk, the command line and the look of figures.
 
-An analysis describes itself as an `Analysis` (a question, claims, cells, a measurement per cell, figures) and
+An analysis describes itself as an `Analysis` (a question, experiments with their cells, measurements and claims, figures) and
 hands it to `main`, which gives it its command line, cache, statistics, results folder and exit code. This
 package knows nothing of curvature and imports nothing of curvlab but `curvlab.tools`.
-
-A name is imported when it is first used, so that a command line answers before matplotlib and pandas are there.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from curvlab.study.analysis import Analysis
-    from curvlab.study.cells import Cell, Scalar
-    from curvlab.study.claims import (
-        Claim,
-        Equivalence,
-        Expected,
-        Failure,
-        Identity,
-        Inequality,
-        Verdict,
-        contradicts,
-        refuted,
-        supported,
-        undecided,
-    )
-    from curvlab.study.estimates import (
-        among,
-        at_largest_width,
-        by_seed,
-        difference_by_seed,
-        identities,
-        least_by_seed,
-        needs_several,
-        needs_several_widths,
-        slope_by_seed,
-        worst_by_seed,
-    )
-    from curvlab.study.experiment import Context, Experiment, Observations, Point
-    from curvlab.study.faults import MemoryShortage, UsageError
-    from curvlab.study.judging import judge
-    from curvlab.study.loop import Diverged, Trace, follow
-    from curvlab.study.measurements import observed, outside, round_off
-    from curvlab.study.options import CommonOptions, check_bounds, check_names, check_positive, check_some
-    from curvlab.study.registry import ANALYSES
-    from curvlab.study.results import Results, latest, load
-    from curvlab.study.runner import main
+from curvlab.study.analysis import Analysis
+from curvlab.study.cells import Cell, Scalar
+from curvlab.study.claims import (
+    Claim,
+    Equivalence,
+    Expected,
+    Failure,
+    Identity,
+    Inequality,
+    Verdict,
+    contradicts,
+    refuted,
+    supported,
+    undecided,
+)
+from curvlab.study.estimates import (
+    among,
+    at_largest_width,
+    by_seed,
+    difference_by_seed,
+    identities,
+    least_by_seed,
+    needs_several,
+    needs_several_widths,
+    slope_by_seed,
+    worst_by_seed,
+)
+from curvlab.study.experiment import Context, Experiment, Observations, Point
+from curvlab.study.faults import MemoryShortage, UsageError
+from curvlab.study.judging import judge
+from curvlab.study.loop import Diverged, Trace, follow
+from curvlab.study.measurements import observed, outside, round_off
+from curvlab.study.options import CommonOptions, check_bounds, check_names, check_positive, check_some
+from curvlab.study.registry import ANALYSES
+from curvlab.study.results import Results, latest, load
+from curvlab.study.runner import main
 
 __all__ = [
-    "ANALYSES", "Analysis", "Cell", "Claim", "CommonOptions", "Context", "Diverged", "Equivalence", "Expected", "Experiment",
-    "Failure", "Identity", "Inequality", "MemoryShortage", "Observations", "Point", "Results", "Scalar", "Trace", "UsageError",
-    "Verdict", "among", "at_largest_width", "by_seed", "check_bounds", "check_names", "check_positive", "check_some",
-    "contradicts", "difference_by_seed", "follow", "identities", "judge", "latest", "least_by_seed", "load", "main",
-    "needs_several", "needs_several_widths", "observed", "outside", "refuted", "round_off", "slope_by_seed", "supported",
-    "undecided", "worst_by_seed",
+    "ANALYSES", "Analysis", "Cell", "Claim", "CommonOptions", "Context", "Diverged", "Equivalence", "Expected",
+    "Experiment", "Failure", "Identity", "Inequality", "MemoryShortage", "Observations", "Point", "Results", "Scalar",
+    "Trace", "UsageError", "Verdict", "among", "at_largest_width", "by_seed", "check_bounds", "check_names",
+    "check_positive", "check_some", "contradicts", "difference_by_seed", "follow", "identities", "judge", "latest",
+    "least_by_seed", "load", "main", "needs_several", "needs_several_widths", "observed", "outside", "refuted",
+    "round_off", "slope_by_seed", "supported", "undecided", "worst_by_seed",
 ]  # fmt: skip
-
-_MODULES = (
-    "faults", "cells", "options", "measurements", "estimates", "claims", "experiment", "judging", "loop", "results",
-    "analysis", "registry", "runner",
-)  # fmt: skip
-"""Where the names are defined, what is quick to import first."""
-
-
-if not TYPE_CHECKING:  # so that a name that does not exist is an error to static checkers
-
-    def __getattr__(name: str) -> object:
-        if name in __all__:
-            for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):
-                if name in vars(module):
-                    globals()[name] = vars(module)[name]
-                    return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
