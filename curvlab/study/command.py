@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, so that --problem module:function finds a file beside
-    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""][:-1] or ["--help"]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         if command == "list" and not rest:
             return _list()

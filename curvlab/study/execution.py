@@ -21,7 +21,7 @@ from curvlab.study.faults import MemoryShortage, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
 from curvlab.study.options import C, recorded, repeats, share
-from curvlab.study.task import Outcome, Task
+from curvlab.study.task import Attempt, Task
 from curvlab.study.workers import chunked, cores, in_processes
 from curvlab.tools.errors import CommandError
 from curvlab.tools.memory import available_memory
@@ -230,7 +230,7 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Estimate, ad
     return measured
 
 
-def _outcomes(plan: Plan[C], estimate: Estimate) -> Generator[Outcome]:
+def _outcomes(plan: Plan[C], estimate: Estimate) -> Generator[Attempt]:
     task = plan.task()
     if estimate.workers > 1:
         log.info("measuring in %d processes", estimate.workers)
@@ -241,7 +241,7 @@ def _outcomes(plan: Plan[C], estimate: Estimate) -> Generator[Outcome]:
             yield from map(task, costs)
 
 
-def _shortage(plan: Plan[C], outcome: Outcome) -> CommandError | None:
+def _shortage(plan: Plan[C], outcome: Attempt) -> CommandError | None:
     """The failure as a shortage of memory or data, if it is one."""
     if not outcome.out_of_memory:
         return outcome.shortage

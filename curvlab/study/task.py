@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Attempt:
     """What became of one cell.
 
     Attributes:
@@ -48,7 +48,7 @@ class Outcome:
     @classmethod
     def failed(
         cls, cell: Cell, reason: str, *, shortage: CommandError | None = None, out_of_memory: bool = False
-    ) -> "Outcome":
+    ) -> "Attempt":
         """A failure."""
         return cls(cell, f"failed: {reason}", True, reason=reason, shortage=shortage, out_of_memory=out_of_memory)
 
@@ -79,7 +79,7 @@ class Task(Generic[C]):
         before = {name: (self.measures[name], cells) for name, cells in self.before[experiment].items()}
         return Context(self.config, cell, self.cache, before).measured(self.measures[experiment])
 
-    def __call__(self, cell: Cell) -> Outcome:
+    def __call__(self, cell: Cell) -> Attempt:
         """Measure one cell; an exception becomes an outcome.
 
         Raises:
@@ -92,7 +92,7 @@ class Task(Generic[C]):
             log.exception("cell %s failed", cell)
             shortage = error if isinstance(error, MemoryShortage | DataUnavailable) else None
             reason = f"{type(error).__name__}: {error}"
-            return Outcome.failed(cell, reason, shortage=shortage, out_of_memory=_out_of_memory(error))
+            return Attempt.failed(cell, reason, shortage=shortage, out_of_memory=_out_of_memory(error))
         self.cache.store(cell, rows)
         took = duration(time.perf_counter() - start)
         log.info("cell %s: %d observations in %s", cell, len(rows), took)
@@ -100,7 +100,7 @@ class Task(Generic[C]):
         for where in nonfinite:
             log.warning("non-finite value: %s", where)
         note = f"{took}, non-finite: {nonfinite[0]}" if nonfinite else took
-        return Outcome(cell, note, bool(nonfinite), rows)
+        return Attempt(cell, note, bool(nonfinite), rows)
 
 
 def _nonfinite(cell: Cell, rows: Sequence[Row]) -> list[str]:

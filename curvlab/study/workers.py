@@ -17,7 +17,7 @@ import torch
 
 from curvlab.study.cells import Cell
 from curvlab.study.logbook import forward
-from curvlab.study.task import Outcome
+from curvlab.study.task import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ SETTINGS = {
 Tensors of the size of the parameters are otherwise returned to the system after every operation and zeroed again for the
 next, which takes two fifths of the time of cells with four million parameters."""
 
-Job = Callable[[Cell], Outcome]
+Job = Callable[[Cell], Attempt]
 
 
 def cores() -> int:
@@ -65,7 +65,7 @@ def chunked(costs: Mapping[Cell, float], workers: int) -> list[list[Cell]]:
     return chunks
 
 
-def in_processes(job: Job, chunks: Sequence[Sequence[Cell]], workers: int) -> Iterator[Outcome]:
+def in_processes(job: Job, chunks: Sequence[Sequence[Cell]], workers: int) -> Iterator[Attempt]:
     """Do ``job`` on every cell in ``workers`` processes; the outcomes, as they come.
 
     Closing the iterator stops the processes at once. If they cannot be started, the cells are done in this one.
@@ -84,7 +84,7 @@ def in_processes(job: Job, chunks: Sequence[Sequence[Cell]], workers: int) -> It
         yield from map(job, left)
 
 
-def _staffed(job: Job, waiting: deque[Sequence[Cell]], workers: int) -> Generator[Outcome]:
+def _staffed(job: Job, waiting: deque[Sequence[Cell]], workers: int) -> Generator[Attempt]:
     """`in_processes`; a worker that dies is replaced only if it was the last, as most often memory ran out."""
     strangers = multiprocessing.active_children()
     staff: list[_Worker] = []
@@ -127,7 +127,7 @@ class _Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.assigned: deque[tuple[Cell, Future[Outcome]]] = deque()
+        self.assigned: deque[tuple[Cell, Future[Attempt]]] = deque()
         self.died = False
         self.executor = ProcessPoolExecutor(1, multiprocessing.get_context(START), _prepare)
         others = multiprocessing.active_children()
@@ -144,7 +144,7 @@ class _Worker:
                 future.set_exception(error)
             self.assigned.append((cell, future))
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self) -> Iterator[Attempt]:
         """What is finished, until the worker is found dead."""
         while self.assigned and self.assigned[0][1].done():
             try:
@@ -155,7 +155,7 @@ class _Worker:
             self.assigned.popleft()
             yield outcome
 
-    def epitaph(self) -> Outcome:
+    def epitaph(self) -> Attempt:
         """The failure of the cell that the dead worker was on.
 
         Raises:
@@ -170,7 +170,7 @@ class _Worker:
         how = "killed, most likely because memory ran out; fewer --workers need less" if killed else f"exit code {code}"
         reason = f"its process died ({how})"
         log.error("cell %s failed: %s", cell, reason)
-        return Outcome.failed(cell, reason, out_of_memory=killed)
+        return Attempt.failed(cell, reason, out_of_memory=killed)
 
 
 @contextlib.contextmanager
@@ -215,6 +215,6 @@ def _begin(job: Job) -> None:
     """Show that the job arrives in a worker."""
 
 
-def _measure(job: Job, cell: Cell) -> Outcome:
+def _measure(job: Job, cell: Cell) -> Attempt:
     outcome = job(cell)
     return replace(outcome, logged=tuple(_logged.get() for _ in range(_logged.qsize())))
