@@ -36,7 +36,7 @@ from curvlab.rows.loss import Kind, Scaling
 from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
-from curvlab.tools.looks import LOOKS, Look
+from curvlab.tools.looks import LOOKS, Look, plain
 from curvlab.tools.registry import Registry
 
 Own = TypeVar("Own", bound="Structure")
@@ -79,14 +79,13 @@ class Structure(State):
         Args:
             key: what options, tables and results call the structure.
             summary: what it is, in a few words.
-            look: how it is drawn in figures; a grey circle with the key as its name if None.
+            look: how it is drawn in figures; `curvlab.tools.looks.plain` if None.
             kwargs: of other base classes.
         """
         super().__init_subclass__(**kwargs)
         if key is not None:
             cls.key, cls.summary = key, summary
-            cls.look = look or Look("#999999", "o", key)
-            LOOKS[key] = cls.look
+            cls.look = LOOKS[key] = look or plain(key)
             STRUCTURES.register(key, cls)
 
     @classmethod

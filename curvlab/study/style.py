@@ -16,6 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
@@ -89,6 +90,15 @@ def theory(axes: Axes, x: Collection[Any], y: Collection[Any], structure: str, *
     return line
 
 
+def _interval(
+    values: Float[np.ndarray, " seeds"], logarithmic: bool, confidence: float = 0.95
+) -> Float[np.ndarray, " 3"]:
+    """Mean over seeds and the ends of its t-interval, of log values on a logarithmic axis."""
+    summary = Summary.of(np.log(values) if logarithmic else values)
+    found = np.array([summary.mean, *summary.interval(confidence)])
+    return np.exp(found) if logarithmic else found
+
+
 def _points(look: Look, hollow: bool) -> dict[str, Any]:
     """How measured points are drawn."""
     return {
@@ -145,10 +155,7 @@ def measured(
     finite = np.isfinite(table[y])
     positions, points, ends = [], [], []
     for position, group in table[finite].groupby(x):
-        values = group[y].to_numpy(dtype=float)
-        summary = Summary.of(np.log(values) if logarithmic else values)
-        drawn = np.array([*summary.interval(confidence), summary.mean])
-        low, high, mean = np.exp(drawn) if logarithmic else drawn
+        mean, low, high = _interval(group[y].to_numpy(dtype=float), logarithmic, confidence)
         positions.append(position)
         points.append(mean)
         ends.append((mean - low, high - mean))
@@ -169,10 +176,7 @@ def measured(
 
 def across(axes: Axes, values: pd.Series, place: float, look: Look, *, hollow: bool = False) -> None:
     """Draw the mean of one value per seed, with its t-interval along x, at a height; both of log x on a logarithmic axis."""
-    logarithmic = axes.get_xscale() == "log"
-    summary = Summary.of(np.log(values.to_numpy(dtype=float)) if logarithmic else values.to_numpy(dtype=float))
-    drawn = np.array([*summary.interval(0.95), summary.mean])
-    low, high, mean = np.exp(drawn) if logarithmic else drawn
+    mean, low, high = _interval(values.to_numpy(dtype=float), axes.get_xscale() == "log")
     axes.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], **_points(look, hollow))
 
 
@@ -190,9 +194,7 @@ def band(axes: Axes, table: pd.DataFrame, x: str, **line: Any) -> pd.Series:
     """
     values = table.pivot_table("value", "seed", x).dropna(axis=1)
     logarithmic = axes.get_yscale() == "log"
-    summaries = [Summary.of(np.log(v) if logarithmic else v) for v in values.to_numpy(dtype=float).T]
-    drawn = np.array([(summary.mean, *summary.interval(0.95)) for summary in summaries]).reshape(-1, 3).T
-    mean, low, high = np.exp(drawn) if logarithmic else drawn
+    mean, low, high = np.array([_interval(v, logarithmic) for v in values.to_numpy(dtype=float).T]).reshape(-1, 3).T
     axes.plot(values.columns, mean, **line)
     axes.fill_between(values.columns, low, high, color=line["color"], alpha=0.15, linewidth=0, zorder=1)
     return pd.Series(mean, values.columns)

@@ -16,13 +16,19 @@ class Look:
 LOOKS: dict[str, Look] = {}
 """By the key that options and results use, in the order of legends; every structure adds its own."""
 
+
+def plain(key: str) -> Look:
+    """The look of what nobody has given one: a grey circle, and the key as its name."""
+    return Look("#999999", "o", key)
+
+
 WITHOUT_STRUCTURE = {"gradient-descent": Look("#7F7F7F", "*", "gradient descent")}
 """What stands beside structures, and after them in legends."""
 
 
 def look(key: str) -> Look:
-    """The look of a key; a grey circle with the key as its name where nobody has given it one."""
-    return (LOOKS | WITHOUT_STRUCTURE).get(key, Look("#999999", "o", key))
+    """The look of a key, `plain` where nobody has given it one."""
+    return (LOOKS | WITHOUT_STRUCTURE).get(key, plain(key))
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
