@@ -255,7 +255,7 @@ class Block(ABC):
         """Whether `solve_sum` takes fewer operations than `solve`.
 
         Args:
-            layers: rows of the state's last batch; per_sample_gradients have their shape, with one row a sample.
+            layers: rows of the state's last batch; per-sample gradients have their shape, with one row a sample.
             damping: ρ.
         """
         return False

@@ -318,19 +318,15 @@ class Structure(State):
         Args:
             gradient: g by name.
             damping: ρ, absolute or relative.
-            per_sample_gradients: returns, for the name of a parameter, rows of its layer that add up to g there, one a sample: the
-                layer's inputs, and the gradients at its outputs; None if there are none. Blocks with Kronecker factors
-                multiply with their inverses what takes fewer operations, the factors of these rows or g; blocks of rows
-                with the same inputs never form g. All agree to rounding.
+            per_sample_gradients: returns, for the name of a parameter, rows of its layer that add up to g there, one a
+                sample: the layer's inputs, and the gradients at its outputs; None if there are none. Blocks with Kronecker
+                factors multiply with their inverses what takes fewer operations, the factors of these rows or g; blocks of
+                rows with the same inputs never form g. All agree to rounding.
         """
         rho = self._damping(damping)
         found: dict[str, Tensor] = {}
         for block in self._blocks:
-            layers = (
-                self._per_sample_gradients(block, rho, per_sample_gradients)
-                if per_sample_gradients is not None
-                else None
-            )
+            layers = self._per_sample_gradients(block, rho, per_sample_gradients)
             if layers is not None:
                 found.update({name: value[None] for name, value in block.solve_sum(layers, rho).items()})
             else:
@@ -339,10 +335,10 @@ class Structure(State):
         return {name: found[name][0] for name in self.space.shapes}
 
     def _per_sample_gradients(
-        self, block: Block, damping: float, per_sample_gradients: Callable[[str], LayerRows | None]
+        self, block: Block, damping: float, per_sample_gradients: Callable[[str], LayerRows | None] | None
     ) -> tuple[LayerRows, ...] | None:
         """Return the rows that add up to a block's share of a gradient, if it takes whole layers and wants them."""
-        if not block.prefers_per_sample_gradients(block.of(self.shapes), damping):
+        if per_sample_gradients is None or not block.prefers_per_sample_gradients(block.of(self.shapes), damping):
             return None
         layers = [per_sample_gradients(part.names[0]) for part in block.parts]
         fitting = [layer for layer, part in zip(layers, block.parts, strict=True) if layer and layer.layout == part]

@@ -1,9 +1,9 @@
 """Routes from the gradient of a step to its direction `(F + ρI)⁻¹ grad`, the cheapest first.
 
-    Lift       Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
-    Summands   Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
-                                  the same a solve without forming the gradient
-    Gradient   (F + ρI)⁻¹ grad    always
+    Lift         Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
+    PerSample    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
+                                    the same a solve without forming the gradient
+    Gradient     (F + ρI)⁻¹ grad    always
 
 All agree to rounding. The first two need a gradient that is this pass' own: not accumulated, clipped or reduced, and of the
 loss alone. Version counters and, wherever the host may look at numbers, the numbers tell (`curvlab.optim.sums`).
@@ -42,7 +42,7 @@ class Route(ABC):
     """A way to the direction of a step."""
 
     def __init__(self, step: Step) -> None:
-        self.structure, self.due = step.structure, step.due
+        self.structure = step.structure
 
     @staticmethod
     @abstractmethod
@@ -77,8 +77,8 @@ class Gradient(Route):
         return self.structure.direction(gradients, damping)
 
 
-class Summands(Route):
-    """Solve with rows that add up to the gradient, one a sample, in the blocks where that is less work."""
+class PerSample(Route):
+    """Solve with per-sample gradients, which add up to the gradient, in the blocks where that is less work."""
 
     def __init__(self, step: Step) -> None:
         super().__init__(step)
@@ -106,7 +106,7 @@ class Summands(Route):
         )
 
 
-class Lift(Summands):
+class Lift(PerSample):
     """Lift the coefficients of the gradient in the rows of which the curvature is made."""
 
     @staticmethod
@@ -118,14 +118,14 @@ class Lift(Summands):
         return adds_up(layer, gradients, self.own.coefficients)
 
     def direction(self, gradients: Mapping[str, Tensor], sums: set[str], damping: float) -> dict[str, Tensor]:
-        """Lift if the whole gradient adds up and the state is made of these rows alone; else see `Summands`."""
+        """Lift if the whole gradient adds up and the state is made of these rows alone; else see `PerSample`."""
         if self.structure.rows is not self.own.rows or len(sums) < len(gradients):
             return super().direction(gradients, sums, damping)
         assert self.own.coefficients is not None
         return self.structure.lift(self.own.coefficients, damping)
 
 
-ROUTES: tuple[type[Route], ...] = (Lift, Summands, Gradient)
+ROUTES: tuple[type[Route], ...] = (Lift, PerSample, Gradient)
 """The first one that applies is taken."""
 
 

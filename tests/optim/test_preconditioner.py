@@ -74,7 +74,7 @@ def test_the_direction_is_the_solve_of_a_structure_fitted_to_the_batch(key: str,
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, kind: type[Block]) -> list[str]:
-    """Record which blocks solve with per_sample_gradients."""
+    """Record which blocks solve with per-sample gradients."""
     solved: list[str] = []
     original = kind.solve_sum
 
