@@ -240,11 +240,12 @@ class Block(ABC):
         """Return `f(F) x` for a function of eigenvalues.
 
         Raises:
-            NotImplementedError: for a block without eigenvectors.
+            NotImplementedError: if the block does not implement this, so that its first power is all it has.
             NotPositiveDefinite: see `Power.of`.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} of layers {self.name} has no eigenvectors, so that of its powers it has but the first."
+            f"{type(self).__name__} of layers {self.name} has no power but the first, as it does not implement transform(). "
+            "Use another structure, such as 'kfac' or 'diagonal'; whoever writes the block, implement Block.transform."
         )
 
     @abstractmethod

@@ -195,7 +195,7 @@ class Structure(State):
 
         Raises:
             NotPositiveDefinite: if there is a negative eigenvalue, and p no whole number.
-            NotImplementedError: for another power of a structure without eigenvectors.
+            NotImplementedError: for another power, if a block does not implement `Block.transform`.
         """
         check_power(power)
         self._ready()
@@ -247,7 +247,7 @@ class Structure(State):
 
         Raises:
             NotPositiveDefinite: if a power that is no whole number would be taken of a negative eigenvalue.
-            NotImplementedError: for a power other than 1 of a structure without eigenvectors.
+            NotImplementedError: for another power, if a block does not implement `Block.transform`.
 
         Warns:
             IllConditioned: if a system needed more than a Cholesky factorisation.
