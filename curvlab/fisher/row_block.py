@@ -12,7 +12,7 @@ from torch import Tensor
 from curvlab.fisher.block import RowRelation
 from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, SidedBlock
-from curvlab.fisher.stack import Cut, Rows, Stack, Together, Whole
+from curvlab.fisher.stack import Cut, RowStack, Stack, Together, Whole
 from curvlab.fisher.system import System, rank_tolerance
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputFactor
@@ -164,7 +164,7 @@ class RowBlock(SidedBlock):
         others = seen if a is b else b.against(self.root)
         return self.system.sandwich(seen, others, damping, lambda: a.against(b), summed=True)
 
-    def _behind(self, factor: OutputFactor, left: Rows, right: Rows, damping: float) -> Float[Tensor, "Q R"]:
+    def _behind(self, factor: OutputFactor, left: RowStack, right: RowStack, damping: float) -> Float[Tensor, "Q R"]:
         """Return `J'(F + ρI)⁻¹Jᵀ` for `F = (A·J)ᵀA·J`, given A, J' and J, some of the equal blocks at a time."""
         rows = self.layers[0].count
         shares = [
@@ -174,7 +174,7 @@ class RowBlock(SidedBlock):
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
     def _share(
-        self, factor: OutputFactor, left: Rows, right: Rows, damping: float, part: slice
+        self, factor: OutputFactor, left: RowStack, right: RowStack, damping: float, part: slice
     ) -> Float[Tensor, "Q R"]:
         """Return the part of some of the equal blocks in `_behind`.
 

@@ -51,7 +51,7 @@ class Stack(ABC):
         return None
 
 
-class Rows(Stack):
+class RowStack(Stack):
     """All rows of the layers, not shortened: what a sandwich is made of, too."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Rows(Stack):
 
 
 @dataclass(frozen=True, eq=False)
-class Together(Rows):
+class Together(RowStack):
     """The rows of one block over whole layers, factored."""
 
     layers: Sequence[LayerRows]
@@ -112,7 +112,7 @@ class Together(Rows):
 
 
 @dataclass(frozen=True, eq=False)
-class Formed(Rows):
+class Formed(RowStack):
     """Rows that were formed."""
 
     x: Float[Tensor, "B R w"]
@@ -155,7 +155,7 @@ class Cut(ABC):
     """Whether solves take sums of rows that share the inputs of the state's."""
 
     @abstractmethod
-    def rows(self, layers: Sequence[LayerRows]) -> Rows:
+    def rows(self, layers: Sequence[LayerRows]) -> RowStack:
         """Return the rows of every block."""
 
     def root(self, layers: Sequence[LayerRows]) -> Stack:
