@@ -25,7 +25,7 @@ def plain_factors(rows: KroneckerRows) -> tuple[Float[Tensor, "Q N I"], Float[Te
 
 def contract_units(left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: KroneckerRows) -> Float[Tensor, "R S"]:
     """Return `Σ_u g[v,n,u] Z_u[n,m] g'[w,m,u]` for plain layers. Cost `U·R·S`."""
-    g, h = left.g[:, :, 0].flatten(2), right.g[:, :, 0].flatten(2)
+    (_, g), (_, h) = plain_factors(left), plain_factors(right)
     (V, N), (W, M) = left.shape, right.shape
     out = g.new_zeros(V, N, W, M)
     for part in chunks(g.shape[2], V * N * M):

@@ -125,9 +125,9 @@ class State(ABC):
                 block.leave_rows(1.0 if rows.reduction == "sum" else self._merged.terms)
         self._blocks, self._anew = blocks, []
         self._update_blocks(batches)
-        kept = self._kept if decay and any(staying) else []
-        history = [*kept, (decay, rows)][-(self._window or 0) :]
-        if kept or (decay and any(staying)):
+        goes_on = decay > 0 and any(staying)
+        history = [*(self._kept if goes_on else []), (decay, rows)][-(self._window or 0) :]
+        if goes_on:
             self._counts = RunningAverage()
         for step, part in history:
             count = torch.tensor(part.count, dtype=torch.float64, device="cpu")
