@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.errors import unknown_name
-from curvlab.fisher import STRUCTURES, Full, Structure
+from curvlab.fisher import STRUCTURES, Full, Structure, make
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.loss import Kind
@@ -28,7 +27,7 @@ def compare(
     model: nn.Module,
     loss: nn.Module,
     data: tuple[Any, Any],
-    structures: Sequence[str] | Mapping[str, Structure] = tuple(STRUCTURES),
+    structures: Sequence[str] | Mapping[str, Structure] | None = None,
     damping: Sequence[Damping] = ("rel:1e-6", "rel:1e-3"),
     *,
     kind: Kind = "exact",
@@ -48,7 +47,7 @@ def compare(
         model: any module whose samples do not interact; it is left as it was found.
         loss: see `curvlab.sqrt_fisher`.
         data: inputs and targets.
-        structures: keys of `curvlab.fisher.STRUCTURES`, or structures by a name of your own. All by default.
+        structures: keys of `curvlab.fisher.STRUCTURES`, all if None, or structures by a name of your own.
         damping: values of ρ, absolute or relative to each structure's λ_max ("rel:1e-6"); 0 is the pseudo-inverse.
         kind: rows from which the structures are built; the response is always that of the exact rows.
         samples: see `curvlab.sqrt_fisher`.
@@ -146,13 +145,10 @@ def compare(
     return pd.DataFrame(table)
 
 
-def _chosen(structures: Sequence[str] | Mapping[str, Structure]) -> dict[str, Structure]:
+def _chosen(structures: Sequence[str] | Mapping[str, Structure] | None) -> dict[str, Structure]:
     if isinstance(structures, Mapping):
         return dict(structures)
-    for name in structures:
-        if name not in STRUCTURES:
-            raise unknown_name("structure", name, STRUCTURES)
-    return {name: STRUCTURES[name]() for name in structures}
+    return {name: make(name) for name in (STRUCTURES if structures is None else structures)}
 
 
 def _projector(exact: Rows) -> Float[Tensor, "R R"]:

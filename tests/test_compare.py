@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import curvlab
-from curvlab.fisher import STRUCTURES, BlockDiagonal, Full
+from curvlab.fisher import STRUCTURES, BlockDiagonal, Diagonal, Full
 from curvlab.nn import HalfSquaredError
 
 
@@ -91,6 +91,15 @@ def test_structures_of_the_user_and_other_kinds() -> None:
     assert (table.loc[table["structure"] == "exact", "anisotropy"] > 1e-3).all(), (
         "rows of one draw are not the exact ones"
     )
+
+
+def test_all_structures_that_there_are_by_then_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a user has registered since curvlab was imported, too."""
+    loss, y = LOSSES["mse"]
+    monkeypatch.setitem(STRUCTURES._things, "mine", Diagonal)
+    table = curvlab.compare(_model(4), loss, (X, y), damping=[1.0])
+    assert table["structure"].tolist() == [*STRUCTURES]
+    assert "mine" in [*STRUCTURES]
 
 
 def test_an_unknown_structure_is_named_with_the_nearest() -> None:
