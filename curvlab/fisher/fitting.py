@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -235,12 +236,18 @@ class Fitting:
 def identity(structure: State, model: nn.Module, loss: nn.Module, kind: str, samples: int) -> dict[str, str]:
     """Return what tells fits apart, by what to call it in messages."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    options = {name: _told(value) for name, value in structure.options.items()}
     return {
-        "the structure": f"{structure.key} {dict(structure.options)}",
+        "the structure": f"{structure.key} {options}",
         "the model's state": fingerprint({name: tensor.detach() for name, tensor in tensors}),
         "the loss": fingerprint([(type(module).__name__, _settings(module)) for module in loss.modules()]),
         "the kind of rows": f"{kind} {samples}",
     }
+
+
+def _told(option: object) -> object:
+    """Return an option, or where a function is defined, as its address is another one in every process."""
+    return f"{option.__module__}.{option.__qualname__}" if isinstance(option, FunctionType) else option
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

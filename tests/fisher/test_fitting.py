@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.fisher as cf
 from curvlab.errors import StateError, UnsupportedModel
+from curvlab.fisher.component_wise import Rule, units
 from curvlab.fisher.fitting import fingerprint
 from curvlab.testing.oracle import assert_close
 
@@ -130,6 +131,23 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
             next(data.model.parameters()).div_(1.5)
     with pytest.raises(StateError, match=r"nowhere/state' cannot be written"):
         cf.KFAC.fit(data.model, data.loss, loader, checkpoint=tmp_path / "nowhere" / "state")
+
+
+def pairs() -> Rule:
+    """Return the partition into pairs, defined anew as in another process."""
+    return lambda _, layout: (torch.arange(layout.size) // 2).view(layout.units, layout.width)
+
+
+def test_a_partition_is_known_again_by_where_its_function_is_defined(tmp_path: Path) -> None:
+    data, path = case("mlp", "ce", N=6), tmp_path / "state"
+
+    def fit(partition: Rule) -> cf.Structure:
+        loader = Loader(data.inputs, data.targets)
+        return cf.ComponentWise.fit(data.model, data.loss, loader, checkpoint=path, partition=partition)
+
+    assert torch.equal(fit(pairs()).to_dense(), fit(pairs()).to_dense())
+    with pytest.raises(StateError, match="checkpoint of another fit: the structure differs"):
+        fit(units)
 
 
 def test_a_full_disk_is_a_checkpoint_that_cannot_be_written(tmp_path, full_disk) -> None:
