@@ -134,7 +134,7 @@ class ComponentWise(
         rtol: see `Full`.
 
     Raises:
-        ValueError: at construction for an unknown rule or a number below 1.
+        ValueError: at construction for an unknown rule, a number below 1, or anything else.
         PartitionError: at the first update, if a function returns anything but integers `[units, width]`.
 
     Cost: forms the rows of a layer, `R·P_l`, unless components are units, layers or single parameters; then `Σ s²` numbers of
@@ -155,6 +155,11 @@ class ComponentWise(
             raise unknown_name("partition", partition, RULES)
         if isinstance(partition, int) and partition < 1:
             raise ValueError(f"partition is a number of parameters ≥ 1, got {partition}.")
+        if not (isinstance(partition, str | int) or callable(partition)):
+            raise ValueError(
+                f"partition is a name ({', '.join(RULES)}), a number or a function, got {partition!r}. Blocks of whole "
+                "parameters are those of BlockDiagonal(partition=…)."
+            )
         self._partition = partition
 
     @property

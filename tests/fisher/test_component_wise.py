@@ -146,6 +146,8 @@ def test_partitions_that_are_none_are_refused() -> None:
         cf.ComponentWise(partition="kernels")
     with pytest.raises(ValueError, match="partition is a number of parameters ≥ 1, got 0"):
         cf.ComponentWise(partition=0)
+    with pytest.raises(ValueError, match=r"a function, got \[\['0\.weight'\]\]\. Blocks of whole .* BlockDiagonal"):
+        cf.ComponentWise(partition=[["0.weight"]])
     for rule, found in (
         (lambda _, layout: torch.zeros(layout.size, dtype=torch.long), r"torch\.int64 \[25\]"),
         (lambda _, layout: torch.zeros(layout.units, layout.width), r"torch\.float32 \[5, 5\]"),
