@@ -39,6 +39,9 @@ from curvlab.rows.owners import Owner, owners_of
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Nodes
 
+CHANGED = "Call rebind() of the Preconditioner; instead of a NaturalGradient, make a new one."
+"""What to do when the model is another one: optimisers hold parameters of the former one."""
+
 
 class Preconditioner:
     """Turns gradients into natural gradients.
@@ -214,13 +217,12 @@ class Preconditioner:
         if trained != set(self._trained):
             changed = ", ".join(sorted(trained ^ set(self._trained)))
             raise StateError(
-                f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. "
-                "Call rebind()."
+                f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. {CHANGED}"
             )
         present = dict(self.model.named_modules())
         replaced = [name for name, module in self._modules.items() if present.get(name) is not module]
         if replaced:
-            raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. Call rebind().")
+            raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. {CHANGED}")
         without = tuple(name for owner in self._owners if not owner.ruled for name in owner.names.values())
         if coupled and without:
             raise no_rows_beside(coupled, without)

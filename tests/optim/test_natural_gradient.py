@@ -577,6 +577,14 @@ def test_memory_of_a_batch_may_be_taken_unless_its_pass_is_repeated(*, quadratic
         made.step()
 
 
+def test_a_network_that_has_changed_needs_a_new_optimiser() -> None:
+    model = network()
+    made = optimiser(model)
+    model[2] = nn.Linear(6, 3).double()
+    with pytest.raises(StateError, match=r"2 were replaced\..* instead of a NaturalGradient, make a new one"):
+        take(made, *data())
+
+
 def test_omega_and_every_are_checked() -> None:
     with pytest.raises(ValueError, match="omega is a number"):
         LevenbergMarquardt(omega=1.5)
