@@ -304,13 +304,13 @@ class GGN(DerivativeOperator):
         at = self._attached()
         inputs = list(at.values())
         z = part.output(at)
-        seed = torch.zeros_like(z, requires_grad=True)
-        pulled = _pull([z], inputs, [seed], create_graph=True)
+        cotangent = torch.zeros_like(z, requires_grad=True)
+        pulled = _pull([z], inputs, [cotangent], create_graph=True)
         end = z.detach().requires_grad_()
         slope = _pull([part.of_output(end)], [end], create_graph=True)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor]:
-            change = _pull(pulled, [seed], vector)
+            change = _pull(pulled, [cotangent], vector)
             return _pull([z], inputs, _pull(slope, [end], change))
 
         return product
@@ -338,13 +338,13 @@ def _pull(
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the gradient of outputs with respect to inputs, zero where there is none; keeps the graph."""
-    reached = [(y, s) for y, s in zip(outputs, cotangents, strict=True) if y.requires_grad]
+    reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if not reached:
         return tuple(torch.zeros_like(x) for x in inputs)
     return torch.autograd.grad(
         [y for y, _ in reached],
         inputs,
-        [s for _, s in reached],
+        [c for _, c in reached],
         retain_graph=True,
         create_graph=create_graph,
         materialize_grads=True,
