@@ -1,7 +1,7 @@
 """Structures as dense float64 matrices, written from their definitions.
 
 Everything follows from four arrays that `torch.func` gives: the Jacobian J `[N, V, P]`, the second moment Λ `[N, V, V]`
-of the output rows (the loss' own Hessian, or ΣssT of the seeds), and for a layer its inputs a `[N, T, Q, I]` and the
+of the output rows (the loss' own Hessian, or Σ ccᵀ of cotangents c), and for a layer its inputs a `[N, T, Q, I]` and the
 derivatives G `[N, V, T, Q, O]` of the outputs with respect to the layer's output.
 """
 
@@ -22,6 +22,7 @@ from curvlab.nn import HalfSquaredError, NTKLinear
 from curvlab.rows import Rows, jacobian, sqrt_fisher
 from curvlab.rows.loss import loss_terms
 from curvlab.testing.oracle import count_of, dense_jacobian, outputs, term_weights, trainable, unreduced
+from curvlab.testing.structures import Language
 
 KINDS = ("exact", "ggn", "mc", "empirical")
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -46,19 +47,6 @@ class Vision(nn.Module):
         return self.last(torch.tanh(self.gain * self.norm(self.conv(x))).flatten(1))
 
 
-class Language(nn.Module):
-    """A table, Linear layers on sequences, a LayerNorm; logits `[N, C, T]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.norm = nn.Embedding(6, 3), nn.LayerNorm(4)
-        self.mix, self.last = nn.Linear(3, 4), nn.Linear(4, CLASSES, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = torch.tanh(self.norm(self.mix(self.table(tokens))))
-        return self.last(h + h.mean(1, keepdim=True)).mT
-
-
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES))
 
@@ -81,8 +69,8 @@ def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: 
         return torch.stack([H[n, :, n] for n in range(N)])
     if kind == "mc":
         drawn = loss_terms(loss, z, targets).sampled(samples, torch.Generator().manual_seed(seed))
-        seeds = drawn.transpose(0, 1).reshape(N, -1, V)
-        return seeds.mT @ seeds
+        cotangents = drawn.transpose(0, 1).reshape(N, -1, V)
+        return cotangents.mT @ cotangents
     factor, terms, X = 0.5 if isinstance(loss, HalfSquaredError) else 1.0, unreduced(loss), z[0, 0].numel()
     values = jacrev(lambda flat: factor * terms(flat.view_as(z), targets).reshape(N, -1, X))(z.flatten())
     weights = term_weights(loss, z, targets).reshape(N, -1, X, 1)
@@ -90,8 +78,8 @@ def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: 
         torch.where(weights > 0, values / weights.clamp_min(1e-300).sqrt(), 0).sum(1)
         / count_of(loss, z, targets) ** 0.5
     )
-    seeds = torch.stack([scaled[n].reshape(X, N, V)[:, n] for n in range(N)])
-    return seeds.mT @ seeds
+    cotangents = torch.stack([scaled[n].reshape(X, N, V)[:, n] for n in range(N)])
+    return cotangents.mT @ cotangents
 
 
 @dataclass(frozen=True)
@@ -173,13 +161,6 @@ class Reference:
         for layer in self.layers:
             at, label = layer.at.flatten(), layer.components(rule).flatten()
             mask[at[:, None], at[None, :]] = (label[:, None] == label[None, :]).to(DOUBLE)
-        return self.F * mask
-
-    def partitioned(self, partition: Sequence[Sequence[str]], positions: dict[str, Tensor]) -> Tensor:
-        mask = torch.zeros(self.P, self.P, dtype=DOUBLE)
-        for group in partition:
-            at = torch.cat([positions[name] for name in group])
-            mask[at[:, None], at[None, :]] = 1
         return self.F * mask
 
     def factors(self, layer: LayerReference, sharing: str = "expand") -> tuple[Tensor, Tensor]:
