@@ -33,6 +33,14 @@ def finite_difference_hessian(model: nn.Module, loss: nn.Module, x: Any, y: Tens
     return torch.stack(columns, dim=1)
 
 
+def squared_error_ggn(model: nn.Module, z: Tensor) -> Tensor:
+    """`2 JᵀJ/n` of an `MSELoss` over n outputs, their gradients taken one by one."""
+    own = list(model.parameters())
+    rows = [torch.autograd.grad(output, own, retain_graph=True) for output in z.flatten()]
+    J = torch.stack([torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in row]) for row in rows])
+    return J.T @ J * (2 / z.numel())
+
+
 class Aliased(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -73,10 +81,7 @@ def test_weight_normed_layers(norm: Callable[..., nn.Module], dim: int | None, b
     loss, x, y = nn.MSELoss(), vectors(3)(6), vectors(2)(6)
     expected = finite_difference_hessian(model, loss, x, y)
     assert_close(Hessian(model, loss, (x, y), batched=batched).to_dense(), expected, 1e-7)
-    own = list(model.parameters())
-    rows = [torch.autograd.grad(z, own, retain_graph=True) for z in model(x).flatten()]
-    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    assert_close(GGN(model, loss, (x, y), batched=batched).to_dense(), J.T @ J * (2 / y.numel()))
+    assert_close(GGN(model, loss, (x, y), batched=batched).to_dense(), squared_error_ggn(model, model(x)))
 
 
 def test_torchs_own_second_derivative_of_the_fused_weight_norm_is_wrong() -> None:
@@ -125,14 +130,12 @@ def test_bags_of_embeddings_have_all_derivatives(options: dict[str, Any], offset
     ends = offsets is not None and offsets[-1] == 13
     model, index = Bagged(**options, include_last_offset=ends).double(), torch.randint(7, (5, 3))
     args = (index,) if offsets is None else (index.flatten()[:13], torch.tensor(offsets))
-    loss, own = nn.MSELoss(), list(model.parameters())
-    z = model(*args)
+    loss, z = nn.MSELoss(), model(*args)
     y = torch.randn_like(z)
     assert_close(called_with(model, {}, args).detach(), z.detach(), 1e-14)
-    rows = [torch.autograd.grad(row, own, retain_graph=True) for row in z.flatten()]
-    J = torch.stack([torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in row]) for row in rows])
+    expected = squared_error_ggn(model, z)
     for batched in (True, False):
-        assert_close(GGN(model, loss, (args, y), batched=batched).to_dense(), J.T @ J * (2 / y.numel()))
+        assert_close(GGN(model, loss, (args, y), batched=batched).to_dense(), expected)
     product = Hessian(model, loss, (args, y)).to_dense()
     model.bag.sparse = False
     assert_close(product, finite_difference_hessian(model, loss, args, y), 1e-7)
@@ -166,47 +169,49 @@ def test_functions_that_can_be_differentiated_once_only_are_named(kind: Any, bat
         kind(Once().double(), nn.MSELoss(), (torch.randint(7, (5, 3)), vectors(2)(5)), batched=batched).to_dense()
 
 
-class _Bent(torch.autograd.Function):
-    """x³/3, with a second derivative of another function: unsymmetric, or merely wrong."""
+class _Cube(torch.autograd.Function):
+    """x³/3, with its own derivative and a second one that is given: `second(c, g, x)` in place of `2 c g x`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, second: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.second = second
         return x**3 / 3
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _Slope.apply(g, x)
+        return _Slope.apply(g, x, ctx.second), None
 
 
 class _Slope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, second: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(g, x)
+        ctx.second = second
         return g * x**2
 
     @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor, None]:
         g, x = ctx.saved_tensors
-        return c * x**2, c.roll(1, -1) * g * x * Bent.factor
+        return c * x**2, ctx.second(c, g, x), None
 
 
-class Bent(nn.Module):
-    factor = 2.0
+class Cubed(nn.Module):
+    """Two layers with a cube between them, whose second derivative is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, second: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.first, self.last, self.second = nn.Linear(3, 4), nn.Linear(4, 2), second
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(_Bent.apply(self.first(x)))
+        return self.last(_Cube.apply(self.first(x), self.second))
 
 
 def test_a_hessian_that_is_not_symmetric_is_refused() -> None:
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     with pytest.raises(UnsupportedModel, match=r"Hessian are not symmetric.*Use GGN"):
-        Hessian(Bent().double(), nn.MSELoss(), (x, y))
+        Hessian(Cubed(lambda c, g, x: 2 * c.roll(1, -1) * g * x).double(), nn.MSELoss(), (x, y))
 
 
 def test_a_hessian_that_is_not_the_slope_of_the_gradient_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,49 +234,15 @@ def test_a_hessian_that_is_not_the_slope_of_the_gradient_is_named(caplog: pytest
     assert "not the change" not in caplog.text
 
 
-class _Cube(torch.autograd.Function):
-    """x³/3, with its derivative, and three times its second one: symmetric, and wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3 / 3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _Square.apply(g, x)
-
-
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(g, x)
-        return g * x**2
-
-    @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor]:
-        g, x = ctx.saved_tensors
-        return c * x**2, 3 * (2 * c * g * x)
-
-
 def test_a_symmetric_hessian_that_is_certainly_wrong_is_refused() -> None:
-    class Cubed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(_Cube.apply(self.first(x)))
-
+    """Three times the second derivative."""
     for seed in range(5):
         torch.manual_seed(seed)
-        model, x, y = Cubed().double(), torch.randn(5, 3, dtype=DOUBLE), torch.randn(5, 2, dtype=DOUBLE)
+        model = Cubed(lambda c, g, x: 6 * c * g * x).double()
+        x, y = torch.randn(5, 3, dtype=DOUBLE), torch.randn(5, 2, dtype=DOUBLE)
         with pytest.raises(UnsupportedModel, match=r"away from the change of the gradient.*differences agree.*Use GGN"):
             Hessian(model, nn.MSELoss(), (x, y))
-        J = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x).flatten()]
-        rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in J])
-        assert_close(GGN(model, nn.MSELoss(), (x, y)).to_dense(), rows.T @ rows * (2 / y.numel()))
+        assert_close(GGN(model, nn.MSELoss(), (x, y)).to_dense(), squared_error_ggn(model, model(x)))
 
 
 def without_bias(activation: nn.Module) -> nn.Module:
