@@ -143,7 +143,8 @@ def test_powers_that_do_not_exist_are_refused_by_name() -> None:
     assert_close(structure.solve(v, 0.1), cf.Diagonal().update(rows).solve(v, 0.1))
     for verb in (lambda: structure.matvec(v, power=0.5), lambda: structure.solve(v, 0.1, power=2.0)):
         with pytest.raises(
-            NotImplementedError, match=r"Blind of layers 0 has no power but the first.*Use another.*implement Block\.transform"
+            NotImplementedError,
+            match=r"Blind of layers 0 has no power but the first.*Use another.*implement Block\.transform",
         ):
             verb()
     full = cf.Full().update(rows)

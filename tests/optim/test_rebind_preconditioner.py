@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from oracle import DOUBLE
+from preconditioner_cases import network
 from torch import Tensor, nn
 
 from curvlab.errors import StateError
@@ -19,11 +20,6 @@ LOSS = nn.CrossEntropyLoss()
 def data(seed: int, N: int = 20) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(N, 4, dtype=DOUBLE, generator=generator), torch.arange(N) % 3
-
-
-def perceptron() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
 def widen(model: nn.Sequential) -> None:
@@ -49,7 +45,7 @@ def step(natural: Preconditioner, seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("key", STRUCTURES)
 def test_a_step_of_a_grown_network_is_that_of_a_fresh_preconditioner(key: str) -> None:
-    model = perceptron()
+    model = network()
     natural = Preconditioner(model, LOSS, key, kind="exact", damping=1.0)
     step(natural, 1)
     widen(model)
@@ -69,7 +65,7 @@ def test_a_step_of_a_grown_network_is_that_of_a_fresh_preconditioner(key: str) -
 
 
 def test_a_layer_is_known_by_its_parameters_whatever_its_name() -> None:
-    model = perceptron()
+    model = network()
     natural = Preconditioner(model, LOSS, KFAC(), kind="exact", decay=0.5)
     step(natural, 1)
     other = copy.deepcopy(natural)
@@ -91,7 +87,7 @@ def test_a_layer_is_known_by_its_parameters_whatever_its_name() -> None:
 
 
 def test_curvature_is_due_until_a_step_of_the_grown_network_was_usable() -> None:
-    model = perceptron()
+    model = network()
     natural = Preconditioner(model, LOSS, KFAC(), refresh_every=10)
     step(natural, 1)
     assert not natural.due
@@ -116,7 +112,7 @@ def test_curvature_is_due_until_a_step_of_the_grown_network_was_usable() -> None
 def test_checkpoints_hold_no_batch(key: str) -> None:
     sizes = []
     for N in (50, 5000):
-        natural = Preconditioner(perceptron(), LOSS, key, kind="exact")
+        natural = Preconditioner(network(), LOSS, key, kind="exact")
         x, y = data(1, N)
         with natural.collect():
             LOSS(natural.model(x), y).backward()
