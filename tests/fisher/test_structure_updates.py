@@ -399,10 +399,7 @@ def stored(saved: Any) -> int:
     return buffer.tell()
 
 
-AVERAGING = ("kfac", "ekfac", "diagonal", "full-parameters", "block-diagonal-parameters", "unit-wise-parameters")
-
-
-@pytest.mark.parametrize("spec", AVERAGING)
+@pytest.mark.parametrize("spec", [*PARAMETER_SPECS, "ekfac"])
 def test_averages_store_nothing_of_the_batches(spec: str) -> None:
     """A state made of 4000 samples takes no more memory than one of 40, in checkpoints, pickles and copies."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
