@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _ON_GRADIENTS = ("backward_hooks", "backward_pre_hooks")
-
-
 _sweeping = ContextVar("sweeping", default=False)
 
 
 def is_sweeping() -> bool:
-    """Whether a watch is kept quiet: what a model is called on is no pass of the user's."""
+    """Whether some watch is kept quiet: calls of models belong to no pass of the user's then."""
     return _sweeping.get()
 
 

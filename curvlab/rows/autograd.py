@@ -25,7 +25,7 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.nn.hooks import has_forward_hooks, unwatched
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.rows.graph_signature import Routes, signature_of
+from curvlab.rows.graph_signature import Signatures, signature_of
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.packed import is_packed, length, taken
@@ -61,7 +61,7 @@ def sweep(
     pick: PickOutput,
     make_cotangents: MakeCotangents,
     samples: Samples,
-    known: Routes,
+    known: Signatures,
     without: Collection[str] = (),
 ) -> SweepResult:
     """Propagate the cotangents through the model and keep the rows factored, but for parameters named in `without`.
@@ -100,7 +100,7 @@ def sweep(
                 graph_signature = replace(
                     graph_signature, unknown=f"rows of {others[0].label} by calls on single samples"
                 )
-                at_output = seeds_at(chosen, z, cotangents)
+                at_output = cotangents_at(chosen, z, cotangents)
                 dense = dense_rows(model, arguments, pick, chosen.detach(), at_output, N, others)
             gradients = backward(z, edges, cotangents, keep=graph_signature.unknown is not None)
     at = {
@@ -148,7 +148,7 @@ def backward(
     return [None if edge is None else next(at_edge) for edge in edges]
 
 
-def seeds_at(
+def cotangents_at(
     output: Float[Tensor, "M ..."], z: Float[Tensor, "N C ..."], cotangents: Float[Tensor, "V N C ..."]
 ) -> Float[Tensor, "V M ..."]:
     """Bring cotangents to an output of which z is a part, or another layout."""
@@ -328,7 +328,7 @@ def _vectorised(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         # Samples inside rows: in the other order torch's rule of PReLU gives an axis too many.
-        z, rows = vmap(lambda cotangents: vmap(of_sample)(own, cotangents))(cotangents)
+        z, rows = vmap(lambda row: vmap(of_sample)(own, row))(cotangents)
     return z[0], rows
 
 

@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
-from curvlab.rows.autograd import seeds_at
+from curvlab.rows.autograd import cotangents_at
 from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.modules import is_batch
 from curvlab.rows.owners import owners_of, trainable
@@ -163,18 +163,18 @@ class _RowsExtension(SecondOrderBackpropExtension):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__("curvlab_rows", {**_PARAMETRISED, **_PARAMETERLESS})
         self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._seeds: Tensor | None = None
+        self._cotangents: Tensor | None = None
 
     def is_shared(self, rows: Tensor) -> bool:
         """Whether rows are one sample's for all, or the cotangents; layers keep what reaches them, but hand on what is new."""
-        assert self._seeds is not None
-        mine, cotangents = rows.untyped_storage(), self._seeds.untyped_storage()
+        assert self._cotangents is not None
+        mine, cotangents = rows.untyped_storage(), self._cotangents.untyped_storage()
         return 0 in rows.stride() or mine.data_ptr() == cotangents.data_ptr()
 
     def propagate(self, chain: Sequence[Any], cotangents: Tensor) -> None:
         """Bring rows at the output of a chain of called modules to the layers that gradients reach."""
         *_, last = chain
-        self._seeds = cotangents
+        self._cotangents = cotangents
         self.saved_quantities.save_quantity(
             last.output.data_ptr(), cotangents, self.accumulate_backpropagated_quantities
         )
@@ -229,7 +229,7 @@ def sweep(
     cotangents = make_cotangents(chosen.detach())
     extension = _RowsExtension()
     with torch.no_grad():
-        extension.propagate(chain, seeds_at(chain[-1].output, z, cotangents))
+        extension.propagate(chain, cotangents_at(chain[-1].output, z, cotangents))
     layers = []
     for owner in owners_of(twin):
         (use,), (x, g) = owner.uses, extension.kept[owner.module]

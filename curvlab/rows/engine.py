@@ -54,11 +54,11 @@ def sweep(
     *,
     single: bool = False,
 ) -> SweepResult:
-    """Run one engine, checked; a linearised model is swept at its origin and seeded at its own output.
+    """Run one engine, checked; a linearised model is swept at its origin, with the cotangents of its own output.
 
     Args:
         model: the model.
-        read_inputs: its arguments.
+        read_inputs: its arguments, and what a sample is in them.
         pick: which output.
         engine: which engine.
         make_cotangents: makes the rows at the output.

@@ -45,7 +45,7 @@ class GraphSignature:
 
 Entry = TypeVar("Entry")
 
-Routes = dict[Hashable, GraphSignature]
+Signatures = dict[Hashable, GraphSignature]
 """What graphs have told, by their digests and by what was asked."""
 
 
@@ -64,7 +64,7 @@ def signature_of(
     calls: Sequence[Passed],
     parameters: Mapping[str, Tensor],
     samples: int | None,
-    known: Routes,
+    known: Signatures,
     *,
     coupled: bool = False,
 ) -> GraphSignature:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
-from curvlab.rows.graph_signature import GraphSignature, Routes, remember
+from curvlab.rows.graph_signature import GraphSignature, Signatures, remember
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import trainable
 from curvlab.rows.sweep import SweepResult, unhooked
@@ -49,12 +49,12 @@ class Checks:
     """What has been compared so far, of one model.
 
     Attributes:
-        signatures: what graphs have verified.
+        signatures: what graphs have told.
         verified: parameters whose rows were right, by the kind of pass.
         announced: whether it has been said that all passes are compared.
     """
 
-    signatures: Routes = field(default_factory=dict)
+    signatures: Signatures = field(default_factory=dict)
     verified: dict[Hashable, set[str]] = field(default_factory=dict)
     announced: bool = False
 

@@ -114,7 +114,7 @@ def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] 
         rule = rule_for(module)
         if rule is not None and rule.check is not None:
             rule.check(module, name)
-    uses = list(_sites(model, names))
+    uses = list(_uses(model, names))
     found: list[Owner] = []
     taken: set[str] = set()
     for use in uses:
@@ -126,7 +126,7 @@ def owners_of(model: nn.Module, *, fixed: bool = True, without: Collection[str] 
     return found
 
 
-def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[LayerUse]:
+def _uses(model: nn.Module, names: dict[int, str]) -> Iterator[LayerUse]:
     """Yield the modules that hold parameters with given names by id; a composite one in place of what it bypasses."""
     bypassed: set[tuple[str, str]] = set()
     for name, module in model.named_modules():

@@ -121,7 +121,7 @@ class Samples:
         return Grouping(torch.arange(count, device=x.device).repeat_interleave(len(x) // count), count)
 
     def along_first(self, count: int) -> int | None:
-        """Return how many samples, of a number of entries, the first axis of what layers see holds; None if that varies."""
+        """Return how many samples, of all there are, the first axis of what layers see holds; None if that varies."""
         return count
 
 
@@ -261,8 +261,7 @@ def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeC
     if edges is None and batch is None:
         return Samples.of(arguments)
     if batch is None:
-        length = len(x) if x is not None else 0
-        batch = torch.zeros(length, dtype=torch.long, device=None if x is None else x.device)
+        batch = torch.zeros(0 if x is None else len(x), dtype=torch.long, device=None if x is None else x.device)
     count = int(batch.max()) + 1 if len(batch) else 1
     tables = {len(batch): Grouping(batch, count)}
     if edges is not None and len(batch):

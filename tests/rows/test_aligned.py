@@ -9,7 +9,7 @@ from curvlab.rows.aligned import LINE, NARROW, PAGE, aligned, padded_columns, pr
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 255, 256, 785, 1024, 1025, 4096])
-def test_pitch_is_a_number_of_lines_but_not_of_pages(columns: int, dtype: torch.dtype) -> None:
+def test_rows_start_a_number_of_lines_apart_but_not_of_pages(columns: int, dtype: torch.dtype) -> None:
     width = padded_columns(columns, dtype)
     if columns < NARROW:
         assert width == columns

@@ -69,13 +69,15 @@ def test_a_weight_that_is_used_elsewhere_from_some_batch_on() -> None:
         assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
 
 
-class Routed(nn.Module):
-    def __init__(self, route: Callable[[Tensor], Tensor]) -> None:
+class Between(nn.Module):
+    """Two layers, and a function between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.last, self.graph_signature = nn.Linear(3, 4), nn.Linear(4, 2), route
+        self.first, self.last, self.function = nn.Linear(3, 4), nn.Linear(4, 2), function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.graph_signature(torch.tanh(self.first(x))))
+        return self.last(self.function(torch.tanh(self.first(x))))
 
 
 class Doubling(torch.autograd.Function):
@@ -93,7 +95,7 @@ class Doubling(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("route", "times"),
+    ("function", "times"),
     [
         (F.relu, 1),
         (lambda h: h[:, :2] @ torch.ones(2, 4, dtype=DOUBLE), 1),
@@ -110,17 +112,17 @@ class Doubling(torch.autograd.Function):
     ],
 )
 def test_only_what_is_not_known_to_keep_samples_apart_is_checked_for_every_batch(
-    route: Callable[[Tensor], Tensor], times: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    function: Callable[[Tensor], Tensor], times: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compared: list[int] = []
     compare = guard.compare
 
-    def note(parameters: Any, z: Any, seeds: Any, layers: Any) -> Any:
+    def note(parameters: Any, z: Any, cotangents: Any, layers: Any) -> Any:
         compared.append(1)
-        return compare(parameters, z, seeds, layers)
+        return compare(parameters, z, cotangents, layers)
 
     monkeypatch.setattr(guard, "compare", note)
-    model = Routed(route).to(DOUBLE)
+    model = Between(function).to(DOUBLE)
     for _ in range(3):
         jacobian(model, torch.randn(5, 3, dtype=DOUBLE), engine="autograd")
     assert len(compared) == times
@@ -135,14 +137,14 @@ def test_rows_that_are_always_compared_pay_another_forward_pass_once() -> None:
         passes.append(len(h))
         return h.roll(0, 0)
 
-    model = Routed(rolled).to(DOUBLE)
+    model = Between(rolled).to(DOUBLE)
     for N in (4, 4, 4, 5, 5, 4):
         jacobian(model, torch.randn(N, 3, dtype=DOUBLE), engine="autograd")
     assert passes == [4, 4, 4, 4, 5, 5, 5, 4]
 
 
 def test_a_random_model_that_is_always_compared_is_refused() -> None:
-    model = Routed(lambda h: h.roll(0, 0) * torch.rand(())).to(DOUBLE)
+    model = Between(lambda h: h.roll(0, 0) * torch.rand(())).to(DOUBLE)
     for _ in range(2):
         with pytest.raises(UnsupportedModel, match="the model is random"):
             jacobian(model, torch.randn(4, 3, dtype=DOUBLE))
@@ -158,9 +160,9 @@ def test_a_function_of_ones_own_by_the_name_of_a_known_one() -> None:
         def backward(_: Any, g: Tensor) -> Tensor:
             return g.roll(-1, 0)
 
-    model, x = Routed(F.relu).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
+    model, x = Between(F.relu).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
     assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
-    model.graph_signature = Relu.apply
+    model.function = Relu.apply
     with pytest.raises(UnsupportedModel, match="samples interact"):
         jacobian(model, x)
 
@@ -233,13 +235,13 @@ ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 def test_graphs_of_the_same_functions_are_told_apart(alike: str) -> None:
     """Of square batches, so that shapes differ as little as can be."""
     apart, mixing = ALIKE[alike]
-    model, x = Routed(apart).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
+    model, x = Between(apart).to(DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
     for _ in range(2):
         assert_close(jacobian(model, x).dense(), dense_jacobian(model, x).detach())
-    model.graph_signature = mixing
+    model.function = mixing
     with pytest.raises(UnsupportedModel, match=r"samples interact|no factored rows"):
         jacobian(model, x)
-    model.graph_signature = apart
+    model.function = apart
     assert_close(jacobian(model, x).dense(), dense_jacobian(model, x).detach())
 
 

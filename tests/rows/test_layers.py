@@ -48,16 +48,16 @@ def test_engines_agree_factor_by_factor(case: Architecture) -> None:
 
 
 @pytest.mark.parametrize("last", [nn.ReLU(), nn.Sequential(nn.Tanh(), nn.Identity(), nn.Flatten())])
-def test_seeds_survive_the_activations_behind_which_they_start(last: nn.Module) -> None:
+def test_cotangents_survive_the_activations_behind_which_they_start(last: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), last).double()
-    inputs, seeds = vectors(5)(6), torch.randn(2, 6, 3, dtype=torch.float64)
-    before = seeds.clone()
-    swept = backpack.sweep(model, ((inputs,), {}), None, lambda _: seeds, Samples())
-    assert_close(seeds, before, 0)
+    inputs, cotangents = vectors(5)(6), torch.randn(2, 6, 3, dtype=torch.float64)
+    before = cotangents.clone()
+    found = backpack.sweep(model, ((inputs,), {}), None, lambda _: cotangents, Samples())
+    assert_close(cotangents, before, 0)
     J = dense_jacobian(model, inputs).view(3, 6, -1)
-    named = {name: x for layer in swept.layers for name, x in layer.layout.split(layer.dense()).items()}
+    named = {name: x for layer in found.layers for name, x in layer.layout.split(layer.dense()).items()}
     rows = torch.cat([named[name].flatten(1) for name in trainable(model)], dim=1)
-    assert_close(rows.view(2, 6, -1), torch.einsum("vnc,cnp->vnp", seeds, J))
+    assert_close(rows.view(2, 6, -1), torch.einsum("vnc,cnp->vnp", cotangents, J))
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -168,8 +168,8 @@ def test_ggn_and_empirical_rows_equal_their_definitions(case: Case, reduction: s
     count = divisor(case, z, y) if reduction == "mean" else 1.0
     assert rows.count == pytest.approx(count, rel=1e-12)
     assert rows.terms == pytest.approx(count if reduction == "mean" else 4, rel=1e-12)
-    seeds = jacrev(case.values)(z, y).flatten(0, 1).flatten(1) / count**0.5
-    g = seeds @ output_major(J, 4)
+    cotangents = jacrev(case.values)(z, y).flatten(0, 1).flatten(1) / count**0.5
+    g = cotangents @ output_major(J, 4)
     empirical = sqrt_fisher(model, loss, x, y, "empirical", output=case.domain)
     assert_close(fisher(empirical), g.T @ g)
     halves = merge([sqrt_fisher(model, loss, x[n], y[n], "ggn", output=case.domain) for n in (slice(3), slice(3, 4))])
@@ -591,8 +591,8 @@ def test_a_loss_with_hooks_is_what_the_user_calls(hook: Any, name: str, part: bo
         assert_close(fisher(sqrt_fisher(model, loss, x, y, "ggn")), dense_ggn(J, loss, z, y))
     empirical = sqrt_fisher(model, loss, x, y, "empirical")
     slopes = jacrev(lambda at: loss(at, y))(z) * (empirical.count / (2 if part else 1)) ** 0.5  # √w s, w the multiple
-    seeds = torch.einsum("nc,nm->ncm", slopes, torch.eye(len(z), dtype=DOUBLE)).permute(0, 2, 1).flatten(1)
-    assert_close(fisher(empirical), (seeds @ output_major(J, len(z))).mT @ (seeds @ output_major(J, len(z))))
+    cotangents = torch.einsum("nc,nm->ncm", slopes, torch.eye(len(z), dtype=DOUBLE)).permute(0, 2, 1).flatten(1)
+    assert_close(fisher(empirical), (cotangents @ output_major(J, len(z))).mT @ (cotangents @ output_major(J, len(z))))
     for kind in ("exact", "mc"):
         with pytest.raises(UnsupportedModel, match="with its hooks"):
             sqrt_fisher(model, loss, x, y, kind, generator=generator())  # type: ignore[arg-type]
