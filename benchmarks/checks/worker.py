@@ -95,19 +95,14 @@ def measure(request: Request, _: Path) -> Measurement:
     spent = 0.0
     while len(known) < request.repeats and (not known or spent < request.seconds):
         for found in (known, compared):
-            with _watched(compared=found is compared) as watch:
-                seconds = _spent_in(step)
-            found.append((seconds, watch.seconds))
-            spent += seconds
+            whole = Watch()
+            with _watched(compared=found is compared) as parts:
+                whole.over(step)()
+            found.append((whole.seconds, parts.seconds))
+            spent += whole.seconds
     seconds, checks = map(statistics.median, zip(*known, strict=True))
     compared_seconds, compared_checks = map(statistics.median, zip(*compared, strict=True))
     return Measurement("done", "", seconds, checks, compared_seconds, compared_checks)
-
-
-def _spent_in(call: Callable[[], None]) -> float:
-    begun = time.process_time()
-    call()
-    return time.process_time() - begun
 
 
 def training_step(request: Request) -> Callable[[], None]:

@@ -8,12 +8,11 @@ import warnings
 import pytest
 import torch
 
-from adversary.__main__ import main
+from adversary.__main__ import BAD, main
 from adversary.cases import KINDS, Named, run_case
 
 SECONDS = 3.0
 """Time that a chunk of cases may take; how many it judges depends on the machine."""
-BAD = ("wrong", "raw")
 
 
 @pytest.fixture(autouse=True)

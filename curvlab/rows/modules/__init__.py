@@ -98,7 +98,8 @@ def register(kind: type[nn.Module], entry: Rule | Composite) -> None:
     this function takes.
 
     Args:
-        kind: its class; a subclass with a `forward` of its own is another layer.
+        kind: its class; a subclass with a `forward` of its own is another layer. Parameters beside `weight` and `bias` are
+            beyond a rule: such a module has dense rows all the same.
         entry: the rule by which its rows are formed, or how it consists of linear maps.
     """
     table: dict[type[nn.Module], Any] = COMPOSITES if isinstance(entry, Composite) else RULES
@@ -139,8 +140,8 @@ def _entry(table: Mapping[type[nn.Module], Entry], module: nn.Module) -> Entry |
     for kind, entry in table.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             own = vars(module).get("forward")
-            decomposed = isinstance(entry, Composite) and isinstance(own, partial) and own.func is entry.forward
-            return entry if own is None or decomposed else None
+            runs_decomposed = isinstance(entry, Composite) and isinstance(own, partial) and own.func is entry.forward
+            return entry if own is None or runs_decomposed else None
     return None
 
 

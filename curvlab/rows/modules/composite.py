@@ -97,8 +97,9 @@ def decomposed(pairs: Iterable[tuple[Composite, Project]]) -> Iterator[None]:
                 if running is not stand_in:
                     stand_in.run(running)
                     leave.callback(stand_in.run, None)
-            leave.callback(vars(owner).pop, "forward") if around is None else leave.callback(
-                setattr, owner, "forward", around
-            )
+            if around is None:
+                leave.callback(vars(owner).pop, "forward")
+            else:
+                leave.callback(setattr, owner, "forward", around)
             owner.forward = partial(composite.forward, owner, project)
         yield
