@@ -1,4 +1,4 @@
-"""Models whose parts torch treats in unusual ways: layers without samples, PReLU, checkpoints, hooks that store."""
+"""Models whose parts torch treats in unusual ways: layers without samples, PReLU, checkpoints, exports, hooks of all sorts."""
 
 from collections.abc import Callable
 from typing import Any
