@@ -90,8 +90,9 @@ def as_called(loss: Called) -> Called:
     """Return a copy without the hooks that only look on."""
     called = copy.copy(loss)
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = getattr(loss, name, {})
-        setattr(called, name, type(hooks)((k, hook) for k, hook in hooks.items() if not hasattr(hook, "watches")))
+        hooks = getattr(loss, name, None)
+        if hooks is not None:
+            setattr(called, name, type(hooks)((k, hook) for k, hook in hooks.items() if not hasattr(hook, "watches")))
     return called
 
 
