@@ -124,11 +124,16 @@ class Recorder:
             and self._transformed.isdisjoint(owner.uses)
             and graph_signature.elsewhere.isdisjoint(owner.names.values())
             and misplaced.isdisjoint(calls)
-            and all(
-                is_batch(call.use.module, x := call.inputs[0]) and samples.fit(x, call.shape[0], count)
-                for call in calls
-            )
+            and all(_has_samples_first(call, samples, count) for call in calls)
         }
+
+
+def _has_samples_first(call: Call, samples: Samples, count: int) -> bool:
+    """Whether the first input of a call is a tensor with the samples on its first axis."""
+    if not call.inputs:
+        return False
+    x = call.inputs[0]
+    return is_batch(call.use.module, x) and samples.fit(x, call.shape[0], count)
 
 
 def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples, count: int) -> LayerRows:

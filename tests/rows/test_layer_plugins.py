@@ -9,7 +9,9 @@ from torch import nn
 import curvlab
 from curvlab.rows import modules
 from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import DenseRows
 from curvlab.testing import check_layer
+from curvlab.testing.oracle import assert_close, dense_jacobian
 
 
 class Scaled(nn.Linear):
@@ -49,6 +51,30 @@ def test_a_registered_rule_is_used(as_it_was):
     check_layer(Scaled(4, 3), torch.randn(3, 4), factored=True)
     [layer] = curvlab.jacobian(Scaled(4, 3), torch.randn(3, 4)).layers
     assert isinstance(layer, KroneckerRows)
+
+
+class OfList(nn.Linear):
+    """A linear layer that is called on a list of one tensor."""
+
+    def forward(self, xs):
+        return super().forward(xs[0])
+
+
+class OnList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = OfList(4, 3)
+
+    def forward(self, x):
+        return self.inner([x])
+
+
+def test_a_layer_with_a_rule_that_is_called_on_no_tensor_has_dense_rows(as_it_was):
+    modules.register(OfList, modules.RULES[nn.Linear])
+    model, x = OnList().double(), torch.randn(3, 4).double()
+    rows = curvlab.jacobian(model, x)
+    assert isinstance(rows.layers[0], DenseRows)
+    assert_close(rows.dense(), dense_jacobian(model, x))
 
 
 def test_a_package_adds_layers_and_one_that_fails_is_named(as_it_was, tmp_path, monkeypatch):
