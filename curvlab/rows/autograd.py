@@ -98,7 +98,7 @@ def sweep(
             dense = []
             if others:
                 graph_signature = replace(
-                    graph_signature, unknown=f"rows of {others[0].label} by calls on single samples"
+                    graph_signature, unknown=f"{others[0].label}, whose rows are formed by calls on single samples"
                 )
                 at_output = cotangents_at(chosen, z, cotangents)
                 dense = dense_rows(model, arguments, pick, chosen.detach(), at_output, N, others)

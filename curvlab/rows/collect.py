@@ -249,7 +249,9 @@ class Collector(AbstractContextManager["Collector"]):
         assert self._z is not None
         apart = next((owner.label for owner in self._owners if owner not in self._factored), None)
         if apart is not None and not self._samples.interact:
-            self._signature = replace(self._signature, unknown=f"rows of {apart} by calls on single samples")
+            self._signature = replace(
+                self._signature, unknown=f"{apart}, whose rows are formed by calls on single samples"
+            )
         self._kind = (self._signature.functions, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
         return self._checks.due(self._kind, self._signature, self.parameters)
 

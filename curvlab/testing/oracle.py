@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from curvlab.nn import GaussianNLL, HalfSquaredError
+from curvlab.nn.functional import attributes_kept
 
 
 def outputs(model: nn.Module, inputs: Any, pick: Callable[[Any], Tensor] = lambda z: z) -> Tensor:
@@ -26,16 +26,6 @@ def outputs(model: nn.Module, inputs: Any, pick: Callable[[Any], Tensor] = lambd
     with torch.no_grad(), attributes_kept(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
         return pick(model(*args, **kwargs))
-
-
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass stores on the model, which may be a tensor of `torch.func`."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    yield
-    for now, before in attributes:
-        now.clear()
-        now.update(before)
 
 
 def unpack(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,9 +118,9 @@ def dense_empirical(J: Tensor, loss: nn.Module, z: Tensor, targets: Tensor) -> T
     gradients = jacrev(values)(z.flatten())
     weights = term_weights(loss, z, targets).reshape(N, -1, z[0, 0].numel())
     scale = torch.where(weights > 0, weights, 1).rsqrt() * (weights > 0) / count_of(loss, z, targets) ** 0.5
-    seeds = (gradients * scale[..., None]).sum(1).flatten(0, 1)
-    rows = seeds @ output_major(J, N)
-    assert seeds.shape[1] == N * C * z[0, 0].numel()
+    cotangents = (gradients * scale[..., None]).sum(1).flatten(0, 1)
+    rows = cotangents @ output_major(J, N)
+    assert cotangents.shape[1] == N * C * z[0, 0].numel()
     product: Tensor = rows.T @ rows
     return product
 

@@ -21,10 +21,10 @@ import curvlab
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import KFAC
 from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
+from curvlab.nn.functional import attributes_kept
 from curvlab.spectrum import GGN, DenseOperator, Fisher, Hessian, Operator, RowsOperator, StructureOperator
 from curvlab.testing.oracle import (
     assert_close,
-    attributes_kept,
     dense_empirical,
     dense_ggn,
     dense_jacobian,

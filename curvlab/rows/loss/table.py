@@ -176,7 +176,10 @@ def _one_hot(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> tuple[Ten
     """Return the target's share in every class `[N, C, X]`, and which positions count."""
     positions = (z.shape[0], *z.shape[2:])
     if targets.shape != positions:
-        raise ValueError(f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}.")
+        raise ValueError(
+            f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}. If it takes the outputs "
+            "in another shape than the model returns them, say so, such as output=lambda z: z.flatten(0, 1) for [N, T, C]."
+        )
     N, C, X = flat_outputs(z).shape
     y = targets.long().reshape(N, X)
     counted = y != loss.ignore_index
