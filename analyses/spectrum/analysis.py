@@ -12,8 +12,8 @@ from curvlab.study import Analysis, Claim, Equivalence, Experiment, Inequality, 
 from curvlab.study.panels import Layout
 
 PAPER = "definitions (design of the structures)"
-SAME_TRACE = ("full", "block-diagonal", "block-tridiagonal", "unit-wise", "diagonal", "ekfac")
-"""Structures that keep the diagonal of the exact Fisher matrix, and with it its trace."""
+SAME_TRACE = ("full", "block-diagonal", "block-tridiagonal", "unit-wise", "component-wise", "diagonal", "ekfac")
+"""Structures with the trace of the exact Fisher matrix: they keep its diagonal, or like EKFAC the trace of each layer."""
 
 
 def _ratio(table: pd.DataFrame, of: str, to: str = GGN) -> pd.DataFrame:
@@ -86,7 +86,7 @@ ANALYSIS: Analysis[Config] = Analysis(
     question="What do the spectra of a network's Hessian, its Gauss–Newton matrix and every approximation look like?",
     paper="Cohen et al. 2021 and Karakida & Osawa 2020, for the quantities",
     examples=("--problem mnist --width 256 --steps 200", "--structures kfac ekfac --top 20"),
-    cost="digits, N = 40, tanh network of width 64, Hessian, GGN and seven structures, 6 seeds: under a minute.",
+    cost="digits, N = 40, tanh network of width 64, Hessian, GGN and eight structures, 6 seeds: under a minute.",
     config=Config,
     experiments=(SPECTRA,),
     data_hash=lambda config: data_hash(config.problem, **config.arguments),
@@ -102,5 +102,4 @@ ANALYSIS: Analysis[Config] = Analysis(
     axes=("structures",),
     together=("seed",),
     memory_option="--width",
-    module="analyses.spectrum",
 )
