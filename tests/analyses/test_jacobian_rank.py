@@ -18,7 +18,7 @@ from analyses.descent import Descent, Direction
 from analyses.jacobian_rank import ANALYSIS, descent
 from analyses.jacobian_rank.analysis import FIGURES
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.experiments import networks, width
+from analyses.jacobian_rank.experiments import networks, structures, width
 from analyses.jacobian_rank.networks import network_setting
 from analyses.jacobian_rank.setting import Setting, setting_of
 from curvlab.fisher import Full
@@ -176,6 +176,10 @@ def test_a_wrong_step_of_a_structure_is_refuted(monkeypatch: pytest.MonkeyPatch)
     assert verdict_of("linearised-full", config, network="mlp").outcome == "refuted"
 
 
+def test_of_a_structure_that_no_run_has_shown_nothing_is_expected() -> None:
+    assert {expected.outcome for expected in structures._expected("of a package")} == {"open"}
+
+
 def test_unit_ranks_are_those_of_the_dense_blocks() -> None:
     cell = Cell({"problem": "two-layer", "width": 8, "network": "mlp", "units": 6, "samples": 9, "seed": 0})
     setting = network_setting(cell, Config())
@@ -272,6 +276,7 @@ def test_claims_have_distinct_ids_sources_and_cells() -> None:
     ("options", "message"),
     [
         ({"structures": ("ful",)}, "Did you mean 'full'"),
+        ({"structures": ("layer-wise",)}, "Unknown structure"),
         ({"activation": ("rel",)}, "Did you mean 'relu'"),
         ({"widths": (0,)}, "--widths"),
         ({"samples": 1}, "--samples"),
