@@ -7,17 +7,16 @@ from functools import partial
 import pandas as pd
 
 from analyses.ntk_isotropy import ANALYSIS, panels
+from analyses.ntk_isotropy.setting import PUBLISHED
 from curvlab.study import style
 from curvlab.study.inference import Summary
 from curvlab.study.panels import Layout, at_base, structures_of, take
 from paper_figures import Paper
 
-STRUCTURES = ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
-
 
 def scales(measurements: pd.DataFrame) -> pd.DataFrame:
     """Published, derived and measured α at the greatest width: mean and half of the 95 % t-interval over seeds."""
-    cells = at_base(take(measurements, "response", "alpha", kind="exact", structure=STRUCTURES))
+    cells = at_base(take(measurements, "response", "alpha", kind="exact", structure=PUBLISHED))
     cells = cells[cells["width"] == cells["width"].max()]
     rows = []
     for structure, group, _ in structures_of(cells):
@@ -53,7 +52,7 @@ PAPER = Paper(
     analysis=ANALYSIS,
     settings={
         "problem": "karakida-osawa",
-        "structures": STRUCTURES,
+        "structures": PUBLISHED,
         "other_depths": (),
         "other_activations": (),
         "other_kinds": (),

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from analyses.ntk_isotropy.setting import SIGMAS
 from curvlab.study import style
 from curvlab.study.panels import (
     DASHED,
@@ -68,8 +69,7 @@ def anisotropy_against_width(axes: Axes, measurements: pd.DataFrame) -> None:
     table = table.assign(value=table["value"].clip(lower=LOWEST))
     by_structure(axes, table, "width")
     with contextlib.suppress(NotStored):
-        family = ("full", "block-diagonal", "block-tridiagonal", "layer-wise")
-        bound = at_base(take(measurements, "response", "distance", structure=family))["tolerance"].max()
+        bound = at_base(take(measurements, "response", "distance", structure=tuple(SIGMAS)))["tolerance"].max()
         bottom = table["value"].min() / 10
         axes.axhspan(bottom, bound, color="#ededed", zorder=0)
         axes.set_ylim(bottom=bottom)

@@ -1,6 +1,6 @@
 """One network on one problem: its rows, kernels and the theory's predictions for it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,8 +14,8 @@ import curvlab
 from analyses.descent import outputs
 from analyses.ntk_isotropy.config import Config
 from analyses.specs import squared
-from curvlab import theory
-from curvlab.fisher import STRUCTURES, LayerWise, Structure
+from curvlab import fisher, theory
+from curvlab.fisher import BlockDiagonal, BlockTridiagonal, Full, LayerWise, Structure
 from curvlab.nn import ACTIVATIONS, HalfSquaredError, ntk_mlp
 from curvlab.problems import Problem, resolve
 from curvlab.rows import Rows
@@ -28,6 +28,9 @@ NETWORK = ("width", "depth", "activation", "outputs", "loss", "seed")
 
 SMOOTH = frozenset(ACTIVATIONS) - {"relu"}
 """Activations whose derivative is almost nowhere zero, γ = 1; γ = ½ for ReLU."""
+
+PUBLISHED = ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
+"""Structures whose α is published."""
 
 SHORT_OF_RANK = "a K-FAC factor of a layer is short of rank on the samples"
 """Why a network is outside the assumptions of what the theory says of K-FAC."""
@@ -135,16 +138,7 @@ class Setting:
 
     def sigma(self, structure: str) -> Float[np.ndarray, "L L"] | None:
         """Σ of a structure of the layer-wise family; None outside it."""
-        match structure:
-            case "full":
-                return np.ones((self.depth, self.depth))
-            case "block-diagonal":
-                return np.eye(self.depth)
-            case "block-tridiagonal":
-                return theory.tridiagonal_sigma(self.depth)
-            case "layer-wise":
-                return random_sigma(self.depth)
-        return None
+        return SIGMAS[structure](self.depth) if structure in SIGMAS else None
 
     def alpha(self, structure: str) -> float | None:
         """The derived α, None where no theory gives one."""
@@ -158,11 +152,7 @@ class Setting:
     def published_alpha(self, structure: str) -> float | None:
         """α as published, None where the paper has none."""
         excluded = structure == "block-tridiagonal" and not theory.tridiagonal_covered(self.depth)
-        if (
-            structure not in ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
-            or excluded
-            or not self.plain
-        ):
+        if structure not in PUBLISHED or excluded or not self.plain:
             return None
         return theory.published_alpha(structure, self.depth, self.widths[1], self.samples, active=self.active)
 
@@ -204,9 +194,23 @@ def random_sigma(depth: int) -> Float[np.ndarray, "L L"]:
     return np.asarray(half @ half.T / depth + np.eye(depth))
 
 
-def make(structure: str, depth: int) -> Structure:
-    """Return a structure by its key; the layer-wise one with `random_sigma`."""
-    return LayerWise(random_sigma(depth).tolist()) if structure == "layer-wise" else STRUCTURES[structure]()
+SIGMAS: Mapping[str, Callable[[int], Float[np.ndarray, "L L"]]] = {
+    Full.key: lambda depth: np.ones((depth, depth)),
+    BlockDiagonal.key: np.eye,
+    BlockTridiagonal.key: theory.tridiagonal_sigma,
+    LayerWise.key: random_sigma,
+}
+"""The layer-wise family: Σ of its structures, from the number of layers."""
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    LayerWise.key: {"sigma": lambda depth: torch.from_numpy(random_sigma(depth))}
+}
+"""Of structures that are not measured as they are by default."""
+
+
+def make(structure: str) -> Structure:
+    """Return a structure by its key, with its `OPTIONS`."""
+    return fisher.make(structure, **OPTIONS.get(structure, {}))
 
 
 def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:

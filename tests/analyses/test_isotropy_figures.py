@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgba
 from analyses.ntk_isotropy import ANALYSIS, panels
 from analyses.ntk_isotropy.analysis import FIGURES
 from analyses.ntk_isotropy.config import Config
+from analyses.ntk_isotropy.setting import PUBLISHED
 from curvlab.study import style
 from curvlab.study.execution import Plan
 from curvlab.study.measurements import tabulate
@@ -18,7 +19,6 @@ from curvlab.study.panels import Layout, NotStored, at_base, take
 from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
 
 WIDTHS, SEEDS = (128, 512), (0, 1, 2)
-STEPPED = ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
 ALPHA = {"full": 1, "block-diagonal": 3, "block-tridiagonal": 1, "layer-wise": 1.5, "kfac": 81, "unit-wise": 128}
 
 
@@ -47,7 +47,7 @@ def observations():
             yield from rows("response", measured, **where)
             for layer in range(1, depth + 1):
                 yield from rows("response", {"layer_alpha": 40 if layer < depth else 1}, layer=layer, **where)
-    for structure, (scale, width), step in product(STEPPED, [(1.0, 128), (1.0, 512), (0.5, 512), (2.2, 512)], (1, 2)):
+    for structure, (scale, width), step in product(PUBLISHED, [(1.0, 128), (1.0, 512), (0.5, 512), (2.2, 512)], (1, 2)):
         at = {"structure": structure, "scale": scale, "width": width, "run": "network"}
         predicted = abs(1 - scale) ** step
         values = {"residual": predicted + 0.1, "residual_predicted": predicted, "train_error_network": 0.1}

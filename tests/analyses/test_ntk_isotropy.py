@@ -18,7 +18,7 @@ from analyses.ntk_isotropy import ANALYSIS
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import train
 from analyses.ntk_isotropy.responses import measured_response, probes
-from analyses.ntk_isotropy.setting import make, setting_of
+from analyses.ntk_isotropy.setting import SIGMAS, make, setting_of
 from curvlab.fisher import LayerWise
 from curvlab.study import Cell, Verdict, follow, judge
 from curvlab.study.execution import Plan
@@ -97,14 +97,12 @@ def test_a_wrong_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts_of(config)["isotropic-block-diagonal"].outcome == "refuted"
 
 
-@pytest.mark.parametrize(
-    "structure", ["full", "block-diagonal", "block-tridiagonal", "layer-wise", "kfac", "unit-wise"]
-)
+@pytest.mark.parametrize("structure", [*SIGMAS, "kfac", "unit-wise"])
 def test_the_measured_response_is_the_dense_one(structure: str) -> None:
     config = Config(widths=(12,), seeds=1)
     cell = Cell({"width": 12, "depth": 3, "activation": "erf", "outputs": 1, "seed": 0})
     setting = setting_of(cell, config)
-    built = make(structure, setting.depth).update(setting.rows)
+    built = make(structure).update(setting.rows)
     directions = probes(setting, 0)
     shares, tested = measured_response(built, setting, directions)
     J, test = setting.jacobian.dense(), setting.test_jacobian.dense()

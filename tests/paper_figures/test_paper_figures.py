@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 
 import paper_figures
+from analyses.ntk_isotropy.setting import PUBLISHED
 from curvlab.study import Analysis, CommonOptions, Experiment, UsageError, style
 from curvlab.study import main as run
 from paper_figures import Paper, find, names
 from paper_figures.__main__ import main
-from paper_figures.karakida_osawa_2020 import STRUCTURES, scales
+from paper_figures.karakida_osawa_2020 import scales
 from paper_figures.zhang_martens_grosse_2019 import constants
 
 KARAKIDA = "karakida_osawa_2020"
@@ -175,7 +176,7 @@ def test_another_problem_takes_the_place_of_the_papers_own(tmp_path, capsys):
 
 def test_the_table_of_scales_has_published_derived_and_measured_values():
     rows = []
-    for structure, seed in ((s, seed) for s in STRUCTURES for seed in range(3)):
+    for structure, seed in ((s, seed) for s in PUBLISHED for seed in range(3)):
         at = {"experiment": "response", "structure": structure, "kind": "exact", "width": 64, "depth": 3, "outputs": 1}
         at |= {"activation": "relu", "seed": seed, "cell": f"{structure}{seed}"}
         quantities = {"alpha": 3.0 + seed, "anisotropy": 1e-14, "alpha_predicted": 4.0}
@@ -183,7 +184,7 @@ def test_the_table_of_scales_has_published_derived_and_measured_values():
             quantities["alpha_published"] = 120.0
         rows += [{**at, "quantity": name, "value": value} for name, value in quantities.items()]
     table = scales(pd.DataFrame(rows))
-    assert set(table["approximation"]) == {style.look(structure).label for structure in STRUCTURES}
+    assert set(table["approximation"]) == {style.look(structure).label for structure in PUBLISHED}
     assert table[r"$\alpha$ published"].tolist() == ["--", "120", "120", "120", "120"]
     assert set(table[r"$\alpha$ derived"]) == {"4"}
     assert set(table[r"$\alpha$ measured"]) == {r"$4 \pm 2$"}

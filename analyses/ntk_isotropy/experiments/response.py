@@ -11,12 +11,11 @@ import curvlab
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, finite_step, measured_response, probes
-from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SMOOTH, Setting, make, setting_of
+from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SIGMAS, SMOOTH, Setting, make, setting_of
 from curvlab import study
 from curvlab.fisher import Structure
 from curvlab.nn import ACTIVATIONS
 
-FAMILY = ("full", "block-diagonal", "block-tridiagonal", "layer-wise")
 UNCOVERED: tuple[tuple[str, str, study.Expected], ...] = (
     ("diagonal", "exact", study.supported("The diagonal is not in the layer-wise family.")),
     ("ekfac", "exact", study.undecided("EKFAC shares K-FAC's basis but not its spectrum.")),
@@ -34,7 +33,7 @@ def _points(config: Config) -> list[study.Point]:
         wanted += [{**at, "width": width} for width in config.swept_widths]
         wanted += [{**at, "activation": activation} for activation in config.other_activations]
         wanted += [{**at, "outputs": outputs} for outputs in config.other_outputs]
-        if structure in (*FAMILY, "kfac"):
+        if structure in (*SIGMAS, "kfac"):
             wanted += [{**at, "depth": depth} for depth in config.other_depths]
         if structure in ("full", "block-diagonal", "kfac", "diagonal"):
             wanted += [{**at, "kind": kind} for kind in config.other_kinds]
@@ -42,7 +41,7 @@ def _points(config: Config) -> list[study.Point]:
 
 
 def _structure(cell: study.Cell, setting: Setting) -> Structure:
-    structure = make(str(cell["structure"]), setting.depth)
+    structure = make(str(cell["structure"]))
     kind = str(cell["kind"])
     if kind == "exact":
         return structure.update(setting.rows)
@@ -109,7 +108,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 def _claims(config: Config) -> list[study.Claim]:
     return [
-        *(_isotropic(structure) for structure in FAMILY),
+        *(_isotropic(structure) for structure in SIGMAS),
         study.Claim(
             id="response-two-ways",
             statement="The response by Jᵀ → solve → J and that by row-side algebra are the same.",
@@ -128,7 +127,7 @@ def _claims(config: Config) -> list[study.Claim]:
         ),
         *_kfac(),
         *_unit_wise(config),
-        *(_off_training(structure) for structure in (*FAMILY, "kfac", "unit-wise")),
+        *(_off_training(structure) for structure in (*SIGMAS, "kfac", "unit-wise")),
         *(_anisotropic(*case) for case in UNCOVERED),
     ]
 

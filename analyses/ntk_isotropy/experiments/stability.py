@@ -66,12 +66,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     model = copy.deepcopy(setting.problem.model)
     start = float(np.linalg.norm(setting.initial.numpy(force=True) - y))
     study.follow(
-        Descent(model, natural(make("full", setting.depth), setting), 1.0, partial(both_outputs, setting=setting)),
+        Descent(model, natural(make("full"), setting), 1.0, partial(both_outputs, setting=setting)),
         WARM_UP,
         until=lambda seen: bool(np.linalg.norm(seen["train"] - y) < NEAR * start),
     )
     rows = curvlab.sqrt_fisher(model, setting.problem.loss, setting.inputs, setting.targets)
-    structure = make(name, setting.depth).update(rows)
+    structure = make(name).update(rows)
     response = structure.response(rows.jacobian(), 0.0)
     fisher_top = float(torch.linalg.eigvalsh((response + response.T) / 2)[-1])
     hessian_top = _hessian_top(setting, model, name)

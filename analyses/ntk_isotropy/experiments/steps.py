@@ -19,12 +19,11 @@ from analyses.descent import Direction, flat
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import frozen, natural, train
 from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
-from analyses.ntk_isotropy.setting import SHORT_OF_RANK, make, setting_of
+from analyses.ntk_isotropy.setting import PUBLISHED, SHORT_OF_RANK, make, setting_of
 from curvlab import study, theory
 from curvlab.nn import linearize
 from curvlab.rows import Rows
 
-STRUCTURES = ("full", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise")
 STEPS = 2
 STABILITY: Mapping[float, Literal["less", "greater"]] = {0.5: "less", 1.5: "less", 2.2: "greater"}
 """Values of αη whose stability is judged, and the side of 1 on which the residual's factor lies."""
@@ -32,7 +31,7 @@ STABILITY: Mapping[float, Literal["less", "greater"]] = {0.5: "less", 1.5: "less
 
 def _points(config: Config) -> list[study.Point]:
     wanted: list[study.Point] = []
-    for structure in [name for name in STRUCTURES if name in config.structures]:
+    for structure in [name for name in PUBLISHED if name in config.structures]:
         at = {"structure": structure, "scale": 1.0}
         wanted += [{**at, "width": width} for width in config.swept_widths]
         wanted += [{**at, "scale": scale} for scale in config.step_scales]
@@ -66,9 +65,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     times = range(1, STEPS + 1)
     predicted = theory.predict_train(f, y, alpha, eta, times)
     predicted_test = theory.predict_test(f_test, f, y, alpha, response, eta, times)
-    at_start = make(name, setting.depth).update(setting.rows)
+    at_start = make(name).update(setting.rows)
     network = copy.deepcopy(setting.problem.model)
-    runs: dict[str, tuple[nn.Module, Direction]] = {"network": (network, natural(make(name, setting.depth), setting))}
+    runs: dict[str, tuple[nn.Module, Direction]] = {"network": (network, natural(make(name), setting))}
     if int(cell["width"]) <= context.config.middle_width:
         runs["linearised"] = (linearize(setting.problem.model), frozen(at_start, setting))
     start = np.linalg.norm(f - y)
@@ -108,7 +107,7 @@ _first = partial(study.among, run="network", step=1)
 def _claims(config: Config) -> list[study.Claim]:
     activation = base(config)["activation"]
     claims: list[study.Claim] = []
-    for structure in STRUCTURES:
+    for structure in PUBLISHED:
         if structure != "unit-wise":
             claims.append(_linear_training(structure))
         claims += _first_step(structure, {"structure": structure, "scale": 1.0, "activation": activation})
