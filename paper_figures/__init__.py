@@ -18,9 +18,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from curvlab.study import Analysis, Results, UsageError, load
+from curvlab.study.inference import Summary
 from curvlab.tools.text import unknown
 
-__all__ = ["Paper", "find", "names"]
+__all__ = ["Paper", "find", "interval", "names"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,16 @@ def find(name: str) -> Paper:
         raise UsageError(unknown("paper", name, names()))
     paper: Paper = import_module(f"{__name__}.{name}").PAPER
     return paper
+
+
+def interval(values: pd.Series[float], mean: str, half: str | None = None) -> str:
+    """Mean ± half the 95 % t-interval over seeds, in LaTeX.
+
+    Args:
+        values: One a seed.
+        mean: Format of the mean, such as ``.2f``.
+        half: Format of the half interval; that of the mean if None.
+    """
+    summary = Summary.of(values.to_numpy(dtype=float))
+    low, high = summary.interval(0.95)
+    return rf"${summary.mean:{mean}} \pm {(high - low) / 2:{half or mean}}$"

@@ -8,9 +8,8 @@ import pandas as pd
 
 from analyses.edge_of_stability import ANALYSIS, panels
 from analyses.edge_of_stability.analysis import FIGURES
-from curvlab.study.inference import Summary
 from curvlab.study.panels import Layout, take
-from paper_figures import Paper
+from paper_figures import Paper, interval
 
 
 def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -21,14 +20,12 @@ def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
     for optimiser in dict.fromkeys(table["optimiser"]):
         for eta in sorted(table.loc[table["optimiser"] == optimiser, "eta"].unique()):
             cells = [of[(of["optimiser"] == optimiser) & (of["eta"] == eta)]["value"] for of in (table, crossings)]
-            summary = Summary.of(cells[0].to_numpy(dtype=float))
-            low, high = summary.interval(0.95)
             rows.append(
                 {
                     "optimiser": panels.TITLES[optimiser],
                     r"$\eta$": f"{eta:g}",
                     "crossing (step)": f"{cells[1].median():g}",
-                    "sharpness / threshold": rf"${summary.mean:.3f} \pm {(high - low) / 2:.3f}$",
+                    "sharpness / threshold": interval(cells[0], ".3f"),
                 }
             )
     return pd.DataFrame(rows)
@@ -46,9 +43,7 @@ PAPER = Paper(
             claims=("edge-gd", "plateaus", "loss-"),
             height=2.5,
         ),
-        "flow": Layout(
-            ANALYSIS.command, [[panels.flow_sharpness, panels.flow_distance]], claims=("flow-",), height=2.5
-        ),
+        "flow": FIGURES["flow"],
         "structures": FIGURES["structures"],
         "published": Layout(
             f"{ANALYSIS.command} --published",

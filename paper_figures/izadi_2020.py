@@ -10,9 +10,8 @@ from analyses.gnn_natural_gradient import ANALYSIS, panels
 from analyses.gnn_natural_gradient.experiments.accuracy import HEADLINE_QUANTITY
 from analyses.gnn_natural_gradient.recipe import METHODS
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
-from curvlab.study.inference import Summary
 from curvlab.study.panels import Layout, take
-from paper_figures import Paper
+from paper_figures import Paper, interval
 
 
 def accuracies(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -24,16 +23,10 @@ def accuracies(measurements: pd.DataFrame) -> pd.DataFrame:
     for split, of_split in table.groupby("split"):
         for method in METHODS:
             runs = of_split[of_split["method"] == method]
-            cells = {choice: _interval(group["value"]) for choice, group in runs.groupby("choice")}
+            cells = {choice: interval(group["value"], ".2f") for choice, group in runs.groupby("choice")}
             paper = f"{headline[split]:.2f}" if method == "adam-kfac" and split in headline else ""
             rows.append({"split": split, "method": METHODS[method].title, **cells, "paper": paper})
     return pd.DataFrame(rows)
-
-
-def _interval(values: pd.Series[float]) -> str:
-    summary = Summary.of(values.to_numpy(dtype=float))
-    low, high = summary.interval(0.95)
-    return rf"${summary.mean:.2f} \pm {(high - low) / 2:.2f}$"
 
 
 PAPER = Paper(

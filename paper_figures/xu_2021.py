@@ -7,9 +7,8 @@ from functools import partial
 import pandas as pd
 
 from analyses.gnn_acceleration import ANALYSIS, panels
-from curvlab.study.inference import Summary
 from curvlab.study.panels import Layout, take
-from paper_figures import Paper
+from paper_figures import Paper, interval
 
 
 def floors(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -21,17 +20,11 @@ def floors(measurements: pd.DataFrame) -> pd.DataFrame:
     for key, _ in next(iter(taken.values())).groupby(keys):
         at = dict(zip(keys, key, strict=True))
         cells = {
-            title: _interval(table.loc[(table[keys] == pd.Series(at)).all(axis=1), "value"])
+            title: interval(table.loc[(table[keys] == pd.Series(at)).all(axis=1), "value"], ".3g", ".1g")
             for title, table in taken.items()
         }
         rows.append({**at, "depth": f"{at['depth']:g}", **cells})
     return pd.DataFrame(rows)
-
-
-def _interval(values: pd.Series[float]) -> str:
-    summary = Summary.of(values.to_numpy(dtype=float))
-    low, high = summary.interval(0.95)
-    return rf"${summary.mean:.3g} \pm {(high - low) / 2:.1g}$"
 
 
 PAPER = Paper(

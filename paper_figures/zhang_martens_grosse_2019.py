@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pandas as pd
 
 from analyses.jacobian_rank import ANALYSIS, panels
-from curvlab.study.inference import Summary
+from analyses.jacobian_rank.analysis import FIGURES
 from curvlab.study.panels import Layout, take
-from paper_figures import Paper
+from paper_figures import Paper, interval
 
 
 def constants(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -20,15 +18,11 @@ def constants(measurements: pd.DataFrame) -> pd.DataFrame:
     for activation in panels.NAMES:
         shown = {title: table[table["activation"] == activation] for title, table in tables.items()}
         for width in sorted(shown["in the ball"]["width"].unique()):
-            cells = {title: _interval(table.loc[table["width"] == width, "value"]) for title, table in shown.items()}
+            cells = {
+                title: interval(table.loc[table["width"] == width, "value"], ".2f") for title, table in shown.items()
+            }
             rows.append({"activation": activation, "width": f"{width:g}", **cells})
     return pd.DataFrame(rows)
-
-
-def _interval(values: pd.Series[float]) -> str:
-    summary = Summary.of(values.to_numpy(dtype=float))
-    low, high = summary.interval(0.95)
-    return rf"${summary.mean:.2f} \pm {(high - low) / 2:.2f}$"
 
 
 PAPER = Paper(
@@ -36,17 +30,7 @@ PAPER = Paper(
     analysis=ANALYSIS,
     settings={"problem": "two-layer", "activation": ("relu", "erf")},
     figures={
-        "trajectories": Layout(
-            ANALYSIS.command,
-            [
-                [
-                    partial(panels.output_paths, run="natural-gradient", structure="full"),
-                    partial(panels.output_paths, run="gradient-descent", structure="gradient-descent"),
-                ]
-            ],
-            claims=("paths-",),
-            height=2.8,
-        ),
+        "trajectories": FIGURES["paths"],
         "rates": Layout(
             ANALYSIS.command,
             [[panels.residual_against_step, panels.decay_against_leverage]],
