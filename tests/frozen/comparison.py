@@ -136,10 +136,7 @@ def stated(numbers: pd.DataFrame) -> pd.DataFrame:
 
 def _translated(name: str, entries: str, added: Mapping[str, object]) -> str:
     renamed = {**names.EVERYWHERE, **names.COORDINATES.get(name, {})}
-    translated = {
-        renamed.get(entry, entry): names.VALUES.get(entry, {}).get(value, value)
-        for entry, value in coordinates(entries).items()
-    }
+    translated = {renamed.get(entry, entry): value for entry, value in coordinates(entries).items()}
     return canonical({**added, **translated})
 
 

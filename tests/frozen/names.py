@@ -16,9 +16,6 @@ COORDINATES: Mapping[str, Mapping[str, str]] = {"gnn_natural_gradient": {"start"
 ADDED: Mapping[str, Mapping[str, object]] = {"spectrum": {"experiment": "spectra"}, "training": {"seed": 1000}}
 """Coordinates that cells without them have now, by analysis."""
 
-VALUES: Mapping[str, Mapping[str, str]] = {}
-"""Values of a coordinate, by its stored name: of `part`, the names of experiments."""
-
 QUANTITIES: Mapping[str, Mapping[str, str | None]] = {
     "gnn_acceleration": {"excess": "excess_{model}"},
     "jacobian_rank": {"excess_uncovered": "excess"},
