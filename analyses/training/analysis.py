@@ -64,7 +64,7 @@ ANALYSIS: Analysis[Config] = Analysis(
         "--seeds 5 --structures full kfac --ingredients   # a quick look at two structures",
         "--problem fashion-lenet --races 5                # LeNet on Fashion-MNIST",
     ),
-    cost="MLP on the ten digits, 21 methods, 4 configurations each, 8 fresh seeds to race on: about 3 minutes on 2 cores.",
+    cost="MLP on the ten digits, 22 methods, 4 configurations each, 8 fresh seeds to race on: about 3 minutes on 2 cores.",
     config=Config,
     experiments=(TUNE, JUDGING, TIMING, ISOTROPIC, CONTRACTION),
     data_hash=_data_hash,
