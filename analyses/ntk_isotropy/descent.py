@@ -7,23 +7,17 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-import curvlab
 from analyses.descent import Descent, Direction, flat, outputs
 from analyses.ntk_isotropy.setting import Setting
-from curvlab.fisher import Structure
+from curvlab.fisher import Structure, natural_gradient_step
 from curvlab.study import Diverged, follow
 from curvlab.study.loop import Seen
 
 
 def natural(structure: Structure, setting: Setting) -> Direction:
     """Return the undamped natural gradient with rows of the present parameters."""
-    held = frozen(structure, setting)
-
-    def direction(model: nn.Module) -> Mapping[str, Tensor]:
-        structure.update(curvlab.sqrt_fisher(model, setting.problem.loss, setting.inputs, setting.targets))
-        return held(model)
-
-    return direction
+    loss, (inputs, targets) = setting.problem.loss, setting.problem.train
+    return lambda model: natural_gradient_step(structure, model, loss, inputs, targets)
 
 
 def frozen(structure: Structure, setting: Setting) -> Direction:
