@@ -1,7 +1,6 @@
 """The contraction of exact natural gradient through the optimiser, on the two-layer network of the theorems."""
 
-import numpy as np
-
+from analyses.jacobian_rank.descent import contraction, excess
 from analyses.training.config import Config
 from analyses.training.run import FullBatch
 from curvlab import study, theory
@@ -12,8 +11,6 @@ PAPER = "Zhang, Martens & Grosse 2019"
 WIDTH = 4096
 RATES = (0.25, 0.5)
 STEPS = 8
-FLOOR = 1e-6
-"""Steps count as long as ‖r‖ is above this share of ‖r(0)‖."""
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -21,11 +18,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     problem = resolve("two-layer", width=WIDTH, seed=int(cell["seed"])).to(context.config.device)
     optimiser = NaturalGradient(problem.model, problem.loss, eta, structure="full", kind="exact", damping=0.0)
     path = study.follow(FullBatch(problem, optimiser), STEPS).series("squared")
-    ratios = (path[1:] / path[:-1])[path[:-1] > FLOOR**2 * path[0]]
-    bound = theory.ngd_rate_bound(eta) ** np.arange(STEPS + 1)
     return [
-        study.observed("excess", max(0.0, float(np.max(path / path[0] - bound)))),
-        study.observed("rate_ratio", float(np.exp(np.log(ratios).mean())) / theory.ngd_linear_ratio(eta)),
+        study.observed("excess", excess(path, theory.ngd_rate_bound(eta))),
+        study.observed("rate_ratio", contraction(path) / theory.ngd_linear_ratio(eta)),
         *(study.observed("squared", value / path[0], step=step) for step, value in enumerate(path.tolist())),
     ]
 
