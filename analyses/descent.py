@@ -44,6 +44,11 @@ def move(model: nn.Module, step: Mapping[str, Tensor], eta: float) -> None:
                 parameter.sub_(eta * step[name])
 
 
+def length(step: Mapping[str, Tensor]) -> float:
+    """Norm of a step of the parameters."""
+    return float(torch.stack([part.square().sum() for part in step.values()]).sum().sqrt())
+
+
 @dataclass(eq=False)
 class Descent:
     """Steps of a network, for `curvlab.study.follow`.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import curvlab
 from analyses import descent
-from analyses.descent import Descent, Direction, outputs
+from analyses.descent import Descent, Direction, length, outputs
 from analyses.jacobian_rank.setting import Setting
 from curvlab.fisher import Structure, natural_gradient_step
 from curvlab.rows import Rows
@@ -126,11 +126,6 @@ def moved(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
     """θ − θ(0)."""
     start = dict(setting.problem.model.named_parameters())
     return {name: (p - start[name]).detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def length(move: Mapping[str, Tensor]) -> float:
-    """Norm of a move of the parameters."""
-    return float(torch.stack([part.square().sum() for part in move.values()]).sum().sqrt())
 
 
 def displaced(setting: Setting, radius: float, towards: Mapping[str, Tensor]) -> nn.Module:

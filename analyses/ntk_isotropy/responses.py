@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.descent import flat
+from analyses.descent import flat, length
 from analyses.ntk_isotropy.setting import Setting
 from curvlab.fisher import Structure
 from curvlab.nn.functional import called_with
@@ -54,9 +54,7 @@ def finite_step(structure: Structure, setting: Setting, response: Float[Tensor, 
     residual = setting.initial - flat(setting.targets)
     direction = pull(structure, setting, residual[None])
     parameters = {name: p.detach() for name, p in setting.problem.model.named_parameters()}
-    size = sum(float(d.square().sum()) for d in direction.values()) ** 0.5
-    scale = sum(float(p.square().sum()) for p in parameters.values()) ** 0.5
-    epsilon = 1e-5 * scale / size
+    epsilon = 1e-5 * length(parameters) / length(direction)
 
     def outputs(sign: float) -> Tensor:
         moved = {name: p + sign * epsilon * direction[name][0] for name, p in parameters.items()}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import curvlab
-from analyses.descent import Descent, Direction
+from analyses.descent import Descent, Direction, length
 from analyses.jacobian_rank import ANALYSIS, descent
 from analyses.jacobian_rank.analysis import FIGURES
 from analyses.jacobian_rank.config import Config
@@ -115,13 +115,13 @@ def test_steps_are_those_of_the_dense_jacobian(setting: Setting) -> None:
     path = descent.descend(moved, setting, descent.natural(Full(), setting), 0.3, 1)
     assert_close(moved.hidden.weight.detach().flatten(), model.hidden.weight.detach().flatten() - 0.3 * natural)
     assert_close(torch.from_numpy(path[1]), moved(x).detach().flatten())
-    assert descent.length(descent.moved(moved, setting)) == pytest.approx(0.3 * float(natural.norm()), rel=1e-9)
+    assert length(descent.moved(moved, setting)) == pytest.approx(0.3 * float(natural.norm()), rel=1e-9)
 
 
 def test_the_change_of_the_jacobian_is_the_dense_one(setting: Setting) -> None:
     direction = {"hidden.weight": torch.ones_like(setting.problem.model.hidden.weight)}
     model = descent.displaced(setting, 2.0, direction)
-    assert descent.length(descent.moved(model, setting)) == pytest.approx(2.0)
+    assert length(descent.moved(model, setting)) == pytest.approx(2.0)
     difference = dense_jacobian(model, setting.inputs) - dense_jacobian(setting.problem.model, setting.inputs)
     point = setting.inspect(curvlab.jacobian(model, setting.inputs))
     assert point.change == pytest.approx(float(torch.linalg.matrix_norm(difference, 2)), rel=1e-8)

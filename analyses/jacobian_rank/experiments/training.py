@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import curvlab
+from analyses.descent import length
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import (
     contraction,
     descend,
     displaced,
     excess,
-    length,
     moved,
     natural,
     unit_rank,

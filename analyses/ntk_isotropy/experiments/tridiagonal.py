@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from analyses.descent import flat
+from analyses.descent import flat, length
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
 from analyses.ntk_isotropy.responses import anisotropy
@@ -54,7 +54,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         rows += [
             study.observed("damped_alpha_ratio", float(response.diagonal().mean()) / alpha, **at),
             study.observed("damped_anisotropy", anisotropy(response, alpha), **at),
-            study.observed("step_norm", float(sum(p.square().sum() for p in step.values()) ** 0.5), **at),
+            study.observed("step_norm", length(step), **at),
             study.observed("damped_test_error", error, tolerance=tolerance, **at),
         ]
     return rows
@@ -62,9 +62,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 def _moved(setting: Setting, step: dict[str, torch.Tensor], tolerance: float) -> list[dict[str, object]]:
     """Share of each layer in the step's norm, with the pattern that c predicts where Σ is invertible."""
-    norms = [
-        float(sum(step[name].square().sum() for name in layer.layout.names) ** 0.5) for layer in setting.jacobian.layers
-    ]
+    norms = [length({name: step[name] for name in layer.layout.names}) for layer in setting.jacobian.layers]
     covered = theory.tridiagonal_covered(setting.depth)
     c = theory.layer_coefficients(theory.tridiagonal_sigma(setting.depth)) if covered else [None] * setting.depth
     return [
