@@ -338,17 +338,6 @@ def test_the_weight_of_cross_entropy(setting: Setting) -> None:
     assert losses.uncertainty(setting, setting.problem.model) == pytest.approx((p - p**2).mean())
 
 
-def test_claims_have_distinct_ids_sources_and_cells() -> None:
-    swept = {"sweep_depths": (2,), "sweep_widths": (16,), "sweep_samples": (64,)}
-    config = Config(adam=(0.001,), batch_size=(16, 32), **swept, published=True)
-    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
-    assert len({claim.id for claim in claims}) == len(claims)
-    assert len({cell.key for cell in cells}) == len(cells)
-    for claim in claims:
-        assert "Cohen et al. 2021" in claim.source
-        assert any(claim.needs(cell) for cell in cells), claim.id
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

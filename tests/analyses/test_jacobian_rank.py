@@ -262,16 +262,6 @@ def test_what_a_graph_plans_no_cell_for_is_not_measured_and_in_no_family() -> No
     assert least.p_adjusted == pytest.approx(min(1.0, tests * least.p_value))
 
 
-def test_claims_have_distinct_ids_sources_and_cells() -> None:
-    config = Config()
-    claims, cells = ANALYSIS.claims(config), ANALYSIS.cells(config)
-    assert len({claim.id for claim in claims}) == len(claims)
-    assert len({cell.key for cell in cells}) == len(cells)
-    for claim in claims:
-        assert "Zhang, Martens & Grosse 2019" in claim.source
-        assert any(claim.needs(cell) for cell in cells), claim.id
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

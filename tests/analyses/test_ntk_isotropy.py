@@ -149,16 +149,6 @@ def test_steps_are_taken_up_where_they_were_left() -> None:
     assert follow(second, 1).series("weight").tolist() == [0.25, 0.125]
 
 
-def test_claims_have_distinct_ids_sources_and_cells() -> None:
-    config = Config()
-    claims = ANALYSIS.claims(config)
-    cells = ANALYSIS.cells(config)
-    assert len({claim.id for claim in claims}) == len(claims)
-    for claim in claims:
-        assert any(claim.needs(cell) for cell in cells), claim.id
-        assert claim.quantities, claim.id
-
-
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="Did you mean 'kfac'"):
         Config(structures=("kfacs",))
