@@ -9,8 +9,9 @@ Claims that differ by one word only, such as the name of a structure, share a ro
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 from curvlab.study import Claim
@@ -48,43 +49,33 @@ def folded(claims: Sequence[Claim]) -> list[tuple[str, str, Claim]]:
     families: list[tuple[list[Claim], str, str]] = []
     for claim in claims:
         for i, (members, name, text) in enumerate(families):
-            joined = _joined(members, claim)
-            if joined and (len(members) == 1 or joined == (name, text)):
-                families[i] = ([*members, claim], *joined)
+            shared = [pair for pair in _joined(members[0], claim) if len(members) == 1 or pair == (name, text)]
+            if shared:
+                families[i] = ([*members, claim], *shared[0])
                 break
         else:
             families.append(([claim], claim.id, claim.statement))
     return [(_named(members, name), text, members[0]) for members, name, text in families]
 
 
-def _joined(members: Sequence[Claim], claim: Claim) -> tuple[str, str] | None:
-    """Id and statement that a claim shares with a family, with gaps; None if it is none of the family."""
-    first = members[0]
-    if (str(first.rule), first.expected.outcome, first.source) != (
-        str(claim.rule),
-        claim.expected.outcome,
-        claim.source,
-    ):
-        return None
-    left, right = _apart(first.id, claim.id)
-    name = first.id.replace(left, GAP, 1)
-    if not (left and right) or name != claim.id.replace(right, GAP, 1):
-        return None
-    texts = [
-        re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", GAP, one.statement)
-        for word, one in ((left, first), (right, claim))
-    ]
-    return (name, texts[0]) if texts[0] == texts[1] else None
+def _joined(first: Claim, claim: Claim) -> Iterator[tuple[str, str]]:
+    """Yield ids and statements that two claims share, with gaps for a word each; the shortest words of the first come first."""
+    decided = [(str(one.rule), one.expected.outcome, one.source) for one in (first, claim)]
+    parts = first.id.split("-")
+    for size, start in product(range(1, len(parts) + 1), range(len(parts))):
+        before = "".join(f"{part}-" for part in parts[:start])
+        after = "".join(f"-{part}" for part in parts[start + size :])
+        between = re.fullmatch(f"{re.escape(before)}(.+){re.escape(after)}", claim.id)
+        if between and decided[0] == decided[1]:
+            word = "-".join(parts[start : start + size])
+            texts = [_without(word, first.statement), _without(between[1], claim.statement)]
+            if texts[0] == texts[1]:
+                yield f"{before}{GAP}{after}", texts[0]
 
 
-def _apart(left: str, right: str) -> tuple[str, str]:
-    """What is left of two ids without the parts, between hyphens, that they begin and end with alike."""
-    a, b = left.split("-"), right.split("-")
-    while a and b and a[0] == b[0]:
-        a, b = a[1:], b[1:]
-    while a and b and a[-1] == b[-1]:
-        a, b = a[:-1], b[:-1]
-    return "-".join(a), "-".join(b)
+def _without(word: str, text: str) -> str:
+    """A text with gaps for a word."""
+    return re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", GAP, text)
 
 
 def _named(members: Sequence[Claim], name: str) -> str:

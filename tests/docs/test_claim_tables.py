@@ -41,6 +41,12 @@ def test_claims_that_differ_by_a_word_share_a_row():
     assert rows == [("trace-{full, block-diagonal, kfac}-0.5", "The … trace of …."), ("other", "The full other.")]
 
 
+def test_a_word_may_end_as_the_others_do():
+    keys = ("unit-wise", "component-wise", "block-diagonal", "diagonal", "block-tridiagonal")
+    rows = [(name, text) for name, text, _ in claims.folded([claim(f"of-{key}", f"Of {key}.") for key in keys])]
+    assert rows == [(f"of-{{{', '.join(keys)}}}", "Of ….")]
+
+
 @pytest.mark.parametrize(
     "other",
     [
