@@ -1,5 +1,6 @@
 """Training with a structure as preconditioner: its own edge, at 2/η of the preconditioned Hessian (claim 13)."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import log10
 from typing import Literal
@@ -34,8 +35,8 @@ BEYOND = (0.9, 1.1)
 """Step sizes after a live run, over its bound 2/λ_max."""
 PROBE = 15
 """Steps taken at each of these."""
-COVERED = ("full", "block-diagonal")
-"""Structures for which λ_max(P⁻¹H) near interpolation is known: 1, and the number of layers."""
+COVERED: Mapping[str, Callable[[int], int]] = {"full": lambda _: 1, "block-diagonal": lambda layers: layers}
+"""Structures for which λ_max(P⁻¹H) near interpolation is known, and what it is, from the number of layers."""
 
 
 def _points(config: Config) -> list[study.Point]:
@@ -65,8 +66,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     if live and trace.diverged is None:
         final, layers = float(edge.sharpness[-1]), _layers(model)
         rows.append(study.observed("final", final, layers=layers))
-        known = {"full": 1, "block-diagonal": layers}.get(structure.key)
-        if known is not None:
+        if structure.key in COVERED:
+            known = COVERED[structure.key](layers)
             rows.append(study.observed("final_share", final / known))
             rows += _beyond(model, setting, structure, damping, known)
     return rows
