@@ -153,8 +153,8 @@ def _chosen(structures: Sequence[str] | Mapping[str, Structure] | None) -> dict[
 
 def _projector(exact: Rows) -> Float[Tensor, "R R"]:
     """Projector on the rows' directions that the loss weighs."""
-    assert exact.factor is not None
-    within = exact.factor.projector()
+    assert exact.root is not None
+    within = exact.root.projector()
     V, N, _ = within.shape
     out = within.new_zeros(V, N, V, N)
     n = torch.arange(N, device=within.device)

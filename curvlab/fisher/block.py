@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlab.fisher.power import RANGE, Power
 from curvlab.fisher.system import System
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor
+from curvlab.rows.loss import OutputRoot
 from curvlab.rows.parameters import Layout, Parameters
 from curvlab.rows.rows import Rows
 
@@ -36,15 +36,15 @@ class RowRelation:
 
     Attributes:
         coefficients: C with `J = C·S`, None if there is none of the simple form.
-        factor: A with `S = A·J`, None if there is none.
+        root: A with `S = A·J`, None if there is none.
     """
 
-    coefficients: OutputFactor | None
-    factor: OutputFactor | None
+    coefficients: OutputRoot | None
+    root: OutputRoot | None
 
-    def behind(self, damping: float) -> OutputFactor | None:
+    def behind(self, damping: float) -> OutputRoot | None:
         """Return A if a response is to be made of A and products of J with itself, without SSᵀ."""
-        return self.factor if self.coefficients is None and damping > 0 else None
+        return self.root if self.coefficients is None and damping > 0 else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from curvlab.fisher.side import RowSide, SidedBlock
 from curvlab.fisher.stack import Cut, RowStack, Stack, Together, Whole
 from curvlab.fisher.system import System, rank_tolerance
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor
+from curvlab.rows.loss import OutputRoot
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import cached, chunks
 from curvlab.rows.side_by_side import combine
@@ -156,25 +156,25 @@ class RowBlock(SidedBlock):
         b = a if same else self.cut.rows(right)
         if not self.keeps_rows:
             return a.contract(self.system.solve(b.dense().mT, damping))
-        if (factor := relation.behind(damping)) is not None:
-            return self._behind(factor, a, b, damping)
+        if (output_root := relation.behind(damping)) is not None:
+            return self._behind(output_root, a, b, damping)
         seen = a.against(self.root)
         if relation.coefficients is not None and not self.root.shortened:
             return relation.coefficients.columns(self.system.solve(seen.mT, damping).sum(0).T)
         others = seen if a is b else b.against(self.root)
         return self.system.sandwich(seen, others, damping, lambda: a.against(b), summed=True)
 
-    def _behind(self, factor: OutputFactor, left: RowStack, right: RowStack, damping: float) -> Float[Tensor, "Q R"]:
+    def _behind(self, output_root: OutputRoot, left: RowStack, right: RowStack, damping: float) -> Float[Tensor, "Q R"]:
         """Return `J'(F + ρI)⁻¹Jᵀ` for `F = (A·J)ᵀA·J`, given A, J' and J, some of the equal blocks at a time."""
         rows = self.layers[0].count
         shares = [
-            self._share(factor, left, right, damping, part)
+            self._share(output_root, left, right, damping, part)
             for part in chunks(self.count, rows**2, cached(self.layers[0].factors[-1].device))
         ]
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
     def _share(
-        self, factor: OutputFactor, left: RowStack, right: RowStack, damping: float, part: slice
+        self, output_root: OutputRoot, left: RowStack, right: RowStack, damping: float, part: slice
     ) -> Float[Tensor, "Q R"]:
         """Return the part of some of the equal blocks in `_behind`.
 
@@ -182,15 +182,15 @@ class RowBlock(SidedBlock):
         """
 
         def precise() -> Tensor:
-            exact = factor.to(torch.float64)
+            exact = output_root.to(torch.float64)
             return exact.compressed(exact.compressed(self._row_system().precise()[part]).mT)
 
         products = left.against(right, part)
         own = products if left is right else right.against(right, part)
-        seen = factor.reduced(own).mT.contiguous()
+        seen = output_root.reduced(own).mT.contiguous()
         title = self.cut.title(self.name)
-        system = System(factor.reduced(seen), title, self.config.rtol, precise, symmetric=True)
-        others = seen if left is right else factor.reduced(products.mT).mT
+        system = System(output_root.reduced(seen), title, self.config.rtol, precise, symmetric=True)
+        others = seen if left is right else output_root.reduced(products.mT).mT
         return system.sandwich(others, seen, damping, lambda: products, summed=True)
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102

@@ -23,7 +23,7 @@ def without_numbers(rows: Rows) -> Rows:
         rows,
         layers=tuple(layer._with_factors(*map(_blank, layer.factors)) for layer in rows.layers),
         sample_weights=_blank(rows.sample_weights),
-        factor=None,
+        root=None,
         _jacobian=None,
     )
 
@@ -54,7 +54,7 @@ def pack_rows(rows: Rows) -> dict[str, Any]:
         "reduction": rows.reduction,
         "sample_weights": rows.sample_weights,
         "jacobian": None if rows._jacobian is None else pack_rows(rows._jacobian),
-        "factor": None if rows.factor is None else rows.factor.state(),
+        "root": None if rows.root is None else rows.root.state(),
     }
 
 
@@ -74,5 +74,5 @@ def unpack_rows(packed: dict[str, Any]) -> Rows:
         reduction=packed["reduction"],
         sample_weights=packed["sample_weights"],
         _jacobian=None if packed["jacobian"] is None else unpack_rows(packed["jacobian"]),
-        factor=None if packed["factor"] is None else restored(packed["factor"]),
+        root=None if packed["root"] is None else restored(packed["root"]),
     )

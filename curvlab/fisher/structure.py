@@ -32,7 +32,7 @@ from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.batches import as_batches
 from curvlab.rows.engine import Engine
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, Scaling
+from curvlab.rows.loss import DiagonalRoot, Kind
 from curvlab.rows.parameters import Vector
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
@@ -375,9 +375,9 @@ class Structure(State):
         if rows is None:
             return RowRelation(None, None)
         if right is rows:
-            return RowRelation(Scaling(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device)), None)
-        factor = rows.factor if rows.stems_from(right) else None
-        return RowRelation(None if factor is None else factor.inverse(), factor)
+            return RowRelation(DiagonalRoot(torch.ones(*right.shape, 1, dtype=right.dtype, device=right.device)), None)
+        root = rows.root if rows.stems_from(right) else None
+        return RowRelation(None if root is None else root.inverse(), root)
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Form F, in `named_parameters()` order. Memory `P²`."""

@@ -121,17 +121,17 @@ class Scaled(nn.Module):
 
     Args:
         loss: any loss that rows are known for.
-        factor: by which it is multiplied, at least 0.
+        scale: by which it is multiplied, at least 0.
 
     Raises:
-        ValueError: The factor is negative.
+        ValueError: The scale is negative.
     """
 
-    def __init__(self, loss: nn.Module, factor: float) -> None:
+    def __init__(self, loss: nn.Module, scale: float) -> None:
         super().__init__()
-        if not factor >= 0:
-            raise ValueError(f"Scaled: factor must be at least 0, not {factor}.")
-        self.loss, self.factor = loss, factor
+        if not scale >= 0:
+            raise ValueError(f"Scaled: scale must be at least 0, not {scale}.")
+        self.loss, self.scale = loss, scale
 
     @property
     def reduction(self) -> str:
@@ -140,12 +140,12 @@ class Scaled(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Any) -> Float[Tensor, ""]:
         """Return the multiple."""
-        value: Tensor = self.factor * self.loss(outputs, targets)
+        value: Tensor = self.scale * self.loss(outputs, targets)
         return value
 
     def extra_repr(self) -> str:
-        """Return the factor."""
-        return f"factor={self.factor}"
+        """Return the scale."""
+        return f"scale={self.scale}"
 
 
 class PerSample(nn.Module):

@@ -270,7 +270,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return found
 
     def _trust(self, bound: float, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
-        """Return the factor that keeps a step within the trust region."""
+        """Return the scale that keeps a step within the trust region."""
         named = [
             (group["lr"], [self._names[p] for p in group["params"] if self._names[p] in direction])
             for group in self.param_groups

@@ -69,7 +69,7 @@ class Processes:
                     count=float(numbers[rank][0]),
                     terms=float(numbers[rank][1]),
                     sample_weights=weights[rank],
-                    factor=None,
+                    root=None,
                     _jacobian=None,
                 )
                 for rank in range(self.size)

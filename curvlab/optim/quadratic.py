@@ -84,8 +84,8 @@ class Batch:
             moving = {name: here[name] for name in direction}
             with torch.no_grad(), differentiable_attention():
                 z, u = jvp(partial(self._moved, here), (moving,), (dict(direction),))[:2]
-            factor = loss_terms(self.loss, z, self.targets).root()
-            weighted.append(factor.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())
+            root = loss_terms(self.loss, z, self.targets).root()
+            weighted.append(root.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())
         stacked = torch.stack(weighted)
         products: Tensor = stacked @ stacked.T
         for name, weight in self.decay.items():
@@ -149,7 +149,7 @@ class LevenbergMarquardt:
 
     def adjusted(self, damping: float, ratio: float) -> float:
         """Return the next ρ for a ratio r; not a number counts as a failure."""
-        factor = self.omega**self.every
+        by = self.omega**self.every
         if ratio > 0.75:
-            return max(self.low, damping * factor)
-        return damping if ratio >= 0.25 else min(self.high, damping / factor)
+            return max(self.low, damping * by)
+        return damping if ratio >= 0.25 else min(self.high, damping / by)

@@ -317,8 +317,8 @@ class Collector(AbstractContextManager["Collector"]):
             raise StateError("No rows were collected: call backward() within the context.")
         upstream, self._upstream = self._samples.lay_out(self._upstream), None
         if self._draw is not None and not self._propagated:
-            factor = self._sample_factor(self._terms, upstream)
-            self._propagated = {call: _scaled(_gradient(call, upstream), factor)[None] for call in self._calls()}
+            scale = self._row_scale(self._terms, upstream)
+            self._propagated = {call: _scaled(_gradient(call, upstream), scale)[None] for call in self._calls()}
         if self._draw is not None:
             self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
@@ -358,7 +358,7 @@ class Collector(AbstractContextManager["Collector"]):
             )
         return dense_rows(self._model, self._unchanged(), *found, len(z), left)
 
-    def _sample_factor(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
+    def _row_scale(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, joint, `w s/√count`."""
         if self._joint:
             return terms.weight.new_full((len(terms.weight),), terms.count**0.5 / _multiple(terms, upstream))
@@ -382,13 +382,13 @@ class Collector(AbstractContextManager["Collector"]):
         )
         if rows.kind != "jacobian":
             return rows
-        factor = terms.root().to(rows.dtype)
-        weighted = tuple(layer.map_rows(factor.apply) for layer in rows.layers)
+        root = terms.root().to(rows.dtype)
+        weighted = tuple(layer.map_rows(root.apply) for layer in rows.layers)
         base = replace(rows, count=1.0, reduction="none", sample_weights=torch.ones_like(rows.sample_weights))
-        return replace(rows, layers=weighted, kind=draw.kind, _jacobian=base, factor=factor)
+        return replace(rows, layers=weighted, kind=draw.kind, _jacobian=base, root=root)
 
     def _coefficients(self, rows: Rows, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " R"] | None:
-        if rows.factor is not None:
+        if rows.root is not None:
             # The gradient may lie outside the range of a Hessian that is no Fisher matrix.
             if not terms.likelihood.exact:
                 return None
@@ -397,8 +397,8 @@ class Collector(AbstractContextManager["Collector"]):
             return rows.sample_weights.new_full((rows.R,), _multiple(terms, upstream) / terms.count**0.5)
         if rows.kind == "mc" or not _even(terms):
             return None
-        root = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
-        return (_multiple(terms, upstream) * root).to(rows.dtype)
+        weight = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
+        return (_multiple(terms, upstream) * weight).to(rows.dtype)
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples, self._count)
@@ -446,7 +446,7 @@ def _versions(arguments: Arguments) -> list[int]:
     return [x._version for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
 
 
-def _scaled(gradient: Float[Tensor, "M ..."], factor: Float[Tensor, " N"]) -> Float[Tensor, "M ..."]:
+def _scaled(gradient: Float[Tensor, "M ..."], scale: Float[Tensor, " N"]) -> Float[Tensor, "M ..."]:
     """Scale the gradients of every sample, which has an equal number of them, one sample after the other."""
-    of_sample = factor.repeat_interleave(len(gradient) // len(factor))
+    of_sample = scale.repeat_interleave(len(gradient) // len(scale))
     return gradient * of_sample.to(gradient.dtype).view(-1, *(1,) * (gradient.ndim - 1))

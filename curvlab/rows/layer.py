@@ -110,9 +110,9 @@ class LayerRows(ABC):
         *shared, rows = self.factors
         return self._with_factors(*shared, function(rows))
 
-    def scale(self: Own, factor: float) -> Own:
+    def scale(self: Own, by: float) -> Own:
         """Multiply all rows by a number."""
-        return self.map_rows(lambda rows: rows * factor)
+        return self.map_rows(lambda rows: rows * by)
 
     def to(self: Own, dtype: torch.dtype) -> Own:
         """Convert the floating-point factors."""

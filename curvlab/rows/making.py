@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import unknown_name
 from curvlab.rows.engine import Engine, read, sweep
-from curvlab.rows.loss import Kind, LossTerms, OutputFactor, flat_outputs, identity_cotangents
+from curvlab.rows.loss import Kind, LossTerms, OutputRoot, flat_outputs, identity_cotangents
 from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import Rows
@@ -131,13 +131,13 @@ def sqrt_fisher(
         return terms
 
     base: Rows | None = None
-    factor: OutputFactor | None
+    root: OutputRoot | None
     if kind in ("exact", "ggn") and keep_jacobian:
         sweep_result = sweep(model, read_inputs, output, engine, _every_output(read_inputs[1]))
         base = _jacobian_rows(model, sweep_result).to(of_rows)
         terms = terms_of(sweep_result.output)
-        factor = terms.root()
-        layers = tuple(layer.map_rows(factor.apply) for layer in base.layers)
+        root = terms.root()
+        layers = tuple(layer.map_rows(root.apply) for layer in base.layers)
     else:
         draw = _weighted if kind in ("exact", "ggn") else _sampler(kind, samples, generator, share)
 
@@ -147,7 +147,7 @@ def sqrt_fisher(
         single = kind in ("mc", "empirical") and samples == 1
         sweep_result = sweep(model, read_inputs, output, engine, make_cotangents, single=single)
         terms = terms_of(sweep_result.output)
-        factor = terms.root() if kind in ("exact", "ggn") else None
+        root = terms.root() if kind in ("exact", "ggn") else None
         layers = tuple(layer.to(of_rows) for layer in sweep_result.layers)
     return Rows(
         layers=layers,
@@ -158,7 +158,7 @@ def sqrt_fisher(
         reduction=terms.reduction,
         sample_weights=terms.sample_weights,
         _jacobian=base,
-        factor=factor,
+        root=root,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlab.errors import StateError
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor
+from curvlab.rows.loss import OutputRoot
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
 
@@ -46,7 +46,7 @@ class Rows:
     reduction: Literal["mean", "sum", "none"]
     sample_weights: Float[Tensor, " N"]
     _jacobian: Rows | None = field(default=None, repr=False)
-    factor: OutputFactor | None = field(default=None, repr=False)
+    root: OutputRoot | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,12 +95,12 @@ class Rows:
         return self._jacobian
 
     def stems_from(self, jacobian: Rows) -> bool:
-        """Whether these rows are S = A·J of a Jacobian J, A their `factor`. Cost: at most one pass over the rows of both.
+        """Whether these rows are S = A·J of a Jacobian J, A their `root`. Cost: at most one pass over the rows of both.
 
         Compared to the last bit: on some processors a Jacobian that was computed in other batches does not count.
         """
         own = self._jacobian
-        if own is None or self.factor is None or self.shape != jacobian.shape:
+        if own is None or self.root is None or self.shape != jacobian.shape:
             return False
         return own is jacobian or all(
             mine.same_as(theirs) for mine, theirs in zip(own.layers, jacobian.layers, strict=True)
@@ -116,11 +116,11 @@ class Rows:
         Raises:
             StateError: for rows that do not determine the Jacobian.
         """
-        if self.factor is None:
+        if self.root is None:
             raise StateError(
                 f"Rows of kind {self.kind!r} do not span the outputs, so a step has no coefficients in them."
             )
-        return self.factor.dual(u.reshape(-1, *self.shape)).reshape(u.shape)
+        return self.root.dual(u.reshape(-1, *self.shape)).reshape(u.shape)
 
     def gram(self, other: Rows | None = None) -> Float[Tensor, "R S"]:
         """Return `self @ otherᵀ`, `self @ selfᵀ` if `other` is None (the symmetric product is done once).
@@ -171,7 +171,7 @@ class Rows:
             layers=tuple(layer.to(dtype) for layer in self.layers),
             sample_weights=self.sample_weights.to(dtype),
             _jacobian=None if self._jacobian is None else self._jacobian.to(dtype),
-            factor=None if self.factor is None else self.factor.to(dtype),
+            root=None if self.root is None else self.root.to(dtype),
         )
 
     def __add__(self, other: Rows) -> Rows:
@@ -225,7 +225,7 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         for layers in zip(*(part.layers for part in parts), strict=True)
     ]
     bases = [part._jacobian for part in parts if part._jacobian is not None]
-    factors = [part.factor for part in parts if part.factor is not None]
+    roots = [part.root for part in parts if part.root is not None]
     means = first.reduction == "mean"
     return Rows(
         layers=tuple(stacked),
@@ -236,7 +236,7 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         reduction=first.reduction,
         sample_weights=torch.cat([w * part.sample_weights for w, part in zip(weights, parts, strict=True)]),
         _jacobian=merge(bases) if len(bases) == len(parts) else None,
-        factor=factors[0].joined(factors[1:], scales) if len(factors) == len(parts) else None,
+        root=roots[0].joined(roots[1:], scales) if len(roots) == len(parts) else None,
     )
 
 

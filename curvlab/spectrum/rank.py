@@ -205,7 +205,7 @@ def rank(
         raise ValueError("There are no rows to take a rank of: the data are empty, or no parameter was chosen.")
     check_finite(layers)
     R, P = sides(layers)
-    directions = Directions(layers, rows.factor)
+    directions = Directions(layers, rows.root)
     question = _Question(
         rows=R,
         columns=P,
@@ -395,11 +395,11 @@ def _spectrum(source: Rows | Tensor) -> Rank:
 
 def _structural_zeros(rows: Rows) -> int:
     """Count the directions of row space to which the loss gives no weight."""
-    if rows.factor is None:
+    if rows.root is None:
         return rows.shape[0] * int((rows.sample_weights == 0).sum())
-    weighed = rows.factor.weighed
+    weighed = rows.root.weighed
     redundant = 0
-    for at, null in rows.factor.nulls:
+    for at, null in rows.root.nulls:
         C, N, X = null.shape
         redundant += int(weighed[at].view(C, X, N).any(0).sum())
     return redundant + int((~weighed).sum())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvlab.errors import NotPositiveDefinite
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputFactor
+from curvlab.rows.loss import OutputRoot
 from curvlab.rows.products import CHUNK_ELEMENTS, chunks
 from curvlab.rows.side_by_side import combine, dense, gram64, moment, times
 from curvlab.spectrum.lanczos import Product
@@ -143,13 +143,13 @@ class Directions:
 
     Args:
         layers: rows, `[V, N]`.
-        factor: of the loss, if it gave the rows.
+        root: of the loss, if it gave the rows.
     """
 
-    def __init__(self, layers: Layers, factor: OutputFactor | None) -> None:
+    def __init__(self, layers: Layers, root: OutputRoot | None) -> None:
         self.alive = ~zero_rows(layers)
         self._nulls: list[tuple[slice, Float[Tensor, "C X N"]]] = []
-        for at, null in () if factor is None else factor.nulls:
+        for at, null in () if root is None else root.nulls:
             C, N, X = null.shape
             vectors = null.double().transpose(1, 2) * self.alive[at].view(C, X, N)
             self._nulls.append((at, vectors / vectors.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)))

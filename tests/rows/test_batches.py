@@ -123,8 +123,8 @@ def test_the_inverse_factor_of_merged_rows() -> None:
     assert merged.stems_from(parts)
     structure = Full().update(merged)
     assert_close(structure.response(whole, 0.1), structure.response(parts, 0.1))
-    assert merged.factor is not None
-    back = merged.factor.inverse()
+    assert merged.root is not None
+    back = merged.root.inverse()
     assert back is not None
     assert_close(back.apply(merged.dense().view(*merged.shape, -1)).flatten(0, 1), merged.jacobian().dense())
 

@@ -298,8 +298,8 @@ def test_the_inverse_factor_brings_rows_back_to_the_jacobian(name: str) -> None:
     rows = sqrt_fisher(model, loss, x, y)
     J = curvlab.rows.jacobian(model, x)
     assert rows.stems_from(J)
-    assert rows.factor is not None
-    back = rows.factor.inverse()
+    assert rows.root is not None
+    back = rows.root.inverse()
     if name == "ce":
         assert back is None
         return
@@ -365,8 +365,8 @@ def test_the_inverse_factor_needs_every_output_to_carry_weight() -> None:
     model, x = architecture("mlp").make(N=2)
     loss = nn.BCEWithLogitsLoss(torch.tensor([1.0, 0.0, 1.0], dtype=x.dtype))
     rows = sqrt_fisher(model, loss, x, torch.zeros(2, 3, dtype=x.dtype))
-    assert rows.factor is not None
-    assert rows.factor.inverse() is None
+    assert rows.root is not None
+    assert rows.root.inverse() is None
 
 
 @pytest.mark.parametrize("weight", [ramp(CLASSES).view(1, CLASSES), torch.full((), 2.0)])

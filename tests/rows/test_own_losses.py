@@ -541,7 +541,7 @@ def test_fixed_variances() -> None:
     assert_close(GaussianNLL(2.0)(z, y), F.gaussian_nll_loss(z, y, torch.full_like(z, 2.0)), 1e-6)
     with pytest.raises(ValueError, match="variance must be positive, not 0"):
         GaussianNLL(0.0)
-    with pytest.raises(ValueError, match="factor must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="scale must be at least 0, not -1"):
         Scaled(nn.MSELoss(), -1.0)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, Scaled
 from curvlab.rows.loss.composed import multi_task, scaled
-from curvlab.rows.loss.factor import OutputFactor, Scaling, restored
 from curvlab.rows.loss.own import (
     WRAP,
     bound_to_samples,
@@ -27,15 +26,16 @@ from curvlab.rows.loss.own import (
     own_terms,
     watching,
 )
+from curvlab.rows.loss.root import DiagonalRoot, OutputRoot, restored
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
 from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_cotangents
 
 __all__ = [
     "LOSSES",
+    "DiagonalRoot",
     "Kind",
     "LossTerms",
-    "OutputFactor",
-    "Scaling",
+    "OutputRoot",
     "bound_to_samples",
     "check_loss",
     "divisor",

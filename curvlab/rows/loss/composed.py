@@ -17,10 +17,10 @@ from curvlab.rows.loss.terms import LossTerms, flat_outputs
 
 
 def scaled(loss: nn.Module, z: Tensor, targets: Any, read: Reader) -> LossTerms:
-    """Take a multiple apart: the factor is part of the weights."""
+    """Take a multiple apart: the scale is part of the weights."""
     assert isinstance(loss, Scaled)
     terms = read(loss.loss, z, targets)
-    return replace(terms, weight=loss.factor * terms.weight)
+    return replace(terms, weight=loss.scale * terms.weight)
 
 
 def multi_task(loss: nn.Module, z: Tensor, targets: Mapping[str, Any], read: Reader) -> LossTerms:

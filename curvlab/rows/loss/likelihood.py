@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvlab.errors import NotPositiveDefinite, StateError
-from curvlab.rows.loss.factor import Blocks, Eigenfactor, OutputFactor, Scaling, SoftmaxRoot
+from curvlab.rows.loss.root import BlockRoot, DiagonalRoot, EigenRoot, OutputRoot, SoftmaxRoot
 
 Own = TypeVar("Own", bound="Likelihood")
 
@@ -78,7 +78,7 @@ class Likelihood(ABC):
         return self.is_drawn
 
     @abstractmethod
-    def factor(self, weight: Float[Tensor, "N K X"]) -> OutputFactor:
+    def root(self, weight: Float[Tensor, "N K X"]) -> OutputRoot:
         """Return A with `AᵀA = weight·H`."""
 
     def draw(self, draws: Draws) -> Float[Tensor, "S N C X"]:
@@ -109,8 +109,8 @@ class Elementwise(Likelihood):
     is_fisher: ClassVar[bool] = False
     is_drawn: ClassVar[bool] = False
 
-    def factor(self, weight: Float[Tensor, "N K X"]) -> Scaling:  # noqa: D102
-        return Scaling((weight.sqrt() * self.curvature.sqrt()).transpose(0, 1))
+    def root(self, weight: Float[Tensor, "N K X"]) -> DiagonalRoot:  # noqa: D102
+        return DiagonalRoot((weight.sqrt() * self.curvature.sqrt()).transpose(0, 1))
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class Softmax(Likelihood):
 
     p: Float[Tensor, "N C X"]
 
-    def factor(self, weight: Float[Tensor, "N K X"]) -> SoftmaxRoot:  # noqa: D102
-        root = self.p.sqrt().transpose(0, 1)
-        return SoftmaxRoot(weight[:, :1].sqrt().transpose(0, 1).expand_as(root), root)
+    def root(self, weight: Float[Tensor, "N K X"]) -> SoftmaxRoot:  # noqa: D102
+        sqrt_p = self.p.sqrt().transpose(0, 1)
+        return SoftmaxRoot(weight[:, :1].sqrt().transpose(0, 1).expand_as(sqrt_p), sqrt_p)
 
     def draw(self, draws: Draws) -> Float[Tensor, "S N C X"]:  # noqa: D102
         classes = classes_at(self.p, draws.of(torch.rand, self.p[:, 0]))
@@ -191,7 +191,7 @@ class Computed(Likelihood):
     is_fisher: ClassVar[bool] = False
     is_drawn: ClassVar[bool] = False
 
-    def factor(self, weight: Float[Tensor, "N K X"]) -> Eigenfactor:
+    def root(self, weight: Float[Tensor, "N K X"]) -> EigenRoot:
         """Return A by an eigendecomposition in float64.
 
         Raises:
@@ -215,7 +215,7 @@ class Computed(Likelihood):
         roots = torch.where(values > round_off, values, 0).sqrt().transpose(1, 2).to(H)
         scale = self.lay(roots) * weight[:, :1].sqrt()
         basis = self.lay(vectors.mT.flatten(2).transpose(1, 2).to(H))
-        return Eigenfactor(scale.transpose(0, 1), basis.unflatten(1, (C, C)).permute(1, 2, 0, 3))
+        return EigenRoot(scale.transpose(0, 1), basis.unflatten(1, (C, C)).permute(1, 2, 0, 3))
 
     def relaid(self, lay: Lay) -> Computed:  # noqa: D102
         return replace(self, lay=lambda tensor: lay(self.lay(tensor)))
@@ -241,10 +241,10 @@ class Several(Likelihood):
     def drawable(self) -> bool:  # noqa: D102
         return all(part.drawable for _, part in self.parts)
 
-    def factor(self, weight: Float[Tensor, "N K X"]) -> Blocks:  # noqa: D102
+    def root(self, weight: Float[Tensor, "N K X"]) -> BlockRoot:  # noqa: D102
         X = weight.shape[2]
-        factors = [(slice(at.start * X, at.stop * X), part.factor(weight[:, at])) for at, part in self.parts]
-        return Blocks(tuple(factors), self.outputs * X)
+        roots = [(slice(at.start * X, at.stop * X), part.root(weight[:, at])) for at, part in self.parts]
+        return BlockRoot(tuple(roots), self.outputs * X)
 
     def draw(self, draws: Draws) -> Float[Tensor, "S N C X"]:  # noqa: D102
         found = [part.draw(draws) for _, part in self.parts]

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import UnsupportedModel, Weightless
-from curvlab.rows.loss.factor import OutputFactor
 from curvlab.rows.loss.likelihood import Draws, Lay, Likelihood
+from curvlab.rows.loss.root import OutputRoot
 
 Kind = Literal["exact", "ggn", "mc", "empirical"]
 Reduction = Literal["mean", "sum"]
@@ -89,9 +89,9 @@ class LossTerms:
         """`count`, or 1 where there is nothing to divide."""
         return self.count or 1.0
 
-    def root(self) -> OutputFactor:
+    def root(self) -> OutputRoot:
         """Return Λ^{1/2}/√count."""
-        return self.likelihood.factor(self.weight / self._divisor)
+        return self.likelihood.root(self.weight / self._divisor)
 
     def sampled(
         self,

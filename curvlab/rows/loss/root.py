@@ -3,10 +3,10 @@
 Λ is block-diagonal with one block a position (n, x) of the output. `A`, with `AᵀA = Λ`, is kept in the form that a loss
 gives it:
 
-    Scaling          A = diag(s)                       element-wise losses
+    DiagonalRoot     A = diag(s)                       element-wise losses
     SoftmaxRoot      A = s diag(√p)(I − 1pᵀ)           K = C rows a position, one of which is redundant
-    Eigenfactor      A = diag(s) Vᵀ                    any other Hessian, by its eigenvectors
-    Blocks           one of these for every task       sums of losses on different outputs
+    EigenRoot        A = diag(s) Vᵀ                    any other Hessian, by its eigenvectors
+    BlockRoot        one of these for every task       sums of losses on different outputs
 
 Rows `(v, n)` with v = (c, x), x innermost, keep their order; row k of a position takes the place of output k.
 """
@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Own = TypeVar("Own", bound="PositionFactor")
+Own = TypeVar("Own", bound="PositionRoot")
 
 Null = tuple[slice, Tensor]
 """Some of the rows v, and unit vectors `[C, N, X]` over them, one a position, that no row of S reaches."""
 
 
-class OutputFactor(ABC):
+class OutputRoot(ABC):
     """A matrix A at every position of the output, with `AᵀA = Λ`."""
 
     @property
@@ -80,17 +80,17 @@ class OutputFactor(ABC):
         """Directions of row space that vanish although no row does."""
         return ()
 
-    def inverse(self) -> OutputFactor | None:
-        """Return the factor that turns S back into J, or None if some direction has no weight or there is no such form."""
+    def inverse(self) -> OutputRoot | None:
+        """Return A⁻¹, which turns S back into J, or None if some direction has no weight or there is no such form."""
         return None
 
     @abstractmethod
-    def to(self, dtype: torch.dtype) -> OutputFactor:
+    def to(self, dtype: torch.dtype) -> OutputRoot:
         """Convert to another floating-point type."""
 
     @abstractmethod
-    def joined(self, others: Sequence[Any], scales: Sequence[float]) -> OutputFactor:
-        """Append the samples of other factors of this form; each factor is multiplied by a number."""
+    def joined(self, others: Sequence[Any], scales: Sequence[float]) -> OutputRoot:
+        """Append the samples of other roots of this form; each root is multiplied by a number."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -98,8 +98,8 @@ class OutputFactor(ABC):
 
 
 @dataclass(frozen=True)
-class PositionFactor(OutputFactor):
-    """A factor of one form at all positions; the samples are the axis before the last of every tensor.
+class PositionRoot(OutputRoot):
+    """A root of one form at all positions; the samples are the axis before the last of every tensor.
 
     Attributes:
         scale: s, `[C, N, X]`.
@@ -151,7 +151,7 @@ class PositionFactor(OutputFactor):
 
 
 @dataclass(frozen=True)
-class Scaling(PositionFactor):
+class DiagonalRoot(PositionRoot):
     """A = diag(s)."""
 
     def _weigh(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
@@ -160,57 +160,57 @@ class Scaling(PositionFactor):
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
         return _over(u, self.scale.transpose(1, 2).flatten(0, 1))
 
-    def inverse(self) -> Scaling | None:  # noqa: D102
-        return None if bool((self.scale == 0).any()) else Scaling(self.scale.reciprocal())
+    def inverse(self) -> DiagonalRoot | None:  # noqa: D102
+        return None if bool((self.scale == 0).any()) else DiagonalRoot(self.scale.reciprocal())
 
 
 @dataclass(frozen=True)
-class SoftmaxRoot(PositionFactor):
+class SoftmaxRoot(PositionRoot):
     """A = s diag(√p)(I − 1pᵀ), the rows of which at a position satisfy `Σ_k √p_k S_k = 0`.
 
     Attributes:
-        root: √p, `[C, N, X]`.
+        sqrt_p: √p, `[C, N, X]`.
     """
 
-    root: Float[Tensor, "C N X"]
+    sqrt_p: Float[Tensor, "C N X"]
 
     def _weigh(self, split: Float[Tensor, "C X N ..."]) -> Float[Tensor, "C X N ..."]:
-        mean = (_spread(self.root.square(), split) * split).sum(0)
-        return (split - mean).mul_(_spread(self.scale * self.root, split))
+        mean = (_spread(self.sqrt_p.square(), split) * split).sum(0)
+        return (split - mean).mul_(_spread(self.scale * self.sqrt_p, split))
 
     def compress(self, rows: Float[Tensor, "V N ..."]) -> Float[Tensor, "W N ..."]:
         """Reflect √p, which no row reaches, into the last output, and leave that one out; not the only one."""
-        C, N, X = self.root.shape
+        C, N, X = self.sqrt_p.shape
         if C == 1:
             return rows
         split = rows.reshape(C, X, N, *rows.shape[2:])
-        weight = _spread(self.root[:-1] / (1 + self.root[-1]), split[:-1])
+        weight = _spread(self.sqrt_p[:-1] / (1 + self.sqrt_p[-1]), split[:-1])
         return torch.addcmul(split[:-1], weight, split[-1], value=-1).flatten(0, 1)
 
     def dual(self, u: Float[Tensor, "K V N"]) -> Float[Tensor, "K V N"]:  # noqa: D102
-        C, N, X = self.root.shape
+        C, N, X = self.sqrt_p.shape
         split = u.reshape(-1, C, X, N)
-        root = self.root.transpose(1, 2)
-        split = split - root.square() * split.sum(1, keepdim=True)
-        return _over(split, self.scale.transpose(1, 2) * root).flatten(1, 2)
+        sqrt_p = self.sqrt_p.transpose(1, 2)
+        split = split - sqrt_p.square() * split.sum(1, keepdim=True)
+        return _over(split, self.scale.transpose(1, 2) * sqrt_p).flatten(1, 2)
 
     def _within(self) -> Float[Tensor, "C K N X"]:
         weighted = (self.scale != 0).to(self.scale)
         eye = torch.eye(len(self.scale), dtype=self.scale.dtype, device=self.scale.device)[:, :, None, None]
-        return weighted * (eye - self.root[:, None] * self.root)
+        return weighted * (eye - self.sqrt_p[:, None] * self.sqrt_p)
 
     @property
     def weighed(self) -> Bool[Tensor, "V N"]:  # noqa: D102
-        return (self.scale * self.root != 0).transpose(1, 2).flatten(0, 1)
+        return (self.scale * self.sqrt_p != 0).transpose(1, 2).flatten(0, 1)
 
     @property
     def nulls(self) -> tuple[Null, ...]:  # noqa: D102
-        return ((slice(0, self.shape[0]), self.root),)
+        return ((slice(0, self.shape[0]), self.sqrt_p),)
 
 
 @dataclass(frozen=True)
-class Eigenfactor(PositionFactor):
-    """A = diag(s) Vᵀ with the eigenvectors V and the roots s of the eigenvalues of Λ.
+class EigenRoot(PositionRoot):
+    """A = diag(s) Vᵀ with the eigenvectors V and the square roots s of the eigenvalues of Λ.
 
     Attributes:
         basis: Vᵀ, `[K, C, N, X]` with K = C.
@@ -229,15 +229,15 @@ class Eigenfactor(PositionFactor):
 
 
 @dataclass(frozen=True)
-class Blocks(OutputFactor):
-    """Factors of different losses on different outputs.
+class BlockRoot(OutputRoot):
+    """Roots of different losses on different outputs.
 
     Attributes:
-        parts: the rows v of each, and its factor.
+        parts: the rows v of each, and its root.
         total: V; rows that belong to no part are zero.
     """
 
-    parts: tuple[tuple[slice, OutputFactor], ...]
+    parts: tuple[tuple[slice, OutputRoot], ...]
     total: int
 
     @property
@@ -281,30 +281,30 @@ class Blocks(OutputFactor):
             for rows, null in part.nulls
         )
 
-    def to(self, dtype: torch.dtype) -> Blocks:  # noqa: D102
+    def to(self, dtype: torch.dtype) -> BlockRoot:  # noqa: D102
         return replace(self, parts=tuple((at, part.to(dtype)) for at, part in self.parts))
 
-    def joined(self, others: Sequence[Blocks], scales: Sequence[float]) -> Blocks:  # noqa: D102
+    def joined(self, others: Sequence[BlockRoot], scales: Sequence[float]) -> BlockRoot:  # noqa: D102
         columns = zip(*(other.parts for other in (self, *others)), strict=True)
         parts = [(same[0][0], same[0][1].joined([part for _, part in same[1:]], scales)) for same in columns]
         return replace(self, parts=tuple(parts))
 
     def state(self) -> dict[str, Any]:  # noqa: D102
         parts = [(at.start, at.stop, part.state()) for at, part in self.parts]
-        return {"form": "Blocks", "parts": parts, "total": self.total}
+        return {"form": "BlockRoot", "parts": parts, "total": self.total}
 
 
-FORMS: dict[str, type[PositionFactor]] = {form.__name__: form for form in (Scaling, SoftmaxRoot, Eigenfactor)}
+FORMS: dict[str, type[PositionRoot]] = {form.__name__: form for form in (DiagonalRoot, SoftmaxRoot, EigenRoot)}
 
 
-def restored(state: dict[str, Any]) -> OutputFactor:
-    """Return the factor whose `state` is given."""
+def restored(state: dict[str, Any]) -> OutputRoot:
+    """Return the root whose `state` is given."""
     content = dict(state)
     form = content.pop("form")
-    if form != "Blocks":
+    if form != "BlockRoot":
         return FORMS[form](**content)
     parts = tuple((slice(start, stop), restored(part)) for start, stop, part in content["parts"])
-    return Blocks(parts, content["total"])
+    return BlockRoot(parts, content["total"])
 
 
 def _spread(weight: Float[Tensor, "C N X"], split: Float[Tensor, "C X N ..."]) -> Tensor:
