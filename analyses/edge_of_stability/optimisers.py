@@ -12,7 +12,7 @@ from analyses.edge_of_stability.setting import Setting, flat
 from curvlab.fisher import Structure
 from curvlab.optim import NaturalGradient
 from curvlab.rows import sqrt_fisher
-from curvlab.spectrum import DiagonalPreconditioner, Operator, Preconditioned, Preconditioner
+from curvlab.spectrum import DiagonalPreconditioner, Operator, Preconditioned, SupportsSolve
 from curvlab.theory import sharpness_threshold
 
 BETAS = (0.9, 0.999)
@@ -92,7 +92,7 @@ class Frozen:
     """Steps −η(P + ρI)⁻¹g with a P that stays as it is."""
 
     model: nn.Module
-    preconditioner: Preconditioner
+    preconditioner: SupportsSolve
     damping: float
     eta: float
 

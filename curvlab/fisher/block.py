@@ -22,7 +22,7 @@ from curvlab.rows.loss import OutputRoot
 from curvlab.rows.parameters import Layout, Parameters
 from curvlab.rows.rows import Rows
 
-State = dict[str, Tensor | float | None]
+BlockState = dict[str, Tensor | float | None]
 """What a block keeps, besides rows; plain tensors and numbers."""
 
 
@@ -112,11 +112,11 @@ class RunningAverage:
         assert self.total is not None
         return self.total / (self.weight or 1.0)
 
-    def state(self) -> State:
+    def state(self) -> BlockState:
         """Return what `restore` needs."""
         return {"total": self.total, "weight": self.weight}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: BlockState) -> None:
         """Bring a saved state back."""
         total, weight = state["total"], state["weight"]
         assert not isinstance(total, float)
@@ -300,11 +300,11 @@ class Block(ABC):
         """Return the trace."""
 
     @abstractmethod
-    def state(self) -> State:
+    def state(self) -> BlockState:
         """Return what `restore` needs, besides rows."""
 
     @abstractmethod
-    def restore(self, state: State) -> None:
+    def restore(self, state: BlockState) -> None:
         """Bring a saved state back."""
 
 

@@ -15,7 +15,7 @@ from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.fisher.full import RowStructure
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide, Side
-from curvlab.fisher.stack import Cut, Formed
+from curvlab.fisher.stack import Cut, DenseStack
 from curvlab.fisher.unit_wise import UnitBlock
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
@@ -26,7 +26,7 @@ from curvlab.tools.looks import Look
 Labels = Int[Tensor, "units width"]
 """The number of the component to which every entry of a layer's matrix belongs."""
 
-Rule = Callable[[str, Layout], Labels]
+Partition = Callable[[str, Layout], Labels]
 """Returns the labels for the name of a layer and the layout of its matrix."""
 
 FEW_INPUTS = 16
@@ -68,7 +68,7 @@ def _is_convolution(slot: Slot, layout: Layout) -> bool:
     return len(slot.shape) > 2 and (slot.input_first > 0 or slot.shape[0] == layout.units)
 
 
-RULES: Mapping[str, Rule] = {"semantic": semantic, "unit": units, "kernel": kernels}
+RULES: Mapping[str, Partition] = {"semantic": semantic, "unit": units, "kernel": kernels}
 """The rules that have a name."""
 
 
@@ -94,9 +94,9 @@ class Components(Cut):
     index: Int[Tensor, " P_b"]
     count: int
 
-    def rows(self, layers: Sequence[LayerRows]) -> Formed:  # noqa: D102
+    def rows(self, layers: Sequence[LayerRows]) -> DenseStack:  # noqa: D102
         (layer,) = layers
-        return Formed(layer.dense()[:, self.index].view(layer.count, self.count, -1).transpose(0, 1).contiguous())
+        return DenseStack(layer.dense()[:, self.index].view(layer.count, self.count, -1).transpose(0, 1).contiguous())
 
     def moment(self, layers: Sequence[LayerRows]) -> Float[Tensor, "B w w"]:
         """Form `X_bᵀX_b` in chunks of samples. Cost `R·P_b·w` after the rows are formed."""
@@ -145,7 +145,7 @@ class ComponentWise(
     def __init__(
         self,
         *,
-        partition: str | int | Rule = "semantic",
+        partition: str | int | Partition = "semantic",
         side: Side = "auto",
         window: int | None = None,
         rtol: float | None = None,
@@ -168,7 +168,7 @@ class ComponentWise(
         return {"partition": self._partition, **super().options}
 
     @property
-    def _rule(self) -> Rule:
+    def _rule(self) -> Partition:
         partition = self._partition
         if isinstance(partition, str):
             return RULES[partition]
@@ -182,7 +182,7 @@ class ComponentWise(
         ]
 
 
-def _blocks(name: str, layout: Layout, rule: Rule, config: RowSide, device: torch.device) -> Iterator[Block]:
+def _blocks(name: str, layout: Layout, rule: Partition, config: RowSide, device: torch.device) -> Iterator[Block]:
     """Yield a block for all components of one size."""
     labels = _checked(rule(name, layout), name, layout).cpu()
     _, component, sizes = labels.flatten().unique(return_inverse=True, return_counts=True)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, Block, RowRelation, RunningAverage, State, check_rtol
+from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, RunningAverage, check_rtol
 from curvlab.fisher.plain import weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.structure import Structure
@@ -83,10 +83,10 @@ class DiagonalBlock(Block):
     def trace(self) -> float:  # noqa: D102
         return float(self.average.value.sum())
 
-    def state(self) -> State:  # noqa: D102
+    def state(self) -> BlockState:  # noqa: D102
         return self.average.state()
 
-    def restore(self, state: State) -> None:  # noqa: D102
+    def restore(self, state: BlockState) -> None:  # noqa: D102
         self.average.restore(state)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, RunningAverage, State
+from curvlab.fisher.block import Batch, BlockState, RunningAverage
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import EmbeddingBlock, KroneckerBlock, KroneckerOptions, LinearBlock, Sharing
 from curvlab.fisher.state import batches_of
@@ -60,10 +60,10 @@ class _Corrected(KroneckerBlock):
         small = values <= rank_tolerance(values.flatten(), rtol, 1, values.dtype)
         return small if self.options.sharing != "expand" else small | super().null()
 
-    def state(self) -> State:
+    def state(self) -> BlockState:
         return {**super().state(), **{f"corrections.{key}": value for key, value in self.corrections.state().items()}}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: BlockState) -> None:
         super().restore(state)
         self.corrections.restore({key: state[f"corrections.{key}"] for key in ("total", "weight")})
 

@@ -163,10 +163,10 @@ class Fitting:
         compared = self.checkpoint is not None or self.structure.passes > 1
         for index, batch in enumerate(self.batches):
             if compared:
-                self._compare(number, index, fingerprint(batch))
+                self._check_same(number, index, fingerprint(batch))
             yield None if index < done else batch
 
-    def _compare(self, number: int, index: int, found: str) -> None:
+    def _check_same(self, number: int, index: int, found: str) -> None:
         seen = self._at.seen
         if number == 0 and index == len(seen):
             seen.append(found)

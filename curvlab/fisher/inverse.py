@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.fisher.block import State
+from curvlab.fisher.block import BlockState
 from curvlab.rows.aligned import aligned, product
 
 WORTH_FORMING = 4
@@ -41,7 +41,7 @@ class Inverse(ABC):
     def dense(self) -> Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]:
         """Return the matrices, of diagonal ones the diagonals."""
 
-    def state(self) -> State:
+    def state(self) -> BlockState:
         """Return what `restored` needs."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -147,6 +147,6 @@ def from_dense(inverse: Float[Tensor, "Q d d"] | Float[Tensor, "Q d"]) -> Invers
     return MatrixInverse(inverse) if inverse.ndim == 3 else DiagonalInverse(inverse)
 
 
-def restored(state: State) -> Inverse:
+def restored(state: BlockState) -> Inverse:
     """Return the inverse with a state."""
     return _FORMS[frozenset(state)](**state)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, RowRelation, State, check_rtol
+from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, check_rtol
 from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
 from curvlab.fisher.plain import is_plain, weighted_product
@@ -277,15 +277,15 @@ class KroneckerBlock(Block):
     def trace(self) -> float:  # noqa: D102
         return float(self.entries().sum())
 
-    def state(self) -> State:  # noqa: D102
+    def state(self) -> BlockState:  # noqa: D102
         named = {"units": self.units, "width": self.width}
         state = {f"{name}.{key}": value for name, factor in named.items() for key, value in factor.state().items()}
         for name, inverse in zip(named, self._inverses or (), strict=False):
             state |= {f"inverses.{name}.{key}": value for key, value in inverse.state().items()}
         return state | {"inverted_at": self._inverted_at, "age": float(self._age)}
 
-    def restore(self, state: State) -> None:  # noqa: D102
-        def part(prefix: str) -> State:
+    def restore(self, state: BlockState) -> None:  # noqa: D102
+        def part(prefix: str) -> BlockState:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
         self.units.restore(part("units."))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from curvlab.fisher.block import RunningAverage, State, Total
+from curvlab.fisher.block import BlockState, RunningAverage, Total
 from curvlab.fisher.inverse import CholeskyInverse, DiagonalInverse, Inverse, LowRankInverse, MatrixInverse
 from curvlab.fisher.system import condition_limit, naming_overflow
 from curvlab.rows.aligned import aligned, padded_columns
@@ -88,11 +88,11 @@ class Factor(ABC):
         """Return the trace over the dimension."""
 
     @abstractmethod
-    def state(self) -> State:
+    def state(self) -> BlockState:
         """Return what `restore` needs."""
 
     @abstractmethod
-    def restore(self, state: State) -> None:
+    def restore(self, state: BlockState) -> None:
         """Bring a saved state back."""
 
 
@@ -255,7 +255,7 @@ class Moment(Factor):
         assert self.matrix is not None
         return self.matrix.diagonal(dim1=1, dim2=2).mean(-1) / self._divisor
 
-    def state(self) -> State:  # noqa: D102
+    def state(self) -> BlockState:  # noqa: D102
         if self.matrix is not None:
             self._mirror()
         return {
@@ -264,7 +264,7 @@ class Moment(Factor):
             "weight": self.weight,
         }
 
-    def restore(self, state: State) -> None:  # noqa: D102
+    def restore(self, state: BlockState) -> None:  # noqa: D102
         root, matrix, weight = state["root"], state["matrix"], state["weight"]
         assert root is None or isinstance(root, Tensor)
         assert matrix is None or isinstance(matrix, Tensor)
@@ -332,10 +332,10 @@ class DiagonalMoment(Factor):
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
         return self.average.value.mean()[None]
 
-    def state(self) -> State:  # noqa: D102
+    def state(self) -> BlockState:  # noqa: D102
         return self.average.state()
 
-    def restore(self, state: State) -> None:  # noqa: D102
+    def restore(self, state: BlockState) -> None:  # noqa: D102
         self.average.restore(state)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvlab.fisher.block import RowRelation
 from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, SidedBlock
-from curvlab.fisher.stack import Cut, RowStack, Stack, Together, Whole
+from curvlab.fisher.stack import Cut, FactoredStack, RowStack, Stack, WholeLayers
 from curvlab.fisher.system import System, rank_tolerance
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputRoot
@@ -34,7 +34,7 @@ class RowBlock(SidedBlock):
     """
 
     def __init__(self, name: str, parts: Sequence[Layout], config: RowSide, cut: Cut | None = None) -> None:
-        self.cut = cut or Whole()
+        self.cut = cut or WholeLayers()
         super().__init__(name, parts, config, self.cut.index)
         self._reset()
 
@@ -132,7 +132,7 @@ class RowBlock(SidedBlock):
     def solve_sum(self, layers: tuple[LayerRows, ...], damping: float) -> dict[str, Tensor]:
         """Solve on the row side without forming x, if the rows share the inputs of the state's."""
         root = self.root if self.keeps_rows else None
-        if not (isinstance(root, Together) and root.shares_inputs(layers)):
+        if not (isinstance(root, FactoredStack) and root.shares_inputs(layers)):
             return super().solve_sum(layers, damping)
         c = self.system.solve(root.times_total(layers), damping)
         return root.taken_from(layers, c, 1 / damping)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from curvlab.errors import StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, RunningAverage, State, check_rtol
+from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage, check_rtol
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 
@@ -124,10 +124,10 @@ class SidedBlock(Block):
         self.average.update(self._form(self.layers), weight, 0.0)
         self.layers, self._rows_held = (), 0
 
-    def state(self) -> State:  # noqa: D102
+    def state(self) -> BlockState:  # noqa: D102
         return {**self.average.state(), "rows_held": float(self._rows_held)}
 
-    def restore(self, state: State) -> None:  # noqa: D102
+    def restore(self, state: BlockState) -> None:  # noqa: D102
         held = state["rows_held"]
         assert isinstance(held, float)
         self.average.restore(state)

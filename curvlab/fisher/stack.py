@@ -68,7 +68,7 @@ class RowStack(Stack):
 
 
 @dataclass(frozen=True, eq=False)
-class Together(RowStack):
+class FactoredStack(RowStack):
     """The rows of one block over whole layers, factored."""
 
     layers: Sequence[LayerRows]
@@ -88,7 +88,7 @@ class Together(RowStack):
         return dense(self.layers)[None]
 
     def against(self, other: Stack, part: slice = slice(None)) -> Float[Tensor, "1 R S"]:  # noqa: ARG002, D102
-        assert isinstance(other, Together)
+        assert isinstance(other, FactoredStack)
         return gram(self.layers, other.layers)[None]
 
     def contract(self, x: Float[Tensor, "1 P_b K"]) -> Float[Tensor, "R K"]:  # noqa: D102
@@ -112,7 +112,7 @@ class Together(RowStack):
 
 
 @dataclass(frozen=True, eq=False)
-class Formed(RowStack):
+class DenseStack(RowStack):
     """Rows that were formed."""
 
     x: Float[Tensor, "B R w"]
@@ -133,7 +133,7 @@ class Formed(RowStack):
         return self.x
 
     def against(self, other: Stack, part: slice = slice(None)) -> Float[Tensor, "b R n"]:  # noqa: D102
-        if isinstance(other, Formed):
+        if isinstance(other, DenseStack):
             return self.x[part] @ other.x[part].mT
         return other.times(self.x.transpose(0, 1).flatten(1))[part].mT
 
@@ -180,13 +180,13 @@ class Cut(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Whole(Cut):
+class WholeLayers(Cut):
     """One block of whole layers."""
 
     sums = True
 
-    def rows(self, layers: Sequence[LayerRows]) -> Together:  # noqa: D102
-        return Together(layers)
+    def rows(self, layers: Sequence[LayerRows]) -> FactoredStack:  # noqa: D102
+        return FactoredStack(layers)
 
     def moment(self, layers: Sequence[LayerRows]) -> Float[Tensor, "1 P_b P_b"]:  # noqa: D102
         return moment(layers)[None]

@@ -19,7 +19,7 @@ from curvlab.fisher.full import RowStructure
 from curvlab.fisher.plain import contract_units, is_plain, plain_factors
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide
-from curvlab.fisher.stack import Cut, Formed, Stack
+from curvlab.fisher.stack import Cut, DenseStack, Stack
 from curvlab.rows import Rows
 from curvlab.rows.factored import KroneckerRows
 from curvlab.rows.layer import LayerRows
@@ -86,8 +86,8 @@ class Units(Cut):
 
     count: int
 
-    def rows(self, layers: Sequence[LayerRows]) -> Formed:  # noqa: D102
-        return Formed(layers[0].unit_stack())
+    def rows(self, layers: Sequence[LayerRows]) -> DenseStack:  # noqa: D102
+        return DenseStack(layers[0].unit_stack())
 
     def root(self, layers: Sequence[LayerRows]) -> Stack:  # noqa: D102
         (layer,) = layers

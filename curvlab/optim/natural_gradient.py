@@ -15,7 +15,7 @@ from curvlab.errors import StateError
 from curvlab.fisher import Structure
 from curvlab.optim.hyper import Hyper, Interval, Schedule
 from curvlab.optim.preconditioner import Preconditioner
-from curvlab.optim.quadratic import Batch, LevenbergMarquardt, agreement, best_combination, inner
+from curvlab.optim.quadratic import BatchLoss, LevenbergMarquardt, agreement, best_combination, inner
 from curvlab.rows.loss import Kind
 
 _HOOKS = re.compile("_optimizer_.*_hooks")
@@ -225,7 +225,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _step(self) -> None:
         pre, damping = self.preconditioner, self.damping
         adjusts = self._adapts is not None and (pre.steps + 1) % self._adapts.every == 0
-        batch = self._batch() if adjusts or self._quadratic else None
+        batch = self._batch_loss() if adjusts or self._quadratic else None
         bound = None if self._kl_clip is None else self._kl_clip.at(pre.steps)
         gradients = self._gradients()
         found = pre.direction(gradients)
@@ -249,9 +249,9 @@ class NaturalGradient(torch.optim.Optimizer):
             ratio = agreement(batch, gradients, before, {name: p.detach() for p, name in self._names.items()}, damping)
             self._rho.value = self._adapts.adjusted(damping, ratio)
 
-    def _batch(self) -> Batch | None:
-        """The batch of this step, with the coupled weight decay as a part of the loss."""
-        batch = self.preconditioner.batch
+    def _batch_loss(self) -> BatchLoss | None:
+        """The loss on the batch of this step, with the coupled weight decay as a part of the loss."""
+        batch = self.preconditioner.batch_loss
         if batch is None or self._decoupled:
             return batch
         decay = {self._names[p]: group["weight_decay"] for group in self.param_groups for p in group["params"]}
@@ -299,7 +299,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return list(torch._foreach_add(steps, velocity, alpha=group["momentum"])) if group["nesterov"] else velocity
 
     def _combine(
-        self, batch: Batch, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor], damping: float
+        self, batch: BatchLoss, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor], damping: float
     ) -> None:
         """Step along the direction and the last step as the quadratic model says."""
         moving = {name: p for p, name in self._names.items() if name in direction}

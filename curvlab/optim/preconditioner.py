@@ -30,7 +30,7 @@ from curvlab.fisher.damping import absolute
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.processes import Processes
-from curvlab.optim.quadratic import Batch
+from curvlab.optim.quadratic import BatchLoss
 from curvlab.optim.routes import Step, route_of
 from curvlab.rows.collect import Collector, Draw, no_rows_beside
 from curvlab.rows.guard import Checks
@@ -262,9 +262,9 @@ class Preconditioner:
                 parameter.grad.copy_(direction[name])
 
     @property
-    def batch(self) -> Batch | None:
-        """The batch of this step, if there was one pass."""
-        return Batch(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
+    def batch_loss(self) -> BatchLoss | None:
+        """The loss on the batch of this step, if there was one pass."""
+        return BatchLoss(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
 
     def direction(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Take the curvature that is due, and return `(F + ρI)⁻¹ grad`, None for a step to skip; ends the step.

@@ -26,14 +26,13 @@ from curvlab.nn.functional import called_with
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.optim.hyper import Hyper, whole
 from curvlab.rows.loss import flat_outputs, loss_terms
+from curvlab.rows.parameters import Parameters
 from curvlab.rows.sweep import Arguments
-
-Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A model, a loss and the batch of one pass; evaluating them changes no buffer of the model.
+class BatchLoss:
+    """The loss of a model on the batch of one pass; evaluating it changes no buffer of the model.
 
     Attributes:
         direct: whether the loss was called on what the model returned.
@@ -49,7 +48,7 @@ class Batch:
     shape: Sequence[int] | None = None
     decay: Mapping[str, float] = field(default_factory=dict)
 
-    def outputs(self, parameters: Named) -> Tensor:
+    def outputs(self, parameters: Parameters) -> Tensor:
         """Run the model at other parameters.
 
         Raises:
@@ -67,16 +66,16 @@ class Batch:
         # A step changes the loss by less than the round-off of half precision.
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
-    def value(self, parameters: Named) -> float:
+    def value(self, parameters: Parameters) -> float:
         """Return the loss at other parameters."""
         with torch.no_grad():
             decay = sum(weight / 2 * float(parameters[name].square().sum()) for name, weight in self.decay.items())
             return float(self.loss(self.outputs(parameters), self.targets)) + decay
 
-    def _moved(self, here: Named, moving: Named) -> Tensor:
+    def _moved(self, here: Parameters, moving: Parameters) -> Tensor:
         return self.outputs({**here, **moving})
 
-    def curvature(self, directions: Sequence[Named], at: Named | None = None) -> Float[Tensor, "K K"]:
+    def curvature(self, directions: Sequence[Parameters], at: Parameters | None = None) -> Float[Tensor, "K K"]:
         """Return `δ_kᵀ (F + λI) δ_l`, at the model's own parameters if `at` is None; those without a direction stay fixed."""
         weighted = []
         here = {name: p.detach() for name, p in self.model.named_parameters()} | dict(at or {})
@@ -95,7 +94,9 @@ class Batch:
         return products
 
 
-def best_combination(batch: Batch, gradient: Named, directions: Sequence[Named], damping: float) -> Float[Tensor, " K"]:
+def best_combination(
+    batch: BatchLoss, gradient: Parameters, directions: Sequence[Parameters], damping: float
+) -> Float[Tensor, " K"]:
     """Return the coefficients c that minimise `M(Σ_k c_k δ_k)`; where M is flat, the smallest ones."""
     names = list(directions[0])
     products = torch.stack([torch.stack([inner(a, b, names) for b in directions]) for a in directions])
@@ -105,7 +106,7 @@ def best_combination(batch: Batch, gradient: Named, directions: Sequence[Named],
     return best
 
 
-def agreement(batch: Batch, gradient: Named, before: Named, after: Named, damping: float) -> float:
+def agreement(batch: BatchLoss, gradient: Parameters, before: Parameters, after: Parameters, damping: float) -> float:
     """Return the decrease of the batch's loss over the promised `M(0) − M(δ)`; not a number if M promises none."""
     step = {name: after[name] - before[name] for name in gradient}
     squared = batch.curvature([step], at=before)[0, 0] + damping * inner(step, step, list(step))
@@ -113,7 +114,7 @@ def agreement(batch: Batch, gradient: Named, before: Named, after: Named, dampin
     return (batch.value(before) - batch.value(after)) / promised if promised > 0 else nan
 
 
-def inner(left: Named, right: Named, names: Sequence[str]) -> Tensor:
+def inner(left: Parameters, right: Parameters, names: Sequence[str]) -> Tensor:
     """Return the inner product over some parameters."""
     return torch.stack([(left[name] * right[name]).sum() for name in names]).sum()
 

@@ -1,7 +1,7 @@
 """Routes from the gradient of a step to its direction `(F + ρI)⁻¹ grad`, the cheapest first.
 
     Lift         Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
-    PerSample    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
+    PerSampleGradients    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
                                     the same a solve without forming the gradient
     Gradient     (F + ρI)⁻¹ grad    always
 
@@ -77,7 +77,7 @@ class Gradient(Route):
         return self.structure.direction(gradients, damping)
 
 
-class PerSample(Route):
+class PerSampleGradients(Route):
     """Solve with per-sample gradients, which add up to the gradient, in the blocks where that is less work."""
 
     def __init__(self, step: Step) -> None:
@@ -106,7 +106,7 @@ class PerSample(Route):
         )
 
 
-class Lift(PerSample):
+class Lift(PerSampleGradients):
     """Lift the coefficients of the gradient in the rows of which the curvature is made."""
 
     @staticmethod
@@ -118,14 +118,14 @@ class Lift(PerSample):
         return adds_up(layer, gradients, self.own.coefficients)
 
     def direction(self, gradients: Mapping[str, Tensor], sums: set[str], damping: float) -> dict[str, Tensor]:
-        """Lift if the whole gradient adds up and the state is made of these rows alone; else see `PerSample`."""
+        """Lift if the whole gradient adds up and the state is made of these rows alone; else see `PerSampleGradients`."""
         if self.structure.rows is not self.own.rows or len(sums) < len(gradients):
             return super().direction(gradients, sums, damping)
         assert self.own.coefficients is not None
         return self.structure.lift(self.own.coefficients, damping)
 
 
-ROUTES: tuple[type[Route], ...] = (Lift, PerSample, Gradient)
+ROUTES: tuple[type[Route], ...] = (Lift, PerSampleGradients, Gradient)
 """The first one that applies is taken."""
 
 

@@ -11,7 +11,7 @@ from curvlab.nn import HalfSquaredError, ntk_mlp
 from curvlab.problems.images import load_images
 from curvlab.problems.problem import Problem
 
-Samples = tuple[Float[Tensor, "_ M_0"], Shaped[Tensor, "_ ..."]]
+Examples = tuple[Float[Tensor, "_ M_0"], Shaped[Tensor, "_ ..."]]
 """Inputs and targets, as many of one as of the other."""
 
 
@@ -90,7 +90,7 @@ def image_data(
     test_samples: int,
     loss: str = "half-squared",
     dtype: torch.dtype = torch.float64,
-) -> tuple[Samples, Samples]:
+) -> tuple[Examples, Examples]:
     """Return training and test data of `image_problem`, whose arguments and errors these are.
 
     The samples are the first ones of the chosen classes in the published order. Images are flattened,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvlab.nn import HalfSquaredError, TwoLayer
-from curvlab.problems.classification import Samples, image_data
+from curvlab.problems.classification import Examples, image_data
 from curvlab.problems.problem import Problem
 
 
@@ -99,7 +99,7 @@ def synthetic_two_layer_problem(
     generator = torch.Generator().manual_seed(seed)
     plane = torch.randn(dimension - 1, generator=generator, dtype=torch.float64, device="cpu")
 
-    def drawn(count: int) -> Samples:
+    def drawn(count: int) -> Examples:
         z = torch.randn(count, dimension - 1, generator=generator, dtype=torch.float64, device="cpu")
         z /= z.norm(dim=1, keepdim=True)
         shared = torch.full((count, 1), sqrt(similarity), dtype=torch.float64, device="cpu")

@@ -25,7 +25,7 @@ from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
 from curvlab.rows.graph_signature import GraphSignature, signature_of
-from curvlab.rows.guard import Checks, compare, refuse, unfactored, without_factors
+from curvlab.rows.guard import Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_cotangents, watching
 from curvlab.rows.owners import Owner, decomposing, widest
@@ -277,7 +277,7 @@ class Collector(AbstractContextManager["Collector"]):
     def _wrong(self, z: Tensor, cotangents: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
         layers = [*self._factored_layers(), *self._dense_layers]
-        wrong, verified = compare(self.parameters, z, cotangents, layers, coupled=bool(self._coupled))
+        wrong, verified = compare_with_reverse_pass(self.parameters, z, cotangents, layers, coupled=bool(self._coupled))
         if not wrong:
             self._checks.add(self._kind, self._signature, verified)
         return wrong

@@ -134,7 +134,7 @@ def wrong_rows(
     if z is None or checks.new(kind, sweep_result.graph_signature, parameters):
         with torch.enable_grad():
             z = forward()
-    wrong, verified = compare(parameters, z, sweep_result.cotangents, sweep_result.layers)
+    wrong, verified = compare_with_reverse_pass(parameters, z, sweep_result.cotangents, sweep_result.layers)
     if not wrong:
         checks.add(kind, sweep_result.graph_signature, verified)
     return wrong
@@ -151,7 +151,7 @@ def refuse(wrong: Sequence[str]) -> None:
         )
 
 
-def compare(
+def compare_with_reverse_pass(
     parameters: Mapping[str, Tensor],
     z: Float[Tensor, "N C ..."],
     cotangents: Float[Tensor, "V N C ..."],

@@ -21,7 +21,7 @@ STRIP = 128
 WORTH_HALVING = 1 << 25
 """Multiply-adds of a product below which halving it saves less time than calling more functions takes."""
 
-Block = tuple[slice, slice]
+Tile = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
 
 
@@ -37,7 +37,7 @@ def chunks(total: int, elements_each: int, elements: int | None = None) -> Itera
         yield slice(start, min(start + step, total))
 
 
-def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Block, Block]]:
+def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Tile, Tile]]:
     """Cut the pairs of rows `(v, n)` on and above the diagonal into strips: all rows that come first, and some columns.
 
     Tall and narrow products run fastest. The largest one comes first, and the next ones take up its memory.
@@ -59,7 +59,7 @@ def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Blo
                 yield (v, slice(0, n.stop)), (v, n)
 
 
-def within_memory(rows: Block, columns: Block) -> Iterator[tuple[Block, Block]]:
+def within_memory(rows: Tile, columns: Tile) -> Iterator[tuple[Tile, Tile]]:
     """Cut the rows until a block's product stays below `CHUNK_ELEMENTS`."""
     if _rows(rows) * _rows(columns) <= CHUNK_ELEMENTS or _rows(rows) == 1:
         yield rows, columns
@@ -68,13 +68,13 @@ def within_memory(rows: Block, columns: Block) -> Iterator[tuple[Block, Block]]:
             yield from within_memory(half, columns)
 
 
-def _rows(block: Block) -> int:
+def _rows(block: Tile) -> int:
     v, n = block
     length: int = (v.stop - v.start) * (n.stop - n.start)
     return length
 
 
-def _halves(block: Block) -> tuple[Block, Block]:
+def _halves(block: Tile) -> tuple[Tile, Tile]:
     """Cut along v, or along n where there is one v, so that both halves are contiguous."""
     v, n = block
     if v.stop - v.start > 1:

@@ -9,8 +9,8 @@ from curvlab.spectrum.operator import DenseOperator, Operator, RowsOperator
 from curvlab.spectrum.preconditioned import (
     DiagonalPreconditioner,
     Preconditioned,
-    Preconditioner,
     StructureOperator,
+    SupportsSolve,
 )
 from curvlab.spectrum.rank import Rank, condition_number, effective_dimension, rank
 
@@ -27,10 +27,10 @@ __all__ = [
     "NotConverged",
     "Operator",
     "Preconditioned",
-    "Preconditioner",
     "Rank",
     "RowsOperator",
     "StructureOperator",
+    "SupportsSolve",
     "condition_number",
     "density",
     "diagonal",

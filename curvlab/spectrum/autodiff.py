@@ -3,7 +3,7 @@
     Hessian   H v = ∂/∂ε ∇L(θ + εv)     forward over reverse
     GGN       G v = Jᵀ (∂²L/∂z²) J v    forward, forward over reverse at the output, reverse
 
-A block goes through in one sweep: the passes that do not depend on the vectors are done once, the others are batched by
+A chunk of vectors goes through at once: the passes that do not depend on the vectors are done once, the others are batched by
 `torch.func.vmap`. Every operator compares one such product with double backward when it is made. What has no forward-mode
 derivative or batching rule, or another derivative than in reverse mode (`no_grad` inside the model, the padding of an
 embedding), or what the user's hooks look at, goes by double backward for good, one vector at a time; it says so once.
@@ -39,8 +39,8 @@ from curvlab.spectrum.operator import Operator
 
 logger = logging.getLogger("curvlab")
 
-SWEEP = 16
-"""Vectors in one sweep, by default."""
+CHUNK_SIZE = 16
+"""Vectors that go through at once, by default."""
 SLOPE = 0.05
 """Largest relative distance of a product from a difference of gradients."""
 ONCE = ("is not implemented", "once_differentiable", "ouble backward", "ouble-backward")
@@ -60,11 +60,11 @@ class DerivativeOperator(Operator):
         model: any module; frozen parameters have no columns. It is left as it was found.
         loss: called as `loss(outputs, targets)`, any differentiable function with a scalar result. Over several batches
             it needs a `reduction` of "mean" or "sum", by which they merge.
-        data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader, which is passed over once a sweep.
+        data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader, which is passed over once a chunk.
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use, as in `curvlab.jacobian`.
-        batched: whether vectors may share a sweep; if not, products go by double backward.
-        sweep: vectors that share one; memory is `sweep` times that of a forward pass with its gradient.
+        batched: whether several vectors may go through at once; if not, products go by double backward.
+        chunk_size: vectors that go through at once; memory is `chunk_size` times that of a forward pass with its gradient.
 
     Raises:
         UnsupportedModel: if the model has no trainable parameter, a function in it can be differentiated once only, or two
@@ -81,20 +81,20 @@ class DerivativeOperator(Operator):
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
         batched: bool = True,
-        sweep: int = SWEEP,
+        chunk_size: int = CHUNK_SIZE,
     ) -> None:
-        if sweep < 1:
-            raise ValueError(f"sweep is a number of vectors ≥ 1, got {sweep}.")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is a number of vectors ≥ 1, got {chunk_size}.")
         self.objective = Objective(model, loss, data, parameters, output)
         self.space, self.dtype, self.device = self.objective.space, self.objective.dtype, self.objective.device
-        self.sweep = sweep
+        self.chunk_size = chunk_size
         self._recorded: list[Product] | None = None
         self.batched = batched and self._agrees()
         self._check()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold parameters and data: double backward records the gradient of a single batch once for all sweeps.
+        """Hold parameters and data: double backward records the gradient of a single batch once for all chunks.
 
         Memory: that of a gradient with its graph. Parameters that change nevertheless are an error of autograd's.
         """
@@ -107,12 +107,12 @@ class DerivativeOperator(Operator):
             self._recorded = before
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        """Multiply a block of vectors. Cost per sweep of K vectors: one gradient, and about K more for the Hessian."""
+        """Multiply a block of vectors. Cost per chunk of K vectors: one gradient, and about K more for the Hessian."""
         with differentiable_attention():
-            sweeps = [self._sweep(part) for part in block.split(self.sweep)]
-        return torch.cat(sweeps) if len(sweeps) > 1 else sweeps[0]
+            products = [self._chunk(part) for part in block.split(self.chunk_size)]
+        return torch.cat(products) if len(products) > 1 else products[0]
 
-    def _sweep(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+    def _chunk(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return (self._by_forward if self.batched else self._by_backward)(self.space.unflatten(block))
 
     def _by_forward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
@@ -283,9 +283,11 @@ class GGN(DerivativeOperator):
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
         batched: bool = True,
-        sweep: int = SWEEP,
+        chunk_size: int = CHUNK_SIZE,
     ) -> None:
-        super().__init__(model, loss, data, parameters=parameters, output=output, batched=batched, sweep=sweep)
+        super().__init__(
+            model, loss, data, parameters=parameters, output=output, batched=batched, chunk_size=chunk_size
+        )
         if kind == "exact":
             self.objective.check_fisher()
 

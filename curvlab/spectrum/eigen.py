@@ -64,7 +64,7 @@ class Eigenpairs:
         residuals: `‖Ax − θx‖` in the norm of that inner product; an eigenvalue lies within this distance of θ.
         converged: which residuals are within the tolerance.
         products: products with single vectors that it took.
-        sweeps: products with blocks that it took.
+        block_products: products with blocks that it took.
         subspace: the vectors, and those that come next; what the next call starts from.
     """
 
@@ -73,7 +73,7 @@ class Eigenpairs:
     residuals: Float[Tensor, " k"]
     converged: Bool[Tensor, " k"]
     products: int
-    sweeps: int
+    block_products: int
     subspace: Float[Tensor, "m P"]
 
 
@@ -188,7 +188,7 @@ class _Basis:
 
     def __init__(self, operator: Operator, width: int, capacity: int) -> None:
         self.operator, self.width = operator, width
-        self.products = self.sweeps = 0
+        self.products = self.block_products = 0
         self.spans_all = False
         self._generator = torch.Generator().manual_seed(0)
         self._allocate(capacity)
@@ -281,7 +281,7 @@ class _Basis:
         self._projected[: self.count, before : self.count] = cross
         self._projected[before : self.count, : self.count] = cross.T
         self.products += len(fresh)
-        self.sweeps += 1
+        self.block_products += 1
         self.spans_all = self.count == self.operator.size
         return True
 
@@ -345,6 +345,6 @@ def _result(ritz: _Ritz, converged: Bool[Tensor, " m"], which: Which, basis: _Ba
         residuals=ritz.norms[order],
         converged=converged[order],
         products=basis.products,
-        sweeps=basis.sweeps,
+        block_products=basis.block_products,
         subspace=subspace,
     )

@@ -19,7 +19,7 @@ from curvlab.spectrum.operator import Operator
 
 
 @runtime_checkable
-class Preconditioner(Protocol):
+class SupportsSolve(Protocol):
     """What preconditions: every structure of `curvlab.fisher`, `DiagonalPreconditioner`, and whatever has these verbs.
 
     For a relative damping it needs `largest_eigenvalue()`, too.
@@ -123,7 +123,7 @@ class Preconditioned(Operator):
 
     euclidean = False
 
-    def __init__(self, operator: Operator, preconditioner: Preconditioner, damping: Damping = 0.0) -> None:
+    def __init__(self, operator: Operator, preconditioner: SupportsSolve, damping: Damping = 0.0) -> None:
         if not operator.euclidean:
             raise ValueError(
                 f"{operator!r} is not symmetric in the Euclidean inner product: precondition it once only."

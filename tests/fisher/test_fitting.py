@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab.fisher as cf
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.fisher.component_wise import Rule, units
+from curvlab.fisher.component_wise import Partition, units
 from curvlab.fisher.fitting import fingerprint
 from curvlab.testing.oracle import assert_close
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
         cf.KFAC.fit(data.model, data.loss, loader, checkpoint=tmp_path / "nowhere" / "state")
 
 
-def pairs() -> Rule:
+def pairs() -> Partition:
     """Return the partition into pairs, defined anew as in another process."""
     return lambda _, layout: (torch.arange(layout.size) // 2).view(layout.units, layout.width)
 
@@ -141,7 +141,7 @@ def pairs() -> Rule:
 def test_a_partition_is_known_again_by_where_its_function_is_defined(tmp_path: Path) -> None:
     data, path = case("mlp", "ce", N=6), tmp_path / "state"
 
-    def fit(partition: Rule) -> cf.Structure:
+    def fit(partition: Partition) -> cf.Structure:
         loader = Loader(data.inputs, data.targets)
         return cf.ComponentWise.fit(data.model, data.loss, loader, checkpoint=path, partition=partition)
 

@@ -16,7 +16,7 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Full
 from curvlab.nn import HalfSquaredError
 from curvlab.optim import LevenbergMarquardt
-from curvlab.optim.quadratic import Batch, agreement, best_combination
+from curvlab.optim.quadratic import BatchLoss, agreement, best_combination
 from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian
 
 
@@ -28,7 +28,7 @@ def test_the_quadratic_model_has_the_coupled_weight_decay() -> None:
     gradient = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
     slopes = {name: g + 0.5 * before[name] for name, g in zip(before, gradient, strict=True)}
     after = {name: p - 0.1 * slopes[name] for name, p in before.items()}
-    batch = Batch(model, loss, ((x,), {}), y, decay=dict.fromkeys(before, 0.5))
+    batch = BatchLoss(model, loss, ((x,), {}), y, decay=dict.fromkeys(before, 0.5))
     assert agreement(batch, slopes, before, after, 0.0) == pytest.approx(1.0, rel=1e-8)
     made = optimiser(model, loss, **options | {"damping": 0.0})
     for _ in range(40):
@@ -42,7 +42,7 @@ def test_the_quadratic_model_of_a_quadratic_loss_is_the_loss() -> None:
     """It then chooses the step of length 1 along the full direction, and promises what happens."""
     model, x, y = linear()
     loss = HalfSquaredError()
-    batch = Batch(model, loss, ((x,), {}), y)
+    batch = BatchLoss(model, loss, ((x,), {}), y)
     gradient = {"weight": torch.autograd.grad(loss(model(x), y), model.weight)[0]}
     solution = Full().update(sqrt_fisher(model, loss, x, y)).solve(gradient, 0.0)
     newton = {"weight": -solution["weight"]}  # type: ignore[call-overload]
@@ -65,7 +65,7 @@ def test_curvature_along_directions_is_that_of_the_dense_matrix() -> None:
     directions = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
     stacked = torch.stack([torch.cat([d.flatten() for d in direction.values()]) for direction in directions])
     F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y)
-    batch = Batch(model, loss, ((x,), {}), y)
+    batch = BatchLoss(model, loss, ((x,), {}), y)
     assert_close(batch.curvature(directions), stacked @ F @ stacked.T, 1e-9)
     with torch.no_grad():
         moved = copy.deepcopy(model)
@@ -84,7 +84,7 @@ def test_curvature_of_a_network_whose_attention_would_be_fused(training: bool) -
     direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     F = dense_ggn(dense_jacobian(copy.deepcopy(model).eval(), x), loss, model(x).detach(), y)
     flat_direction = torch.cat([part.flatten() for part in direction.values()])
-    curvature = Batch(model, loss, ((x,), {}), y).curvature([direction])
+    curvature = BatchLoss(model, loss, ((x,), {}), y).curvature([direction])
     assert_close(curvature, (flat_direction @ F @ flat_direction).view(1, 1), 1e-9)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvlab.fisher import STRUCTURES, make
 from curvlab.optim import Preconditioner, routes
-from curvlab.optim.routes import Gradient, Lift, PerSample, Route, Step
+from curvlab.optim.routes import Gradient, Lift, PerSampleGradients, Route, Step
 from curvlab.testing.oracle import assert_close
 
 FAST = [route for route in routes.ROUTES if route is not Gradient]
@@ -61,7 +61,9 @@ def test_a_route_leads_where_the_plain_one_does(
         for name, value in other.items():
             assert_close(one[name], value, 1e-9)
     lifts = route is Lift and not STRUCTURES[key].averages and kind != "mc"
-    assert taken == (["PerSample"] * 3 if route is PerSample else ["Lift" if lifts else "Gradient", "Gradient"] * 2)[:3]
+    per_sample = route is PerSampleGradients
+    names = ["PerSampleGradients"] * 3 if per_sample else ["Lift" if lifts else "Gradient", "Gradient"] * 2
+    assert taken == names[:3]
 
 
 def test_the_plain_route_is_open_to_every_step_and_the_last() -> None:

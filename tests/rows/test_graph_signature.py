@@ -116,13 +116,13 @@ def test_only_what_is_not_known_to_keep_samples_apart_is_checked_for_every_batch
     function: Callable[[Tensor], Tensor], times: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compared: list[int] = []
-    compare = guard.compare
+    compare = guard.compare_with_reverse_pass
 
     def note(parameters: Any, z: Any, cotangents: Any, layers: Any) -> Any:
         compared.append(1)
         return compare(parameters, z, cotangents, layers)
 
-    monkeypatch.setattr(guard, "compare", note)
+    monkeypatch.setattr(guard, "compare_with_reverse_pass", note)
     model = Between(function).to(DOUBLE)
     for _ in range(3):
         jacobian(model, torch.randn(5, 3, dtype=DOUBLE), engine="autograd")

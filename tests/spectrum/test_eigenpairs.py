@@ -139,7 +139,7 @@ class TestStart:
         A = DenseOperator(matrix(SPREAD))
         cold = eigenpairs(A, 2, tolerance=1e-8)
         warm = eigenpairs(A, 2, tolerance=1e-8, start=cold)
-        assert (warm.products, warm.sweeps) == (4, 1)
+        assert (warm.products, warm.block_products) == (4, 1)
         assert warm.values.tolist() == pytest.approx(cold.values.tolist(), abs=1e-12)
 
     @pytest.mark.parametrize("which", ENDS)

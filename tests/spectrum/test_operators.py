@@ -138,12 +138,12 @@ class TestHessianAndGGN:
         V = random_block(ours)
         assert_close(ours.matmat(V), (theirs @ V.T).T)
 
-    @pytest.mark.parametrize("sweep", [1, 2, 5])
-    def test_sweeps_of_any_width(self, sweep: int) -> None:
+    @pytest.mark.parametrize("chunk_size", [1, 2, 5])
+    def test_chunks_of_any_size(self, chunk_size: int) -> None:
         model, (x, y) = network(), samples(6)
         whole = Hessian(model, nn.CrossEntropyLoss(), (x, y))
         V = random_block(whole, 5)
-        assert_close(Hessian(model, nn.CrossEntropyLoss(), (x, y), sweep=sweep).matmat(V), whole.matmat(V))
+        assert_close(Hessian(model, nn.CrossEntropyLoss(), (x, y), chunk_size=chunk_size).matmat(V), whole.matmat(V))
 
     def test_follows_the_parameters(self) -> None:
         model, (x, y) = network(), samples(6)
@@ -441,8 +441,8 @@ class TestErrors:
             Hessian(mlp().requires_grad_(False), self.LOSS, samples(3))
 
     def test_options(self) -> None:
-        with pytest.raises(ValueError, match="sweep is a number of vectors"):
-            Hessian(network(), self.LOSS, samples(3), sweep=0)
+        with pytest.raises(ValueError, match="chunk_size is a number of vectors"):
+            Hessian(network(), self.LOSS, samples(3), chunk_size=0)
         with pytest.raises(ValueError, match=r"pass generator=torch\.Generator"):
             Fisher(network(), self.LOSS, samples(3), kind="mc")
         with pytest.raises(ValueError, match="Unknown kind 'empirial'"):

@@ -23,7 +23,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     setting, eta = setting_of(cell, context.config), float(cell["eta"])
     model = setting.network()
     size = sum(p.numel() for p in model.parameters())
-    dense = Hessian(model, setting.problem.loss, setting.problem.train, sweep=size)
+    dense = Hessian(model, setting.problem.loss, setting.problem.train, chunk_size=size)
 
     def exact(_: nn.Module) -> dict[str, float]:
         matrix = dense.to_dense()

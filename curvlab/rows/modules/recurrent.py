@@ -17,31 +17,31 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from curvlab.errors import UnsupportedModel
 from curvlab.rows.modules.composite import Composite, Project, Projection
 
-State = tuple[Tensor, ...]
+Hidden = tuple[Tensor, ...]
 """h, and c of an LSTM."""
 
-Step = Callable[[Tensor, Tensor, State], State]
+CellStep = Callable[[Tensor, Tensor, Hidden], Hidden]
 """`(W_ih x + b_ih, W_hh h + b_hh, state)` to the next state."""
 
 
-def _lstm(own: Tensor, fed_back: Tensor, state: State) -> State:
+def _lstm(own: Tensor, fed_back: Tensor, state: Hidden) -> Hidden:
     i, f, g, o = (own + fed_back).chunk(4, dim=-1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _gru(own: Tensor, fed_back: Tensor, state: State) -> State:
+def _gru(own: Tensor, fed_back: Tensor, state: Hidden) -> Hidden:
     (r, z, n), (r_h, z_h, n_h) = own.chunk(3, dim=-1), fed_back.chunk(3, dim=-1)
     update = torch.sigmoid(z + z_h)
     new = torch.tanh(n + torch.sigmoid(r + r_h) * n_h)
     return ((1 - update) * new + update * state[0],)
 
 
-def _elman(activation: Callable[[Tensor], Tensor]) -> Step:
+def _elman(activation: Callable[[Tensor], Tensor]) -> CellStep:
     return lambda own, fed_back, state: (activation(own + fed_back),)  # noqa: ARG005
 
 
-_STEPS: Mapping[str, Step] = {
+_STEPS: Mapping[str, CellStep] = {
     "LSTM": _lstm,
     "GRU": _gru,
     "RNN_TANH": _elman(torch.tanh),
@@ -100,7 +100,7 @@ def _layers(
 ) -> tuple[Float[Tensor, "N T H"], Any]:
     """Return the last layer's outputs, and the last states of all; `inside` says which times a sequence has, all if None."""
     suffixes = _suffixes(module)
-    ends: list[State] = []
+    ends: list[Hidden] = []
     for depth, layer in enumerate(suffixes):
         found = []
         for suffix in layer:
@@ -115,7 +115,7 @@ def _layers(
     return x, last if len(last) > 1 else last[0]
 
 
-def _initial(module: nn.RNNBase, x: Tensor, hx: Any, k: int) -> State:
+def _initial(module: nn.RNNBase, x: Tensor, hx: Any, k: int) -> Hidden:
     """Return the first state of the k-th layer and direction."""
     if hx is not None:
         return tuple(state[k] for state in hx) if isinstance(hx, tuple) else (hx[k],)
@@ -125,13 +125,13 @@ def _initial(module: nn.RNNBase, x: Tensor, hx: Any, k: int) -> State:
 
 
 def _unrolled(
-    step: Step,
+    step: CellStep,
     project: Project,
     suffix: str,
     x: Float[Tensor, "N T I"],
-    state: State,
+    state: Hidden,
     inside: Bool[Tensor, "N T"] | None,
-) -> tuple[Float[Tensor, "N T H"], State]:
+) -> tuple[Float[Tensor, "N T H"], Hidden]:
     """Return h at every time, and the last state; in reverse for a reverse direction.
 
     Sequences keep their state at times that they do not have.
