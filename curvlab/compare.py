@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from curvlab.fisher import STRUCTURES, Full, Structure, make
 from curvlab.fisher.damping import Damping, absolute
-from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows import Rows
 from curvlab.rows.loss import Kind
+from curvlab.rows.making import rows_of_loss
 from curvlab.rows.parameters import Vector
+from curvlab.rows.passes import Pass
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
 from curvlab.rows.upstream import output_gradient
@@ -74,15 +77,10 @@ def compare(
     Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
     """
     inputs, targets = data
-    exact = sqrt_fisher(model, loss, inputs, targets, "ggn" if kind == "ggn" else "exact", nodes=nodes, output=output)
-    own = (
-        exact
-        if kind in ("exact", "ggn")
-        else sqrt_fisher(
-            model, loss, inputs, targets, kind, samples=samples, generator=generator, nodes=nodes, output=output
-        )
-    )
-    u = output_gradient(model, loss, inputs, targets, nodes=nodes, output=output)
+    how = Pass(kind, samples, generator, nodes, output)
+    exact = rows_of_loss(model, loss, inputs, targets, how if kind == "ggn" else replace(how, kind="exact", samples=1))
+    own = exact if how.spans_outputs else rows_of_loss(model, loss, inputs, targets, how)
+    u = output_gradient(model, loss, inputs, targets, how)
     gradient = exact.jacobian().rmatvec(u)
     projector = _projector(exact)
     reference = Full().update(exact)

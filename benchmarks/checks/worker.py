@@ -28,7 +28,11 @@ from curvlab.optim import Preconditioner
 from curvlab.rows import collect
 from curvlab.rows.guard import Checks
 
-PARTS: tuple[tuple[Any, str], ...] = ((collect, "signature_of"), (Checks, "due"), (collect, "compare_with_reverse_pass"))
+PARTS: tuple[tuple[Any, str], ...] = (
+    (collect, "signature_of"),
+    (Checks, "due"),
+    (collect, "compare_with_reverse_pass"),
+)
 """What checks a step: its graph, whether it is known, and, where it is not, a backward pass."""
 
 WARM_UP = 11

@@ -27,6 +27,7 @@ from curvlab.fisher.state import State
 from curvlab.rows import Rows
 from curvlab.rows.batches import shuffles
 from curvlab.rows.loss.terms import weightless
+from curvlab.rows.passes import Pass
 from curvlab.tools import storage
 from curvlab.tools.progress import progress
 
@@ -233,7 +234,7 @@ class Fitting:
         self.structure.load_state_dict(content["state"])
 
 
-def identity(structure: State, model: nn.Module, loss: nn.Module, kind: str, samples: int) -> dict[str, str]:
+def identity(structure: State, model: nn.Module, loss: nn.Module, how: Pass) -> dict[str, str]:
     """Return what tells fits apart, by what to call it in messages."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     options = {name: _told(value) for name, value in structure.options.items()}
@@ -241,7 +242,7 @@ def identity(structure: State, model: nn.Module, loss: nn.Module, kind: str, sam
         "the structure": f"{structure.key} {options}",
         "the model's state": fingerprint({name: tensor.detach() for name, tensor in tensors}),
         "the loss": fingerprint([(type(module).__name__, _settings(module)) for module in loss.modules()]),
-        "the kind of rows": f"{kind} {samples}",
+        "the kind of rows": f"{how.kind} {how.samples}",
     }
 
 

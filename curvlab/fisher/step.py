@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from curvlab.fisher.damping import Damping
 from curvlab.fisher.structure import Structure
-from curvlab.rows import sqrt_fisher
+from curvlab.rows.making import rows_of_loss
+from curvlab.rows.passes import Pass
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
 from curvlab.rows.upstream import output_gradient
@@ -52,7 +53,8 @@ def natural_gradient_step(
     Cost: one sweep, one forward pass, one update and one `lift`.
     Source: Zhang, Martens & Grosse 2019, the step (NGD) and the one for general losses.
     """
-    rows = sqrt_fisher(model, metric or loss, inputs, targets, "exact", nodes=nodes, output=output)
-    gradient = output_gradient(model, loss, inputs, targets, nodes=nodes, output=output)
+    how = Pass(nodes=nodes, output=output)
+    rows = rows_of_loss(model, metric or loss, inputs, targets, how)
+    gradient = output_gradient(model, loss, inputs, targets, how)
     structure.update(rows)
     return structure.lift(structure.rows.dual(gradient), damping)

@@ -28,12 +28,13 @@ from curvlab.fisher.moment import Invert
 from curvlab.fisher.power import Damps, Power, check_power
 from curvlab.fisher.state import State
 from curvlab.fisher.system import decompose, prepare
-from curvlab.rows import Rows, sqrt_fisher
+from curvlab.rows import Rows
 from curvlab.rows.batches import as_batches
-from curvlab.rows.engine import Engine
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import DiagonalRoot, Kind
+from curvlab.rows.making import rows_of_loss
 from curvlab.rows.parameters import Vector
+from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.looks import LOOKS, Look, plain
@@ -131,29 +132,19 @@ class Structure(State):
             UnsupportedModel: see `curvlab.sqrt_fisher`; for dropout and batch normalisation in training mode, too.
         """
         structure = cls(**options)
+        keeps = not structure.averages
+        how = Pass(kind, samples, generator, nodes, output, engine, keep_jacobian=keeps)
 
         def rows_of(batch: Sequence[Any]) -> Rows:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
                 raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}{size}.")
             inputs, targets = batch
-            return sqrt_fisher(
-                model,
-                loss,
-                inputs,
-                targets,
-                kind,
-                samples=samples,
-                generator=generator,
-                nodes=nodes,
-                output=output,
-                engine=engine,
-                keep_jacobian=not structure.averages,
-            )
+            return rows_of_loss(model, loss, inputs, targets, how)
 
         kept = None
         if checkpoint is not None:
-            same = identity(structure, model, loss, kind, samples)
+            same = identity(structure, model, loss, how)
             kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
         Fitting(structure, rows_of, as_batches(data), generator, kept, progress).run()
         structure.forget_batch()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,14 @@ from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
-from curvlab.optim.processes import Processes
+from curvlab.optim.processes import Processes, shared
 from curvlab.optim.quadratic import BatchLoss
 from curvlab.optim.routes import Step, route_of
-from curvlab.rows.collect import Collector, Draw, no_rows_beside
+from curvlab.rows.collect import Collector, no_rows_beside
 from curvlab.rows.guard import Checks
 from curvlab.rows.loss import Kind, check_loss
 from curvlab.rows.owners import Owner, owners_of
+from curvlab.rows.passes import Pass
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import Nodes
 
@@ -86,14 +87,10 @@ class Preconditioner:
         seed: int = 0,
         patience: int = 10,
     ) -> None:
-        if kind not in get_args(Kind):
-            raise unknown_name("kind", kind, get_args(Kind))
         check_loss(loss)
         self.loss = loss
         self.structure = make(structure) if isinstance(structure, str) else structure
         self._blank = copy.deepcopy(self.structure)
-        self.kind: Kind = kind
-        self.samples = whole("samples", samples)
         self.damping = Hyper("damping", damping)
         usual = 0.95 if self.structure.averages else 0.0
         self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
@@ -108,6 +105,8 @@ class Preconditioner:
         self._former: Mapping[str, str] | None = None  # names, from when the model has changed until rows are seen
         self._bind(model)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        joint = kind == "mc" or self.structure.joins_positions
+        self._how = Pass(kind, whole("samples", samples), self._generator, share=shared, joint=joint)
 
     def _bind(self, model: nn.Module) -> None:
         self._owners = _preconditioned(model, self.plain)
@@ -146,8 +145,8 @@ class Preconditioner:
     def __repr__(self) -> str:
         shown = {
             "structure": self.structure,
-            "kind": self.kind,
-            "samples": self.samples,
+            "kind": self._how.kind,
+            "samples": self._how.samples,
             "damping": self.damping.value,
             "decay": self.decay.value,
             "refresh_every": self.refresh_every.value,
@@ -188,15 +187,11 @@ class Preconditioner:
         """
         coupled = self._coupled()
         self._check_model(coupled)
-        processes = Processes.present()
-        share = None if processes is None else processes.share
-        joint = self.structure.joins_positions
-        draw = Draw(self.kind, self.samples, self._generator, share, joint) if self.due else None
         collector = Collector(
             self.model,
             self.loss,
             self._owners,
-            draw,
+            self._how if self.due else None,
             samples=Nodes(None) if self.graph else None,
             checks=self._checks,
             coupled=coupled,

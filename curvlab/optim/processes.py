@@ -108,6 +108,12 @@ class Processes:
         return found
 
 
+def shared(samples: int, device: torch.device) -> tuple[int, int]:
+    """Return where this process' samples start in the batch of all processes, and how many that has."""
+    processes = Processes.present()
+    return (0, samples) if processes is None else processes.share(samples, device)
+
+
 def _spread(costs: Sequence[int], processes: int) -> list[int]:
     """Give the dearest task first, each to the process with the least to do."""
     load, owners = [0] * processes, [0] * len(costs)

@@ -29,15 +29,14 @@ from curvlab.rows.graph_signature import Signatures, signature_of
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.packed import is_packed, length, taken
+from curvlab.rows.passes import ModelInputs
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
-from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
     Arguments,
     MakeCotangents,
     PickOutput,
     SweepResult,
-    call,
     in_parameter_order,
     select_output,
     unhooked,
@@ -57,10 +56,8 @@ FIXED = (
 
 def sweep(
     model: nn.Module,
-    arguments: Arguments,
-    pick: PickOutput,
+    inputs: ModelInputs,
     make_cotangents: MakeCotangents,
-    samples: Samples,
     known: Signatures,
     without: Collection[str] = (),
 ) -> SweepResult:
@@ -71,13 +68,13 @@ def sweep(
     Raises:
         UnsupportedModel: naming the layer and the remedy.
     """
-    owners = owners_of(model)
+    owners, samples = owners_of(model), inputs.samples
     recorder = Recorder([o for o in owners if o.ruled and not set(without) & set(o.names.values())])
     with decomposing(model, owners), differentiable_attention():
         handles = recorder.hook()
         try:
             with torch.enable_grad(), unwatched(model):
-                chosen = samples.choose(call(model, arguments, pick))
+                chosen = inputs.outputs(model)
                 z = samples.lay_out(chosen)
         finally:
             for handle in handles:
@@ -101,7 +98,7 @@ def sweep(
                     graph_signature, unknown=f"{others[0].label}, whose rows are formed by calls on single samples"
                 )
                 at_output = cotangents_at(chosen, z, cotangents)
-                dense = dense_rows(model, arguments, pick, chosen.detach(), at_output, N, others)
+                dense = dense_rows(model, inputs.arguments, inputs.output, chosen.detach(), at_output, N, others)
             gradients = backward(z, edges, cotangents, keep=graph_signature.unknown is not None)
     at = {
         made: cotangents.new_zeros(len(cotangents), *made.shape) if g is None else g

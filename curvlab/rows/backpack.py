@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,14 +48,12 @@ from curvlab.rows.autograd import cotangents_at
 from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.modules import is_batch
 from curvlab.rows.owners import owners_of, trainable
+from curvlab.rows.passes import ModelInputs
 from curvlab.rows.products import distinct
-from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import (
-    Arguments,
     MakeCotangents,
     PickOutput,
     SweepResult,
-    call,
     in_parameter_order,
 )
 
@@ -215,16 +214,15 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
     return None
 
 
-def sweep(
-    model: nn.Module, arguments: Arguments, pick: PickOutput, make_cotangents: MakeCotangents, samples: Samples
-) -> SweepResult:
+def sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents) -> SweepResult:
     """Propagate the cotangents with BackPACK and keep the rows factored, of a model without an `obstacle`."""
-    twin = _twin(model)
+    twin, samples = _twin(model), inputs.samples
+    detached = replace(inputs, arguments=tree_map_only(Tensor, Tensor.detach, inputs.arguments))
     chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:
         module.register_forward_hook(hook_store_io)
     with torch.enable_grad():
-        chosen = samples.choose(call(twin, tree_map_only(Tensor, Tensor.detach, arguments), pick))
+        chosen = detached.outputs(twin)
         z = samples.lay_out(chosen)
     cotangents = make_cotangents(chosen.detach())
     extension = _RowsExtension()

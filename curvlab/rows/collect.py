@@ -8,9 +8,9 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
 from types import TracebackType
 from typing import Any
@@ -27,9 +27,10 @@ from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
 from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_cotangents, watching
+from curvlab.rows.loss import LossTerms, flat_outputs, identity_cotangents, watching
 from curvlab.rows.owners import Owner, decomposing, widest
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.passes import Pass
 from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.returned import Returned
 from curvlab.rows.rows import Rows
@@ -40,19 +41,6 @@ PROPORTIONAL = 1e-2
 """Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Which rows of S are collected, as `curvlab.sqrt_fisher` takes them."""
-
-    kind: Kind
-    samples: int = 1
-    generator: torch.Generator | None = None
-    share: Callable[[int, torch.device], tuple[int, int]] | None = None
-    """Says where a number of samples start in a batch that several processes share, and how many it has."""
-    joint: bool = False
-    """Whether an `empirical` row is a sample's whole gradient, √count times its share, and not that of one loss term."""
-
-
 class Collector(AbstractContextManager["Collector"]):
     """Collects rows while the user runs one forward and one backward pass; hooks are there for that time only.
 
@@ -60,7 +48,7 @@ class Collector(AbstractContextManager["Collector"]):
         model: the model.
         loss: the loss module that will be called on the model's output and the targets.
         owners: the modules whose rows are wanted.
-        draw: the rows of S; None if only those of the gradient are wanted, which takes no further sweep.
+        how: which rows of S; None if only those of the gradient are wanted, which takes no further sweep.
         samples: what a sample is; the first axis of the model's inputs if None.
         checks: what has been compared with a reverse pass so far; what is compared here is added.
         coupled: modules in which samples interact, as in batch normalisation; rows are then those of the batch as it is.
@@ -78,7 +66,7 @@ class Collector(AbstractContextManager["Collector"]):
         model: nn.Module,
         loss: nn.Module,
         owners: Sequence[Owner],
-        draw: Draw | None,
+        how: Pass | None,
         *,
         samples: Samples | None = None,
         checks: Checks | None = None,
@@ -90,7 +78,7 @@ class Collector(AbstractContextManager["Collector"]):
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
         self.cleared = False
         """Whether there were no gradients to add to when the loss was called."""
-        self._model, self._loss, self._owners, self._draw = model, loss, owners, draw
+        self._model, self._loss, self._owners, self._how = model, loss, owners, how
         self._checks, self._coupled = checks or Checks(), coupled
         self._samples, self._given = samples or Samples(), samples
         names = {name for owner in owners for name in owner.names.values()}
@@ -123,7 +111,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._leave.enter_context(torch.compiler.set_stance("force_eager"))
         self._leave.enter_context(decomposing(self._model, self._owners))
         self._leave.enter_context(self._watch.on(self._model))
-        if self._draw is not None and (self._draw.kind != "mc" or self._draw.samples > 1):
+        if self._how is not None and (self._how.kind != "mc" or self._how.samples > 1):
             self._leave.enter_context(differentiable_attention())
         handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
@@ -206,7 +194,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._terms = self._samples.terms(self._loss, z.to(torch.promote_types(z.dtype, self._dtype)), self._targets)
         laid_out = self._samples.lay_out(self._z)
         self._count = len(laid_out)
-        if self._draw is not None:
+        if self._how is not None:
             self._read_graph()
         self._take_factored()
         with self._watch.kept_quiet():
@@ -224,11 +212,13 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _propagate(self, z: Tensor, terms: LossTerms) -> None:
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
-        if self._draw is None:
+        if self._how is None:
             return
-        terms.check(self._draw.kind)
-        cotangents = self._rows_at_output(self._draw, z, terms).view(-1, *z.shape).to(z.dtype)
-        scales = self._draw.kind == "empirical" and (self._draw.joint or (terms.z.shape[2] == 1 and _even(terms)))
+        terms.check(self._how.kind)
+        spans = self._how.spans_outputs
+        rows = identity_cotangents(flat_outputs(z.detach())) if spans else self._how.at_output(terms)
+        cotangents = rows.view(-1, *z.shape).to(z.dtype)
+        scales = self._how.kind == "empirical" and (self._how.joint or (terms.z.shape[2] == 1 and _even(terms)))
         # Hooks may change the gradients that the user's own pass brings.
         scales = scales and not self._watch.registered
         checks = self._is_due()
@@ -271,7 +261,7 @@ class Collector(AbstractContextManager["Collector"]):
         found = self._recorder.calls(self._samples, self._count, self._signature)
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
         without = tuple(name for o in self._owners if o not in self._factored for name in o.names.values())
-        if self._coupled and without and self._draw is not None:
+        if self._coupled and without and self._how is not None:
             raise no_rows_beside(self._coupled, without)
 
     def _wrong(self, z: Tensor, cotangents: Tensor) -> tuple[str, ...]:
@@ -281,15 +271,6 @@ class Collector(AbstractContextManager["Collector"]):
         if not wrong:
             self._checks.add(self._kind, self._signature, verified)
         return wrong
-
-    def _rows_at_output(self, draw: Draw, z: Tensor, terms: LossTerms) -> Float[Tensor, "V N C X"]:
-        if draw.kind == "mc":
-            assert draw.generator is not None
-            share = None if draw.share is None else draw.share(len(z), z.device)
-            return terms.sampled(draw.samples, draw.generator, joint=True, share=share)
-        if draw.kind == "empirical":
-            return terms.empirical(joint=draw.joint)
-        return identity_cotangents(flat_outputs(z.detach()))
 
     def _calls(self) -> list[Call]:
         """The calls of all factored layers, each once."""
@@ -316,11 +297,11 @@ class Collector(AbstractContextManager["Collector"]):
         if self._upstream is None:
             raise StateError("No rows were collected: call backward() within the context.")
         upstream, self._upstream = self._samples.lay_out(self._upstream), None
-        if self._draw is not None and not self._propagated:
+        if self._how is not None and not self._propagated:
             scale = self._row_scale(self._terms, upstream)
             self._propagated = {call: _scaled(_gradient(call, upstream), scale)[None] for call in self._calls()}
-        if self._draw is not None:
-            self.rows = self._whole(self._draw, self._terms, [*self._factored_layers(), *self._dense_layers])
+        if self._how is not None:
+            self.rows = self._whole(self._how, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = self._coefficients(self.rows, self._terms, upstream)
         self._returned, self._z = self._returned.detached(self._z), self._z.detach()
 
@@ -368,13 +349,13 @@ class Collector(AbstractContextManager["Collector"]):
 
     @property
     def _joint(self) -> bool:
-        return self._draw is not None and self._draw.kind == "empirical" and self._draw.joint
+        return self._how is not None and self._how.kind == "empirical" and self._how.joint
 
-    def _whole(self, draw: Draw, terms: LossTerms, layers: list[LayerRows]) -> Rows:
+    def _whole(self, how: Pass, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         rows = Rows(
             layers=in_parameter_order(self.parameters, [layer.to(self._dtype) for layer in layers]),
             space=self._space,
-            kind="jacobian" if draw.kind in ("exact", "ggn") else draw.kind,
+            kind="jacobian" if how.spans_outputs else how.kind,
             count=terms.count,
             terms=terms.terms,
             reduction=terms.reduction,
@@ -385,7 +366,7 @@ class Collector(AbstractContextManager["Collector"]):
         root = terms.root().to(rows.dtype)
         weighted = tuple(layer.map_rows(root.apply) for layer in rows.layers)
         base = replace(rows, count=1.0, reduction="none", sample_weights=torch.ones_like(rows.sample_weights))
-        return replace(rows, layers=weighted, kind=draw.kind, _jacobian=base, root=root)
+        return replace(rows, layers=weighted, kind=how.kind, _jacobian=base, root=root)
 
     def _coefficients(self, rows: Rows, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " R"] | None:
         if rows.root is not None:

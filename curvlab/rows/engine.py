@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,14 +16,10 @@ from curvlab.nn.hooks import unwatched
 from curvlab.rows import autograd, backpack
 from curvlab.rows.guard import checks_of, refuse, unfactored, without_factors, wrong_rows
 from curvlab.rows.owners import contiguous_gradients, trainable
-from curvlab.rows.samples import NodeChoice, Samples, samples_of
+from curvlab.rows.passes import Engine, ModelInputs, Pass
 from curvlab.rows.sweep import (
-    Arguments,
     MakeCotangents,
-    PickOutput,
     SweepResult,
-    as_arguments,
-    call,
     check_finite,
     differentiable_recurrence,
     left_as_found,
@@ -32,81 +28,38 @@ from curvlab.rows.sweep import (
 
 logger = logging.getLogger("curvlab")
 
-Engine = Literal["auto", "backpack", "autograd"]
 _announced: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
-ModelInputs = tuple[Arguments, Samples]
-"""The model's arguments, and what a sample is in them."""
 
-
-def read(model: nn.Module, inputs: Any, nodes: NodeChoice) -> ModelInputs:
-    """Tell the arguments of a model, and what a sample is."""
-    arguments = as_arguments(inputs)
-    return arguments, samples_of(model.base if isinstance(model, Linearized) else model, inputs, arguments, nodes)
-
-
-def sweep(
-    model: nn.Module,
-    read_inputs: ModelInputs,
-    pick: PickOutput,
-    engine: Engine,
-    make_cotangents: MakeCotangents,
-    *,
-    single: bool = False,
-) -> SweepResult:
+def checked_sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, how: Pass) -> SweepResult:
     """Run one engine, checked; a linearised model is swept at its origin, with the cotangents of its own output.
 
-    Args:
-        model: the model.
-        read_inputs: its arguments, and what a sample is in them.
-        pick: which output.
-        engine: which engine.
-        make_cotangents: makes the rows at the output.
-        single: whether that is one row an output vector, which "auto" leaves to autograd.
+    One row an output vector is left to autograd by "auto".
     """
     if not isinstance(model, Linearized):
-        return _checked_sweep(
-            model, read_inputs, pick, _choose(model, pick, engine, single, model), make_cotangents, model
-        )
-    arguments, samples = read_inputs
+        return _sweep(model, inputs, make_cotangents, _choose(model, how, model), model)
     with torch.no_grad(), left_as_found(model.base):
-        z = samples.choose(call(model, arguments, pick))
+        z = inputs.outputs(model)
     base = structural_twin(model.base, {name: p.requires_grad for name, p in model.named_parameters()})
-    sweep_result = _checked_sweep(
-        base, read_inputs, pick, _choose(base, pick, engine, single, model), lambda _: make_cotangents(z), model
-    )
-    return replace(sweep_result, output=z)
+    return replace(_sweep(base, inputs, lambda _: make_cotangents(z), _choose(base, how, model), model), output=z)
 
 
-def _checked_sweep(
-    model: nn.Module,
-    read_inputs: ModelInputs,
-    pick: PickOutput,
-    chosen: str,
-    make_cotangents: MakeCotangents,
-    once_for: nn.Module,
+def _sweep(
+    model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, chosen: str, once_for: nn.Module
 ) -> SweepResult:
     trainable(model)
-    arguments, samples = read_inputs
 
     def forward() -> Tensor:
         with left_as_found(model), unwatched(model), differentiable_recurrence(model), contiguous_gradients(model):
-            return samples.lay_out(samples.choose(call(model, arguments, pick)))
+            return inputs.samples.lay_out(inputs.outputs(model))
 
     def attempt() -> tuple[SweepResult, tuple[str, ...]]:
         with left_as_found(model):
             if chosen == "backpack":
-                sweep_result = backpack.sweep(model, arguments, pick, make_cotangents, samples)
+                sweep_result = backpack.sweep(model, inputs, make_cotangents)
             else:
-                sweep_result = autograd.sweep(
-                    model,
-                    arguments,
-                    pick,
-                    make_cotangents,
-                    samples,
-                    checks_of(once_for).signatures,
-                    unfactored(once_for),
-                )
+                known, without = checks_of(once_for).signatures, unfactored(once_for)
+                sweep_result = autograd.sweep(model, inputs, make_cotangents, known, without)
         check_finite(sweep_result)
         wrong = wrong_rows(model, forward, sweep_result, chosen, once_for)
         return replace(sweep_result, graph=None), wrong
@@ -120,15 +73,16 @@ def _checked_sweep(
     return sweep_result
 
 
-def _choose(model: nn.Module, pick: PickOutput, engine: Engine, single: bool, announced_for: nn.Module) -> str:
+def _choose(model: nn.Module, how: Pass, announced_for: nn.Module) -> str:
+    engine = how.engine
     if engine not in get_args(Engine):
         raise unknown_name("engine", engine, get_args(Engine))
     if engine == "autograd":
         return engine
-    if engine == "auto" and single:
+    if engine == "auto" and how.single:
         reason: str | None = "one row a sample takes one plain backward pass"
     else:
-        reason = backpack.obstacle(model, pick)
+        reason = backpack.obstacle(model, how.output)
     if engine == "backpack":
         if reason is not None:
             raise UnsupportedModel(f"The BackPACK engine does not apply: {reason}. Use engine='autograd'.")

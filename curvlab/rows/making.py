@@ -7,24 +7,22 @@ One backward sweep gives both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from curvlab.errors import unknown_name
-from curvlab.rows.engine import Engine, read, sweep
-from curvlab.rows.loss import Kind, LossTerms, OutputRoot, flat_outputs, identity_cotangents
+from curvlab.rows.engine import checked_sweep
+from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_cotangents
 from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.rows import Rows
 from curvlab.rows.samples import NodeChoice, Samples
 from curvlab.rows.sweep import MakeCotangents, PickOutput, SweepResult, savable
 
 
-@torch.inference_mode(False)
 def jacobian(
     model: nn.Module,
     inputs: Any,
@@ -61,12 +59,17 @@ def jacobian(
 
     Cost: one forward and one batched backward pass with V = C rows; memory `V` times the layers' outputs.
     """
-    read_inputs = read(model, inputs, nodes)
-    rows = _jacobian_rows(model, sweep(model, read_inputs, output, engine, _every_output(read_inputs[1])))
-    return rows.to(dtype or widest(trainable(model).values()))
+    return rows_of_model(model, inputs, Pass(nodes=nodes, output=output, engine=engine, dtype=dtype))
 
 
 @torch.inference_mode(False)
+def rows_of_model(model: nn.Module, inputs: Any, how: Pass) -> Rows:
+    """Return the rows of J; see `jacobian`."""
+    asked = how.read(model, inputs)
+    rows = _jacobian_rows(model, checked_sweep(model, asked, _every_output(asked.samples), how))
+    return rows.to(how.dtype or widest(trainable(model).values()))
+
+
 def sqrt_fisher(
     model: nn.Module,
     loss: nn.Module,
@@ -76,7 +79,6 @@ def sqrt_fisher(
     *,
     samples: int = 1,
     generator: torch.Generator | None = None,
-    share: tuple[int, int] | None = None,
     nodes: NodeChoice = None,
     output: PickOutput = None,
     engine: Engine = "auto",
@@ -97,8 +99,6 @@ def sqrt_fisher(
             gradients with the given targets (type 1), one row a loss term.
         samples: draws a loss term, for "mc".
         generator: source of the draws, required for "mc".
-        share: where these samples start in a larger batch that is drawn in parts, and how many it has: with the generator in
-            one state for all parts, their draws are those of the whole. A part may lack targets that count.
         nodes: as in `jacobian`.
         output: as in `jacobian`.
         engine: as in `jacobian`.
@@ -115,44 +115,38 @@ def sqrt_fisher(
 
     Source: `exact` and `empirical` as in Kunstner, Hennig & Balles 2019; count and weights as the loss applies them.
     """
-    if kind not in get_args(Kind):
-        raise unknown_name("kind", kind, get_args(Kind))
-    if kind != "mc" and samples != 1:
-        raise ValueError(f"samples={samples} has a meaning for kind='mc' only, not for {kind!r}.")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}.")
-    read_inputs = read(model, inputs, nodes)
+    how = Pass(kind, samples, generator, nodes, output, engine, dtype, keep_jacobian)
+    return rows_of_loss(model, loss, inputs, targets, how)
+
+
+@torch.inference_mode(False)
+def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, how: Pass) -> Rows:
+    """Return the rows of S; see `sqrt_fisher`. Samples that are a part of a larger batch may lack targets that count."""
+    asked = how.read(model, inputs)
     targets = tree_map_only(Tensor, savable, targets)
-    of_rows = dtype or widest(trainable(model).values())
+    of_rows = how.dtype or widest(trainable(model).values())
 
     def terms_of(z: Tensor) -> LossTerms:
-        terms = read_inputs[1].terms(loss, z.to(dtype or torch.promote_types(z.dtype, of_rows)), targets)
-        terms.check(kind, part=share is not None)
+        terms = asked.samples.terms(loss, z.to(how.dtype or torch.promote_types(z.dtype, of_rows)), targets)
+        terms.check(how.kind, part=how.share is not None)
         return terms
 
-    base: Rows | None = None
-    root: OutputRoot | None
-    if kind in ("exact", "ggn") and keep_jacobian:
-        sweep_result = sweep(model, read_inputs, output, engine, _every_output(read_inputs[1]))
-        base = _jacobian_rows(model, sweep_result).to(of_rows)
-        terms = terms_of(sweep_result.output)
-        root = terms.root()
-        layers = tuple(layer.map_rows(root.apply) for layer in base.layers)
-    else:
-        draw = _weighted if kind in ("exact", "ggn") else _sampler(kind, samples, generator, share)
+    def make_cotangents(z: Tensor) -> Tensor:
+        return how.at_output(terms_of(z)).view(-1, *asked.samples.lay_out(z).shape).to(z.dtype)
 
-        def make_cotangents(z: Tensor) -> Tensor:
-            return draw(terms_of(z)).view(-1, *read_inputs[1].lay_out(z).shape).to(z.dtype)
-
-        single = kind in ("mc", "empirical") and samples == 1
-        sweep_result = sweep(model, read_inputs, output, engine, make_cotangents, single=single)
-        terms = terms_of(sweep_result.output)
-        root = terms.root() if kind in ("exact", "ggn") else None
+    keeps = how.spans_outputs and how.keep_jacobian
+    sweep_result = checked_sweep(model, asked, _every_output(asked.samples) if keeps else make_cotangents, how)
+    terms = terms_of(sweep_result.output)
+    root = terms.root() if how.spans_outputs else None
+    base = _jacobian_rows(model, sweep_result).to(of_rows) if keeps else None
+    if base is None or root is None:
         layers = tuple(layer.to(of_rows) for layer in sweep_result.layers)
+    else:
+        layers = tuple(layer.map_rows(root.apply) for layer in base.layers)
     return Rows(
         layers=layers,
         space=_space(model),
-        kind=kind,
+        kind=how.kind,
         count=terms.count,
         terms=terms.terms,
         reduction=terms.reduction,
@@ -162,26 +156,12 @@ def sqrt_fisher(
     )
 
 
-def _weighted(terms: LossTerms) -> Tensor:
-    return terms.root().apply(identity_cotangents(terms.z).flatten(2))
-
-
 def _every_output(samples: Samples) -> MakeCotangents:
     def make_cotangents(z: Tensor) -> Tensor:
         laid_out = samples.lay_out(z)
         return identity_cotangents(flat_outputs(laid_out)).view(-1, *laid_out.shape)
 
     return make_cotangents
-
-
-def _sampler(
-    kind: Kind, samples: int, generator: torch.Generator | None, share: tuple[int, int] | None
-) -> Callable[[LossTerms], Tensor]:
-    if kind == "empirical":
-        return LossTerms.empirical
-    if generator is None:
-        raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
-    return lambda terms: terms.sampled(samples, generator, share=share)
 
 
 def _space(model: nn.Module) -> ParameterSpace:

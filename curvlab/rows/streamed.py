@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_map
 
 from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
 from curvlab.rows.batches import joined
-from curvlab.rows.engine import Engine
 from curvlab.rows.loss import LOSSES, Kind, bound_to_samples, held_by_sample, loss_terms
 from curvlab.rows.loss.terms import weightless
-from curvlab.rows.making import jacobian, sqrt_fisher
+from curvlab.rows.making import rows_of_loss, rows_of_model
 from curvlab.rows.packed import is_packed, leaves, length, taken
+from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.rows import Rows
 from curvlab.rows.rows import gram as product
 from curvlab.rows.sweep import PickOutput, as_arguments, call, left_as_found
@@ -89,7 +89,8 @@ def gram(
     Cost: the products of `Rows.gram`, and `(B + 1)/2` sweeps over the data, B being the size of all rows over half of the
     workspace, rounded up.
     """
-    chunks = _Chunks(model, loss, _whole(data, loss), kind, samples, generator, output, engine)
+    how = Pass(kind, samples, generator, output=output, engine=engine)
+    chunks = _Chunks(model, loss, _whole(data, loss), how)
     first = chunks.probe()
     V, dtype = first.shape[0], first.dtype
     R, budget = V * chunks.total, as_bytes(memory)
@@ -172,11 +173,7 @@ class _Chunks:
     model: nn.Module
     loss: nn.Module | None
     data: Any
-    kind: Kind
-    samples: int
-    generator: torch.Generator | None
-    output: PickOutput
-    engine: Engine
+    how: Pass
 
     def __post_init__(self) -> None:
         lengths = set(self._lengths(self.data if self.loss is None else self.data[0]))
@@ -186,8 +183,8 @@ class _Chunks:
                 "The first axis of every tensor in the data must be the sample, of targets perhaps with positions folded into "
                 f"it, but their lengths are {sorted(folded)}."
             )
-        if self.generator is not None:
-            object.__setattr__(self, "_start", self.generator.get_state())
+        if self.how.generator is not None:
+            object.__setattr__(self, "_start", self.how.generator.get_state())
 
     @staticmethod
     def _lengths(data: Any) -> Iterator[int]:
@@ -207,7 +204,7 @@ class _Chunks:
         if self.loss is None or not _is_own(self.loss) or len(parts) == 1:
             return
         with torch.no_grad(), left_as_found(self.model):
-            outputs = [call(self.model, as_arguments(self._part(part)[0]), self.output) for part in parts]
+            outputs = [call(self.model, as_arguments(self._part(part)[0]), self.how.output) for part in parts]
             loss_terms(self.loss, torch.cat(outputs), self.data[1])
 
     def _part(self, part: slice) -> Any:
@@ -221,24 +218,14 @@ class _Chunks:
         """Return the rows of some samples, without those of J behind them."""
         chosen = self._part(part)
         if self.loss is None:
-            return jacobian(self.model, chosen, output=self.output, engine=self.engine)
-        if self.generator is not None:
-            self.generator.set_state(self._start)  # type: ignore[attr-defined]
+            return rows_of_model(self.model, chosen, self.how)
+        if self.how.generator is not None:
+            self.how.generator.set_state(self._start)  # type: ignore[attr-defined]
         inputs, targets = chosen
         loss = _of_samples(self.loss, targets, part, self.total)
         try:
-            rows = sqrt_fisher(
-                self.model,
-                loss,
-                inputs,
-                targets,
-                self.kind,
-                samples=self.samples,
-                generator=self.generator,
-                share=(part.start, self.total),
-                output=self.output,
-                engine=self.engine,
-            )
+            how = replace(self.how, share=lambda *_: (part.start, self.total))
+            rows = rows_of_loss(self.model, loss, inputs, targets, how)
         except (RuntimeError, ValueError, IndexError) as error:
             if part.stop - part.start == self.total or not (_is_own(loss) or held_by_sample(loss, self.total)):
                 raise

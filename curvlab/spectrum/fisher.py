@@ -11,19 +11,19 @@ is for many products at one point, and for the kinds that are no Gauss-Newton ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import Weightless
-from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.rows import Rows, merge
 from curvlab.rows.batches import Data
-from curvlab.rows.engine import Engine
 from curvlab.rows.loss import Kind
+from curvlab.rows.making import rows_of_loss
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.objective import repeatable
 from curvlab.spectrum.operator import Operator, RowsOperator
@@ -63,9 +63,8 @@ class Fisher(Operator):
         output: PickOutput = None,
         engine: Engine = "auto",
     ) -> None:
-        self.model, self.loss, self.kind, self.samples = model, loss, kind, samples
-        self.batches, self.pick, self.engine = repeatable(data), output, engine
-        self.generator = generator
+        self.model, self.loss, self.batches = model, loss, repeatable(data)
+        self.how = Pass(kind, samples, generator, output=output, engine=engine)
         self._state = None if generator is None else generator.get_state()
         own = trainable(model)
         names = choose(own, parameters)
@@ -92,27 +91,14 @@ class Fisher(Operator):
         """Copy all parameters, frozen ones and those that are left out included."""
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
-    def _rows_of(self, inputs: Any, targets: Any) -> Rows:
-        return sqrt_fisher(
-            self.model,
-            self.loss,
-            inputs,
-            targets,
-            self.kind,
-            samples=self.samples,
-            generator=self.generator,
-            output=self.pick,
-            engine=self.engine,
-        )
-
     def _sweep(self) -> Rows:
-        if self.generator is not None and self._state is not None:
-            self.generator.set_state(self._state)
+        if self.how.generator is not None and self._state is not None:
+            self.how.generator.set_state(self._state)
         parts: list[Rows] = []
         weightless: Weightless | None = None
         for inputs, targets in self.batches:
             try:
-                parts.append(self._rows_of(inputs, targets))
+                parts.append(rows_of_loss(self.model, self.loss, inputs, targets, self.how))
             except Weightless as error:
                 weightless = error
         if not parts:

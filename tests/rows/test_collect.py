@@ -12,21 +12,23 @@ from torch.nn import functional as F
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.rows import sqrt_fisher
-from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.collect import Collector
 from curvlab.rows.guard import Checks
 from curvlab.rows.owners import owners_of
+from curvlab.rows.passes import Pass
 from curvlab.rows.samples import Nodes
 from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outputs, unpack
 
 PLAIN = [a for a in ARCHITECTURES if a.output is None and a.name != "one-output"]
 
 
-def draw(kind: str, seed: int = 0, samples: int = 1) -> Draw:
-    return Draw(kind, samples, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+def draw(kind: str, seed: int = 0, samples: int = 1) -> Pass:
+    mc = kind == "mc"
+    return Pass(kind, samples if mc else 1, torch.Generator().manual_seed(seed), joint=mc)  # type: ignore[arg-type]
 
 
 def collect(
-    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, how: Draw | None, factor: float = 1.0
+    model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor, how: Pass | None, factor: float = 1.0
 ) -> Collector:
     args, kwargs = unpack(inputs)
     model.zero_grad()

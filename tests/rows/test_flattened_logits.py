@@ -12,10 +12,11 @@ from curvlab import gram
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
 from curvlab.rows import jacobian, sqrt_fisher
-from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.collect import Collector
 from curvlab.rows.factored import KroneckerRows
 from curvlab.rows.layer import DenseRows
 from curvlab.rows.owners import owners_of
+from curvlab.rows.passes import Pass
 from curvlab.rows.rows import Rows
 from curvlab.testing.oracle import assert_close, count_of, dense_empirical, dense_ggn, dense_jacobian, outputs
 
@@ -78,7 +79,7 @@ def collect(
 ) -> Collector:
     """Return the rows of a pass of the user's own, who flattens what the model returns."""
     model.zero_grad()
-    how = Draw(kind, 1, random() if kind == "mc" else None, None, joint)  # type: ignore[arg-type]
+    how = Pass(kind, 1, random() if kind == "mc" else None, joint=joint or kind == "mc")  # type: ignore[arg-type]
     with Collector(model, loss, owners_of(model), how) as found:
         loss(call(model(inputs)), targets).backward()
     return found
@@ -308,7 +309,7 @@ def test_batch_normalisation_of_folded_positions_in_training() -> None:
 
     torch.manual_seed(0)
     model, loss, y = Normalised().double(), nn.CrossEntropyLoss(), torch.arange(N * T) % C
-    how = Draw("empirical", joint=True)
+    how = Pass("empirical", joint=True)
     with Collector(model, loss, owners_of(model, fixed=False), how, coupled=["norm"]) as found:
         loss(model(sequences()), y).backward()
     assert found.coefficients is not None

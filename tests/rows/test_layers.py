@@ -15,6 +15,7 @@ from curvlab.rows.backpack import _PARAMETERLESS, _PARAMETRISED
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.layer import DenseRows
 from curvlab.rows.modules import COMPOSITES, RULES, supported_layers
+from curvlab.rows.passes import ModelInputs
 from curvlab.rows.samples import Samples
 from curvlab.testing.oracle import assert_close, dense_jacobian, trainable
 
@@ -52,7 +53,7 @@ def test_cotangents_survive_the_activations_behind_which_they_start(last: nn.Mod
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), last).double()
     inputs, cotangents = vectors(5)(6), torch.randn(2, 6, 3, dtype=torch.float64)
     before = cotangents.clone()
-    found = backpack.sweep(model, ((inputs,), {}), None, lambda _: cotangents, Samples())
+    found = backpack.sweep(model, ModelInputs(((inputs,), {}), Samples()), lambda _: cotangents)
     assert_close(cotangents, before, 0)
     J = dense_jacobian(model, inputs).view(3, 6, -1)
     named = {name: x for layer in found.layers for name, x in layer.layout.split(layer.dense()).items()}

@@ -18,9 +18,10 @@ from curvlab.fisher import EKFAC, KFAC, Full
 from curvlab.nn import GaussianNLL, HalfSquaredError, MultiTask, PerSample, Scaled, Task, WeightedCrossEntropy
 from curvlab.optim import NaturalGradient, Preconditioner
 from curvlab.rows import Rows, merge, sqrt_fisher
-from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.collect import Collector
 from curvlab.rows.loss import loss_terms
 from curvlab.rows.owners import owners_of
+from curvlab.rows.passes import Pass
 from curvlab.rows.streamed import bytes_of
 from curvlab.spectrum import GGN, Hessian, rank
 from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, output_major, outputs
@@ -385,7 +386,7 @@ def test_rows_of_a_training_step(case: Case, kind: Any) -> None:
     if case.domain is not same:
         model = nn.Sequential(model, {"poisson-rate": nn.Softplus(), "probability": nn.Sigmoid()}[case.name])
     loss, y = case.make("mean"), case.targets(outputs(model, x))
-    with Collector(model, loss, owners_of(model), Draw(kind)) as found:
+    with Collector(model, loss, owners_of(model), Pass(kind)) as found:
         (3 * loss(model(x), y)).backward()
     assert found.rows is not None
     S = found.rows.dense()
@@ -656,7 +657,7 @@ def test_hooks_that_only_look_on_leave_a_loss_what_it_is() -> None:
     seen: list[Tensor] = []
     loss.register_forward_hook(lambda _, __, value: seen.append(value.detach()))
     assert_close(fisher(sqrt_fisher(model, loss, x, y)), expected)
-    with Collector(model, loss, owners_of(model), Draw("exact")) as found:
+    with Collector(model, loss, owners_of(model), Pass("exact")) as found:
         loss(model(x), y).backward()
     assert found.rows is not None
     assert_close(fisher(found.rows), expected)
@@ -709,7 +710,7 @@ def test_a_mean_over_no_targets_has_no_weight(loss: nn.Module) -> None:
     for kind in ("ggn", "empirical"):
         with pytest.raises(Weightless, match="No target carries weight"):
             sqrt_fisher(model, loss, x[:3], none, kind)
-        with pytest.raises(Weightless), Collector(model, loss, owners_of(model), Draw(kind)):
+        with pytest.raises(Weightless), Collector(model, loss, owners_of(model), Pass(kind)):
             loss(model(x[:3]), none)
     z, J = outputs(model, x), dense_jacobian(model, x)
     expected = dense_ggn(J, nn.CrossEntropyLoss(ignore_index=-1), z, torch.cat([none, some]))

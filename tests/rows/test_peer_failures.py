@@ -12,8 +12,9 @@ import curvlab
 from curvlab.fisher import STRUCTURES, Full
 from curvlab.nn import Scaled
 from curvlab.rows import sqrt_fisher
-from curvlab.rows.collect import Collector, Draw
+from curvlab.rows.collect import Collector
 from curvlab.rows.owners import owners_of
+from curvlab.rows.passes import Pass
 from curvlab.spectrum import GGN
 from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outputs
 
@@ -70,7 +71,7 @@ def test_a_factor_outside_the_loss_module_is_part_of_the_gradient_only() -> None
     """In a training step `(2 * loss).backward()`: the rows are those of the loss that was given, and Sᵀc the gradient."""
     model, x = network()
     loss = LOSSES["class weights"]
-    with Collector(model, loss, owners_of(model), Draw("exact")) as found:
+    with Collector(model, loss, owners_of(model), Pass("exact")) as found:
         (2 * loss(model(x), LABELS)).backward()
     assert found.rows is not None
     assert found.coefficients is not None
