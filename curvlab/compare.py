@@ -34,7 +34,7 @@ def compare(
     damping: Sequence[Damping] = ("rel:1e-6", "rel:1e-3"),
     *,
     kind: Kind = "exact",
-    samples: int = 1,
+    draws: int = 1,
     generator: torch.Generator | None = None,
     nodes: NodeChoice = None,
     output: PickOutput = None,
@@ -53,7 +53,7 @@ def compare(
         structures: keys of `curvlab.fisher.STRUCTURES`, all if None, or structures by a name of your own.
         damping: values of ρ, absolute or relative to each structure's λ_max ("rel:1e-6"); 0 is the pseudo-inverse.
         kind: rows from which the structures are built; the response is always that of the exact rows.
-        samples: see `curvlab.sqrt_fisher`.
+        draws: see `curvlab.sqrt_fisher`.
         generator: see `curvlab.sqrt_fisher`.
         nodes: see `curvlab.sqrt_fisher`.
         output: see `curvlab.sqrt_fisher`.
@@ -77,8 +77,8 @@ def compare(
     Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
     """
     inputs, targets = data
-    how = Pass(kind, samples, generator, nodes, output)
-    exact = rows_of_loss(model, loss, inputs, targets, how if kind == "ggn" else replace(how, kind="exact", samples=1))
+    how = Pass(kind, draws, generator, nodes, output)
+    exact = rows_of_loss(model, loss, inputs, targets, how if kind == "ggn" else replace(how, kind="exact", draws=1))
     own = exact if how.spans_outputs else rows_of_loss(model, loss, inputs, targets, how)
     u = output_gradient(model, loss, inputs, targets, how)
     gradient = exact.jacobian().rmatvec(u)

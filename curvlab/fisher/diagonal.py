@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, RunningAverage, check_rtol
-from curvlab.fisher.plain import weighted_product
+from curvlab.fisher.on_vectors import weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.structure import Structure
 from curvlab.fisher.system import inverse_values, rank_tolerance

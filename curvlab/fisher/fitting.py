@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 @dataclass
-class Position:
+class FitProgress:
     """How far a fit has come.
 
     Attributes:
@@ -95,7 +95,7 @@ class Fitting:
         """
         self._check()
         self._start = None if self.generator is None else self.generator.get_state()
-        self._at = Position()
+        self._at = FitProgress()
         self._only: Rows | None = None
         self._written = time.monotonic()
         if self.checkpoint is not None and self.checkpoint.path.exists():
@@ -227,7 +227,7 @@ class Fitting:
                     f"{str(checkpoint.path)!r} is the checkpoint of another fit: {name} differs. Delete it, or choose another "
                     "path."
                 )
-        self._at = Position(content["number"], content["done"], content["absorbed"], content["seen"])
+        self._at = FitProgress(content["number"], content["done"], content["absorbed"], content["seen"])
         self._start = content["start"]
         if self.generator is not None:
             self.generator.set_state(content["generator"])
@@ -242,7 +242,7 @@ def identity(structure: State, model: nn.Module, loss: nn.Module, how: Pass) -> 
         "the structure": f"{structure.key} {options}",
         "the model's state": fingerprint({name: tensor.detach() for name, tensor in tensors}),
         "the loss": fingerprint([(type(module).__name__, _settings(module)) for module in loss.modules()]),
-        "the kind of rows": f"{how.kind} {how.samples}",
+        "the kind of rows": f"{how.kind} {how.draws}",
     }
 
 

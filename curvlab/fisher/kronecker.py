@@ -20,7 +20,7 @@ from curvlab.errors import StateError, unknown_name
 from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, check_rtol
 from curvlab.fisher.inverse import DiagonalInverse, Inverse, restored
 from curvlab.fisher.moment import DiagonalMoment, Factor, Moment, inverses
-from curvlab.fisher.plain import is_plain, weighted_product
+from curvlab.fisher.on_vectors import is_on_vectors, weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.system import inverse_values
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
@@ -349,7 +349,7 @@ class LinearBlock(KroneckerBlock):
         )
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: D102
-        return self.options.sharing == "expand" or (self._reduce and is_plain(rows))
+        return self.options.sharing == "expand" or (self._reduce and is_on_vectors(rows))
 
     def rotate(self, rows: LayerRows) -> KroneckerRows:  # noqa: D102
         assert isinstance(rows, KroneckerRows)

@@ -37,7 +37,7 @@ from curvlab.rows.parameters import Vector
 from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
-from curvlab.tools.looks import LOOKS, Look, plain
+from curvlab.tools.looks import LOOKS, Look, default_look
 from curvlab.tools.registry import Registry
 
 Own = TypeVar("Own", bound="Structure")
@@ -80,13 +80,13 @@ class Structure(State):
         Args:
             key: what options, tables and results call the structure.
             summary: what it is, in a few words.
-            look: how it is drawn in figures; `curvlab.tools.looks.plain` if None.
+            look: how it is drawn in figures; `curvlab.tools.looks.default_look` if None.
             kwargs: of other base classes.
         """
         super().__init_subclass__(**kwargs)
         if key is not None:
             cls.key, cls.summary = key, summary
-            cls.look = LOOKS[key] = look or plain(key)
+            cls.look = LOOKS[key] = look or default_look(key)
             STRUCTURES.register(key, cls)
 
     @classmethod
@@ -97,7 +97,7 @@ class Structure(State):
         data: Sequence[Any] | Iterable[Sequence[Any]],
         *,
         kind: Kind = "exact",
-        samples: int = 1,
+        draws: int = 1,
         generator: torch.Generator | None = None,
         nodes: NodeChoice = None,
         output: PickOutput = None,
@@ -115,7 +115,7 @@ class Structure(State):
             data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader; an iterator that can be
                 passed once only will not do for a structure that goes over the data twice.
             kind: see `curvlab.sqrt_fisher`.
-            samples: see `curvlab.sqrt_fisher`.
+            draws: see `curvlab.sqrt_fisher`.
             generator: see `curvlab.sqrt_fisher`; every pass over the data starts from its present state.
             nodes: see `curvlab.sqrt_fisher`; a function chooses anew in every batch.
             output: see `curvlab.sqrt_fisher`.
@@ -133,7 +133,7 @@ class Structure(State):
         """
         structure = cls(**options)
         keeps = not structure.averages
-        how = Pass(kind, samples, generator, nodes, output, engine, keep_jacobian=keeps)
+        how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=keeps)
 
         def rows_of(batch: Sequence[Any]) -> Rows:
             if not isinstance(batch, tuple | list) or len(batch) != 2:

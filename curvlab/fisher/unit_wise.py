@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.full import RowStructure
-from curvlab.fisher.plain import contract_units, is_plain, plain_factors
+from curvlab.fisher.on_vectors import contract_units, is_on_vectors, vector_factors
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide
 from curvlab.fisher.stack import Cut, DenseStack, Stack
@@ -91,14 +91,14 @@ class Units(Cut):
 
     def root(self, layers: Sequence[LayerRows]) -> Stack:  # noqa: D102
         (layer,) = layers
-        return _scaled_inputs(layer) if is_plain(layer) else self.rows(layers)
+        return _scaled_inputs(layer) if is_on_vectors(layer) else self.rows(layers)
 
     def row_size(self, layers: Sequence[LayerRows]) -> int:  # noqa: D102
-        return layers[0].shape[1] if is_plain(layers[0]) else layers[0].count
+        return layers[0].shape[1] if is_on_vectors(layers[0]) else layers[0].count
 
     def moment(self, layers: Sequence[LayerRows]) -> Float[Tensor, "U width width"]:  # noqa: D102
         (layer,) = layers
-        if is_plain(layer):
+        if is_on_vectors(layer):
             return _scaled_inputs(layer).moment()
         x = layer.unit_stack()
         return x.mT @ x
@@ -108,7 +108,7 @@ class Units(Cut):
 
 
 def _scaled_inputs(layer: KroneckerRows) -> ScaledInputs:
-    a, g = plain_factors(layer)
+    a, g = vector_factors(layer)
     return ScaledInputs(a, g, g.square().sum(0).sqrt())
 
 
@@ -126,14 +126,14 @@ class UnitBlock(RowBlock):
         relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         a, b = left[0], right[0]
-        if is_plain(a) and is_plain(b) and not (self.keeps_rows and not is_plain(self.layers[0])):
+        if is_on_vectors(a) and is_on_vectors(b) and not (self.keeps_rows and not is_on_vectors(self.layers[0])):
             return contract_units(a, self._kernels(a, b, damping), b)
         return super().sandwich(left, right, damping, relation)
 
     def _kernels(self, left: KroneckerRows, right: KroneckerRows, damping: float) -> Float[Tensor, "U N M"]:
         """Return `a' (F_u + ρI)⁻¹ aᵀ` for every unit, of inputs a' and a."""
-        a, _ = plain_factors(left)
-        b, g = plain_factors(right)
+        a, _ = vector_factors(left)
+        b, g = vector_factors(right)
         O = self.count // len(a)  # noqa: E741
         if not self.keeps_rows:
             solved = self.system.solve(b.mT.repeat_interleave(O, dim=0), damping)

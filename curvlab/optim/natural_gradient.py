@@ -51,7 +51,7 @@ class NaturalGradient(torch.optim.Optimizer):
             and the last step, which sets the momentum, too.
         structure: see `Preconditioner`.
         kind: see `Preconditioner`.
-        samples: see `Preconditioner`.
+        draws: see `Preconditioner`.
         damping: ρ, a number, a function of the step, or `LevenbergMarquardt`.
         decay: see `Preconditioner`.
         refresh_every: see `Preconditioner`.
@@ -87,7 +87,7 @@ class NaturalGradient(torch.optim.Optimizer):
         *,
         structure: Structure | str = "kfac",
         kind: Kind = "mc",
-        samples: int = 1,
+        draws: int = 1,
         damping: Schedule | LevenbergMarquardt = 1e-3,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
@@ -110,7 +110,7 @@ class NaturalGradient(torch.optim.Optimizer):
             loss,
             structure,
             kind=kind,
-            samples=samples,
+            draws=draws,
             damping=self._rho if isinstance(damping, LevenbergMarquardt) else damping,
             decay=decay,
             refresh_every=refresh_every,

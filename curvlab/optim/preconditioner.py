@@ -56,7 +56,7 @@ class Preconditioner:
         structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`. "empirical" costs no further sweep, "mc"
             one to the layers' outputs a draw, "exact" and "ggn" C of them.
-        samples: draws a loss term, for "mc".
+        draws: random rows of a loss term, for "mc".
         damping: ρ of `F + ρI`, a number or a function of the step.
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
@@ -78,7 +78,7 @@ class Preconditioner:
         structure: Structure | str = "kfac",
         *,
         kind: Kind = "mc",
-        samples: int = 1,
+        draws: int = 1,
         damping: Schedule = 1e-3,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
@@ -106,7 +106,7 @@ class Preconditioner:
         self._bind(model)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         joint = kind == "mc" or self.structure.joins_positions
-        self._how = Pass(kind, whole("samples", samples), self._generator, share=shared, joint=joint)
+        self._how = Pass(kind, whole("draws", draws), self._generator, share=shared, joint=joint)
 
     def _bind(self, model: nn.Module) -> None:
         self._owners = _preconditioned(model, self.plain)
@@ -146,7 +146,7 @@ class Preconditioner:
         shown = {
             "structure": self.structure,
             "kind": self._how.kind,
-            "samples": self._how.samples,
+            "draws": self._how.draws,
             "damping": self.damping.value,
             "decay": self.decay.value,
             "refresh_every": self.refresh_every.value,

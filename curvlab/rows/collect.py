@@ -111,7 +111,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._leave.enter_context(torch.compiler.set_stance("force_eager"))
         self._leave.enter_context(decomposing(self._model, self._owners))
         self._leave.enter_context(self._watch.on(self._model))
-        if self._how is not None and (self._how.kind != "mc" or self._how.samples > 1):
+        if self._how is not None and (self._how.kind != "mc" or self._how.draws > 1):
             self._leave.enter_context(differentiable_attention())
         handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),

@@ -50,8 +50,8 @@ Signatures = dict[Hashable, GraphSignature]
 
 
 @runtime_checkable
-class Passed(Protocol):
-    """One call of a layer."""
+class GraphCall(Protocol):
+    """One call of a layer, by its edges in the graph."""
 
     edge: GradientEdge | None
     """Edge of the graph at its output."""
@@ -61,7 +61,7 @@ class Passed(Protocol):
 
 def signature_of(
     z: Tensor,
-    calls: Sequence[Passed],
+    calls: Sequence[GraphCall],
     parameters: Mapping[str, Tensor],
     samples: int | None,
     known: Signatures,
@@ -127,7 +127,7 @@ def remember(table: dict[Hashable, Entry], key: Hashable, entry: Entry, most: in
         del table[next(iter(table))]
 
 
-def _ends(end: Edge | None, calls: Sequence[Passed]) -> Iterator[Node]:
+def _ends(end: Edge | None, calls: Sequence[GraphCall]) -> Iterator[Node]:
     """Yield the function that an output is of, and those that the inputs of layers are of."""
     if end is not None:
         yield end[0]
@@ -139,7 +139,7 @@ def _ends(end: Edge | None, calls: Sequence[Passed]) -> Iterator[Node]:
 def _read(
     functions: Hashable,
     end: Edge | None,
-    calls: Sequence[Passed],
+    calls: Sequence[GraphCall],
     names: Mapping[int, str],
     samples: int | None,
     coupled: bool,

@@ -77,7 +77,7 @@ def sqrt_fisher(
     targets: Any,
     kind: Kind = "exact",
     *,
-    samples: int = 1,
+    draws: int = 1,
     generator: torch.Generator | None = None,
     nodes: NodeChoice = None,
     output: PickOutput = None,
@@ -97,7 +97,7 @@ def sqrt_fisher(
             "ggn" for the generalised Gauss-Newton matrix, also of losses whose Hessian depends on the targets and is no
             Fisher matrix, which "exact" refuses; "mc" for a Monte-Carlo estimate of it; "empirical" for the
             gradients with the given targets (type 1), one row a loss term.
-        samples: draws a loss term, for "mc".
+        draws: random rows of a loss term, for "mc".
         generator: source of the draws, required for "mc".
         nodes: as in `jacobian`.
         output: as in `jacobian`.
@@ -111,11 +111,11 @@ def sqrt_fisher(
         NotPositiveDefinite: for a loss of one's own with an indefinite Hessian at the outputs of some sample.
         ValueError: for targets that do not fit the outputs, and for options that contradict each other.
 
-    Cost: as `jacobian` with V = C rows ("exact", "ggn"), `samples` rows ("mc") or one ("empirical") a position.
+    Cost: as `jacobian` with V = C rows ("exact", "ggn"), `draws` rows ("mc") or one ("empirical") a position.
 
     Source: `exact` and `empirical` as in Kunstner, Hennig & Balles 2019; count and weights as the loss applies them.
     """
-    how = Pass(kind, samples, generator, nodes, output, engine, dtype, keep_jacobian)
+    how = Pass(kind, draws, generator, nodes, output, engine, dtype, keep_jacobian)
     return rows_of_loss(model, loss, inputs, targets, how)
 
 

@@ -43,8 +43,8 @@ class Pass:
     """Which rows a pass makes, and how.
 
     Attributes:
-        kind: as in `curvlab.sqrt_fisher`; like `samples`, `generator`, `share` and `joint` of no meaning for rows of J.
-        samples: draws a loss term, for "mc".
+        kind: as in `curvlab.sqrt_fisher`; like `draws`, `generator`, `share` and `joint` of no meaning for rows of J.
+        draws: random rows of a loss term, for "mc".
         generator: source of the draws, for "mc".
         nodes: as in `curvlab.jacobian`.
         output: as in `curvlab.jacobian`.
@@ -60,7 +60,7 @@ class Pass:
     """
 
     kind: Kind = "exact"
-    samples: int = 1
+    draws: int = 1
     generator: torch.Generator | None = None
     nodes: NodeChoice = None
     output: PickOutput = None
@@ -73,10 +73,10 @@ class Pass:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise unknown_name("kind", self.kind, get_args(Kind))
-        if self.kind != "mc" and self.samples != 1:
-            raise ValueError(f"samples={self.samples} has a meaning for kind='mc' only, not for {self.kind!r}.")
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}.")
+        if self.kind != "mc" and self.draws != 1:
+            raise ValueError(f"draws={self.draws} has a meaning for kind='mc' only, not for {self.kind!r}.")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}.")
         if self.kind == "mc" and self.generator is None:
             raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
 
@@ -88,7 +88,7 @@ class Pass:
     @property
     def single(self) -> bool:
         """Whether there is one row an output vector."""
-        return not self.spans_outputs and self.samples == 1
+        return not self.spans_outputs and self.draws == 1
 
     def read(self, model: nn.Module, inputs: Any) -> ModelInputs:
         """Tell the arguments of a model, and what a sample is."""
@@ -103,5 +103,5 @@ class Pass:
         if self.kind == "mc":
             assert self.generator is not None
             share = None if self.share is None else self.share(len(terms.z), terms.z.device)
-            return terms.sampled(self.samples, self.generator, joint=self.joint, share=share)
+            return terms.sampled(self.draws, self.generator, joint=self.joint, share=share)
         return terms.root().apply(identity_cotangents(terms.z).flatten(2))

@@ -53,7 +53,7 @@ def gram(
     *,
     loss: nn.Module | None = None,
     kind: Kind = "exact",
-    samples: int = 1,
+    draws: int = 1,
     generator: torch.Generator | None = None,
     memory: int | str = "1GiB",
     out: Float[Tensor, "R R"] | None = None,
@@ -72,7 +72,7 @@ def gram(
             joined; its targets count with a loss only.
         loss: as in `curvlab.sqrt_fisher`; rows of J if None.
         kind: as in `curvlab.sqrt_fisher`; has a meaning with a loss only.
-        samples: as in `curvlab.sqrt_fisher`.
+        draws: as in `curvlab.sqrt_fisher`.
         generator: as in `curvlab.sqrt_fisher`; draws do not depend on `memory`.
         memory: workspace, in bytes or as "2GiB". Half of it holds rows between uses, a quarter rows that are being formed, a
             quarter their products. Layers applied at several positions take up to three tensors of 2²⁵ elements more.
@@ -89,7 +89,7 @@ def gram(
     Cost: the products of `Rows.gram`, and `(B + 1)/2` sweeps over the data, B being the size of all rows over half of the
     workspace, rounded up.
     """
-    how = Pass(kind, samples, generator, output=output, engine=engine)
+    how = Pass(kind, draws, generator, output=output, engine=engine)
     chunks = _Chunks(model, loss, _whole(data, loss), how)
     first = chunks.probe()
     V, dtype = first.shape[0], first.dtype

@@ -38,7 +38,7 @@ class Fisher(Operator):
         loss: see `curvlab.sqrt_fisher`.
         data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader.
         kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`.
-        samples: draws a loss term, for "mc".
+        draws: random rows of a loss term, for "mc".
         generator: source of the draws, for "mc"; every sweep starts from the state that it has now.
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use.
@@ -57,14 +57,14 @@ class Fisher(Operator):
         data: Data,
         *,
         kind: Kind = "exact",
-        samples: int = 1,
+        draws: int = 1,
         generator: torch.Generator | None = None,
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
         engine: Engine = "auto",
     ) -> None:
         self.model, self.loss, self.batches = model, loss, repeatable(data)
-        self.how = Pass(kind, samples, generator, output=output, engine=engine)
+        self.how = Pass(kind, draws, generator, output=output, engine=engine)
         self._state = None if generator is None else generator.get_state()
         own = trainable(model)
         names = choose(own, parameters)

@@ -17,7 +17,7 @@ LOOKS: dict[str, Look] = {}
 """By the key that options and results use, in the order of legends; every structure adds its own."""
 
 
-def plain(key: str) -> Look:
+def default_look(key: str) -> Look:
     """The look of what nobody has given one: a grey circle, and the key as its name."""
     return Look("#999999", "o", key)
 
@@ -28,7 +28,7 @@ WITHOUT_STRUCTURE = {"gradient-descent": Look("#7F7F7F", "*", "gradient descent"
 
 def look(key: str) -> Look:
     """The look of a key, `plain` where nobody has given it one."""
-    return (LOOKS | WITHOUT_STRUCTURE).get(key, plain(key))
+    return (LOOKS | WITHOUT_STRUCTURE).get(key, default_look(key))
 
 
 def in_order(keys: Iterable[str]) -> list[str]:

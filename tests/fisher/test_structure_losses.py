@@ -64,7 +64,7 @@ def test_the_mean_of_monte_carlo_structures_tends_to_the_exact_one(spec: str) ->
     """F is linear in the rows' second moment, so a mean of many draws converges at 1/√draws; K-FAC's B, too."""
     data = case("mlp", "ce-weights")
     generator = torch.Generator().manual_seed(1)
-    rows = sqrt_fisher(data.model, data.loss, data.inputs, data.targets, "mc", samples=3000, generator=generator)
+    rows = sqrt_fisher(data.model, data.loss, data.inputs, data.targets, "mc", draws=3000, generator=generator)
     names = list(positions(data.model))
     exact = build(spec, names).update(data.rows).to_dense()
     error = build(spec, names).update(rows).to_dense() - exact

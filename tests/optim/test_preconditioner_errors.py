@@ -117,7 +117,7 @@ def test_what_goes_wrong_is_named() -> None:
         ({"decay": 1.5}, r"decay is a number in \[0, 1\]"),
         ({"refresh_every": 0}, "refresh_every is a whole number"),
         ({"refresh_every": 1.5}, "refresh_every is a whole number"),
-        ({"samples": 0}, "samples is a whole number"),
+        ({"draws": 0}, "draws is a whole number"),
         ({"patience": 0}, "patience is a whole number"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -73,9 +73,9 @@ def test_a_loader_that_drops_the_last_batch(reduction: str) -> None:
 def test_monte_carlo_batches(reduction: str) -> None:
     model, x = architecture("mlp").make(N=5)
     loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
-    draws = torch.Generator().manual_seed(0)
+    source = torch.Generator().manual_seed(0)
     parts = [
-        sqrt_fisher(model, loss, a, b, "mc", samples=2, generator=draws) for a, b in ((x[:3], y[:3]), (x[3:], y[3:]))
+        sqrt_fisher(model, loss, a, b, "mc", draws=2, generator=source) for a, b in ((x[:3], y[:3]), (x[3:], y[3:]))
     ]
     weights = [part.terms for part in parts] if reduction == "mean" else [1.0, 1.0]
     total = sum(weights) if reduction == "mean" else 1.0
@@ -141,8 +141,8 @@ def test_parts_that_do_not_fit() -> None:
     other, x_ = architecture("linear").make(N=4)
     with pytest.raises(ValueError, match="Rows of different parameters"):
         J + curvlab.rows.jacobian(other, x_)
-    draws = torch.Generator().manual_seed(0)
-    one, two = (sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, "mc", samples=s, generator=draws) for s in (1, 2))
+    source = torch.Generator().manual_seed(0)
+    one, two = (sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, "mc", draws=s, generator=source) for s in (1, 2))
     with pytest.raises(ValueError, match="Rows a sample differ: 1 and 2"):
         one + two
     with pytest.raises(ValueError, match="nothing to stack"):

@@ -194,8 +194,8 @@ class TestNodes:
         errors = p - nn.functional.one_hot(y, CLASSES)
         by_node = J.view(CLASSES, 3, -1).transpose(0, 1)
         assert_close(rows.dense(), (errors[:, :, None] * by_node).sum(1) / 3**0.5)
-        draws = torch.Generator().manual_seed(0)
-        many = sqrt_fisher(model, loss, args, y, "mc", samples=4000, generator=draws, nodes=NODES)
+        source = torch.Generator().manual_seed(0)
+        many = sqrt_fisher(model, loss, args, y, "mc", draws=4000, generator=source, nodes=NODES)
         exact = sqrt_fisher(model, loss, args, y, nodes=NODES)
         assert_close(many.dense().T @ many.dense(), exact.dense().T @ exact.dense(), 0.1)
 

@@ -79,7 +79,7 @@ def test_auto_leaves_one_row_a_sample_to_autograd(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, logger="curvlab"):
         for kind, samples in (("mc", 1), ("empirical", 1), ("mc", 2), ("exact", 1)):
             drawn = torch.Generator().manual_seed(0) if kind == "mc" else None
-            curvlab.rows.sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, samples=samples, generator=drawn)
+            curvlab.rows.sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, draws=samples, generator=drawn)
     plain, chain = caplog.records
     assert "autograd engine: one row a sample" in plain.message
     assert "BackPACK engine" in chain.message

@@ -58,7 +58,7 @@ def test_engines_and_monte_carlo() -> None:
 
     def draw(engine: Any) -> Tensor:
         source = torch.Generator().manual_seed(0)
-        return sqrt_fisher(linear, loss, x, y, "mc", samples=2, generator=source, engine=engine).dense()
+        return sqrt_fisher(linear, loss, x, y, "mc", draws=2, generator=source, engine=engine).dense()
 
     assert_close(draw("backpack"), draw("autograd"))
     assert_close(jacobian(linear, x, engine="backpack").dense(), dense_jacobian(linear, x))

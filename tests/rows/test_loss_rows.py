@@ -58,7 +58,7 @@ def test_kinds_equal_their_definitions(case: LossCase, reduction: str, network: 
     positions = z[0, 0].numel()
     assert exact.shape == (CLASSES * positions, 3)
     assert empirical.shape == (positions, 3)
-    mc = sqrt_fisher(model, loss, x, y, kind="mc", samples=2, generator=generator())
+    mc = sqrt_fisher(model, loss, x, y, kind="mc", draws=2, generator=generator())
     assert mc.shape == (2 * positions, 3)
     weights = term_weights(loss, z, y).mean(1).reshape(3, -1).sum(1)
     for rows in (exact, empirical, mc):
@@ -168,14 +168,14 @@ def test_mean_of_mc_is_exact(case: LossCase, network: str, reduction: str, monke
     exact = fisher(sqrt_fisher(model, loss, x, y))
     if isinstance(loss, nn.CrossEntropyLoss):
         monkeypatch.setattr(likelihood, "classes_at", lambda _, u: torch.arange(C)[:, None, None].expand(u.shape))
-        rows = sqrt_fisher(model, loss, x, y, kind="mc", samples=C, generator=generator())
+        rows = sqrt_fisher(model, loss, x, y, kind="mc", draws=C, generator=generator())
         p = z.softmax(1).reshape(2, C, -1)
         probability = p.permute(1, 2, 0).flatten()
     else:
         H = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=z.dtype)
 
         fake_noise(monkeypatch, lambda samples, N, C, X: H[:, 1:].view(samples, 1, C, 1).expand(samples, N, C, X))
-        rows = sqrt_fisher(model, loss, x, y, kind="mc", samples=4, generator=generator())
+        rows = sqrt_fisher(model, loss, x, y, kind="mc", draws=4, generator=generator())
         probability = torch.full((rows.R,), 0.25, dtype=z.dtype)
     S = rows.dense()
     draws = rows.shape[0] // z[0, 0].numel()
@@ -187,11 +187,11 @@ def test_monte_carlo_converges_as_one_over_root_samples(name: str) -> None:
     model, x = architecture("mlp").make(N=3)
     loss, y = loss_case(name).make(outputs(model, x), "mean")
     exact = fisher(sqrt_fisher(model, loss, x, y))
-    draws = generator(3)
+    source = generator(3)
 
     def error(samples: int) -> float:
         squares = [
-            (fisher(sqrt_fisher(model, loss, x, y, "mc", samples=samples, generator=draws)) - exact).square().sum()
+            (fisher(sqrt_fisher(model, loss, x, y, "mc", draws=samples, generator=source)) - exact).square().sum()
             for _ in range(30)
         ]
         return float(sum(squares) / len(squares)) ** 0.5
@@ -208,7 +208,7 @@ def test_a_generator_determines_the_draws(name: str) -> None:
     source = generator(5)
 
     def draw(source: torch.Generator, engine: Any = "auto") -> Tensor:
-        return sqrt_fisher(model, loss, x, y, "mc", samples=3, generator=source, engine=engine).dense()
+        return sqrt_fisher(model, loss, x, y, "mc", draws=3, generator=source, engine=engine).dense()
 
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -287,7 +287,7 @@ def test_saturated_outputs_have_finite_rows() -> None:
     for loss, y in losses:
         for kind in ("exact", "empirical"):
             assert torch.isfinite(sqrt_fisher(model, loss, x, y, kind).dense()).all()
-        mc = sqrt_fisher(model, loss, x, y, "mc", samples=4, generator=generator())
+        mc = sqrt_fisher(model, loss, x, y, "mc", draws=4, generator=generator())
         assert not mc.dense().any()
 
 

@@ -221,9 +221,9 @@ def test_mc_rows_come_from_the_models_distribution() -> None:
         z, J = outputs(model, x, case.domain), dense_jacobian(model, x, case.domain)
         loss, y = case.make("mean"), case.targets(z)
         exact = J.T @ (variance(z).T.flatten() / 9)[:, None].mul(J)
-        draws = generator(2)
+        source = generator(2)
         few, many = (
-            float(fisher(sqrt_fisher(model, loss, x, y, "mc", samples=s, generator=draws, output=case.domain)).sub(exact).norm())
+            float(fisher(sqrt_fisher(model, loss, x, y, "mc", draws=s, generator=source, output=case.domain)).sub(exact).norm())
             for s in (100, 10_000)
         )  # fmt: skip
         assert many < 0.06 * float(exact.norm())
@@ -472,7 +472,7 @@ def test_tasks(reduction: str, extra: bool, masked: bool) -> None:
         parts = [sqrt_fisher(model, loss, x[n], selected(y, n), kind) for n in (slice(1), slice(1, 4))]  # type: ignore[arg-type]
         assert_close(merge(parts).dense(), whole.dense())
         assert_close(merge(parts).sample_weights, whole.sample_weights)
-    draws = sqrt_fisher(model, loss, x, y, "mc", samples=2000, generator=generator())
+    draws = sqrt_fisher(model, loss, x, y, "mc", draws=2000, generator=generator())
     assert float((fisher(draws) - fisher(rows)).norm()) < 0.1 * float(fisher(rows).norm())
     split = Full().fit(model, loss, [(x[n], selected(y, n)) for n in (slice(1), slice(1, 4))])
     assert_close(split.to_dense(), fisher(rows))

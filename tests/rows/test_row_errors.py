@@ -323,10 +323,10 @@ class TestOptions:
 
     def test_options_of_monte_carlo_elsewhere(self) -> None:
         model, x = model_and_inputs()
-        with pytest.raises(ValueError, match="samples=3 has a meaning for kind='mc' only, not for 'exact'"):
-            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, samples=3)
-        with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, "mc", samples=0, generator=torch.Generator())
+        with pytest.raises(ValueError, match="draws=3 has a meaning for kind='mc' only, not for 'exact'"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, draws=3)
+        with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, "mc", draws=0, generator=torch.Generator())
 
     @pytest.mark.parametrize("kind", ["mc", "empirical"])
     def test_the_jacobian_of_a_partial_sweep(self, kind: Any) -> None:

@@ -52,7 +52,7 @@ def check(
         if kind == "jacobian":
             return jacobian(model, x, **options)
         if kind == "mc":
-            return sqrt_fisher(model, loss, x, y[start:stop], "mc", samples=2, generator=source, **options)
+            return sqrt_fisher(model, loss, x, y[start:stop], "mc", draws=2, generator=source, **options)
         return sqrt_fisher(model, loss, x, y[start:stop], kind, **options)  # type: ignore[arg-type]
 
     rows = merge([rows_of(start, stop) for start, stop in batches])

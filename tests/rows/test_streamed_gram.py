@@ -47,7 +47,7 @@ def test_rows_of_a_loss(name: str, reduction: str, kind: Any) -> None:
     loss, y = loss_case(name).make(outputs(model, x), reduction)
     how: dict[str, Any] = {"kind": kind}
     if kind == "mc":
-        how |= {"samples": 2}
+        how |= {"draws": 2}
 
     def source() -> dict[str, Any]:
         return {"generator": torch.Generator().manual_seed(1)} if kind == "mc" else {}

@@ -257,10 +257,10 @@ class TestFisher:
             assert_close(
                 Fisher(model, criterion, (x, y), kind="empirical").to_dense(), dense_empirical(J, criterion, z, y)
             )
-        draws = torch.Generator().manual_seed(3)
-        F = Fisher(model, criterion, (x, y), kind="mc", samples=2, generator=draws)
+        source = torch.Generator().manual_seed(3)
+        F = Fisher(model, criterion, (x, y), kind="mc", draws=2, generator=source)
         same = torch.Generator().manual_seed(3)
-        rows = curvlab.sqrt_fisher(model, criterion, x, y, "mc", samples=2, generator=same).dense()
+        rows = curvlab.sqrt_fisher(model, criterion, x, y, "mc", draws=2, generator=same).dense()
         assert_close(F.to_dense(), rows.T @ rows)
 
     def test_mc_draws_the_same_at_every_sweep(self) -> None:

@@ -42,13 +42,13 @@ class Draws:
     """How many random rows are drawn, and from what.
 
     Attributes:
-        samples: draws a loss term.
+        count: draws a loss term.
         generator: source of the draws.
         share: where these samples start in a batch that several processes share, and how many it has. Processes whose
             generators agree then draw what one would for the whole.
     """
 
-    samples: int
+    count: int
     generator: torch.Generator
     share: tuple[int, int] | None = None
 
@@ -57,7 +57,7 @@ class Draws:
         N, *rest = like.shape
         start, total = self.share or (0, N)
         source = self.generator
-        drawn = how(self.samples, total, *rest, generator=source, dtype=like.dtype, device=source.device)
+        drawn = how(self.count, total, *rest, generator=source, dtype=like.dtype, device=source.device)
         return drawn[:, start : start + N].to(like.device)
 
 
@@ -87,7 +87,7 @@ class Likelihood(ABC):
         Raises:
             StateError: if there is no distribution.
         """
-        raise StateError(f"{type(self).__name__} has no distribution, so {draws.samples} draws do not exist.")
+        raise StateError(f"{type(self).__name__} has no distribution, so {draws.count} draws do not exist.")
 
     def relaid(self: Own, lay: Lay) -> Own:
         """Bring all tensors into another layout."""

@@ -95,23 +95,23 @@ class LossTerms:
 
     def sampled(
         self,
-        samples: int,
+        draws: int,
         generator: torch.Generator,
         *,
         joint: bool = False,
         share: tuple[int, int] | None = None,
     ) -> Float[Tensor, "V N C X"]:
-        """Draw rows whose covariance is Λ/count, divided by √samples.
+        """Draw rows whose covariance is Λ/count, divided by √draws.
 
         Args:
-            samples: draws a loss term.
+            draws: random rows of a loss term.
             generator: source of the draws.
             joint: whether all positions of a sample share a row, as draws of different positions are independent, or
                 each has its own.
             share: see `Draws`.
         """
-        scale = (self.weight / (self._divisor * samples)).sqrt()
-        rows = self.likelihood.draw(Draws(samples, generator, share)) * scale
+        scale = (self.weight / (self._divisor * draws)).sqrt()
+        rows = self.likelihood.draw(Draws(draws, generator, share)) * scale
         return rows if joint else _one_row_a_position(rows)
 
     def empirical(self, *, joint: bool = False) -> Float[Tensor, "V N C X"]:

@@ -13,19 +13,19 @@ from curvlab.rows.layer import LayerRows
 from curvlab.rows.products import chunks
 
 
-def is_plain(rows: LayerRows) -> TypeGuard[KroneckerRows]:
+def is_on_vectors(rows: LayerRows) -> TypeGuard[KroneckerRows]:
     """Whether the layer is dense on vectors."""
     return isinstance(rows, KroneckerRows) and rows.positions == 1
 
 
-def plain_factors(rows: KroneckerRows) -> tuple[Float[Tensor, "Q N I"], Float[Tensor, "V N U"]]:
+def vector_factors(rows: KroneckerRows) -> tuple[Float[Tensor, "Q N I"], Float[Tensor, "V N U"]]:
     """Return inputs by group, and rows by unit `u = (q, o)`."""
     return rows.a[:, 0].transpose(0, 1), rows.g[:, :, 0].flatten(2)
 
 
 def contract_units(left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: KroneckerRows) -> Float[Tensor, "R S"]:
-    """Return `Σ_u g[v,n,u] Z_u[n,m] g'[w,m,u]` for plain layers. Cost `U·R·S`."""
-    (_, g), (_, h) = plain_factors(left), plain_factors(right)
+    """Return `Σ_u g[v,n,u] Z_u[n,m] g'[w,m,u]` for dense layers on vectors. Cost `U·R·S`."""
+    (_, g), (_, h) = vector_factors(left), vector_factors(right)
     (V, N), (W, M) = left.shape, right.shape
     out = g.new_zeros(V, N, W, M)
     for part in chunks(g.shape[2], V * N * M):
@@ -36,7 +36,7 @@ def contract_units(left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: 
 
 def weighted_product(left: LayerRows, weights: Float[Tensor, " P_l"], right: LayerRows) -> Float[Tensor, "R S"]:
     """Return `left diag(weights) rightᵀ`. Cost `N·M·P_l + U·R·S` for plain layers, else `R·S·P_l`, in chunks."""
-    if not (is_plain(left) and is_plain(right)):
+    if not (is_on_vectors(left) and is_on_vectors(right)):
         V, N = left.shape
         largest = max(left.size, right.factors[-1][0].numel())
         pieces = [
@@ -45,12 +45,12 @@ def weighted_product(left: LayerRows, weights: Float[Tensor, " P_l"], right: Lay
         ]
         return torch.cat(pieces, dim=1).flatten(0, 1)
     (V, N), (_, M) = left.shape, right.shape
-    b, _ = plain_factors(right)
+    b, _ = vector_factors(right)
     grouped = weights.view(len(b), -1, b.shape[2])
     pieces = []
     for part in chunks(N, M * len(b) * max(grouped.shape[1:])):
         some = left.select(part)
-        a, _ = plain_factors(some)
+        a, _ = vector_factors(some)
         pairs = (a[:, :, None] * b[:, None]).flatten(1, 2)
         kernels = (grouped @ pairs.mT).unflatten(2, (-1, M)).flatten(0, 1)
         pieces.append(contract_units(some, kernels, right).view(V, -1, right.count))
