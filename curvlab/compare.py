@@ -48,15 +48,15 @@ def compare(
 
     Args:
         model: any module whose samples do not interact; it is left as it was found.
-        loss: see `curvlab.sqrt_fisher`.
+        loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`.
         data: inputs and targets.
         structures: keys of `curvlab.fisher.STRUCTURES`, all if None, or structures by a name of your own.
         damping: values of ρ, absolute or relative to each structure's λ_max ("rel:1e-6"); 0 is the pseudo-inverse.
         kind: rows from which the structures are built; the response is always that of the exact rows.
-        draws: see `curvlab.sqrt_fisher`.
-        generator: see `curvlab.sqrt_fisher`.
-        nodes: see `curvlab.sqrt_fisher`.
-        output: see `curvlab.sqrt_fisher`.
+        draws: random rows of a loss term, for "mc".
+        generator: source of the draws, required for "mc".
+        nodes: of a graph, those that carry rows: a mask, indices, or a function of the inputs.
+        output: which tensor of a structured output: a key, an attribute, an index or a function.
 
     Returns:
         One row a structure and damping, with the columns

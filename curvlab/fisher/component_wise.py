@@ -129,9 +129,9 @@ class ComponentWise(
             kernels, the weights of a dense unit if they are 16 at most, all biases of a layer, and others by themselves
             (Tran et al. 2023); a number k: k consecutive parameters, weights before biases; a function that takes the name
             of a layer and its `Layout` and returns integers `[units, width]`, equal for entries that belong together.
-        side: see `Full`.
-        window: see `Full`.
-        rtol: see `Full`.
+        side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
+        window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
+        rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
 
     Raises:
         ValueError: at construction for an unknown rule, a number below 1, or anything else.

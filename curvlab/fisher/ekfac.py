@@ -87,8 +87,8 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     batches so far and re-projects older corrections.
 
     Args:
-        sharing: see `KFAC`.
-        max_block: see `KFAC`.
+        sharing: "expand", "reduce" or "gradient", for weights that are shared over positions.
+        max_block: layers without Kronecker factors keep an exact block up to this size, a diagonal one above it.
         rtol: rank tolerance of undamped solves, of the factors and relative to the largest correction.
     """
 

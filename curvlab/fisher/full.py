@@ -37,7 +37,7 @@ class Full(RowStructure, key="full", summary="F = SᵀS itself", look=Look("#000
     With R rows and P parameters it is kept as rows, and solved with `[R, R]`, or as `[P, P]`, whichever is smaller.
 
     Args:
-        side: "rows", "parameters" or "auto".
+        side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
         window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
         rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
     """
@@ -57,9 +57,9 @@ class BlockDiagonal(
 
     Args:
         partition: groups of parameter names, each a block; layers if None.
-        side: see `Full`.
-        window: see `Full`.
-        rtol: see `Full`.
+        side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
+        window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
+        rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
     """
 
     def __init__(

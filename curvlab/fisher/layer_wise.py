@@ -273,9 +273,9 @@ class LayerWise(
     Args:
         sigma: `[L, L]`, or a function of L that returns it; the identity (block-diagonal) if None.
         partition: groups of parameter names that take the place of layers.
-        side: see `Full`.
-        window: see `Full`.
-        rtol: see `Full`.
+        side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
+        window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
+        rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
 
     Raises:
         ValueError: at construction if Σ is not square, symmetric and finite; at the first update if its size is not the
@@ -325,10 +325,10 @@ class BlockTridiagonal(
     """The blocks of `F` between a layer and its neighbours; indefinite for three layers and more.
 
     Args:
-        partition: see `LayerWise`.
-        side: see `Full`.
-        window: see `Full`.
-        rtol: see `Full`.
+        partition: groups of parameter names that take the place of layers.
+        side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
+        window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
+        rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
     """
 
     def __init__(

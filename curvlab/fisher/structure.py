@@ -111,15 +111,15 @@ class Structure(State):
 
         Args:
             model: any module whose samples do not interact.
-            loss: see `curvlab.sqrt_fisher`.
+            loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`.
             data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader; an iterator that can be
                 passed once only will not do for a structure that goes over the data twice.
-            kind: see `curvlab.sqrt_fisher`.
-            draws: see `curvlab.sqrt_fisher`.
-            generator: see `curvlab.sqrt_fisher`; every pass over the data starts from its present state.
-            nodes: see `curvlab.sqrt_fisher`; a function chooses anew in every batch.
-            output: see `curvlab.sqrt_fisher`.
-            engine: see `curvlab.sqrt_fisher`.
+            kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`.
+            draws: random rows of a loss term, for "mc".
+            generator: source of the draws, required for "mc"; every pass over the data starts from its present state.
+            nodes: of a graph, those that carry rows: a mask, indices, or a function that chooses in every batch anew.
+            output: which tensor of a structured output: a key, an attribute, an index or a function.
+            engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
             progress: whether to show it, on stderr.
             checkpoint: file that keeps the state, so that a fit that was interrupted goes on when it is called again, and
                 ends in the same state to the last bit. It stays when the fit is done.

@@ -154,9 +154,9 @@ class UnitWise(RowStructure, key="unit-wise", summary="one block of F a unit", l
     A bare parameter is one unit. Units of a dense layer on vectors are kept on a row side of `[N, N]`.
 
     Args:
-        side: see `Full`.
-        window: see `Full`.
-        rtol: see `Full`.
+        side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
+        window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
+        rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
 
     Source: Karakida & Osawa 2020, section 3.3; Ollivier 2015.
     """

@@ -45,20 +45,20 @@ class NaturalGradient(torch.optim.Optimizer):
     them; a step whose gradients overflow is skipped and counted, its rows forgotten.
 
     Args:
-        model: see `Preconditioner`.
-        loss: see `Preconditioner`.
+        model: the model; under `DistributedDataParallel`, its `.module`.
+        loss: the module that is called on the model's output and the targets, flattened or not, see `Preconditioner`.
         lr: η, a number or a function of the step; "quadratic" for the minimiser of the quadratic model over the direction
             and the last step, which sets the momentum, too.
-        structure: see `Preconditioner`.
-        kind: see `Preconditioner`.
-        draws: see `Preconditioner`.
+        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
+        kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`; their costs are those of `Preconditioner`.
+        draws: random rows of a loss term, for "mc".
         damping: ρ, a number, a function of the step, or `LevenbergMarquardt`.
-        decay: see `Preconditioner`.
-        refresh_every: see `Preconditioner`.
-        plain: see `Preconditioner`.
-        graph: see `Preconditioner`.
-        seed: see `Preconditioner`.
-        patience: see `Preconditioner`.
+        decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
+        refresh_every: steps from one curvature to the next, a number or a function of the step.
+        plain: modules or parameters, by name, that keep their plain gradient.
+        graph: whether the loss is called on outputs of nodes of one graph, which interact.
+        seed: seed of the draws, for "mc".
+        patience: steps in a row that may be skipped because something was not finite.
         momentum: of the preconditioned gradient, a number or a function of the step.
         nesterov: whether momentum is Nesterov's.
         weight_decay: λ. Coupled, it adds λθ to the gradient, before F acts on it; decoupled, it shrinks θ by ηλθ.

@@ -106,7 +106,7 @@ class Preconditioner:
         self._bind(model)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         joint = kind == "mc" or self.structure.joins_positions
-        self._how = Pass(kind, whole("draws", draws), self._generator, share=shared, joint=joint)
+        self.how = Pass(kind, whole("draws", draws), self._generator, share=shared, joint=joint)
 
     def _bind(self, model: nn.Module) -> None:
         self._owners = _preconditioned(model, self.plain)
@@ -145,8 +145,8 @@ class Preconditioner:
     def __repr__(self) -> str:
         shown = {
             "structure": self.structure,
-            "kind": self._how.kind,
-            "draws": self._how.draws,
+            "kind": self.how.kind,
+            "draws": self.how.draws,
             "damping": self.damping.value,
             "decay": self.decay.value,
             "refresh_every": self.refresh_every.value,
@@ -191,7 +191,7 @@ class Preconditioner:
             self.model,
             self.loss,
             self._owners,
-            self._how if self.due else None,
+            self.how if self.due else None,
             samples=Nodes(None) if self.graph else None,
             checks=self._checks,
             coupled=coupled,

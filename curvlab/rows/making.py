@@ -88,10 +88,10 @@ def sqrt_fisher(
     """Return the rows of S, with `SᵀS` the Fisher matrix of the loss that is passed, its own factors included.
 
     Args:
-        model: as in `jacobian`.
+        model: any module whose samples do not interact, or a graph network. It is left as it was found.
         loss: one of `curvlab.rows.loss.LOSSES` with reduction "mean" or "sum", or any twice-differentiable loss of one
             output tensor that has an attribute `reduction`, such as `curvlab.nn.PerSample(function)`.
-        inputs: as in `jacobian`.
+        inputs: a tensor, a tuple (unpacked), a dict (keywords), or a graph, as in `jacobian`.
         targets: as the loss takes them; with `nodes=`, those of the chosen nodes.
         kind: "exact" for the Fisher matrix of the model's own distribution (type 2, equal to the GGN for these losses);
             "ggn" for the generalised Gauss-Newton matrix, also of losses whose Hessian depends on the targets and is no
@@ -99,10 +99,10 @@ def sqrt_fisher(
             gradients with the given targets (type 1), one row a loss term.
         draws: random rows of a loss term, for "mc".
         generator: source of the draws, required for "mc".
-        nodes: as in `jacobian`.
-        output: as in `jacobian`.
-        engine: as in `jacobian`.
-        dtype: as in `jacobian`; the loss is taken apart in it, too.
+        nodes: of a graph, those that carry rows: a mask, indices, or a function of the inputs.
+        output: which tensor of a structured output: a key, an attribute, an index or a function.
+        engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
+        dtype: of the rows and of products with them; the parameters' widest if None; the loss is taken apart in it, too.
         keep_jacobian: whether `Rows.jacobian` is to return the J behind "exact" and "ggn" rows. If not, Λ^{1/2} is applied
             at the outputs before the sweep and not to the rows of every layer after it: less time, and half the memory.
 

@@ -46,10 +46,10 @@ class Pass:
         kind: as in `curvlab.sqrt_fisher`; like `draws`, `generator`, `share` and `joint` of no meaning for rows of J.
         draws: random rows of a loss term, for "mc".
         generator: source of the draws, for "mc".
-        nodes: as in `curvlab.jacobian`.
-        output: as in `curvlab.jacobian`.
-        engine: as in `curvlab.jacobian`.
-        dtype: as in `curvlab.jacobian`.
+        nodes: of a graph, those that carry rows: a mask, indices, or a function of the inputs.
+        output: which tensor of a structured output: a key, an attribute, an index or a function.
+        engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
+        dtype: of the rows and of products with them; the parameters' widest if None.
         keep_jacobian: as in `curvlab.sqrt_fisher`.
         share: with generators in one state for all parts of a batch, their draws are those of the whole.
         joint: whether all positions of a sample share a row of kind "mc" or "empirical", or each has its own. Joint, an

@@ -70,15 +70,15 @@ def gram(
         data: inputs, or a pair (inputs, targets) with a loss; the first axis of every tensor in them is the sample, of
             targets perhaps with positions folded into it. Or an iterable of such pairs such as a DataLoader, which are
             joined; its targets count with a loss only.
-        loss: as in `curvlab.sqrt_fisher`; rows of J if None.
-        kind: as in `curvlab.sqrt_fisher`; has a meaning with a loss only.
-        draws: as in `curvlab.sqrt_fisher`.
-        generator: as in `curvlab.sqrt_fisher`; draws do not depend on `memory`.
+        loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`; rows of J if None.
+        kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`; has a meaning with a loss only.
+        draws: random rows of a loss term, for "mc".
+        generator: source of the draws, required for "mc"; draws do not depend on `memory`.
         memory: workspace, in bytes or as "2GiB". Half of it holds rows between uses, a quarter rows that are being formed, a
             quarter their products. Layers applied at several positions take up to three tensors of 2²⁵ elements more.
         out: where to write the result, e.g. a memory-mapped tensor; allocated if None.
-        output: as in `curvlab.jacobian`.
-        engine: as in `curvlab.jacobian`.
+        output: which tensor of a structured output: a key, an attribute, an index or a function.
+        engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
         progress: whether to show it, on stderr.
 
     Raises:

@@ -140,9 +140,9 @@ def logdet(
     Args:
         operator: A, symmetric in the Euclidean inner product.
         damping: ρ, absolute or relative to λ_max(A).
-        probes: see `density`.
-        steps: see `density`.
-        generator: see `density`.
+        probes: random vectors; standard errors fall with their square root.
+        steps: Lanczos steps of each.
+        generator: source of the random vectors; a fixed seed if None.
 
     Raises:
         NotPositiveDefinite: if a Ritz value shows an eigenvalue of A + ρI that is not above round-off.

@@ -35,14 +35,14 @@ class Fisher(Operator):
 
     Args:
         model: any module whose samples do not interact. It is left as it was found.
-        loss: see `curvlab.sqrt_fisher`.
+        loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`.
         data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader.
         kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`.
         draws: random rows of a loss term, for "mc".
         generator: source of the draws, for "mc"; every sweep starts from the state that it has now.
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use.
-        engine: see `curvlab.jacobian`.
+        engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
 
     Raises:
         UnsupportedModel, ValueError: see `curvlab.sqrt_fisher`; and for data that are empty or can be passed once only.
