@@ -18,7 +18,7 @@ class Task:
     Attributes:
         loss: with reduction="sum"; `MultiTask` divides.
         outputs: which, as a slice of the axis C.
-        weight: factor of the loss, at least 0.
+        weight: by which the loss is multiplied, at least 0.
     """
 
     loss: nn.Module

@@ -1,7 +1,7 @@
-"""The BackPACK engine: an extension that keeps the back-propagated factors.
+"""The BackPACK engine: an extension that keeps the back-propagated rows.
 
 BackPACK propagates the cotangents through a chain of modules; where its own extensions would form `[V, N, *parameter]`, the
-rules here hand the factor at the layer's output to the table of layers. The extension is called on one module after the
+rules here hand the rows at the layer's output to the table of layers. The extension is called on one module after the
 other, from the output on, instead of from the backward hooks of a gradient that nobody needs. It runs on a structural
 twin of the model, as BackPACK leaves attributes on modules and parameters: the twin has Parameters of its own that
 share the storage of the user's.
@@ -89,7 +89,7 @@ class _TransposedProduct(BaseDerivatives):  # type: ignore[misc]
         return module.transposed(mat)
 
 
-class _KeepFactor(MatToJacMat):  # type: ignore[misc]
+class _KeepRows(MatToJacMat):  # type: ignore[misc]
     """Propagates through a layer and keeps the rows at its output."""
 
     def __init__(self, derivatives: BaseDerivatives, parameters: tuple[str, ...]) -> None:
@@ -119,17 +119,17 @@ class _Elementwise(MatToJacMat):  # type: ignore[misc]
 
 
 _PARAMETRISED: dict[type[nn.Module], MatToJacMat] = {
-    nn.Linear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
-    NTKLinear: _KeepFactor(_LinearDerivatives(), ("weight", "bias")),
-    nn.Conv1d: _KeepFactor(Conv1DDerivatives(), ("weight", "bias")),
-    nn.Conv2d: _KeepFactor(Conv2DDerivatives(), ("weight", "bias")),
-    nn.Conv3d: _KeepFactor(Conv3DDerivatives(), ("weight", "bias")),
-    nn.ConvTranspose1d: _KeepFactor(ConvTranspose1DDerivatives(), ("weight", "bias")),
-    nn.ConvTranspose2d: _KeepFactor(ConvTranspose2DDerivatives(), ("weight", "bias")),
-    nn.ConvTranspose3d: _KeepFactor(ConvTranspose3DDerivatives(), ("weight", "bias")),
-    nn.BatchNorm1d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),
-    nn.BatchNorm2d: _KeepFactor(BatchNormNdDerivatives(), ("weight", "bias")),
-    nn.Embedding: _KeepFactor(EmbeddingDerivatives(), ("weight",)),
+    nn.Linear: _KeepRows(_LinearDerivatives(), ("weight", "bias")),
+    NTKLinear: _KeepRows(_LinearDerivatives(), ("weight", "bias")),
+    nn.Conv1d: _KeepRows(Conv1DDerivatives(), ("weight", "bias")),
+    nn.Conv2d: _KeepRows(Conv2DDerivatives(), ("weight", "bias")),
+    nn.Conv3d: _KeepRows(Conv3DDerivatives(), ("weight", "bias")),
+    nn.ConvTranspose1d: _KeepRows(ConvTranspose1DDerivatives(), ("weight", "bias")),
+    nn.ConvTranspose2d: _KeepRows(ConvTranspose2DDerivatives(), ("weight", "bias")),
+    nn.ConvTranspose3d: _KeepRows(ConvTranspose3DDerivatives(), ("weight", "bias")),
+    nn.BatchNorm1d: _KeepRows(BatchNormNdDerivatives(), ("weight", "bias")),
+    nn.BatchNorm2d: _KeepRows(BatchNormNdDerivatives(), ("weight", "bias")),
+    nn.Embedding: _KeepRows(EmbeddingDerivatives(), ("weight",)),
 }
 
 _PARAMETERLESS: dict[type[nn.Module], MatToJacMat] = {
