@@ -14,8 +14,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from analyses.edge_of_stability.optimisers import Optimiser
+from analyses.edge_of_stability.optimisers import Optimiser, momentum
 from analyses.edge_of_stability.setting import Setting, flat
+from analyses.edge_of_stability.windows import Edge
 from curvlab.spectrum import Hessian, Operator, eigenpairs
 from curvlab.study import Diverged, Trace, follow
 from curvlab.study.loop import Seen
@@ -30,7 +31,7 @@ of 64-64-64-10 took twice the time."""
 
 
 @dataclass(eq=False)
-class Descent:
+class TrackedDescent:
     """Training by an optimiser.
 
     Before every step and after the last are seen the `loss` and the `square` ‖g‖² of its gradient. Where it is measured also
@@ -107,7 +108,7 @@ class Descent:
         """Parameters, the optimiser's state, the first loss and the last eigenvectors."""
         return {
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimiser.steps.state_dict(),
             "first": self._first,
             "subspace": self._subspace,
         }
@@ -122,8 +123,16 @@ class Descent:
         if subspace is not None and subspace.shape[-1] != size:
             raise ValueError(f"the eigenvectors have {subspace.shape[-1]} entries and not {size}")
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimiser.steps.load_state_dict(state["optimiser"])
         self._first, self._subspace = state["first"], subspace
+
+
+def gradient_descent(
+    setting: Setting, eta: float, measured: Collection[int] = (), top: int = 2, **options: Any
+) -> TrackedDescent:
+    """Gradient descent from the initialisation, with the options of a `TrackedDescent`."""
+    model = setting.network()
+    return TrackedDescent(model, setting, momentum(model, "gd", eta), measured, top, **options)
 
 
 def share(operator: Operator, vectors: Float[Tensor, "k P"], vector: Float[Tensor, " P"]) -> float:
@@ -133,7 +142,11 @@ def share(operator: Operator, vectors: Float[Tensor, "k P"], vector: Float[Tenso
 
 
 def descend(
-    process: Descent, steps: int, *, until: Callable[[Seen], bool] = lambda _: False, checkpoint: Path | None = None
+    process: TrackedDescent,
+    steps: int,
+    *,
+    until: Callable[[Seen], bool] = lambda _: False,
+    checkpoint: Path | None = None,
 ) -> Trace:
     """Train, see `curvlab.study.follow`; a run that is measured at its end takes one more step, to see how that lies.
 
@@ -144,6 +157,11 @@ def descend(
     if trace.diverged is None and "sharpness" in last:
         last |= process.step(last["step"]) or {}
     return trace
+
+
+def edge_of(process: TrackedDescent, steps: int, **options: Any) -> Edge:
+    """Train, see `descend`, and look at the run against the threshold of its optimiser."""
+    return Edge(descend(process, steps, **options), process.optimiser.threshold, process.optimiser.eta)
 
 
 def flow(

@@ -1,12 +1,10 @@
 """What steps, and the operator and threshold that its stability depends on."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import vector_to_parameters
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from analyses.edge_of_stability.setting import Setting, flat
 from curvlab.fisher import Structure
@@ -20,16 +18,21 @@ BETAS = (0.9, 0.999)
 
 
 @dataclass(eq=False)
-class TorchOptimiser:
+class Optimiser:
     """An optimiser of torch's, by the curvature of the loss itself.
 
     Attributes:
-        steps: Torch's.
+        steps: Torch's, with the step size and the state.
         threshold: The largest curvature at which it is stable on a quadratic.
     """
 
     steps: torch.optim.Optimizer
     threshold: float
+
+    @property
+    def eta(self) -> float:
+        """The step size."""
+        return float(self.steps.param_groups[0]["lr"])
 
     def curvature(self, hessian: Operator) -> Operator | None:
         """The operator at the present parameters whose largest eigenvalue the threshold is of; here the Hessian.
@@ -42,17 +45,9 @@ class TorchOptimiser:
         """Take a step by the gradients that the parameters hold."""
         self.steps.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of torch's."""
-        return self.steps.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it up."""
-        self.steps.load_state_dict(state)
-
 
 @dataclass(eq=False)
-class Adam(TorchOptimiser):
+class Adam(Optimiser):
     """Adam, by the curvature that its present diagonal preconditions."""
 
     model: nn.Module
@@ -68,7 +63,7 @@ class Adam(TorchOptimiser):
 
 
 @dataclass(eq=False)
-class Natural(TorchOptimiser):
+class Natural(Optimiser):
     """`curvlab.optim.NaturalGradient` on the whole training set, by the curvature that its structure preconditions."""
 
     model: nn.Module
@@ -88,18 +83,12 @@ class Natural(TorchOptimiser):
 
 
 @dataclass(eq=False)
-class Frozen:
-    """Steps −η(P + ρI)⁻¹g with a P that stays as it is."""
+class Frozen(Optimiser):
+    """Steps −η(P + ρI)⁻¹g with a P that stays as it is, by the curvature that it preconditions."""
 
     model: nn.Module
     preconditioner: SupportsSolve
     damping: float
-    eta: float
-
-    @property
-    def threshold(self) -> float:
-        """That of gradient descent."""
-        return sharpness_threshold("gd", self.eta)
 
     def curvature(self, hessian: Operator) -> Operator | None:
         """The preconditioned Hessian."""
@@ -107,29 +96,17 @@ class Frozen:
 
     def step(self) -> None:
         """Take a step."""
-        gradient: Float[Tensor, " P"] = torch.cat(
-            [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-        )
+        gradient = parameters_to_vector([p.grad for p in self.model.parameters() if p.grad is not None])
         move = self.preconditioner.solve(gradient, self.damping)
         assert isinstance(move, Tensor)
         vector_to_parameters(flat(self.model) - self.eta * move, self.model.parameters())
 
-    def state_dict(self) -> dict[str, Any]:
-        """There is no state: the preconditioner follows from the run's beginning."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-
-Optimiser = TorchOptimiser | Frozen
-
-
-def momentum(model: nn.Module, method: str, eta: float, beta: float = 0.0) -> TorchOptimiser:
+def momentum(model: nn.Module, method: str, eta: float, beta: float = 0.0) -> Optimiser:
     """Gradient descent, heavy ball or Nesterov, all by `torch.optim.SGD`."""
     beta = 0.0 if method == "gd" else beta
     steps = torch.optim.SGD(model.parameters(), lr=eta, momentum=beta, nesterov=method == "nesterov" and beta > 0)
-    return TorchOptimiser(steps, sharpness_threshold(method, eta, beta))
+    return Optimiser(steps, sharpness_threshold(method, eta, beta))
 
 
 def adam(model: nn.Module, eta: float) -> Adam:
@@ -147,3 +124,9 @@ def natural(model: nn.Module, setting: Setting, structure: Structure, damping: f
         model, setting.problem.loss, eta, structure=structure, kind="exact", damping=damping, decay=0.0
     )
     return Natural(steps, sharpness_threshold("gd", eta), model, setting, structure, damping)
+
+
+def frozen(model: nn.Module, preconditioner: SupportsSolve, damping: float, eta: float) -> Frozen:
+    """Gradient descent that a preconditioner changes by the same linear map in every step."""
+    steps = torch.optim.SGD(model.parameters(), lr=eta)
+    return Frozen(steps, sharpness_threshold("gd", eta), model, preconditioner, damping)

@@ -1,6 +1,5 @@
 """The panels of the edge-of-stability figures, each one relation between stored measurements and its prediction."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from analyses.edge_of_stability.experiments.losses import CE
 from analyses.edge_of_stability.points import BAND
 from curvlab.fisher import STRUCTURES
 from curvlab.study import style
-from curvlab.study.panels import DASHED, NEUTRAL, level, note, take
+from curvlab.study.panels import DASHED, NEUTRAL, groups, level, note, take
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Of step sizes and runs, in order; each comes with a marker of its own."""
@@ -28,6 +27,7 @@ TITLES = {
     "sgd": "SGD",
 }
 RATIO = r"$S$ / threshold"
+SHARPNESS = r"sharpness $\lambda_{\max}(H)$"
 
 
 def curve(axes: Axes, table: pd.DataFrame, x: str, index: int, label: str | None = None) -> None:
@@ -44,40 +44,44 @@ def threshold(axes: Axes, value: float, index: int | None = None, label: str | N
     axes.axhline(value, color=color, linestyle=DASHED, linewidth=0.9, zorder=1, label=label)
 
 
-def _by_eta(measurements: pd.DataFrame, quantity: str, optimiser: str) -> Iterator[tuple[int, float, pd.DataFrame]]:
-    table = take(measurements, "training", quantity, optimiser=optimiser)
-    for index, eta in enumerate(sorted(table["eta"].unique())):
-        yield index, float(eta), table[table["eta"] == eta]
+def _named_threshold(axes: Axes, eta: float, place: float, **options: str) -> None:
+    """Draw 2/η, and write so at an abscissa."""
+    threshold(axes, 2 / eta)
+    note(axes, place, 2 / eta, rf"$2/\eta$, $\eta={eta:g}$", xytext=(0, 2), **options)
+
+
+def _by_eta(axes: Axes, measurements: pd.DataFrame, quantity: str, optimiser: str) -> dict[float, pd.DataFrame]:
+    """Draw a quantity of an optimiser's runs against step, and return it by η."""
+    runs = dict(groups(take(measurements, "training", quantity, optimiser=optimiser), "eta"))
+    for index, (eta, group) in enumerate(runs.items()):
+        curve(axes, group, "step", index, rf"$\eta={eta:g}$" if optimiser == "gd" else None)
+    axes.set_xlabel("step")
+    return runs
 
 
 def sharpness_against_step(axes: Axes, measurements: pd.DataFrame, *, optimiser: str = "gd") -> None:
     """Sharpness against step at every η, and each threshold (dashed)."""
-    for index, eta, group in _by_eta(measurements, "sharpness", optimiser):
-        label = rf"$\eta={eta:g}$" if optimiser == "gd" else None
-        curve(axes, group, "step", index, label)
-        threshold(
-            axes, float(group["threshold"].iloc[0]), index, "threshold" if not index and optimiser == "gd" else None
-        )
+    runs = _by_eta(axes, measurements, "sharpness", optimiser)
+    for index, group in enumerate(runs.values()):
+        label = "threshold" if not index and optimiser == "gd" else None
+        threshold(axes, float(group["threshold"].iloc[0]), index, label)
     axes.set_ylim(bottom=0)
-    etas = measurements.loc[measurements["optimiser"] == optimiser, "eta"].unique()
-    title = TITLES[optimiser] + (rf", $\eta={etas[0]:g}$" if len(etas) == 1 else "")
-    axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$", title=title)
+    alone = rf", $\eta={next(iter(runs)):g}$" if len(runs) == 1 else ""
+    axes.set(ylabel=SHARPNESS, title=TITLES[optimiser] + alone)
 
 
 def loss_against_step(axes: Axes, measurements: pd.DataFrame, *, optimiser: str = "gd") -> None:
     """Training loss against step at every η."""
     axes.set_yscale("log")
-    for index, eta, group in _by_eta(measurements, "loss", optimiser):
-        curve(axes, group, "step", index, rf"$\eta={eta:g}$" if optimiser == "gd" else None)
-    axes.set(xlabel="step", ylabel="training loss", title=TITLES[optimiser])
+    _by_eta(axes, measurements, "loss", optimiser)
+    axes.set(ylabel="training loss", title=TITLES[optimiser])
 
 
 def alignment_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
     """Share of the step's squared norm in the top eigenspace, at every η of gradient descent."""
-    for index, eta, group in _by_eta(measurements, "step_alignment", "gd"):
-        curve(axes, group, "step", index, rf"$\eta={eta:g}$")
+    _by_eta(axes, measurements, "step_alignment", "gd")
     axes.set_ylim(0, 1.05)
-    axes.set(xlabel="step", ylabel="share of the step in\nthe top eigenspace")
+    axes.set_ylabel("share of the step in\nthe top eigenspace")
 
 
 def plateaus(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -88,7 +92,7 @@ def plateaus(axes: Axes, measurements: pd.DataFrame) -> None:
     style.theory(axes, etas, 2 / etas, "gradient-descent", label=r"$2/\eta$")
     style.measured(axes, table, "eta", "gradient-descent", label="sharpness after the crossing")
     style.log_ticks(axes, list(etas))
-    axes.set(xlabel=r"step size $\eta$", ylabel=r"sharpness $\lambda_{\max}(H)$")
+    axes.set(xlabel=r"step size $\eta$", ylabel=SHARPNESS)
 
 
 def ratios(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -109,10 +113,8 @@ def flow_sharpness(axes: Axes, measurements: pd.DataFrame) -> None:
     flow = take(measurements, "flow", "flow_sharpness", sweep="none")
     curve(axes, flow, "time", 0, "gradient flow")
     curve(axes, take(measurements, "flow", "descent_sharpness"), "time", 1, "gradient descent")
-    eta = float(flow["eta"].iloc[0])
-    threshold(axes, 2 / eta)
-    note(axes, float(flow["time"].min()), 2 / eta, rf"$2/\eta$, $\eta={eta:g}$", xytext=(0, 2))
-    axes.set(xlabel=r"time $t=\eta k$", ylabel=r"sharpness $\lambda_{\max}(H)$")
+    _named_threshold(axes, flow["eta"].iloc[0], flow["time"].min())
+    axes.set(xlabel=r"time $t=\eta k$", ylabel=SHARPNESS)
 
 
 def flow_distance(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -139,9 +141,8 @@ def dropped_rate(axes: Axes, measurements: pd.DataFrame) -> None:
     runs = take(measurements, "training", "sharpness", optimiser="gd")
     curve(axes, table, "step", 5, r"$\eta$ lowered half-way")
     for eta, side, step in ((runs["eta"].max(), "right", table["step"].max()), (runs["eta"].min(), "left", 0)):
-        threshold(axes, 2 / eta)
-        note(axes, float(step), 2 / eta, rf"$2/\eta$, $\eta={eta:g}$", ha=side, xytext=(0, 2))
-    axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$")
+        _named_threshold(axes, eta, step, ha=side)
+    axes.set(xlabel="step", ylabel=SHARPNESS)
 
 
 def late_drop(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -187,11 +188,9 @@ def chebyshev(axes: Axes, measurements: pd.DataFrame) -> None:
     """Sharpness of the exact Hessian along the Chebyshev task, and 2/η (dashed)."""
     table = take(measurements, "chebyshev", "sharpness")
     curve(axes, table, "step", 4, "Chebyshev task")
-    value = float(table["threshold"].iloc[0])
-    threshold(axes, value)
-    note(axes, float(table["step"].min()), value, rf"$2/\eta$, $\eta={2 / value:g}$", xytext=(0, 2))
+    _named_threshold(axes, 2 / float(table["threshold"].iloc[0]), table["step"].min())
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="step", ylabel=r"sharpness $\lambda_{\max}(H)$")
+    axes.set(xlabel="step", ylabel=SHARPNESS)
 
 
 def published(axes: Axes, measurements: pd.DataFrame, *, quantity: Literal["loss", "sharpness"]) -> None:
@@ -206,5 +205,5 @@ def published(axes: Axes, measurements: pd.DataFrame, *, quantity: Literal["loss
     if quantity == "sharpness":
         threshold(axes, 2 / readme.ETA, label=r"$2/\eta$")
     axes.set_ylim(bottom=0)
-    name = "training loss" if quantity == "loss" else r"sharpness $\lambda_{\max}(H)$"
+    name = "training loss" if quantity == "loss" else SHARPNESS
     axes.set(xlabel="step", ylabel=name, title="CIFAR-10, 5000 images")

@@ -1,4 +1,4 @@
-"""What experiments share: their points, what cells at them cost, and claims on runs for which a condition holds."""
+"""What experiments share: their points, what cells at them cost, their source, and claims on runs for which a condition holds."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,6 +30,11 @@ def effort(cell: Cell, config: Config) -> float:
 def memory(cell: Cell, config: Config) -> float:  # noqa: ARG001
     """Peak bytes of a cell."""
     return 5e8 + 8.0 * config.samples * (3072 + 60 * config.width)
+
+
+def page(place: str) -> str:
+    """Return the paper as a source, with a place on its page of theory."""
+    return f"{PAPER} (docs/theory/cohen_2021.md, {place})"
 
 
 def given(claim: Claim, condition: str, otherwise: str) -> Claim:

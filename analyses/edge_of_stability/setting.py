@@ -63,9 +63,7 @@ class Setting:
 
     def gradient(self, model: nn.Module, chosen: Tensor | None = None) -> tuple[float, Float[Tensor, " P"]]:
         """Return loss and flat gradient, of the whole training set or of the samples chosen; fills `.grad`, too."""
-        parameters = list(model.parameters())
-        for parameter in parameters:
-            parameter.grad = None
+        model.zero_grad()
         inputs, targets = self.problem.train
         batches = self.batches if chosen is None else [(inputs[chosen], targets[chosen])]
         count = sum(len(x) for x, _ in batches)
@@ -74,7 +72,7 @@ class Setting:
             loss = self.problem.loss(model(x), y) * (len(x) / count)
             loss.backward()
             total += float(loss.detach())
-        return total, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        return total, parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of the training samples whose largest output is that of their class."""

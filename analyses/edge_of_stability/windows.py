@@ -20,7 +20,7 @@ class Edge:
     """A run against its threshold.
 
     Attributes:
-        trace: What was seen of it by a `Descent`.
+        trace: What was seen of it by a `TrackedDescent`.
         threshold: Curvature at which its optimiser is just stable.
         eta: Step size.
     """
@@ -59,6 +59,11 @@ class Edge:
         """The first measured step with a sharpness at or above the threshold; None if there is none."""
         above = np.flatnonzero(self.ratio >= 1.0)
         return int(self.steps[above[0]]) if len(above) else None
+
+    @property
+    def late_share(self) -> float:
+        """Sharpness at the end over its maximum."""
+        return float(self.sharpness[-1] / self.sharpness.max())
 
     def rows(self) -> list[dict[str, object]]:
         """Observations: what claims decide on, and the course."""

@@ -16,9 +16,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from analyses.edge_of_stability import ANALYSIS, descent
 from analyses.edge_of_stability.analysis import FIGURES
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Descent, descend, flow
+from analyses.edge_of_stability.descent import TrackedDescent, descend, flow
 from analyses.edge_of_stability.experiments import chebyshev, losses, preconditioned, published, training
-from analyses.edge_of_stability.optimisers import Frozen, Optimiser, adam, momentum, natural
+from analyses.edge_of_stability.optimisers import Optimiser, adam, frozen, momentum, natural
 from analyses.edge_of_stability.setting import Setting, flat, setting_of
 from analyses.edge_of_stability.windows import Edge
 from curvlab.fisher import make
@@ -93,7 +93,7 @@ def eigenvalues(setting: Setting, model: nn.Module) -> Tensor:
 
 def test_a_run_is_torchs_and_its_sharpness_the_dense_one(setting: Setting) -> None:
     model, plain = setting.network(), setting.network()
-    process = Descent(model, setting, momentum(model, "heavy-ball", 0.2, 0.9), (0, 3, 6))
+    process = TrackedDescent(model, setting, momentum(model, "heavy-ball", 0.2, 0.9), (0, 3, 6))
     assert isinstance(process, Process)
     trace = descend(process, 6)
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.2, momentum=0.9)
@@ -118,12 +118,12 @@ def test_alignment_is_that_of_the_dense_eigenvectors(setting: Setting, monkeypat
     _, vectors = torch.linalg.eigh(dense_hessian(model, setting.problem.loss, *setting.problem.train))
     gradient = setting.gradient(model)[1]
     expected = float((vectors[:, -2:].T @ gradient).square().sum() / gradient.square().sum())
-    seen = descend(Descent(model, setting, momentum(model, "gd", 0.1), (0,)), 1).seen[0]
+    seen = descend(TrackedDescent(model, setting, momentum(model, "gd", 0.1), (0,)), 1).seen[0]
     assert seen["gradient_alignment"] == pytest.approx(expected, rel=1e-6)
     assert seen["step_alignment"] == pytest.approx(expected, rel=1e-6)
 
 
-def process_of(method: str, setting: Setting, *, interrupted: int | None = None) -> Descent:
+def process_of(method: str, setting: Setting, *, interrupted: int | None = None) -> TrackedDescent:
     """Training that is measured on the way, and stopped from outside at a step."""
 
     def before(step: int) -> None:
@@ -135,7 +135,7 @@ def process_of(method: str, setting: Setting, *, interrupted: int | None = None)
         "adam": adam(model, 0.01),
         "natural": natural(model, setting, make("kfac"), 1e-2, 0.1),
     }
-    return Descent(model, setting, optimisers[method], (1, 4, 8), before=before)
+    return TrackedDescent(model, setting, optimisers[method], (1, 4, 8), before=before)
 
 
 @pytest.mark.parametrize("method", ["adam", "natural"])
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_network_is_set_aside_and_the_run_computed_again
 def test_divergence_keeps_what_was_measured(setting: Setting) -> None:
     model = setting.network()
     optimiser = momentum(model, "gd", 50.0)
-    trace = descend(Descent(model, setting, optimiser, (0, 50)), 50)
+    trace = descend(TrackedDescent(model, setting, optimiser, (0, 50)), 50)
     assert trace.diverged is not None
     assert trace.diverged < 50
     losses = trace.series("loss")
@@ -196,7 +196,7 @@ def test_the_flow_is_that_of_small_steps(setting: Setting) -> None:
     assert path[0] == pytest.approx(flat(model).numpy())
     for fine in (200, 400):
         model = setting.network()
-        descend(Descent(model, setting, momentum(model, "gd", 1.0 / fine)), fine)
+        descend(TrackedDescent(model, setting, momentum(model, "gd", 1.0 / fine)), fine)
     assert np.linalg.norm(flat(model).numpy() - path[-1]) < 0.01 * np.linalg.norm(path[-1] - path[0])
 
 
@@ -214,7 +214,7 @@ def test_preconditioned_steps_and_curvature_are_the_dense_ones(setting: Setting,
     model, structure, rho = setting.network(), make("kfac"), 0.05
     problem = setting.problem
     structure.update(sqrt_fisher(model, problem.loss, *problem.train))
-    optimiser = natural(model, setting, structure, rho, 0.3) if live else Frozen(model, structure, rho, 0.3)
+    optimiser = natural(model, setting, structure, rho, 0.3) if live else frozen(model, structure, rho, 0.3)
     first = structure.to_dense()
     for step in range(2):
         here = setting.network()
@@ -225,7 +225,7 @@ def test_preconditioned_steps_and_curvature_are_the_dense_ones(setting: Setting,
         damped = matrix + rho * torch.eye(len(matrix), dtype=matrix.dtype)
         move = torch.linalg.solve(damped, setting.gradient(here)[1])
         before = flat(model)
-        seen = descend(Descent(model, setting, optimiser, (0,), top=1), 1).seen[0]
+        seen = descend(TrackedDescent(model, setting, optimiser, (0,), top=1), 1).seen[0]
         if live or not step:
             H = dense_hessian(here, problem.loss, *problem.train)
             expected = torch.linalg.eigvals(torch.linalg.solve(damped, H)).real.max()
@@ -239,7 +239,7 @@ def test_adams_curvature_is_that_of_its_diagonal(setting: Setting) -> None:
     optimiser = adam(model, 0.01)
     hessian = setting.hessian(model)
     assert optimiser.curvature(hessian) is None
-    descend(Descent(model, setting, optimiser), 3)
+    descend(TrackedDescent(model, setting, optimiser), 3)
     operator = optimiser.curvature(hessian)
     assert isinstance(operator, Preconditioned)
     assert optimiser.threshold == pytest.approx(38 / 0.01)

@@ -1,14 +1,15 @@
 """Regression on a Chebyshev polynomial, small enough for the exact Hessian: the edge without an eigen-solver (claim 4)."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Descent, descend
-from analyses.edge_of_stability.optimisers import momentum
-from analyses.edge_of_stability.points import BAND, PAPER, reaching
-from analyses.edge_of_stability.setting import setting_of
-from analyses.edge_of_stability.windows import Edge
+from analyses.edge_of_stability.descent import edge_of, gradient_descent
+from analyses.edge_of_stability.points import BAND, page, reaching
+from analyses.edge_of_stability.setting import Setting, setting_of
 from curvlab import study
 from curvlab.spectrum import Hessian
 
@@ -19,23 +20,16 @@ ROUND_OFF = 1e-9
 """Of a dense eigenvalue, relative to the largest."""
 
 
-def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting, eta = setting_of(cell, context.config), float(cell["eta"])
-    model = setting.network()
+def _exact(setting: Setting, model: nn.Module) -> dict[str, float]:
     size = sum(p.numel() for p in model.parameters())
-    dense = Hessian(model, setting.problem.loss, setting.problem.train, chunk_size=size)
+    matrix = Hessian(model, setting.problem.loss, setting.problem.train, chunk_size=size).to_dense()
+    return {"exact": float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-1])}
 
-    def exact(_: nn.Module) -> dict[str, float]:
-        matrix = dense.to_dense()
-        return {"exact": float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-1])}
 
-    optimiser = momentum(model, "gd", eta)
-    measured = range(0, STEPS + 1, EVERY)
-    edge = Edge(
-        descend(Descent(model, setting, optimiser, measured, context.config.top, exact), STEPS),
-        optimiser.threshold,
-        eta,
-    )
+def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
+    setting, measured = setting_of(cell, context.config), range(0, STEPS + 1, EVERY)
+    see = partial(_exact, setting)
+    edge = edge_of(gradient_descent(setting, float(cell["eta"]), measured, context.config.top, see=see), STEPS)
     tracked = [
         study.observed(
             "tracking_error",
@@ -48,33 +42,25 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     return [*edge.rows(), *tracked]
 
 
-POINTS = [{"problem": NAME, "degree": DEGREE, "eta": ETA}]
-
-
 CLAIMS = [
     reaching(
-        study.Claim(
-            id="chebyshev-edge",
-            statement=f"On T_{DEGREE} the sharpness of gradient descent at η = {ETA:g} rises to 2/η and hovers there.",
-            rule=study.Equivalence("plateau_ratio", 1.0, BAND),
-            source=f"{PAPER} (docs/theory/cohen_2021.md, claim 4)",
-            measured="Sharpness over the threshold, the mean over measurements from the first crossing to the end.",
-            expected=study.supported("The paper finds it on this task."),
-        )
+        claim("chebyshev-edge", page("claim 4"), study.Equivalence("plateau_ratio", 1.0, BAND),
+              f"On T_{DEGREE} the sharpness of gradient descent at η = {ETA:g} rises to 2/η and hovers there.",
+              "Sharpness over the threshold, the mean over measurements from the first crossing to the end.",
+              study.supported("The paper finds it on this task."))
     ),
-    study.Claim(
-        id="chebyshev-tracking",
-        statement="The sharpness that is tracked from the last eigenvectors is that of the dense Hessian.",
-        rule=study.Identity("tracking_error"),
-        source=f"{PAPER} (docs/theory/cohen_2021.md, trap 10)",
-        measured="Relative error at every measurement, against the residual bound.",
-        expected=study.supported(
-            "An eigenvalue lies within the residual of the Ritz value; the block is wide enough to find the largest."
-        ),
-    ),
-]
-
+    claim("chebyshev-tracking", page("trap 10"), study.Identity("tracking_error"),
+          "The sharpness that is tracked from the last eigenvectors is that of the dense Hessian.",
+          "Relative error at every measurement, against the residual bound.",
+          study.supported("An eigenvalue lies within the residual of the Ritz value; the block is wide enough to find the "
+                          "largest.")),
+]  # fmt: skip
 
 CHEBYSHEV: study.Experiment[Config] = study.Experiment(
-    name=NAME, cells=POINTS, measure=_measure, claims=CLAIMS, seconds=2.5, memory=3e8
+    name=NAME,
+    cells=[{"problem": NAME, "degree": DEGREE, "eta": ETA}],
+    measure=_measure,
+    claims=CLAIMS,
+    seconds=2.5,
+    memory=3e8,
 )

@@ -10,12 +10,11 @@ from scipy.stats import kendalltau
 from torch import from_numpy, nn
 from torch.nn.utils import vector_to_parameters
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import TOLERANCE, Descent, descend, flow
-from analyses.edge_of_stability.optimisers import momentum
-from analyses.edge_of_stability.points import PAPER, given, memory, points
+from analyses.edge_of_stability.descent import TOLERANCE, edge_of, flow, gradient_descent
+from analyses.edge_of_stability.points import given, memory, page, points
 from analyses.edge_of_stability.setting import Setting, flat, setting_of
-from analyses.edge_of_stability.windows import Edge
 from curvlab import study
 from curvlab.spectrum import eigenpairs
 
@@ -80,14 +79,12 @@ def _against_descent(
     def place(model: nn.Module) -> dict[str, Float[np.ndarray, " P"]]:
         return {"place": np.asarray(flat(model).numpy(force=True), dtype=float)}
 
-    model = setting.network()
-    optimiser = momentum(model, "gd", eta)
-    trace = descend(Descent(model, setting, optimiser, grid, top=1, see=place), grid[-1])
-    edge, places = Edge(trace, optimiser.threshold, eta), trace.series("place")
+    edge = edge_of(gradient_descent(setting, eta, grid, top=1, see=place), grid[-1])
+    places = edge.trace.series("place")
     count = len(places)
     times = eta * np.array(grid)[:count]
     distance = np.linalg.norm(places - path[:count], axis=1)
-    above = np.flatnonzero(sharpness[:count] >= optimiser.threshold)
+    above = np.flatnonzero(sharpness[:count] >= edge.threshold)
     crossed = bool(len(above)) and 0 < above[0] < count - 1
     rows = [
         *_course("distance", times, distance),
@@ -97,7 +94,7 @@ def _against_descent(
     if crossed:
         i = int(above[0])
         s0, s1 = sharpness[i - 1], sharpness[i]
-        crossing = float(times[i - 1] + (optimiser.threshold - s0) / (s1 - s0) * (times[i] - times[i - 1]))
+        crossing = float(times[i - 1] + (edge.threshold - s0) / (s1 - s0) * (times[i] - times[i - 1]))
         at = float(np.interp(crossing, times, distance))
         moved = np.linalg.norm(path[:count] - path[0], axis=1)
         before, after = at / crossing, (distance[-1] - at) / (times[-1] - crossing)
@@ -109,14 +106,14 @@ def _against_descent(
     return rows
 
 
-def _growth_slope(table: pd.DataFrame, against: str) -> pd.DataFrame:
-    return study.slope_by_seed(table.assign(value=np.exp(table["value"])), against)
-
-
 passing = partial(
     given, condition="crossed", otherwise="The flow's sharpness does not pass 2/η in any of {count} runs."
 )
 """A claim on flows whose sharpness passes 2/η."""
+
+
+def _growth_slope(table: pd.DataFrame, against: str) -> pd.DataFrame:
+    return study.slope_by_seed(table.assign(value=np.exp(table["value"])), against)
 
 
 def _sharpens_more(name: str, direction: Literal["less", "greater"], words: str) -> study.Claim:
@@ -124,7 +121,7 @@ def _sharpens_more(name: str, direction: Literal["less", "greater"], words: str)
         id=f"sharpening-{name}",
         statement=f"Progressive sharpening: {words}.",
         rule=study.Inequality("flow_growth", direction, 0.0),
-        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 3)",
+        source=page("claim 3"),
         measured=f"Slope of the growth of the flow's sharpness, S(end)/S(0), on {name}, both in logs.",
         expected=study.supported("The paper's secondary statement."),
         at={"sweep": name},
@@ -132,52 +129,33 @@ def _sharpens_more(name: str, direction: Literal["less", "greater"], words: str)
     )
 
 
+ALONE = {"sweep": "none"}
+
 CLAIMS = [
-    study.Claim(
-        id="flow-sharpens",
-        statement="Along gradient flow the sharpness keeps rising.",
-        rule=study.Inequality("flow_trend", "greater", 0.5),
-        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 3)",
-        measured="Kendall's τ of the sharpness with time.",
-        expected=study.supported("The paper finds it rising fivefold on CIFAR-10."),
-        at={"sweep": "none"},
-    ),
-    study.Claim(
-        id="flow-grows",
-        statement="Gradient flow ends sharper than it began.",
-        rule=study.Inequality("flow_growth", "greater", 0.0),
-        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 3)",
-        measured="Log of the sharpness at the end over that at the start.",
-        expected=study.supported("The paper finds it on CIFAR-10."),
-        at={"sweep": "none"},
+    claim("flow-sharpens", page("claim 3"), study.Inequality("flow_trend", "greater", 0.5),
+          "Along gradient flow the sharpness keeps rising.",
+          "Kendall's τ of the sharpness with time.",
+          study.supported("The paper finds it rising fivefold on CIFAR-10."), at=ALONE),
+    claim("flow-grows", page("claim 3"), study.Inequality("flow_growth", "greater", 0.0),
+          "Gradient flow ends sharper than it began.",
+          "Log of the sharpness at the end over that at the start.",
+          study.supported("The paper finds it on CIFAR-10."), at=ALONE),
+    passing(
+        claim("flow-followed", page("claim 7"), study.Inequality("distance_share", "less", 0.1),
+              "Gradient descent follows the flow until the sharpness crosses 2/η.",
+              "Distance of the two at the flow's crossing over the distance that the flow has gone by then.",
+              study.supported("Every mode is stable, and steps are short against the flow's time scales."), at=ALONE)
     ),
     passing(
-        study.Claim(
-            id="flow-followed",
-            statement="Gradient descent follows the flow until the sharpness crosses 2/η.",
-            rule=study.Inequality("distance_share", "less", 0.1),
-            source=f"{PAPER} (docs/theory/cohen_2021.md, claim 7)",
-            measured="Distance of the two at the flow's crossing over the distance that the flow has gone by then.",
-            expected=study.supported("Every mode is stable, and steps are short against the flow's time scales."),
-            at={"sweep": "none"},
-        )
-    ),
-    passing(
-        study.Claim(
-            id="flow-left",
-            statement="Past the crossing gradient descent departs from the flow at more than twice the rate before.",
-            rule=study.Inequality("log_slopes", "greater", 1.0),
-            source=f"{PAPER} (docs/theory/cohen_2021.md, claim 7)",
-            measured="Log2 of the mean growth of the distance per time after the crossing over that before.",
-            expected=study.supported("The flow goes on where descent cannot."),
-            at={"sweep": "none"},
-        )
+        claim("flow-left", page("claim 7"), study.Inequality("log_slopes", "greater", 1.0),
+              "Past the crossing gradient descent departs from the flow at more than twice the rate before.",
+              "Log2 of the mean growth of the distance per time after the crossing over that before.",
+              study.supported("The flow goes on where descent cannot."), at=ALONE)
     ),
     _sharpens_more("depth", "greater", "more with depth"),
     _sharpens_more("width", "less", "less in wide networks"),
     _sharpens_more("samples", "greater", "more with more data"),
-]
-
+]  # fmt: skip
 
 FLOW: study.Experiment[Config] = study.Experiment(
     name="flow", cells=_points, measure=_measure, claims=CLAIMS, seconds=4.0, memory=memory

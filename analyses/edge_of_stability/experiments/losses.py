@@ -3,12 +3,11 @@
 import torch
 from torch import nn
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Descent, descend
-from analyses.edge_of_stability.optimisers import momentum
-from analyses.edge_of_stability.points import PAPER, memory, points
+from analyses.edge_of_stability.descent import edge_of, gradient_descent
+from analyses.edge_of_stability.points import memory, page, points
 from analyses.edge_of_stability.setting import Setting, setting_of
-from analyses.edge_of_stability.windows import Edge
 from curvlab import study
 from curvlab.problems.images import IMAGE_SETS
 
@@ -28,57 +27,40 @@ def uncertainty(setting: Setting, model: nn.Module) -> float:
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     config = context.config
-    setting, eta, steps = setting_of(cell, config), float(cell["eta"]), config.steps // SHARE
+    setting, steps = setting_of(cell, config), config.steps // SHARE
 
     def weight(model: nn.Module) -> dict[str, float]:
         return {"weight": uncertainty(setting, model)}
 
-    model = setting.network()
-    optimiser = momentum(model, "gd", eta)
-    trace = descend(Descent(model, setting, optimiser, config.measured(steps), config.top, weight), steps)
-    edge = Edge(trace, optimiser.threshold, eta)
-    weights = trace.series("weight")
+    process = gradient_descent(setting, float(cell["eta"]), config.measured(steps), config.top, see=weight)
+    edge = edge_of(process, steps)
+    weights = edge.trace.series("weight")
     return [
         *edge.rows(),
-        study.observed("late_share", float(edge.sharpness[-1] / edge.sharpness.max())),
+        study.observed("late_share", edge.late_share),
         study.observed("weight_share", float(weights[-1] / weights[edge.sharpness.argmax()])),
         *(study.observed("weight", seen["weight"], step=seen["step"]) for seen in edge.measured),
     ]
 
 
 def _claims(config: Config) -> list[study.Claim]:
-    source, at_end = f"{PAPER} (docs/theory/cohen_2021.md, claim 8)", "Sharpness at the end over its maximum."
+    source, at_end = page("claim 8"), "Sharpness at the end over its maximum."
+    squared = {"experiment": "training", "problem": tuple(IMAGE_SETS), "optimiser": "gd", "eta": config.middle}
     claims = [
-        study.Claim(
-            id="late-drop-cross-entropy",
-            statement="Under cross-entropy the sharpness drops late in training to less than half of its maximum.",
-            rule=study.Inequality("late_share", "less", 0.5),
-            source=source,
-            measured=at_end,
-            expected=study.supported("p(1 − p) vanishes as the samples are fitted."),
-        ),
-        study.Claim(
-            id="late-drop-weight",
-            statement="Where it drops, the mean of p(1 − p) has fallen to less than half.",
-            rule=study.Inequality("weight_share", "less", 0.5),
-            source=source,
-            measured="Mean of p(1 − p) at the end over that at the sharpest measurement.",
-            expected=study.supported("It is the weight of the Gauss–Newton part."),
-        ),
-    ]
-    if config.loss == MSE:
-        claims.append(
-            study.Claim(
-                id="late-drop-half-squared",
-                statement="Under the squared error it does not: it ends above half of its maximum.",
-                rule=study.Inequality("late_share", "greater", 0.5),
-                source=source,
-                measured=at_end,
-                expected=study.supported("The Gauss–Newton part has no such weight."),
-                at={"experiment": "training", "problem": tuple(IMAGE_SETS), "optimiser": "gd", "eta": config.middle},
-            )
-        )
-    return claims
+        claim("late-drop-cross-entropy", source, study.Inequality("late_share", "less", 0.5),
+              "Under cross-entropy the sharpness drops late in training to less than half of its maximum.",
+              at_end,
+              study.supported("p(1 − p) vanishes as the samples are fitted.")),
+        claim("late-drop-weight", source, study.Inequality("weight_share", "less", 0.5),
+              "Where it drops, the mean of p(1 − p) has fallen to less than half.",
+              "Mean of p(1 − p) at the end over that at the sharpest measurement.",
+              study.supported("It is the weight of the Gauss–Newton part.")),
+        claim("late-drop-half-squared", source, study.Inequality("late_share", "greater", 0.5),
+              "Under the squared error it does not: it ends above half of its maximum.",
+              at_end,
+              study.supported("The Gauss–Newton part has no such weight."), at=squared),
+    ]  # fmt: skip
+    return claims if config.loss == MSE else claims[:2]
 
 
 LOSSES: study.Experiment[Config] = study.Experiment(

@@ -1,7 +1,6 @@
 """Training with a structure as preconditioner: its own edge, at 2/η of the preconditioned Hessian (claim 13)."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import log10
 from typing import Literal
 
@@ -9,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Descent, descend
-from analyses.edge_of_stability.optimisers import Frozen, natural
-from analyses.edge_of_stability.points import BAND, PAPER, memory, points, reaching
+from analyses.edge_of_stability.descent import TrackedDescent, descend, edge_of
+from analyses.edge_of_stability.optimisers import frozen, natural
+from analyses.edge_of_stability.points import BAND, PAPER, memory, page, points, reaching
 from analyses.edge_of_stability.setting import Setting, setting_of
-from analyses.edge_of_stability.windows import Edge
 from analyses.specs import classifies_nodes
 from curvlab import study
 from curvlab.fisher import Structure, make
@@ -58,12 +57,11 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     structure.update(sqrt_fisher(model, setting.problem.loss, *setting.problem.train))
     damping = DAMPING[mode] * float(eigenpairs(StructureOperator(structure), 1, tolerance=1e-3).values[0])
     eta, live = ETA[mode], mode == LIVE
-    optimiser = natural(model, setting, structure, damping, eta) if live else Frozen(model, structure, damping, eta)
+    optimiser = natural(model, setting, structure, damping, eta) if live else frozen(model, structure, damping, eta)
     measured = range(EVERY[mode] if live else 0, STEPS[mode] + 1, EVERY[mode])
-    trace = descend(Descent(model, setting, optimiser, measured, top=1), STEPS[mode])
-    edge = Edge(trace, optimiser.threshold, eta)
+    edge = edge_of(TrackedDescent(model, setting, optimiser, measured, top=1), STEPS[mode])
     rows = edge.rows()
-    if live and trace.diverged is None:
+    if live and edge.trace.diverged is None:
         final, layers = float(edge.sharpness[-1]), _layers(model)
         rows.append(study.observed("final", final, layers=layers))
         if structure.key in COVERED:
@@ -87,7 +85,7 @@ def _beyond(
     for factor in BEYOND:
         model.load_state_dict(start, strict=False)
         optimiser = natural(model, setting, structure, damping, factor * 2.0 / known)
-        trace = descend(Descent(model, setting, optimiser), PROBE)
+        trace = descend(TrackedDescent(model, setting, optimiser), PROBE)
         losses = trace.series("loss")
         change = log10(losses[-1] / losses[0]) if np.isfinite(losses[-1]) else np.inf
         rows.append(study.observed(f"change_{factor:g}", change, **trace.ended))
@@ -95,38 +93,26 @@ def _beyond(
 
 
 def _frozen_claims(structure: str) -> list[study.Claim]:
-    claim = partial(study.Claim, at={"structure": structure, "mode": FROZEN})
     what = f"gradient descent preconditioned by the initial {structure} structure"
+    at = {"structure": structure, "mode": FROZEN}
     return [
-        claim(
-            id=f"preconditioned-sharpens-{structure}",
-            statement=f"Below its threshold, {what} raises λ_max((F + ρI)⁻¹H).",
-            rule=study.Inequality("rising_share", "greater", 0.5),
-            source=f"{PAPER} (docs/theory/cohen_2021.md, claims 3 and 13)",
-            measured="Share of the intervals between measurements before the crossing over which it rises.",
-            expected=study.undecided("A linear change of variables makes it gradient descent, on another network."),
+        claim(f"preconditioned-sharpens-{structure}", page("claims 3 and 13"), study.Inequality("rising_share", "greater", 0.5),
+              f"Below its threshold, {what} raises λ_max((F + ρI)⁻¹H).",
+              "Share of the intervals between measurements before the crossing over which it rises.",
+              study.undecided("A linear change of variables makes it gradient descent, on another network."), at=at),
+        reaching(
+            claim(f"preconditioned-edge-{structure}", page("claim 13"), study.Equivalence("plateau_ratio", 1.0, BAND),
+                  f"Having reached it, {what} hovers at λ_max((F + ρI)⁻¹H) = 2/η.",
+                  "λ_max((F + ρI)⁻¹H)·η/2, the mean over measurements from the first crossing to the end.",
+                  study.supported("A linear change of variables makes it gradient descent."), at=at)
         ),
         reaching(
-            claim(
-                id=f"preconditioned-edge-{structure}",
-                statement=f"Having reached it, {what} hovers at λ_max((F + ρI)⁻¹H) = 2/η.",
-                rule=study.Equivalence("plateau_ratio", 1.0, BAND),
-                source=f"{PAPER} (docs/theory/cohen_2021.md, claim 13)",
-                measured="λ_max((F + ρI)⁻¹H)·η/2, the mean over measurements from the first crossing to the end.",
-                expected=study.supported("A linear change of variables makes it gradient descent."),
-            )
+            claim(f"preconditioned-above-{structure}", page("claims 4 and 13"), study.Inequality("plateau_ratio", "greater", 1.0),
+                  f"Having reached its edge, {what} is above it on average.",
+                  "The same mean.",
+                  study.undecided("The paper asks it as a separate question."), at=at)
         ),
-        reaching(
-            claim(
-                id=f"preconditioned-above-{structure}",
-                statement=f"Having reached its edge, {what} is above it on average.",
-                rule=study.Inequality("plateau_ratio", "greater", 1.0),
-                source=f"{PAPER} (docs/theory/cohen_2021.md, claims 4 and 13)",
-                measured="The same mean.",
-                expected=study.undecided("The paper asks it as a separate question."),
-            )
-        ),
-    ]
+    ]  # fmt: skip
 
 
 def _live_claims(structure: str) -> list[study.Claim]:
@@ -134,37 +120,28 @@ def _live_claims(structure: str) -> list[study.Claim]:
     source = f"{PAPER} and Karakida & Osawa 2020 (docs/theory/cohen_2021.md, claim 13, derived)"
     number, bound = ("1", "2") if structure == "full" else ("the number L of layers", "2/L")
     below, above = BEYOND
-
-    def side(word: str, verb: str, factor: float, direction: Literal["less", "greater"]) -> study.Claim:
-        return study.Claim(
-            id=f"natural-{word}-{structure}",
-            statement=f"Near interpolation {structure} natural gradient {verb} at {factor:g} times the bound η = {bound}.",
-            rule=study.Inequality(f"change_{factor:g}", direction, 0.0),
-            source=source,
-            measured=f"Log10 of the loss after {PROBE} steps over that before, "
-            f"after a random change by {KICK:g} of the parameters at which a run at η = {ETA[LIVE]:g} ends.",
-            expected=study.supported("The mode of the largest eigenvalue is multiplied by 1 − ηλ a step."),
-            at=at,
-        )
-
+    sides: list[tuple[str, str, float, Literal["less", "greater"]]] = [
+        ("below", "converges", below, "less"), ("beyond", "moves away", above, "greater"),
+    ]  # fmt: skip
     return [
-        study.Claim(
-            id=f"natural-curvature-{structure}",
-            statement=f"Near interpolation λ_max of the Hessian preconditioned by the {structure} Fisher matrix is {number}.",
-            rule=study.Equivalence("final_share", 1.0, 0.05),
-            source=source,
-            measured=f"λ_max((F + ρI)⁻¹H) over that after {STEPS[LIVE]} steps.",
-            expected=study.supported("H tends to F as residuals vanish; L blocks of a full row rank add up to L."),
-            at=at,
+        claim(f"natural-curvature-{structure}", source, study.Equivalence("final_share", 1.0, 0.05),
+              f"Near interpolation λ_max of the Hessian preconditioned by the {structure} Fisher matrix is {number}.",
+              f"λ_max((F + ρI)⁻¹H) over that after {STEPS[LIVE]} steps.",
+              study.supported("H tends to F as residuals vanish; L blocks of a full row rank add up to L."), at=at),
+        *(
+            claim(f"natural-{side}-{structure}", source, study.Inequality(f"change_{factor:g}", direction, 0.0),
+                  f"Near interpolation {structure} natural gradient {verb} at {factor:g} times the bound η = {bound}.",
+                  f"Log10 of the loss after {PROBE} steps over that before, after a random change by {KICK:g} of the parameters "
+                  f"at which a run at η = {ETA[LIVE]:g} ends.",
+                  study.supported("The mode of the largest eigenvalue is multiplied by 1 − ηλ a step."), at=at)
+            for side, verb, factor, direction in sides
         ),
-        side("below", "converges", below, "less"),
-        side("beyond", "moves away", above, "greater"),
-    ]
+    ]  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
-    frozen = [claim for structure in config.preconditioners for claim in _frozen_claims(structure)]
-    return frozen + [claim for structure in COVERED for claim in _live_claims(structure)]
+    frozen = [one for structure in config.preconditioners for one in _frozen_claims(structure)]
+    return frozen + [one for structure in COVERED for one in _live_claims(structure)]
 
 
 PRECONDITIONED: study.Experiment[Config] = study.Experiment(

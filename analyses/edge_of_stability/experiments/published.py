@@ -8,8 +8,7 @@ import pandas as pd
 from torch import nn
 
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Descent, descend
-from analyses.edge_of_stability.optimisers import momentum
+from analyses.edge_of_stability.descent import edge_of, gradient_descent
 from analyses.edge_of_stability.points import PAPER
 from analyses.edge_of_stability.setting import setting_of
 from analyses.edge_of_stability.windows import Edge
@@ -104,17 +103,15 @@ MILESTONES: Mapping[str, Milestone] = {
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     setting = setting_of(cell, replace(context.config, dtype="float32"))
-    model = setting.network()
 
-    def accuracy(now: nn.Module) -> Seen:
-        return {"accuracy": setting.accuracy(now)}
+    def accuracy(model: nn.Module) -> Seen:
+        return {"accuracy": setting.accuracy(model)}
 
     def fitted(seen: Seen) -> bool:
         return bool(seen.get("accuracy", 0.0) >= ACCURACY)
 
-    optimiser = momentum(model, "gd", ETA)
-    process = Descent(model, setting, optimiser, range(0, LIMIT + 1, EVERY), see=accuracy)
-    edge = Edge(descend(process, LIMIT, until=fitted, checkpoint=context.checkpoint), optimiser.threshold, ETA)
+    process = gradient_descent(setting, ETA, range(0, LIMIT + 1, EVERY), see=accuracy)
+    edge = edge_of(process, LIMIT, until=fitted, checkpoint=context.checkpoint)
     return edge.rows() + [study.observed(name, milestone.read(edge)) for name, milestone in MILESTONES.items()]
 
 

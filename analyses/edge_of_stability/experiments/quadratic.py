@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.points import PAPER
+from analyses.edge_of_stability.points import page
 from curvlab import study
 from curvlab.theory import characteristic_roots, growth, sharpness_threshold
 from curvlab.theory.stability import STEPPERS
@@ -67,40 +68,26 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 SIDES = study.Identity(("misses", "recursion_error"))
 
-
-POINTS = [{"problem": NAME, "optimiser": method} for method in STEPPERS]
-
-
 CLAIMS = [
-    study.Claim(
-        id="quadratic-gd",
-        statement="On a quadratic, gradient descent diverges along an eigenvector of curvature a exactly if a > 2/η.",
-        rule=SIDES,
-        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 1)",
-        measured=f"Wrong sides, and errors of the recursion with these roots, at a = (1 ± {MARGINS[1]:g})·2/η.",
-        expected=study.supported("x shrinks by |1 − ηa|."),
-        at={"optimiser": "gd"},
-    ),
-    study.Claim(
-        id="quadratic-momentum",
-        statement="Heavy ball diverges exactly above (2 + 2β)/η, Nesterov exactly above (2 + 2β)/(η(1 + 2β)).",
-        rule=SIDES,
-        source=f"{PAPER} (docs/theory/cohen_2021.md, claim 2)",
-        measured=f"Wrong sides, and errors of the recursion, of torch.optim.SGD at (1 ± {MARGINS[1]:g}) times the threshold.",
-        expected=study.supported("Jury's conditions on the two-term recursions."),
-        at={"optimiser": ("heavy-ball", "nesterov")},
-    ),
-    study.Claim(
-        id="quadratic-roots",
-        statement="The larger characteristic root has modulus 1 at the threshold, less below and more above.",
-        rule=study.Identity(("root_error", "root_misses")),
-        source=f"{PAPER} (docs/theory/cohen_2021.md, claims 1 and 2)",
-        measured=f"Modulus less 1 at the threshold, and wrong sides at relative distances {MARGINS}, over β and η.",
-        expected=study.supported("The root −1 is the first to leave the unit disc."),
-    ),
-]
-
+    claim("quadratic-gd", page("claim 1"), SIDES,
+          "On a quadratic, gradient descent diverges along an eigenvector of curvature a exactly if a > 2/η.",
+          f"Wrong sides, and errors of the recursion with these roots, at a = (1 ± {MARGINS[1]:g})·2/η.",
+          study.supported("x shrinks by |1 − ηa|."), at={"optimiser": "gd"}),
+    claim("quadratic-momentum", page("claim 2"), SIDES,
+          "Heavy ball diverges exactly above (2 + 2β)/η, Nesterov exactly above (2 + 2β)/(η(1 + 2β)).",
+          f"Wrong sides, and errors of the recursion, of torch.optim.SGD at (1 ± {MARGINS[1]:g}) times the threshold.",
+          study.supported("Jury's conditions on the two-term recursions."), at={"optimiser": ("heavy-ball", "nesterov")}),
+    claim("quadratic-roots", page("claims 1 and 2"), study.Identity(("root_error", "root_misses")),
+          "The larger characteristic root has modulus 1 at the threshold, less below and more above.",
+          f"Modulus less 1 at the threshold, and wrong sides at relative distances {MARGINS}, over β and η.",
+          study.supported("The root −1 is the first to leave the unit disc.")),
+]  # fmt: skip
 
 QUADRATIC: study.Experiment[Config] = study.Experiment(
-    name=NAME, cells=POINTS, measure=_measure, claims=CLAIMS, seconds=0.1, memory=3e8
+    name=NAME,
+    cells=[{"problem": NAME, "optimiser": method} for method in STEPPERS],
+    measure=_measure,
+    claims=CLAIMS,
+    seconds=0.1,
+    memory=3e8,
 )

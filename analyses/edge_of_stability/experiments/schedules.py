@@ -1,13 +1,13 @@
 """Starts above the threshold, and a step size that is lowered at the edge (claims 9 and 10)."""
 
-from functools import partial
+import itertools
 
 import numpy as np
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import TOLERANCE, Descent, descend
-from analyses.edge_of_stability.optimisers import momentum
-from analyses.edge_of_stability.points import BAND, PAPER, memory, points, reaching
+from analyses.edge_of_stability.descent import TOLERANCE, descend, edge_of, gradient_descent
+from analyses.edge_of_stability.points import BAND, memory, page, points, reaching
 from analyses.edge_of_stability.setting import Setting, setting_of
 from analyses.edge_of_stability.windows import Edge
 from curvlab import study
@@ -35,31 +35,28 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 def _catapult(setting: Setting, factor: float, config: Config) -> list[dict[str, object]]:
-    model, steps = setting.network(), config.steps // SHARE
-    initial = float(eigenpairs(setting.hessian(model), 1, tolerance=TOLERANCE).values[0])
-    eta = factor * 2.0 / initial
-    optimiser = momentum(model, "gd", eta)
+    steps = config.steps // SHARE
+    initial = float(eigenpairs(setting.hessian(setting.network()), 1, tolerance=TOLERANCE).values[0])
     measured = {*range(0, EARLY + 1, FINE), *config.measured(steps)}
-    trace = descend(Descent(model, setting, optimiser, measured, config.top), steps)
-    edge = Edge(trace, optimiser.threshold, eta)
-    rows = [*edge.course(), study.observed("survived", float(trace.diverged is None))]
+    edge = edge_of(gradient_descent(setting, factor * 2.0 / initial, measured, config.top), steps)
+    survived = edge.trace.diverged is None
+    rows = [*edge.course(), study.observed("survived", float(survived))]
     early = edge.ratio[(edge.steps > 0) & (edge.steps <= EARLY)]
     if len(early):
         rows.append(study.observed("lowest", float(early.min())))
-    if trace.diverged is None:
+    if survived:
         rows.append(study.observed("late_ratio", float(edge.ratio[edge.steps >= steps // 2].mean())))
     return rows
 
 
 def _drop(setting: Setting, config: Config) -> list[dict[str, object]]:
-    model, steps = setting.network(), config.steps // SHARE
-    first, last = max(config.etas), min(config.etas)
-    optimiser = momentum(model, "gd", first)
+    steps, first, last = config.steps // SHARE, max(config.etas), min(config.etas)
+    process = gradient_descent(setting, first, config.measured(2 * steps), config.top)
 
     def lower(step: int) -> None:
-        optimiser.steps.param_groups[0]["lr"] = first if step < steps else last
+        process.optimiser.steps.param_groups[0]["lr"] = first if step < steps else last
 
-    process = Descent(model, setting, optimiser, config.measured(2 * steps), config.top, before=lower)
+    process.before = lower
     trace = descend(process, 2 * steps)
     old, new = Edge(trace, 2 / first, first), Edge(trace, 2 / last, last)
     plateau = old.ratio[(old.steps >= steps // 2) & (old.steps < steps)]
@@ -75,61 +72,43 @@ def _drop(setting: Setting, config: Config) -> list[dict[str, object]]:
 
 
 def _of_catapults(factor: float) -> list[study.Claim]:
-    at, run = {"schedule": "catapult", "factor": factor}, f"that starts at {factor:g} times its threshold"
-    source = f"{PAPER} (docs/theory/cohen_2021.md, claim 9)"
-    claim = partial(study.Claim, source=source, at=at)
+    source, at = page("claim 9"), {"schedule": "catapult", "factor": factor}
+    run = f"that starts at {factor:g} times its threshold"
     return [
-        claim(
-            id=f"catapult-falls-{factor:g}",
-            statement=f"Gradient descent {run} first falls to the threshold or below.",
-            rule=study.Inequality("lowest", "less", 1.0),
-            measured=f"Least sharpness over the threshold in the first {EARLY} steps.",
-            expected=study.supported("Divergence along the top eigenvector is stopped by falling curvature."),
-        ),
-        claim(
-            id=f"catapult-survives-{factor:g}",
-            statement=f"Gradient descent {run} does not diverge.",
-            rule=study.Inequality("survived", "greater", 0.5),
-            measured="Share of the runs that end with a loss below a hundred times the first.",
-            expected=study.undecided("It is known for factors below about two, on other networks."),
-        ),
-        claim(
-            id=f"catapult-edge-{factor:g}",
-            statement=f"Gradient descent {run} ends up hovering there.",
-            # A seed whose run diverges has no ratio, and survived says that it is there.
-            rule=study.Equivalence(("late_ratio", "survived"), 1.0, BAND),
-            measured="Mean sharpness over the threshold in the second half of the run.",
-            expected=study.supported("It behaves as every other run then."),
-            estimate=study.among(study.by_seed, quantity="late_ratio"),
-        ),
-    ]
+        claim(f"catapult-falls-{factor:g}", source, study.Inequality("lowest", "less", 1.0),
+              f"Gradient descent {run} first falls to the threshold or below.",
+              f"Least sharpness over the threshold in the first {EARLY} steps.",
+              study.supported("Divergence along the top eigenvector is stopped by falling curvature."), at=at),
+        claim(f"catapult-survives-{factor:g}", source, study.Inequality("survived", "greater", 0.5),
+              f"Gradient descent {run} does not diverge.",
+              "Share of the runs that end with a loss below a hundred times the first.",
+              study.undecided("It is known for factors below about two, on other networks."), at=at),
+        # A seed whose run diverges has no ratio, and survived says that it is there.
+        claim(f"catapult-edge-{factor:g}", source, study.Equivalence(("late_ratio", "survived"), 1.0, BAND),
+              f"Gradient descent {run} ends up hovering there.",
+              "Mean sharpness over the threshold in the second half of the run.",
+              study.supported("It behaves as every other run then."), at=at,
+              estimate=study.among(study.by_seed, quantity="late_ratio")),
+    ]  # fmt: skip
+
+
+def _of_drops(config: Config) -> list[study.Claim]:
+    source, at = page("claim 10"), {"schedule": "drop"}
+    lowered = f"lowered from {max(config.etas):g} to {min(config.etas):g} at the edge"
+    return [
+        claim("drop-resumes", source, study.Inequality("resumed", "greater", 0.0),
+              f"With η {lowered}, progressive sharpening resumes.",
+              "Log of the mean sharpness in the last quarter of the run over that in the second, before the change.",
+              study.supported("The new threshold is higher."), at=at),
+        claim("drop-edge", source, study.Equivalence("new_ratio", 1.0, BAND),
+              f"With η {lowered}, the sharpness goes up to the new 2/η.",
+              "Mean sharpness over the new threshold in the last quarter of the run.",
+              study.supported("It behaves as every other run then."), at=at),
+    ]  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
-    at, source = {"schedule": "drop"}, f"{PAPER} (docs/theory/cohen_2021.md, claim 10)"
-    claim = partial(study.Claim, source=source, at=at)
-    lowered = f"lowered from {max(config.etas):g} to {min(config.etas):g} at the edge"
-    return [
-        *(claim for factor in FACTORS for claim in _of_catapults(factor)),
-        reaching(
-            claim(
-                id="drop-resumes",
-                statement=f"With η {lowered}, progressive sharpening resumes.",
-                rule=study.Inequality("resumed", "greater", 0.0),
-                measured="Log of the mean sharpness in the last quarter of the run over that in the second, before the change.",
-                expected=study.supported("The new threshold is higher."),
-            )
-        ),
-        reaching(
-            claim(
-                id="drop-edge",
-                statement=f"With η {lowered}, the sharpness goes up to the new 2/η.",
-                rule=study.Equivalence("new_ratio", 1.0, BAND),
-                measured="Mean sharpness over the new threshold in the last quarter of the run.",
-                expected=study.supported("It behaves as every other run then."),
-            )
-        ),
-    ]
+    return [*itertools.chain.from_iterable(map(_of_catapults, FACTORS)), *map(reaching, _of_drops(config))]
 
 
 SCHEDULES: study.Experiment[Config] = study.Experiment(

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
-from analyses.edge_of_stability.descent import Descent, descend
-from analyses.edge_of_stability.optimisers import momentum
+from analyses.edge_of_stability.descent import descend, gradient_descent
 from analyses.edge_of_stability.points import PAPER, memory, points
 from analyses.edge_of_stability.setting import Setting, setting_of
 from analyses.edge_of_stability.windows import divergence
@@ -55,10 +55,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
             last[name] = eigenpairs(operator, 1, start=last.get(name), tolerance=TOLERANCE, block=4)
         return {"largest": {name: float(found.values[0]) for name, found in last.items()}}
 
-    model = setting.network()
     shown = np.unique(np.linspace(0, config.steps, CHECKPOINTS).round().astype(int)).tolist()
-    process = Descent(model, setting, momentum(model, "gd", float(cell["eta"])), shown, top=0, see=largest)
-    trace = descend(process, config.steps)
+    trace = descend(gradient_descent(setting, float(cell["eta"]), shown, top=0, see=largest), config.steps)
     measured = [seen for seen in trace.seen if "largest" in seen]
     rows = divergence(trace)
     rows += [
@@ -80,30 +78,22 @@ def _of_approximation(name: str) -> list[study.Claim]:
     title = f"{name} Fisher matrix" if name in KINDS else f"{name} structure"
     source = f"{PAPER}, for approximations (beyond the paper)"
     return [
-        study.Claim(
-            id=f"predicts-{name}",
-            statement=f"At the edge the largest eigenvalue of the {title} is the Hessian's, within a tenth.",
-            rule=study.Equivalence(f"late_ratio_{name}", 1.0, CLOSE),
-            source=source,
-            measured="Its ratio to the Hessian's, the mean over the later half of the checkpoints.",
-            expected=EXPECTED.get(name, study.undecided("No theorem covers it.")),
-        ),
-        study.Claim(
-            id=f"tracks-{name}",
-            statement=f"Up to a constant factor the largest eigenvalue of the {title} follows the Hessian's.",
-            rule=study.Inequality(f"unsteadiness_{name}", "less", CLOSE),
-            source=source,
-            measured="Standard deviation over the run of the log of their ratio.",
-            expected=study.undecided("Its scale may change as layers come to matter differently."),
-        ),
-    ]
+        claim(f"predicts-{name}", source, study.Equivalence(f"late_ratio_{name}", 1.0, CLOSE),
+              f"At the edge the largest eigenvalue of the {title} is the Hessian's, within a tenth.",
+              "Its ratio to the Hessian's, the mean over the later half of the checkpoints.",
+              EXPECTED.get(name, study.undecided("No theorem covers it."))),
+        claim(f"tracks-{name}", source, study.Inequality(f"unsteadiness_{name}", "less", CLOSE),
+              f"Up to a constant factor the largest eigenvalue of the {title} follows the Hessian's.",
+              "Standard deviation over the run of the log of their ratio.",
+              study.undecided("Its scale may change as layers come to matter differently.")),
+    ]  # fmt: skip
 
 
 STRUCTURES: study.Experiment[Config] = study.Experiment(
     name="structures",
     cells=lambda config: points(config, [{"eta": config.middle}]),
     measure=_measure,
-    claims=lambda config: [claim for name in (*config.structures, *KINDS) for claim in _of_approximation(name)],
+    claims=lambda config: [one for name in (*config.structures, *KINDS) for one in _of_approximation(name)],
     seconds=8.0,
     memory=memory,
 )
