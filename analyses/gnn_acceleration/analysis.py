@@ -45,7 +45,7 @@ FIGURES = {
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="gnn_acceleration",
-    version=2,
+    version=3,
     question="Do skip connections, depth and labels that fit the graph make graph networks train faster, and do the bounds on "
     "the loss along gradient flow hold?",
     paper="Xu, Zhang, Jegelka & Kawaguchi 2021, Optimization of Graph Neural Networks: Implicit Acceleration by Skip "

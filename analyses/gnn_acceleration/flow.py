@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.integrate import solve_ivp
 
+from curvlab.theory import graph_dynamics as theory
+
 RTOL = 1e-8
 """Relative tolerance of a step of the flow."""
 
@@ -73,16 +75,19 @@ class Model:
     @cached_property
     def products(self) -> list[Float[np.ndarray, "_ F"]]:
         """B^(1:0), …, B^(1:H)."""
-        products = [np.eye(len(self.features[0]))]
-        for layer in self.layers:
-            products.append(layer @ products[-1])
-        return products
+        return theory.layer_products(self.layers, len(self.features[0]))
+
+    def outputs(self, scales: Iterable[int]) -> Float[np.ndarray, "C n"]:
+        """What some of the scales add to f."""
+        found = np.zeros_like(self.targets)
+        for scale in scales:
+            found = found + self.heads[scale] @ self.products[scale] @ self.features[scale]
+        return found
 
     @cached_property
     def residual(self) -> Float[np.ndarray, "C n"]:
         """The difference f − Y."""
-        outputs = sum(head @ self.products[scale] @ self.features[scale] for scale, head in self.heads.items())
-        return np.asarray(outputs - self.targets)
+        return np.asarray(self.outputs(self.heads) - self.targets)
 
     @property
     def loss(self) -> float:
@@ -174,6 +179,18 @@ class Path:
     def losses(self) -> Float[np.ndarray, " T"]:
         """L at the times."""
         return np.array([model.loss for model in self.models])
+
+    @cached_property
+    def floors(self) -> Float[np.ndarray, "T _"]:
+        """λ_min(B^(1:l)ᵀ B^(1:l)) by time and scale."""
+        return np.stack([model.floors() for model in self.models])
+
+    def bounded(
+        self, floors: Float[np.ndarray, " T"], features: Float[np.ndarray, "_ n"]
+    ) -> tuple[Float[np.ndarray, " T"], Float[np.ndarray, " T"]]:
+        """L − L⋆ at the times and the bound on it, for the λ and the features of a scale or of all."""
+        excess = self.losses - theory.optimal_loss(features, self.models[0].targets)
+        return excess, theory.loss_bound(excess[0], floors, theory.least_singular_value(features), self.times)
 
 
 def flow(model: Model, times: Float[np.ndarray, " T"], rtol: float = RTOL) -> Path:

@@ -16,7 +16,7 @@ Loss = Callable[[Tensor], Tensor]
 """Training outputs `[n, C]` to a number."""
 
 
-class GraphNetwork(nn.Module):
+class MultiscaleNetwork(nn.Module):
     """The sum over some scales l of W_l h_l, where h_l = act(B_l S h_{l−1}) and h_0 are the features; no biases.
 
     Args:
@@ -71,7 +71,7 @@ def loss_of(name: str, labels: Tensor, classes: int) -> Loss:
 
 
 def gradients(
-    model: GraphNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss
+    model: MultiscaleNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss
 ) -> tuple[float, list[Tensor], list[Tensor]]:
     """Return the loss at some nodes and its gradients by autodiff, of the heads and of the layers."""
     value = loss(model(x)[nodes])
@@ -80,7 +80,9 @@ def gradients(
     return float(value.detach()), found[: len(model.heads)], found[len(model.heads) :]
 
 
-def descent(model: GraphNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss, eta: float) -> Descent:
+def descent(
+    model: MultiscaleNetwork, x: Float[Tensor, "N F"], nodes: Int[Tensor, " n"], loss: Loss, eta: float
+) -> Descent:
     """Return gradient descent on the whole graph, on the loss at some nodes, which is seen."""
 
     def of(model: nn.Module) -> Tensor:

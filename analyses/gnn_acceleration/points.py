@@ -6,6 +6,11 @@ from curvlab.study import Cell, Point
 PAPER = "Xu, Zhang, Jegelka & Kawaguchi 2021"
 
 
+def page(part: str, place: str) -> str:
+    """Return a part of the paper as a source, with a place on its page of theory."""
+    return f"{PAPER}, {part} (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, {place})"
+
+
 def by_aggregation(config: Config) -> list[Point]:
     """Return a point for each aggregation."""
     return [{"aggregation": aggregation} for aggregation in config.aggregation]

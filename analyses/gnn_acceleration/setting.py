@@ -46,13 +46,7 @@ class Setting:
 
     def propagated(self, depth: int) -> list[Float[np.ndarray, "F n"]]:
         """G_0, …, G_depth."""
-        while len(self._propagated) <= depth:
-            self._propagated.append(self.propagation(self._propagated[-1]))
-        return [np.ascontiguousarray(x[self.nodes].numpy().T) for x in self._propagated[: depth + 1]]
-
-    @cached_property
-    def _propagated(self) -> list[Tensor]:
-        return [self.features]
+        return [np.ascontiguousarray(x[self.nodes].numpy().T) for x in powers(self.propagation, self.features, depth)]
 
 
 def setting_of(cell: Cell, config: Config) -> Setting:
@@ -103,9 +97,25 @@ def features_of(name: str, form: str) -> Float[Tensor, "N F"]:
 @lru_cache(maxsize=2)
 def _propagation(name: str, aggregation: str) -> Propagation:
     graph = graph_of(name, "public")
-    return Propagation(
-        graph.edge_index, len(graph.labels), normalisation=AGGREGATIONS[aggregation], dtype=torch.float64
-    )
+    return _aggregating(graph.edge_index, len(graph.labels), aggregation)
+
+
+def _aggregating(edges: Int[Tensor, "2 E"], nodes: int, aggregation: str) -> Propagation:
+    return Propagation(edges, nodes, normalisation=AGGREGATIONS[aggregation], dtype=torch.float64)
+
+
+def random_propagation(rng: np.random.Generator, nodes: int, aggregation: str) -> Propagation:
+    """S of a random graph with two undirected edges a node."""
+    edges = torch.from_numpy(rng.integers(0, nodes, size=(2, 2 * nodes)))
+    return _aggregating(torch.cat([edges, edges.flip(0)], 1), nodes, aggregation)
+
+
+def powers(propagation: Propagation, x: Float[Tensor, "N F"], depth: int) -> list[Float[Tensor, "N F"]]:
+    """x, Sx, …, S^depth x."""
+    found = [x]
+    for _ in range(depth):
+        found.append(propagation(found[-1]))
+    return found
 
 
 def principal(features: Float[Tensor, "N F"], components: int) -> Float[Tensor, "N K"]:

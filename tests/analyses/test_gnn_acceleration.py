@@ -17,7 +17,7 @@ from analyses.gnn_acceleration import ANALYSIS
 from analyses.gnn_acceleration import flow as flows
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.experiments import conditioning, search
-from analyses.gnn_acceleration.networks import GraphNetwork, descent, gradients, loss_of
+from analyses.gnn_acceleration.networks import MultiscaleNetwork, descent, gradients, loss_of
 from analyses.gnn_acceleration.setting import named, principal, setting_of
 from curvlab.nn import Propagation
 from curvlab.study import Cell, Verdict, follow, judge
@@ -114,6 +114,10 @@ def test_bounds_without_rank_are_outside_the_assumptions(monkeypatch: pytest.Mon
     assert verdict.outcome == "outside the assumptions"
     nodes = setting_of(Cell({"aggregation": "gcn", "seed": 0}), TINY).nodes.numpy()
     assert f"by the nodes {nodes[0]}, {nodes[1]}" in verdict.note
+    verdict = verdict_of("bound-scale", depth=1)
+    assert verdict.outcome == "outside the assumptions"
+    assert "the scale lacks full column rank" in verdict.note
+    assert verdict_of("bound-scale-deficient", depth=1).seeds == 1
 
 
 def test_of_many_nodes_the_first_are_named() -> None:
@@ -131,7 +135,7 @@ def model() -> flows.Model:
 def test_gradients_of_the_flow_are_those_of_autodiff(model: flows.Model) -> None:
     """On the whole graph, through the propagation and not the propagated features."""
     setting = setting_of(Cell({"aggregation": "gin", "seed": 0}), Config(nodes=6))
-    network = GraphNetwork(setting.propagation, [34] * 4, 4, range(4), nn.Identity(), torch.Generator())
+    network = MultiscaleNetwork(setting.propagation, [34] * 4, 4, range(4), nn.Identity(), torch.Generator())
     with torch.no_grad():
         for mine, theirs in zip((*network.heads, *network.layers), (*model.heads.values(), *model.layers), strict=True):
             mine.copy_(torch.from_numpy(theirs))
@@ -201,7 +205,7 @@ def test_models_are_compared_at_equal_outputs(reference: list[int]) -> None:
 def test_networks_propagate_before_every_layer() -> None:
     S = Propagation(torch.tensor([[0, 1], [1, 2]]), 3, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    network = GraphNetwork(S, (2, 4), 1, (0, 1), nn.ReLU(), generator)
+    network = MultiscaleNetwork(S, (2, 4), 1, (0, 1), nn.ReLU(), generator)
     x = torch.randn(3, 2, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         for head in network.heads:
@@ -217,7 +221,7 @@ def test_descent_on_a_graph_follows_the_gradient_and_can_be_taken_up() -> None:
     loss = loss_of("squared", labels, 4)
 
     def start() -> Descent:
-        network = GraphNetwork(
+        network = MultiscaleNetwork(
             setting.propagation, (34, 5, 5), 4, range(3), nn.ReLU(), torch.Generator().manual_seed(0)
         )
         return descent(network, setting.features, setting.nodes, loss, eta)

@@ -5,8 +5,9 @@ import logging
 import numpy as np
 from jaxtyping import Float, Int
 
+from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
-from analyses.gnn_acceleration.points import PAPER, memory
+from analyses.gnn_acceleration.points import memory, page
 from analyses.gnn_acceleration.setting import forms_of, named, setting_of
 from curvlab import study
 from curvlab.theory import graph_dynamics as theory
@@ -91,6 +92,7 @@ def _drops(values: list[Float[np.ndarray, " _"]], matrices: list[Float[np.ndarra
     return rows
 
 
+SOURCE = page("sections 3 and 4", "claim 7")
 SHRINKING = {
     "gcn": "S has singular values below 1.",
     "gin": "A + I has eigenvalues below 1 in absolute value, along which features shrink.",
@@ -99,73 +101,42 @@ SHRINKING = {
 
 
 def _rank_claim(sort: str, statement: str, reason: str) -> study.Claim:
-    return study.Claim(
-        id=f"rank-{sort}",
-        statement=statement,
-        rule=study.Identity("missing"),
-        source=f"{PAPER}, sections 3 and 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 7)",
-        measured="Ranks that the features lack of min(F, n), every depth.",
-        expected=study.undecided(reason),
-        estimate=study.among(study.identities, features="all", sort=sort),
-    )
+    return claim(
+        f"rank-{sort}", SOURCE, study.Identity("missing"),
+        statement,
+        "Ranks that the features lack of min(F, n), every depth.",
+        study.undecided(reason), estimate=study.among(study.identities, features="all", sort=sort),
+    )  # fmt: skip
 
 
 def _drop_claim(
-    id_: str, statement: str, expected: study.Expected, *, features: str, sort: str, **at: object
+    id_: str, statement: str, expected: study.Expected, *, features: str = "all", sort: str = "stack", **at: object
 ) -> study.Claim:
-    return study.Claim(
-        id=f"conditioning-{id_}",
-        statement=statement,
-        rule=study.Identity("drop"),
-        source=f"{PAPER}, sections 3 and 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 7)",
-        measured="Relative decrease of σ_min from one depth to the next.",
-        expected=expected,
-        at=at,
-        estimate=study.among(study.identities, features=features, sort=sort),
-    )
+    return claim(
+        f"conditioning-{id_}", SOURCE, study.Identity("drop"),
+        statement,
+        "Relative decrease of σ_min from one depth to the next.",
+        expected, at=at, estimate=study.among(study.identities, features=features, sort=sort),
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
     return [
-        _rank_claim(
-            "single",
-            "The propagated features G_l have the rank min(F, n) that σ_min needs, at every depth.",
-            "No theorem says so; it is a condition on the graph, its features and the split.",
-        ),
-        _rank_claim(
-            "stack",
-            "The stacked features G^[H] have the rank min((H + 1)F, n), at every depth.",
-            "A scale of full rank would suffice where F ≥ n.",
-        ),
-        _drop_claim(
-            "stack",
-            "σ_min(G^[H]) does not decrease with H where F ≥ n.",
-            study.supported("Rows are added, so the Gram matrix grows (derived)."),
-            features="all",
-            sort="stack",
-        ),
-        _drop_claim(
-            "few",
-            "σ_min(G^[H]) does not decrease with H where F < n.",
-            study.refuted(
-                "Added scales add singular values as long as (H + 1)F < n (derived); random combinations of the features, n/4 "
-                "of them."
-            ),
-            features="few",
-            sort="stack",
-        ),
+        _rank_claim("single", "The propagated features G_l have the rank min(F, n) that σ_min needs, at every depth.",
+                    "No theorem says so; it is a condition on the graph, its features and the split."),
+        _rank_claim("stack", "The stacked features G^[H] have the rank min((H + 1)F, n), at every depth.",
+                    "A scale of full rank would suffice where F ≥ n."),
+        _drop_claim("stack", "σ_min(G^[H]) does not decrease with H where F ≥ n.",
+                    study.supported("Rows are added, so the Gram matrix grows (derived).")),
+        _drop_claim("few", "σ_min(G^[H]) does not decrease with H where F < n.",
+                    study.refuted("Added scales add singular values as long as (H + 1)F < n (derived); random combinations of "
+                                  "the features, n/4 of them."), features="few"),
         *(
-            _drop_claim(
-                f"single-{aggregation}",
-                f"σ_min(G_H) does not decrease with H with {aggregation.upper()} aggregation.",
-                study.refuted(SHRINKING[aggregation]),
-                features="all",
-                sort="single",
-                aggregation=aggregation,
-            )
-            for aggregation in config.aggregation
+            _drop_claim(f"single-{name}", f"σ_min(G_H) does not decrease with H with {name.upper()} aggregation.",
+                        study.refuted(SHRINKING[name]), sort="single", aggregation=name)
+            for name in config.aggregation
         ),
-    ]
+    ]  # fmt: skip
 
 
 CONDITIONING: study.Experiment[Config] = study.Experiment(

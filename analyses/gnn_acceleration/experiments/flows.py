@@ -4,15 +4,16 @@ Claims 1, 2, 3, 5 and 6. The flow, unlike its bounds, is not in closed form: its
 by what the flow conserves.
 """
 
+import itertools
 from math import ceil, log10
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Int
 
+from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.flow import Model, Path, descend, flow, initial
-from analyses.gnn_acceleration.points import PAPER, memory
+from analyses.gnn_acceleration.points import PAPER, memory, page
 from analyses.gnn_acceleration.setting import Setting, named, setting_of
 from curvlab import study
 from curvlab.theory import graph_dynamics as theory
@@ -94,45 +95,25 @@ def _stack(model: Model) -> np.ndarray:
 
 def _bound(path: Path, floors: np.ndarray, features: np.ndarray) -> tuple[float, float]:
     """Largest excess of L − L⋆ over its bound, over L(0), and log10 of the measured exponent over the bound's."""
-    start = path.models[0]
-    optimum = theory.optimal_loss(features, start.targets)
-    excess = path.losses - optimum
-    bound = theory.loss_bound(excess[0], floors, theory.least_singular_value(features), path.times)
+    excess, bound = path.bounded(floors, features)
     measured = np.log(excess[0] / max(excess[-1], 1e-12 * excess[0]))
     guaranteed = np.log(excess[0] / bound[-1])
     loose = log10(measured / guaranteed) if guaranteed > 0 else float("nan")
     return max(0.0, float((excess - bound).max() / path.losses[0])), loose
 
 
-def _floors(path: Path) -> np.ndarray:
-    """λ_min(B^(1:l)ᵀ B^(1:l)) by time and scale."""
-    return np.stack([model.floors() for model in path.models])
-
-
-def _missing(features: np.ndarray) -> int:
-    """Ranks that features lack of the number that theorem 1 asks for, min(F, n)."""
-    return int(min(features.shape) - np.linalg.matrix_rank(features))
-
-
 def _bounds(path: Path, name: str, nodes: Int[np.ndarray, " n"]) -> list[dict[str, object]]:
     """Theorems 1 and 2a, which say nothing where features lack rank; the nodes that deprive them of it are named."""
     start = path.models[0]
-    floors = _floors(path)[:, list(start.heads)].min(axis=1)
-    features = _stack(start)
+    floors, features = path.floors[:, list(start.heads)].min(axis=1), _stack(start)
     excess, loose = _bound(path, floors, features)
-    missing = _missing(features)
+    missing = int(min(features.shape) - np.linalg.matrix_rank(features))
     guilty = nodes[theory.dependent_nodes(features)] if missing else nodes[:0]
     lacking = f"the features lack {missing} of the ranks that σ_min needs, by the nodes {named(guilty)}"
+    status = study.outside(lacking) if missing else {}
+    of_rank = {"missing": missing, "nodes": " ".join(map(str, guilty)), **status}
     rows = [
-        study.observed(
-            f"excess_{name}",
-            excess,
-            tolerance=TOLERANCE,
-            model=name,
-            missing=missing,
-            nodes=" ".join(map(str, guilty)),
-            **(study.outside(lacking) if missing else {}),
-        ),
+        study.observed(f"excess_{name}", excess, tolerance=TOLERANCE, model=name, **of_rank),
         study.observed("floor", float(floors.min()), model=name),
         study.observed("floor_start", float(floors[0]), model=name),
     ]
@@ -142,16 +123,20 @@ def _bounds(path: Path, name: str, nodes: Int[np.ndarray, " n"]) -> list[dict[st
 
 
 def _scales(path: Path) -> list[dict[str, object]]:
-    """Theorem 2b at every scale; its proof holds for those of full column rank."""
+    """Theorem 2b at every informative scale; its proof holds for those of full column rank, a claim asks about the others."""
     rows = []
-    for scale, floors in enumerate(_floors(path).T):
+    for scale, floors in enumerate(path.floors.T):
         features = path.models[0].features[scale]
-        covered = np.linalg.matrix_rank(features) == features.shape[1]
+        if path.losses[-1] <= theory.optimal_loss(features, path.models[0].targets):
+            continue
         excess, _ = _bound(path, floors, features)
-        informative = path.losses[-1] > theory.optimal_loss(features, path.models[0].targets)
-        if informative:
-            quantity = "scale_excess" if covered else "scale_excess_uncovered"
-            rows.append(study.observed(quantity, excess, tolerance=TOLERANCE, scale=scale))
+        full = np.linalg.matrix_rank(features) == features.shape[1]
+        for quantity, within, found in (
+            ("scale_excess", full, "the scale lacks full column rank"),
+            ("deficient_scale_excess", not full, "the scale has full column rank"),
+        ):
+            status = {} if within else study.outside(found)
+            rows.append(study.observed(quantity, excess, tolerance=TOLERANCE, scale=scale, **status))
     return rows
 
 
@@ -171,7 +156,7 @@ def _checks(path: Path, name: str) -> list[dict[str, object]]:
     guaranteed = np.array(theory.floor_of_products(start.heads, start.layers))
     rows.append(study.observed("guaranteed", float(guaranteed[-1]), model=name))
     if guaranteed[-1] > 0:
-        shortfall = float((guaranteed - _floors(path)).max())
+        shortfall = float((guaranteed - path.floors).max())
         rows.append(study.observed("floor_shortfall", max(0.0, shortfall), **at))
     return rows
 
@@ -184,7 +169,7 @@ def _descent(model: Model, grid: np.ndarray, name: str) -> list[dict[str, object
     paths = [descend(model, grid, steps * halved) for halved in (1, 2)]
     outputs = [np.stack([point.residual for point in path.models]) for path in (exact, *paths)]
     distances = [float(np.linalg.norm(found - outputs[0])) for found in outputs[1:]]
-    floors = _floors(paths[0])[:, list(model.heads)].min(axis=1)
+    floors = paths[0].floors[:, list(model.heads)].min(axis=1)
     excess, _ = _bound(paths[0], floors, _stack(model))
     return [
         study.observed("descent_excess", excess, tolerance=TOLERANCE, model=name),
@@ -205,139 +190,91 @@ def _along(path: Path, depth: int) -> list[dict[str, object]]:
     return rows
 
 
-def _bound_claim(model: str, theorem: str, features: str) -> study.Claim:
-    return study.Claim(
-        id=f"bound-{model}",
-        statement=f"The loss of the {model} model obeys L(T) − L⋆ ≤ (L(0) − L⋆) exp(−4 λ_T σ_min²({features}) T).",
-        rule=study.Identity(f"excess_{model}"),
-        source=f"{PAPER}, theorem {theorem}",
-        measured="Largest excess over the bound along the flow, over L(0), with λ_T followed along it; all depths and starts "
-        "whose features have the rank that σ_min needs.",
-        expected=study.supported("It is a theorem."),
-    )
-
-
-def _scale_claim(id_: str, quantity: str, which: str, expected: study.Expected) -> study.Claim:
-    other = {"scale_excess", "scale_excess_uncovered"} - {quantity}
-
-    def assumptions(table: pd.DataFrame) -> str | None:
-        return f"There is no informative scale {which}." if set(table["quantity"]) == other else None
-
-    return study.Claim(
-        id=id_,
-        statement=f"A multiscale model decays towards L⋆_l at the rate of every single scale l {which}.",
-        rule=study.Identity(("scale_excess", "scale_excess_uncovered")),
-        source=f"{PAPER}, theorem 2 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 3b, recalled)",
-        measured="Largest excess over the bound of a scale along the flow, over L(0); scales whose optimum the loss passes are "
-        "left out.",
-        expected=expected,
-        estimate=study.among(study.identities, quantity=quantity),
-        assumptions=assumptions,
-    )
-
-
-def _path_claim(change: str, words: str, number: int) -> study.Claim:
-    return study.Claim(
-        id=f"{change}-along-path",
-        statement=f"{words} at every point of a multiscale path from zero heads.",
-        rule=study.Identity("path_slow_down"),
-        source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number})",
-        measured="Largest relative loss of speed against the model without the new scales at the same outputs.",
-        expected=study.undecided("It holds at zero heads; further on no theorem says so."),
-        at={"start": "zero", "depth": _deep},
-        estimate=study.among(study.identities, change=change),
-    )
-
-
-def _faster_claim(aggregation: str, change: str, words: str, number: int) -> study.Claim:
-    return study.Claim(
-        id=f"{change}-faster-{aggregation}",
-        statement=f"{words} in training from zero heads with {aggregation.upper()} aggregation.",
-        rule=study.Inequality(f"{change}_log_ratio", "less", 0.0),
-        source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number})",
-        measured=f"log10 of the losses left with over without at T = {DURATION:g}/λ_max of the larger model, mean over depths.",
-        expected=study.supported("It is faster at the start, and both models move along the same V."),
-        at={"start": "zero", "depth": _deep, "aggregation": aggregation},
-    )
-
-
 def _deep(depth: object) -> bool:
     """Whether there are layers, without which a model has one scale only."""
     return depth != 0
 
 
-def _claims(config: Config) -> list[study.Claim]:
+CHANGES = {
+    "skip": (5, "Skip connections accelerate", "Skip connections accelerate"),
+    "depth": (6, "The last layer accelerates", "One more layer accelerates"),
+}
+"""By change of the model: number on the page of theory, and the claim in words, along a path and of two paths."""
+
+OF_BOUNDS = [
+    *(
+        claim(f"bound-{model}", source, study.Identity(f"excess_{model}"),
+              f"The loss of the {model} model obeys L(T) − L⋆ ≤ (L(0) − L⋆) exp(−4 λ_T σ_min²({features}) T).",
+              "Largest excess over the bound along the flow, over L(0), with λ_T followed along it; all depths and starts whose "
+              "features have the rank that σ_min needs.",
+              study.supported("It is a theorem."))
+        for model, source, features in (
+            ("single", f"{PAPER}, theorem 1", "G_H"), ("multi", page("theorem 2", "claim 3a"), "G^[H]"),
+        )
+    ),
+    *(
+        claim(id_, page("theorem 2", "claim 3b, recalled"), study.Identity(quantity),
+              f"A multiscale model decays towards L⋆_l at the rate of every single scale l {which} full column rank.",
+              "Largest excess over the bound of a scale along the flow, over L(0); scales whose optimum the loss passes are left "
+              "out.",
+              expected)
+        for id_, quantity, which, expected in (
+            ("bound-scale", "scale_excess", "of",
+             study.supported("With full column rank every prediction lies in the row space of G_l (derived).")),
+            ("bound-scale-deficient", "deficient_scale_excess", "without",
+             study.undecided("Counter-examples exist, see scale-anywhere; this asks whether training runs into one.")),
+        )
+    ),
+    claim("bound-descent", f"{PAPER}, theorems 1 and 2, which are about the flow", study.Identity("descent_excess"),
+          "Gradient descent obeys the bounds of the flow at T = ηk.",
+          "Largest excess over the bound at η ≤ 1/(16 λ_max), λ_max the largest along the flow, over L(0).",
+          study.supported("The bounds are loose, and (1 − x) ≤ exp(−x)."), at={"start": "orthogonal"}),
+]  # fmt: skip
+
+OF_FLOWS = [
+    claim("floor-guaranteed", page("time-independent condition", "claim 2; the floor is derived"),
+          study.Identity("floor_shortfall"),
+          "Square layers keep λ_min(B^(1:l)ᵀB^(1:l)) above the floor that the conserved matrices give.",
+          "Largest shortfall of λ_min at any time and scale, for starts with a positive floor.",
+          study.supported("It follows from the conservation law."), at={"depth": _deep}),
+    claim("flow-energy", f"{PAPER}, section 4, dL/dt", study.Identity("energy"),
+          "The loss falls by the integral of ‖∇L‖², to the accuracy that the bounds are judged by.",
+          "Distance of the two at the end, over L(0).",
+          study.supported("A check of the integration.")),
+    claim("flow-conserved", page("time-independent condition", "claim 2; derived"), study.Identity("conserved"),
+          "The flow conserves B_iB_iᵀ − B_{i+1}ᵀB_{i+1} − W_iᵀW_i.",
+          "Largest change over ‖B_i‖².",
+          study.supported("It is an identity of the flow (derived)."), at={"depth": _deep}),
+    claim("descent-order", f"{PAPER}, algorithm (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md)",
+          study.Equivalence("descent_halving", 2.0, 0.2),
+          "Gradient descent approaches the flow in proportion to η.",
+          "Distance of the outputs from the flow's at η ≤ 1/(16 λ_max), over that at half of it, all points of time.",
+          study.supported("It is Euler's method."), at={"start": "orthogonal"}),
+    *(
+        claim(f"{change}-along-path", page("section 4", f"claim {number}"), study.Identity("path_slow_down"),
+              f"{words} at every point of a multiscale path from zero heads.",
+              "Largest relative loss of speed against the model without the new scales at the same outputs.",
+              study.undecided("It holds at zero heads; further on no theorem says so."),
+              at={"start": "zero", "depth": _deep}, estimate=study.among(study.identities, change=change))
+        for change, (number, words, _) in CHANGES.items()
+    ),
+]  # fmt: skip
+
+
+def _faster(aggregation: str) -> list[study.Claim]:
     return [
-        _bound_claim("single", "1", "G_H"),
-        _bound_claim("multi", "2 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 3a)", "G^[H]"),
-        _scale_claim(
-            "bound-scale",
-            "scale_excess",
-            "of full column rank",
-            study.supported("With full column rank every prediction lies in the row space of G_l (derived)."),
-        ),
-        _scale_claim(
-            "bound-scale-deficient",
-            "scale_excess_uncovered",
-            "without full column rank",
-            study.undecided("Counter-examples exist, see scale-anywhere; this asks whether training runs into one."),
-        ),
-        study.Claim(
-            id="bound-descent",
-            statement="Gradient descent obeys the bounds of the flow at T = ηk.",
-            rule=study.Identity("descent_excess"),
-            source=f"{PAPER}, theorems 1 and 2, which are about the flow",
-            measured="Largest excess over the bound at η ≤ 1/(16 λ_max), λ_max the largest along the flow, over L(0).",
-            expected=study.supported("The bounds are loose, and (1 − x) ≤ exp(−x)."),
-            at={"start": "orthogonal"},
-        ),
-        study.Claim(
-            id="floor-guaranteed",
-            statement="Square layers keep λ_min(B^(1:l)ᵀB^(1:l)) above the floor that the conserved matrices give.",
-            rule=study.Identity("floor_shortfall"),
-            source=f"{PAPER}, time-independent condition "
-            "(docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 2; the floor is derived)",
-            measured="Largest shortfall of λ_min at any time and scale, for starts with a positive floor.",
-            expected=study.supported("It follows from the conservation law."),
-            at={"depth": _deep},
-        ),
-        study.Claim(
-            id="flow-energy",
-            statement="The loss falls by the integral of ‖∇L‖², to the accuracy that the bounds are judged by.",
-            rule=study.Identity("energy"),
-            source=f"{PAPER}, section 4, dL/dt",
-            measured="Distance of the two at the end, over L(0).",
-            expected=study.supported("A check of the integration."),
-        ),
-        study.Claim(
-            id="flow-conserved",
-            statement="The flow conserves B_iB_iᵀ − B_{i+1}ᵀB_{i+1} − W_iᵀW_i.",
-            rule=study.Identity("conserved"),
-            source=f"{PAPER}, time-independent condition (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 2; derived)",
-            measured="Largest change over ‖B_i‖².",
-            expected=study.supported("It is an identity of the flow (derived)."),
-            at={"depth": _deep},
-        ),
-        study.Claim(
-            id="descent-order",
-            statement="Gradient descent approaches the flow in proportion to η.",
-            rule=study.Equivalence("descent_halving", 2.0, 0.2),
-            source=f"{PAPER}, algorithm (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md)",
-            measured="Distance of the outputs from the flow's at η ≤ 1/(16 λ_max), over that at half of it, all points of time.",
-            expected=study.supported("It is Euler's method."),
-            at={"start": "orthogonal"},
-        ),
-        _path_claim("skip", "Skip connections accelerate", 5),
-        _path_claim("depth", "The last layer accelerates", 6),
-        *(
-            _faster_claim(aggregation, change, words, number)
-            for aggregation in config.aggregation
-            for change, words, number in (
-                ("skip", "Skip connections accelerate", 5),
-                ("depth", "One more layer accelerates", 6),
-            )
-        ),
-    ]
+        claim(f"{change}-faster-{aggregation}", page("section 4", f"claim {number}"),
+              study.Inequality(f"{change}_log_ratio", "less", 0.0),
+              f"{words} in training from zero heads with {aggregation.upper()} aggregation.",
+              f"log10 of the losses left with over without at T = {DURATION:g}/λ_max of the larger model, mean over depths.",
+              study.supported("It is faster at the start, and both models move along the same V."),
+              at={"start": "zero", "depth": _deep, "aggregation": aggregation})
+        for change, (number, _, words) in CHANGES.items()
+    ]  # fmt: skip
+
+
+def _claims(config: Config) -> list[study.Claim]:
+    return [*OF_BOUNDS, *OF_FLOWS, *itertools.chain.from_iterable(map(_faster, config.aggregation))]
 
 
 FLOWS: study.Experiment[Config] = study.Experiment(

@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analyses.gnn_acceleration.config import AGGREGATIONS, Config
-from analyses.gnn_acceleration.networks import GraphNetwork, Loss, gradients, loss_of
-from analyses.gnn_acceleration.points import PAPER, by_aggregation, memory
-from curvlab.nn import Propagation
-from curvlab.study import Cell, Claim, Context, Experiment, Identity, Observations, observed, round_off, supported
+from analyses.claims import claim
+from analyses.gnn_acceleration.config import Config
+from analyses.gnn_acceleration.networks import Loss, MultiscaleNetwork, gradients, loss_of
+from analyses.gnn_acceleration.points import by_aggregation, memory, page
+from analyses.gnn_acceleration.setting import powers, random_propagation
+from curvlab.study import Cell, Context, Experiment, Identity, Observations, observed, round_off, supported
 from curvlab.theory import graph_dynamics as theory
 
 GRAPHS_A_SEED = 8
@@ -23,14 +24,12 @@ def _measure(cell: Cell, _: Context[Config]) -> Observations:
     for index in range(GRAPHS_A_SEED):
         depth, N, C = int(rng.integers(0, 5)), int(rng.integers(3, 9)), int(rng.integers(1, 4))
         widths = [int(width) for width in rng.integers(1, 6, size=depth + 1)]
-        edges = torch.from_numpy(rng.integers(0, N, size=(2, 2 * N)))
-        both = torch.cat([edges, edges.flip(0)], 1)
-        S = Propagation(both, N, normalisation=AGGREGATIONS[str(cell["aggregation"])], dtype=torch.float64)
+        S = random_propagation(rng, N, str(cell["aggregation"]))
         x = torch.randn(N, widths[0], generator=generator, dtype=torch.float64)
         nodes = torch.from_numpy(np.sort(rng.choice(N, size=int(rng.integers(1, N + 1)), replace=False)))
         loss = loss_of(LOSSES[index % len(LOSSES)], torch.from_numpy(rng.integers(0, C, size=len(nodes))), C)
         for name, scales in (("single", (depth,)), ("multi", tuple(range(depth + 1)))):
-            model = GraphNetwork(S, widths, C, scales, nn.Identity(), generator)
+            model = MultiscaleNetwork(S, widths, C, scales, nn.Identity(), generator)
             with torch.no_grad():
                 for head in model.heads:
                     head.copy_(torch.randn(head.shape, generator=generator, dtype=torch.float64))
@@ -38,15 +37,12 @@ def _measure(cell: Cell, _: Context[Config]) -> Observations:
     return rows
 
 
-def _compare(model: GraphNetwork, x: Tensor, nodes: Tensor, loss: Loss, name: str) -> list[dict[str, object]]:
+def _compare(model: MultiscaleNetwork, x: Tensor, nodes: Tensor, loss: Loss, name: str) -> list[dict[str, object]]:
     """Every term against the square of its gradient, and their sum against ‖∇L‖²."""
     _, head_gradients, layer_gradients = gradients(model, x, nodes, loss)
     z = model(x)[nodes].detach().requires_grad_()
     (V,) = torch.autograd.grad(loss(z), z)
-    features, powers = [], x
-    for _ in range(len(model.layers) + 1):
-        features.append(powers[nodes].numpy().T)
-        powers = model.propagation(powers)
+    features = [h[nodes].numpy().T for h in powers(model.propagation, x, len(model.layers))]
     heads = {scale: head.detach().numpy() for scale, head in zip(model.scales, model.heads, strict=True)}
     layers = [layer.detach().numpy() for layer in model.layers]
     of_heads, of_layers = theory.speed_terms(heads, layers, features, V.numpy().T)
@@ -67,27 +63,18 @@ def _compare(model: GraphNetwork, x: Tensor, nodes: Tensor, loss: Loss, name: st
     return [*terms, observed("speed_error", abs(sum(found) - sum(expected)) / scale, **at)]
 
 
-TERMS = {
-    "speed-heads": ("head_error", "The part of head l in −dL/dt is ‖vec[V G_lᵀ]‖² in the metric F_l."),
-    "speed-layers": ("layer_error", "The part of layer i in −dL/dt is ‖Σ_l J_{i,l} vec[V G_lᵀ]‖²."),
-    "speed-total": ("speed_error", "All terms together are ‖∇L‖², the speed −dL/dt of gradient flow."),
-}
-"""By claim: the quantity that decides it, and its statement."""
-
-
 CLAIMS = [
-    Claim(
-        id=id_,
-        statement=statement,
-        rule=Identity(quantity),
-        source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 4)",
-        measured="Distance from the square of the autodiff gradient, over ‖V‖² max_l ‖G_l‖² Π‖W‖²‖B‖²; random graphs, "
-        f"depths 0 to 4, widths, single- and multiscale models, losses {', '.join(LOSSES)}.",
-        expected=supported("It is the chain rule."),
+    claim(id_, page("section 4", "claim 4"), Identity(quantity),
+          statement,
+          "Distance from the square of the autodiff gradient, over ‖V‖² max_l ‖G_l‖² Π‖W‖²‖B‖²; random graphs, depths 0 to 4, "
+          f"widths, single- and multiscale models, losses {', '.join(LOSSES)}.",
+          supported("It is the chain rule."))
+    for id_, quantity, statement in (
+        ("speed-heads", "head_error", "The part of head l in −dL/dt is ‖vec[V G_lᵀ]‖² in the metric F_l."),
+        ("speed-layers", "layer_error", "The part of layer i in −dL/dt is ‖Σ_l J_{i,l} vec[V G_lᵀ]‖²."),
+        ("speed-total", "speed_error", "All terms together are ‖∇L‖², the speed −dL/dt of gradient flow."),
     )
-    for id_, (quantity, statement) in TERMS.items()
-]
-
+]  # fmt: skip
 
 IDENTITIES: Experiment[Config] = Experiment(
     name="identities", cells=by_aggregation, measure=_measure, claims=CLAIMS, seconds=0.2, memory=memory

@@ -6,9 +6,10 @@ from math import log10
 import numpy as np
 from jaxtyping import Float
 
+from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.flow import Model, flow, initial
-from analyses.gnn_acceleration.points import PAPER, by_aggregation, memory
+from analyses.gnn_acceleration.points import by_aggregation, memory, page
 from analyses.gnn_acceleration.setting import setting_of
 from curvlab import study
 from curvlab.theory import graph_dynamics as theory
@@ -75,50 +76,34 @@ def _trained(model: Model, order: np.ndarray) -> dict[str, object]:
 
 
 def _claims(config: Config) -> list[study.Claim]:
-    return [
-        study.Claim(
-            id="labels-initial",
-            statement="At zero heads and BᵀB = cI head l starts with the speed 4 c^l ‖Y G_lᵀ‖².",
-            rule=study.Identity("initial_error"),
-            source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 8, derived)",
-            measured=f"Relative distance of ‖∂L/∂W_l‖² from it, c = {LAYERS**2:.2f}, scales 0 to {DEPTH}.",
-            expected=study.supported("V = −2Y, and orthogonal layers keep norms."),
-        ),
-        *(claim for aggregation in config.aggregation for claim in _with(aggregation)),
-    ]
+    initial = claim(
+        "labels-initial", page("section 4", "claim 8, derived"), study.Identity("initial_error"),
+        "At zero heads and BᵀB = cI head l starts with the speed 4 c^l ‖Y G_lᵀ‖².",
+        f"Relative distance of ‖∂L/∂W_l‖² from it, c = {LAYERS**2:.2f}, scales 0 to {DEPTH}.",
+        study.supported("V = −2Y, and orthogonal layers keep norms."),
+    )  # fmt: skip
+    return [initial, *(one for aggregation in config.aggregation for one in _with(aggregation))]
 
 
 def _with(aggregation: str) -> list[study.Claim]:
+    source, at = page("section 4", "claim 8, recalled"), {"aggregation": aggregation}
     return [
         *(
-            study.Claim(
-                id=f"labels-{targets}-{aggregation}",
-                statement=f"True labels have a greater initial speed than permutations of themselves, {words}, "
-                f"{aggregation.upper()} aggregation.",
-                rule=study.Inequality("p_value", "less", 0.05),
-                source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 8, recalled)",
-                measured=f"p-value of a permutation test of ‖Y G_lᵀ‖² with {PERMUTATIONS} permutations, the mean over scales "
-                "l ≥ 1.",
-                expected=study.undecided(
-                    "Labels of neighbours agree, but few training nodes may not show it, and the constant direction, which "
-                    "all permutations share, is large where targets are not centred."
-                ),
-                at={"aggregation": aggregation},
-                estimate=study.among(study.by_seed, targets=targets),
-            )
+            claim(f"labels-{targets}-{aggregation}", source, study.Inequality("p_value", "less", 0.05),
+                  f"True labels have a greater initial speed than permutations of themselves, {words}, {aggregation.upper()} "
+                  "aggregation.",
+                  f"p-value of a permutation test of ‖Y G_lᵀ‖² with {PERMUTATIONS} permutations, the mean over scales l ≥ 1.",
+                  study.undecided("Labels of neighbours agree, but few training nodes may not show it, and the constant direction, "
+                                  "which all permutations share, is large where targets are not centred."),
+                  at=at, estimate=study.among(study.by_seed, targets=targets))
             for targets, words in TARGETS.items()
         ),
-        study.Claim(
-            id=f"labels-trained-{aggregation}",
-            statement=f"True labels train faster than permuted ones with {aggregation.upper()} aggregation.",
-            rule=study.Inequality("trained_log_ratio", "less", 0.0),
-            source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 8, recalled)",
-            measured=f"log10 of the losses left, true over permuted, after T = {DURATION:g}/λ_max, multiscale model with "
-            f"{DEPTH} layers, one permutation a seed, targets not centred.",
-            expected=study.supported("Labels of neighbours agree, so they lie along the leading singular vectors."),
-            at={"aggregation": aggregation},
-        ),
-    ]
+        claim(f"labels-trained-{aggregation}", source, study.Inequality("trained_log_ratio", "less", 0.0),
+              f"True labels train faster than permuted ones with {aggregation.upper()} aggregation.",
+              f"log10 of the losses left, true over permuted, after T = {DURATION:g}/λ_max, multiscale model with {DEPTH} layers, "
+              "one permutation a seed, targets not centred.",
+              study.supported("Labels of neighbours agree, so they lie along the leading singular vectors."), at=at),
+    ]  # fmt: skip
 
 
 LABELS: study.Experiment[Config] = study.Experiment(

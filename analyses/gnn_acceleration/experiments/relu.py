@@ -6,9 +6,10 @@ from math import log10
 import torch
 from torch import nn
 
+from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
-from analyses.gnn_acceleration.networks import GraphNetwork, Loss, descent, gradients, loss_of
-from analyses.gnn_acceleration.points import PAPER, memory
+from analyses.gnn_acceleration.networks import Loss, MultiscaleNetwork, descent, gradients, loss_of
+from analyses.gnn_acceleration.points import memory, page
 from analyses.gnn_acceleration.setting import Setting, setting_of
 from curvlab import study
 
@@ -25,14 +26,14 @@ def _points(config: Config) -> list[study.Point]:
     return [{"aggregation": aggregation, "depth": depth} for aggregation in config.aggregation for depth in depths]
 
 
-def _network(setting: Setting, depth: int, scales: Iterable[int], seed: int) -> GraphNetwork:
+def _network(setting: Setting, depth: int, scales: Iterable[int], seed: int) -> MultiscaleNetwork:
     """A network with zero heads; those of a seed share their first layers, whatever the depth."""
     widths = [setting.features.shape[1], *[WIDTH] * depth]
     generator = torch.Generator().manual_seed(seed)
-    return GraphNetwork(setting.propagation, widths, setting.graph.classes, scales, nn.ReLU(), generator)
+    return MultiscaleNetwork(setting.propagation, widths, setting.graph.classes, scales, nn.ReLU(), generator)
 
 
-def _rate(model: GraphNetwork, setting: Setting) -> float:
+def _rate(model: MultiscaleNetwork, setting: Setting) -> float:
     """ETA over λ_max of the kernel Σ_l h_l h_lᵀ of the training outputs at zero heads."""
     with torch.no_grad():
         hidden = torch.cat([h[setting.nodes] for h in model.hidden(setting.features)], 1)
@@ -73,18 +74,15 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     return rows
 
 
-def _slow_down(single: GraphNetwork, setting: Setting, loss: Loss) -> float:
+def _slow_down(single: MultiscaleNetwork, setting: Setting, loss: Loss) -> float:
     """Relative loss of speed when a trained single-scale network gets zero heads at all other scales."""
 
-    def speed(model: GraphNetwork) -> float:
+    def speed(model: MultiscaleNetwork) -> float:
         _, heads, layers = gradients(model, setting.features, setting.nodes, loss)
         return float(sum(g.square().sum() for g in (*heads, *layers)))
 
     depth = len(single.layers)
-    widths = [setting.features.shape[1], *[WIDTH] * depth]
-    multi = GraphNetwork(
-        setting.propagation, widths, setting.graph.classes, range(depth + 1), single.activation, torch.Generator()
-    )
+    multi = _network(setting, depth, range(depth + 1), 0)
     with torch.no_grad():
         for mine, theirs in zip((*multi.layers, multi.heads[depth]), (*single.layers, single.heads[0]), strict=True):
             mine.copy_(theirs)
@@ -96,34 +94,27 @@ EFFECTS = {
     "depth": ("One more layer accelerates", 6, "with over without the last layer, multiscale"),
     "labels": ("True labels train faster than permuted ones", 8, "true over permuted labels, multiscale"),
 }
-"""By quantity: the claim in words, its number in the docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, and what is compared."""
+"""By quantity: the claim in words, its number on the page of theory, and what is compared."""
 
 
 def _claims(config: Config) -> list[study.Claim]:
     return [
         *(
-            study.Claim(
-                id=f"relu-{effect}-{aggregation}",
-                statement=f"{words} in gradient descent on ReLU networks with {aggregation.upper()} aggregation.",
-                rule=study.Inequality(f"{effect}_log_ratio", "less", 0.0),
-                source=f"{PAPER}, experiments (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number}, without a theorem)",
-                measured=f"log10 of the losses left after {STEPS} steps at η = {ETA:g}/λ_max, {what}, from zero heads; the mean "
-                "over depths and over squared error and cross-entropy.",
-                expected=study.undecided("The linear argument applies at zero heads; training leaves them."),
-                at={"aggregation": aggregation},
-            )
+            claim(f"relu-{effect}-{aggregation}", page("experiments", f"claim {number}, without a theorem"),
+                  study.Inequality(f"{effect}_log_ratio", "less", 0.0),
+                  f"{words} in gradient descent on ReLU networks with {aggregation.upper()} aggregation.",
+                  f"log10 of the losses left after {STEPS} steps at η = {ETA:g}/λ_max, {what}, from zero heads; the mean over "
+                  "depths and over squared error and cross-entropy.",
+                  study.undecided("The linear argument applies at zero heads; training leaves them."),
+                  at={"aggregation": aggregation})
             for aggregation in config.aggregation
             for effect, (words, number, what) in EFFECTS.items()
         ),
-        study.Claim(
-            id="relu-zero",
-            statement="Skip connections with zero heads accelerate a trained ReLU network at equal outputs.",
-            rule=study.Identity("slow_down"),
-            source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 5, derived for ReLU)",
-            measured="Relative loss of speed −dL/dt by autodiff.",
-            expected=study.supported("Zero heads change no gradient and add their own."),
-        ),
-    ]
+        claim("relu-zero", page("section 4", "claim 5, derived for ReLU"), study.Identity("slow_down"),
+              "Skip connections with zero heads accelerate a trained ReLU network at equal outputs.",
+              "Relative loss of speed −dL/dt by autodiff.",
+              study.supported("Zero heads change no gradient and add their own.")),
+    ]  # fmt: skip
 
 
 RELU: study.Experiment[Config] = study.Experiment(

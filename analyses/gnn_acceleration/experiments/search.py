@@ -4,16 +4,18 @@ Claims 2, 3b, 5 and 6 on random small models: weights, graphs and features are d
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from analyses.gnn_acceleration.config import AGGREGATIONS, Config
+from analyses.claims import claim
+from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.flow import Layers, Model, flow
-from analyses.gnn_acceleration.points import PAPER, by_aggregation, memory
+from analyses.gnn_acceleration.points import by_aggregation, memory, page
+from analyses.gnn_acceleration.setting import powers, random_propagation
 from curvlab import study
-from curvlab.nn import Propagation
 from curvlab.theory import graph_dynamics as theory
 
 DEPTHS = (1, 2, 3, 4)
@@ -32,15 +34,8 @@ SHORT = 0.5
 
 def _features(rng: np.random.Generator, width: int, depth: int, aggregation: str) -> list[Float[np.ndarray, "F n"]]:
     """G_0, …, G_depth on a random graph."""
-    edges = torch.from_numpy(rng.integers(0, NODES, size=(2, 2 * NODES)))
-    S = Propagation(
-        torch.cat([edges, edges.flip(0)], 1), NODES, normalisation=AGGREGATIONS[aggregation], dtype=torch.float64
-    )
-    x, found = torch.from_numpy(rng.normal(size=(NODES, width))), []
-    for _ in range(depth + 1):
-        found.append(x[:TRAINING].numpy().T.copy())
-        x = S(x)
-    return found
+    S = random_propagation(rng, NODES, aggregation)
+    return [x[:TRAINING].numpy().T.copy() for x in powers(S, torch.from_numpy(rng.normal(size=(NODES, width))), depth)]
 
 
 def _drawn(rng: np.random.Generator, width: int, depth: int, aggregation: str, heads: float) -> Model:
@@ -55,11 +50,10 @@ def equal_outputs(model: Model, reference: Sequence[int]) -> Model:
 
     In the reference scale 0 keeps its head; its features must have full column rank.
     """
-    new = {scale: head for scale, head in model.heads.items() if scale not in reference and scale > 0}
-    surplus = theory.linear_outputs(new, model.layers, model.features) if new else np.zeros_like(model.targets)
+    surplus = model.outputs(scale for scale in model.heads if scale not in reference and scale > 0)
     own = model.heads[0] if 0 in reference else np.zeros_like(model.heads[0])
     cancelling = own - np.linalg.lstsq(model.features[0].T, surplus.T)[0].T
-    return Model(model.features, model.targets, {**model.heads, 0: cancelling}, model.layers)
+    return replace(model, heads={**model.heads, 0: cancelling})
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -121,18 +115,10 @@ def _one_scale(rng: np.random.Generator, depth: int, aggregation: str, draws: in
     if start is None:
         return []
     at = {"depth": depth, "draws": draws, "informative": informative, "scale": scale_of}
-    times = np.linspace(0.0, SHORT / start.sharpness(), 21)
-    path = flow(start, times)
-    optimum = theory.optimal_loss(start.features[scale_of], start.targets)
-    bound = theory.loss_bound(
-        start.loss - optimum,
-        np.array([model.floors()[scale_of] for model in path.models]),
-        theory.least_singular_value(start.features[scale_of]),
-        times,
-    )
-    excess = (path.losses - optimum - bound) / (start.loss - optimum)
+    path = flow(start, np.linspace(0.0, SHORT / start.sharpness(), 21))
+    left, bound = path.bounded(path.floors[:, scale_of], start.features[scale_of])
     return [
-        study.observed("scale_excess", max(0.0, float(excess.max())), tolerance=1e-6, **at),
+        study.observed("scale_excess", max(0.0, float((left - bound).max() / left[0])), tolerance=1e-6, **at),
         study.observed("scale_broken", broken / informative, **at),
         study.observed("scale_trivial", 1 - informative / draws, **at),
     ]
@@ -140,19 +126,16 @@ def _one_scale(rng: np.random.Generator, depth: int, aggregation: str, draws: in
 
 def _fitted(model: Model, scale: int) -> Model:
     """Return the model with one head fitted to what the others leave, by least squares."""
-    others = {l: head for l, head in model.heads.items() if l != scale}  # noqa: E741
-    left = model.targets - (theory.linear_outputs(others, model.layers, model.features) if others else 0)
-    reached = theory.layer_products(model.layers, len(model.features[0]))[scale] @ model.features[scale]
-    fitted = np.linalg.lstsq(reached.T, left.T)[0].T
-    return Model(model.features, model.targets, {**model.heads, scale: fitted}, model.layers)
+    left = model.targets - model.outputs(other for other in model.heads if other != scale)
+    reached = model.products[scale] @ model.features[scale]
+    return replace(model, heads={**model.heads, scale: np.linalg.lstsq(reached.T, left.T)[0].T})
 
 
 def _margin(rng: np.random.Generator, aggregation: str) -> list[dict[str, object]]:
     """Smallest singular value of the layers after a rescaling that leaves the outputs as they are."""
     drawn = _drawn(rng, WIDE, 1, aggregation, 1.0)
-    heads = {1: drawn.heads[1]}
-    model = Model(drawn.features, drawn.targets, heads, drawn.layers)
-    rescaled = Model(drawn.features, drawn.targets, {1: RESCALED * heads[1]}, [drawn.layers[0] / RESCALED])
+    model = replace(drawn, heads={1: drawn.heads[1]})
+    rescaled = replace(drawn, heads={1: RESCALED * drawn.heads[1]}, layers=[drawn.layers[0] / RESCALED])
     return [
         study.observed("margin_left", float(np.log10(rescaled.floors()[1] / model.floors()[1]))),
         study.observed("margin_loss", abs(rescaled.loss / model.loss - 1), tolerance=ROUND_OFF),
@@ -177,81 +160,49 @@ def _change_claims(change: str, draws: int) -> list[study.Claim]:
         "heads' own terms (derived)."
     )
     searched = (
-        (
-            "zero",
-            "where the new heads are zero",
-            {"heads": 0.0},
-            study.supported("Then the layers' terms are as before."),
-        ),
-        ("one", "in models with one layer, whatever the weights", {"depth": 1}, study.supported(one)),
-        (
-            "anywhere",
-            "in models of 2 layers or more, whatever the weights",
-            {"heads": HEADS[1:], "depth": DEPTHS[1:]},
-            study.refuted(large),
-        ),
-    )
+        ("zero", "where the new heads are zero", {"heads": 0.0},
+         study.supported("Then the layers' terms are as before.")),
+        ("one", "in models with one layer, whatever the weights", {"depth": 1},
+         study.supported(one)),
+        ("anywhere", "in models of 2 layers or more, whatever the weights", {"heads": HEADS[1:], "depth": DEPTHS[1:]},
+         study.refuted(large)),
+    )  # fmt: skip
     return [
         *(
-            study.Claim(
-                id=f"{change}-{name}",
-                statement=f"{words} {where}.",
-                rule=study.Identity("slow_down"),
-                source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number})",
-                measured=f"Largest relative loss of speed −dL/dt at equal outputs; one observation is the worst of {draws} "
-                "random models with one depth, size of heads and seed.",
-                expected=expected,
-                estimate=study.among(study.identities, change=change, **drawn),
-            )
+            claim(f"{change}-{name}", page("section 4", f"claim {number}"), study.Identity("slow_down"),
+                  f"{words} {where}.",
+                  f"Largest relative loss of speed −dL/dt at equal outputs; one observation is the worst of {draws} random models "
+                  "with one depth, size of heads and seed.",
+                  expected, estimate=study.among(study.identities, change=change, **drawn))
             for name, where, drawn, expected in searched
         ),
-        study.Claim(
-            id=f"{change}-condition",
-            statement=f"{words} wherever Σ_i (‖a_i‖² + 2 b_iᵀa_i) ≥ 0.",
-            rule=study.Identity("slower_under_condition"),
-            source=f"{PAPER}, section 4 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim {number}, recalled)",
-            measured="Largest relative loss of speed at equal outputs, of the random models that fulfil the condition.",
-            expected=study.supported("What the new heads add is never negative."),
-            estimate=study.among(study.identities, change=change),
-        ),
-    ]
+        claim(f"{change}-condition", page("section 4", f"claim {number}, recalled"), study.Identity("slower_under_condition"),
+              f"{words} wherever Σ_i (‖a_i‖² + 2 b_iᵀa_i) ≥ 0.",
+              "Largest relative loss of speed at equal outputs, of the random models that fulfil the condition.",
+              study.supported("What the new heads add is never negative."),
+              estimate=study.among(study.identities, change=change)),
+    ]  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
     return [
-        *(claim for change in CHANGES for claim in _change_claims(change, config.draws)),
-        study.Claim(
-            id="scale-anywhere",
-            statement="The loss of a multiscale model decays towards L⋆_l at least at the rate of every single scale l, also "
-            "where G_l lacks column rank.",
-            rule=study.Identity("scale_excess"),
-            source=f"{PAPER}, theorem 2 (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 3b, recalled)",
-            measured=f"Excess over the bound along a short flow, over L(0) − L⋆_l, from the worst of {config.draws} random "
-            f"starts with {TRAINING} training nodes and {NARROW} features; starts with L ≤ L⋆_l are left out.",
-            expected=study.refuted(
-                "Outputs outside the row space of G_l add to the loss but not to ‖V G_lᵀ‖ (derived)."
-            ),
-        ),
-        study.Claim(
-            id="margin-positive",
-            statement="Some γ > 0 bounds σ_min(B^(1:H)) from below over all weights with the loss of the start.",
-            rule=study.Inequality("margin_left", "greater", -1.0),
-            source=f"{PAPER}, singular margin (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 2, recalled)",
-            measured=f"log10 of λ_min after W ← {RESCALED:g} W, B ← B/{RESCALED:g}, over λ_min before, which a margin keeps "
-            "above some number; −1 is asked for.",
-            expected=study.refuted(
-                "The rescaling leaves the outputs as they are and makes B as small as one likes (derived)."
-            ),
-        ),
-        study.Claim(
-            id="margin-outputs",
-            statement="That rescaling leaves the loss as it is.",
-            rule=study.Identity("margin_loss"),
-            source=f"{PAPER}, singular margin (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, claim 2, derived)",
-            measured="Relative change of the loss.",
-            expected=study.supported("W B G is bilinear."),
-        ),
-    ]
+        *(one for change in CHANGES for one in _change_claims(change, config.draws)),
+        claim("scale-anywhere", page("theorem 2", "claim 3b, recalled"), study.Identity("scale_excess"),
+              "The loss of a multiscale model decays towards L⋆_l at least at the rate of every single scale l, also where G_l "
+              "lacks column rank.",
+              f"Excess over the bound along a short flow, over L(0) − L⋆_l, from the worst of {config.draws} random starts with "
+              f"{TRAINING} training nodes and {NARROW} features; starts with L ≤ L⋆_l are left out.",
+              study.refuted("Outputs outside the row space of G_l add to the loss but not to ‖V G_lᵀ‖ (derived).")),
+        claim("margin-positive", page("singular margin", "claim 2, recalled"), study.Inequality("margin_left", "greater", -1.0),
+              "Some γ > 0 bounds σ_min(B^(1:H)) from below over all weights with the loss of the start.",
+              f"log10 of λ_min after W ← {RESCALED:g} W, B ← B/{RESCALED:g}, over λ_min before, which a margin keeps above some "
+              "number; −1 is asked for.",
+              study.refuted("The rescaling leaves the outputs as they are and makes B as small as one likes (derived).")),
+        claim("margin-outputs", page("singular margin", "claim 2, derived"), study.Identity("margin_loss"),
+              "That rescaling leaves the loss as it is.",
+              "Relative change of the loss.",
+              study.supported("W B G is bilinear.")),
+    ]  # fmt: skip
 
 
 SEARCH: study.Experiment[Config] = study.Experiment(
