@@ -7,7 +7,7 @@ from math import nan
 
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.recipe import Recipe
-from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS, Run, setting_of
+from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS, GraphTraining, setting_of
 from curvlab.study import Cell, Claim, Context, Experiment, Observations, Point, Trace, follow, observed
 
 BEST_EPOCH = "best_epoch"
@@ -44,7 +44,9 @@ def train(recipe: Recipe, cell: Cell, context: Context[Config]) -> Trace:
     """Train by a recipe on the split and from the seed of a cell."""
     config = context.config
     setting = setting_of(config.problem, str(cell["split"]), config.device, config.dtype)
-    return follow(Run(setting, recipe, int(cell["seed"]), config.epochs), config.epochs, checkpoint=context.checkpoint)
+    return follow(
+        GraphTraining(setting, recipe, int(cell["seed"]), config.epochs), config.epochs, checkpoint=context.checkpoint
+    )
 
 
 def reduced(trace: Trace, recipe: Recipe) -> list[dict[str, object]]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from analyses.claims import claim
 from analyses.gnn_natural_gradient.arms import JUDGED
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS
 from curvlab.study import Claim, Expected, Inequality, difference_by_seed
@@ -60,14 +61,12 @@ def gain(
         expected: By its author.
     """
     chosen = " Each is the one of its kind with the highest mean validation accuracy." if len(first) > 1 else ""
-    return Claim(
-        id=id_,
-        statement=statement,
-        rule=Inequality(JUDGED, "greater", 0.0),
-        source=f"{PAPER}, {number}",
-        measured="Difference of test accuracies at the lowest validation loss, in percentage points, between "
+    return claim(
+        id_, f"{PAPER}, {number}", Inequality(JUDGED, "greater", 0.0),
+        statement,
+        "Difference of test accuracies at the lowest validation loss, in percentage points, between "
         f"{' or '.join(first)} and {' or '.join(second)}, seed by seed, on the {split} split.{chosen}",
-        expected=expected,
+        expected,
         at=runs([*first, *second] if first and second else (), split),
         estimate=lambda table: difference(table, best_arm(table, first), best_arm(table, second)),
-    )
+    )  # fmt: skip

@@ -5,8 +5,8 @@ the network predicts in the same pass. It is a weighted cross-entropy: training 
 μ = λ N_train/(N − N_train), and the sum of the weights is Ω = N_train (1 + λ).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -94,92 +94,75 @@ class Schedule:
         return (1 + in_fisher * self._others) / (1 + self.in_loss(epoch))
 
 
-class Natural:
-    """Izadi et al.'s preconditioner: (A + √ε I)⁻¹ ∇W (G + √ε I)⁻¹ with A = Σ x̄x̄ᵀ/n and G = Σ ggᵀ/n over all nodes.
+class IzadiPreconditioner(Preconditioner):
+    """Izadi et al.'s: (A + √ε I)⁻¹ ∇W (G + √ε I)⁻¹ with A = Σ x̄x̄ᵀ/n and G = Σ ggᵀ/n over all nodes.
 
     `KFAC(sharing="gradient")` divides both factors by Ω, so it is given the damping ε (n/Ω)², and the direction is multiplied
     by (n/Ω)². g is the gradient of the log-likelihood Σ_i w_i ln p_i of which the loss is the mean.
     """
 
     def __init__(self, model: nn.Module, loss: nn.Module, recipe: Recipe, schedule: Schedule, seed: int) -> None:
-        self._parameters = list(model.parameters())
-        self._nodes: Callable[[int], float] = lambda step: schedule.nodes(step - step % recipe.refresh + 1)
-        self._preconditioner = Preconditioner(
+        def scale(step: int) -> float:
+            return schedule.nodes(step - step % recipe.refresh + 1) ** 2
+
+        self._scale = scale
+        super().__init__(
             model,
             loss,
             KFAC(sharing="gradient", factored_damping="equal"),
             kind=recipe.kind,
-            damping=lambda step: recipe.epsilon * self._nodes(step) ** 2,
+            damping=lambda step: recipe.epsilon * scale(step),
             decay=0.0,
             refresh_every=recipe.refresh,
             graph=True,
             seed=seed,
         )
 
-    def collect(self) -> AbstractContextManager[None]:
-        """Context of a forward and backward pass."""
-        return self._preconditioner.collect() if self._preconditioner.due else nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the preconditioner."""
-        return self._preconditioner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of a preconditioner."""
-        self._preconditioner.load_state_dict(state)
-
     def precondition(self) -> None:
         """Turn gradients into natural ones."""
-        scale = self._nodes(self._preconditioner.steps) ** 2
-        self._preconditioner.precondition()
-        for parameter in self._parameters:
+        scale = self._scale(self.steps)
+        super().precondition()
+        for parameter in self.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
 
 
-class Draws:
+class TorchDraws:
     """Random numbers of torch from a seed on, which nothing else draws; for layers that take no generator, as dropout."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._device = device
-        self.states = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self._generators()]
-
-    def _generators(self) -> list[torch.Generator]:
-        """The generators from which layers on the device draw."""
-        of_device = [torch.cuda.default_generators[self._device.index or 0]] if self._device.type == "cuda" else []
-        return [torch.default_generator, *of_device]
-
-    def _exchange(self, states: list[Tensor]) -> list[Tensor]:
-        generators = self._generators()
-        before = [generator.get_state() for generator in generators]
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        return before
+        self._gpus = [device] if device.type == "cuda" else []
+        self.states = [torch.Generator(d).manual_seed(seed).get_state() for d in (torch.device("cpu"), *self._gpus)]
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Context in which they are drawn; torch's own go on after it as before."""
-        before = self._exchange(self.states)
-        try:
-            yield
-        finally:
-            self.states = self._exchange(before)
+        with torch.random.fork_rng(self._gpus):
+            torch.set_rng_state(self.states[0])
+            for gpu, state in zip(self._gpus, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, gpu)
+            try:
+                yield
+            finally:
+                self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._gpus)]
 
 
-class Run:
+class GraphTraining:
     """A network, its optimiser and its preconditioner: a process whose steps are epochs.
 
     Dropout is drawn by the seed, whatever other random numbers are drawn meanwhile.
     """
 
     def __init__(self, setting: Setting, recipe: Recipe, seed: int, epochs: int) -> None:
-        self._draws = Draws(seed, setting.features.device)
+        self._draws = TorchDraws(seed, setting.features.device)
         with self._draws():
             self.setting, self.model = setting, setting.network(recipe, seed)
         self._all = torch.arange(len(setting.labels), device=setting.labels.device)
         self._loss = WeightedCrossEntropy(setting.trains.to(setting.features.dtype))
         self._schedule = Schedule(recipe, epochs, setting.others)
-        self._natural = Natural(self.model, self._loss, recipe, self._schedule, seed) if recipe.kfac else None
+        self._natural = (
+            IzadiPreconditioner(self.model, self._loss, recipe, self._schedule, seed) if recipe.kfac else None
+        )
         self._optimiser: torch.optim.Optimizer = (
             torch.optim.Adam(self.model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
             if recipe.optimiser == "adam"
@@ -197,7 +180,7 @@ class Run:
             labelled = self.setting.trains.to(self.setting.features.dtype)
             self._loss.weights = labelled + (1 - labelled) * (weight / self.setting.others)
         self._optimiser.zero_grad()
-        with nullcontext() if self._natural is None else self._natural.collect():
+        with self._natural.collect() if self._natural is not None and self._natural.due else nullcontext():
             with self._draws():
                 outputs = self.model(self._all)
             targets = torch.where(self.setting.trains, self.setting.labels, outputs.detach().argmax(1))

@@ -19,7 +19,14 @@ from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.experiments import accuracy, kronecker, sensitivity, timing
 from analyses.gnn_natural_gradient.experiments.tuning import best
 from analyses.gnn_natural_gradient.recipe import ADAM, METHODS, SGD, Recipe
-from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS, Run, Setting, setting_of
+from analyses.gnn_natural_gradient.training import (
+    ACCURACY,
+    VALIDATION,
+    VALIDATION_LOSS,
+    GraphTraining,
+    Setting,
+    setting_of,
+)
 from curvlab.fisher import KFAC
 from curvlab.study import Cell, Trace, follow, judge
 from curvlab.study.execution import Plan
@@ -91,7 +98,7 @@ def test_the_method_is_the_published_one(
 ) -> None:
     monkeypatch.setattr("analyses.gnn_natural_gradient.training.MOMENTUM", 0.0)
     recipe = replace(SGD, lr=0.3, refresh=2, gamma=gamma, in_loss=in_loss, in_fisher=in_fisher)
-    run = Run(setting, recipe, 0, EPOCHS)
+    run = GraphTraining(setting, recipe, 0, EPOCHS)
     for module in run.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -116,7 +123,7 @@ def test_layers_before_their_aggregation_compute_the_same(setting: Setting) -> N
 
 
 def train(setting: Setting, recipe: Recipe, seed: int, epochs: int) -> Trace:
-    return follow(Run(setting, recipe, seed, epochs), epochs)
+    return follow(GraphTraining(setting, recipe, seed, epochs), epochs)
 
 
 def test_a_seed_is_one_run_and_leaves_the_generator_alone(setting: Setting) -> None:
@@ -132,7 +139,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     """With curvature that is kept from earlier epochs, and with dropout."""
     monkeypatch.setattr("curvlab.study.loop.SAVED", -1.0)
-    run, file = Run(setting, recipe, 0, 5), tmp_path / "run.pt"
+    run, file = GraphTraining(setting, recipe, 0, 5), tmp_path / "run.pt"
     take = run.step
 
     def interrupted(step: int) -> None:
@@ -144,7 +151,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         follow(run, 5, checkpoint=file)
     torch.manual_seed(7)
-    resumed = follow(Run(setting, recipe, 0, 5), 5, checkpoint=file)
+    resumed = follow(GraphTraining(setting, recipe, 0, 5), 5, checkpoint=file)
     assert resumed.seen == train(setting, recipe, 0, 5).seen
     assert not list(tmp_path.iterdir()), "it was taken up, not set aside"
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from analyses.claims import claim
 from analyses.gnn_natural_gradient.arms import BEST_EPOCH, MEMORY, reduced, seconds, train
 from analyses.gnn_natural_gradient.comparisons import PAPER, difference, gain, runs
 from analyses.gnn_natural_gradient.config import Config
@@ -108,73 +109,53 @@ def _claims(config: Config) -> list[study.Claim]:
     claims = []
     for split in config.splits:
         suffix = "" if len(config.splits) == 1 else f"-{split}"
-        for choice, words in CHOICES.items():
+        for choice in CHOICES:
             for optimiser, title in (("adam", "Adam"), ("sgd", "SGD")):
-                arms = name_of(f"{optimiser}-kfac", choice), name_of(optimiser, choice)
-                at, method = f"{optimiser}-{choice}{suffix}", f"{title}, {words}"
-                claims += [
-                    _gain(at, method, arms, split, choice),
-                    *_convergence(at, method, arms, split, config.epochs),
-                ]
+                claims += _comparison(optimiser, title, choice, split, suffix, config.epochs)
         if (config.problem, split) in HEADLINE:
             claims += [_headline(choice, suffix, config.problem, split) for choice in CHOICES]
     return claims
 
 
-def _gain(at: str, method: str, arms: tuple[str, str], split: str, choice: Choice) -> study.Claim:
-    reported = choice == "published"
-    return gain(
-        f"accuracy-{at}",
-        f"K-FAC raises the test accuracy of {method}.",
-        "claim 1",
-        arms[:1],
-        arms[1:],
-        split,
-        study.supported("The paper reports it.")
-        if reported
-        else study.undecided("The paper did not tune the rival as carefully."),
+def _comparison(optimiser: str, title: str, choice: Choice, split: str, suffix: str, epochs: int) -> list[study.Claim]:
+    """Claims on one optimiser with K-FAC against itself without."""
+    arms = first, second = name_of(f"{optimiser}-kfac", choice), name_of(optimiser, choice)
+    name, method, source = (
+        f"{optimiser}-{choice}{suffix}",
+        f"{title}, {CHOICES[choice]}",
+        f"{PAPER}, claim 1 (convergence)",
     )
-
-
-def _convergence(at: str, method: str, arms: tuple[str, str], split: str, epochs: int) -> list[study.Claim]:
-    first, second = arms
+    reported = {
+        "published": study.supported("The paper reports it."),
+        "selected": study.undecided("The paper did not tune the rival as carefully."),
+    }
     return [
-        study.Claim(
-            id=f"epochs-{at}",
-            statement=f"K-FAC brings {method}, to its lowest validation loss in fewer epochs.",
-            rule=study.Inequality(BEST_EPOCH, "less", 0.0),
-            source=f"{PAPER}, claim 1 (convergence)",
-            measured=f"log10 of the epochs of {first} to its own lowest validation loss over those of {second}, {split} split.",
-            expected=study.undecided(
-                "Its steps are longer along directions of little curvature, but its loss may fall for longer, too."
-            ),
-            at=runs(arms, split),
-            estimate=partial(epochs_ratio, first=first, second=second),
-        ),
-        study.Claim(
-            id=f"reach-{at}",
-            statement=f"K-FAC reaches the lowest validation loss of {method}, in fewer epochs.",
-            rule=study.Inequality(f"{CURVE}_{VALIDATION_LOSS}", "less", 0.0),
-            source=f"{PAPER}, claim 1 (convergence)",
-            measured=f"log10 of the epochs in which {first} reaches the lowest validation loss of {second}, {epochs} if it does "
-            f"not, over the epoch of that, {split} split.",
-            expected=study.undecided("The paper reports faster convergence of the same objective."),
-            at=runs(arms, split),
-            estimate=partial(reached_ratio, first=first, second=second, budget=epochs),
-        ),
-    ]
+        gain(f"accuracy-{name}", f"K-FAC raises the test accuracy of {method}.", "claim 1", [first], [second], split,
+             reported[choice]),
+        claim(f"epochs-{name}", source, study.Inequality(BEST_EPOCH, "less", 0.0),
+              f"K-FAC brings {method}, to its lowest validation loss in fewer epochs.",
+              f"log10 of the epochs of {first} to its own lowest validation loss over those of {second}, {split} split.",
+              study.undecided("Its steps are longer along directions of little curvature, but its loss may fall for longer, too."),
+              at=runs(arms, split), estimate=partial(epochs_ratio, first=first, second=second)),
+        claim(f"reach-{name}", source, study.Inequality(f"{CURVE}_{VALIDATION_LOSS}", "less", 0.0),
+              f"K-FAC reaches the lowest validation loss of {method}, in fewer epochs.",
+              f"log10 of the epochs in which {first} reaches the lowest validation loss of {second}, {epochs} if it does not, over "
+              f"the epoch of that, {split} split.",
+              study.undecided("The paper reports faster convergence of the same objective."),
+              at=runs(arms, split), estimate=partial(reached_ratio, first=first, second=second, budget=epochs)),
+    ]  # fmt: skip
 
 
 def _headline(choice: Choice, suffix: str, problem: str, split: str) -> study.Claim:
     target, deviation = HEADLINE[problem, split]
-    return study.Claim(
-        id=f"headline-{choice}{suffix}",
-        statement=f"Adam with K-FAC classifies {target} % of the test nodes right, {CHOICES[choice]}.",
-        rule=study.Equivalence(ACCURACY, target, deviation),
-        source=f"{PAPER}, accuracies as listed under SSP: {target} ± {deviation}",
-        measured=f"Test accuracy at the lowest validation loss, in per cent, {split} split; the margin is the published standard "
-        "deviation.",
-        expected=study.undecided(
+    return claim(
+        f"headline-{choice}{suffix}",
+        f"{PAPER}, accuracies as listed under SSP: {target} ± {deviation}",
+        study.Equivalence(ACCURACY, target, deviation),
+        f"Adam with K-FAC classifies {target} % of the test nodes right, {CHOICES[choice]}.",
+        "Test accuracy at the lowest validation loss, in per cent, "
+        f"{split} split; the margin is the published standard deviation.",
+        study.undecided(
             "The published value is the best of a sweep over ε and γ, chosen without regard to validation data."
         ),
         at=runs([name_of("adam-kfac", choice)], split),

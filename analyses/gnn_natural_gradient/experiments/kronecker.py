@@ -4,18 +4,18 @@ On karate, in float64 and without dropout, at the start of training and after it
 a single isolated node, and a graph without edges whose nodes are all labelled, on which it is K-FAC of an MLP.
 """
 
-from functools import partial
 from math import sqrt
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from analyses.claims import claim
 from analyses.gnn_natural_gradient.arms import MEMORY
 from analyses.gnn_natural_gradient.comparisons import PAPER
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.recipe import ADAM
-from analyses.gnn_natural_gradient.training import Run, Setting, setting_of
+from analyses.gnn_natural_gradient.training import GraphTraining, Setting, setting_of
 from curvlab import jacobian, sqrt_fisher, study
 from curvlab.fisher import KFAC, BlockDiagonal
 from curvlab.nn import GraphNetwork, gcn
@@ -42,7 +42,7 @@ def _measure(cell: study.Cell, _: study.Context[Config]) -> study.Observations:
 
 def _trained(setting: Setting, epochs: int, seed: int) -> GraphNetwork:
     """Return the network of a seed after some epochs, in evaluation mode."""
-    run = Run(setting, ADAM, seed, epochs)
+    run = GraphTraining(setting, ADAM, seed, epochs)
     study.follow(run, epochs)
     return run.model.eval()
 
@@ -121,61 +121,47 @@ def _without_edges(setting: Setting, seed: int) -> dict[str, object]:
     return study.observed("without_edges", value, tolerance=study.round_off(len(gradient)) / EPSILON)
 
 
-claim = partial(study.Claim, source=f"{PAPER} (docs/theory/izadi_2020.md, claim 5, derived)")
+SOURCE = f"{PAPER} (docs/theory/izadi_2020.md, claim 5, derived)"
 SPACES = {"parameters": "direction", "outputs": "response of the outputs of all nodes"}
 """Where cosines are taken, and of what."""
 
 
-def _error(stage: str) -> study.Claim:
-    return claim(
-        id=f"kronecker-error-{stage}",
-        statement=f"A ⊗ G is nearer to a layer's exact Fisher block than zero is ({stage}).",
-        rule=study.Inequality("error", "less", 1.0),
-        measured="Frobenius norm of the difference over that of the block, the larger of the two layers; karate, the split's "
-        "labels.",
-        expected=study.undecided("A sums over all nodes and divides by the labelled ones, which makes it large."),
-        at={"stage": stage},
-        estimate=study.worst_by_seed,
-    )
-
-
-def _nearer(stage: str, space: str) -> study.Claim:
-    return claim(
-        id=f"kronecker-{space}-{stage}",
-        statement=f"The preconditioned {SPACES[space]} is nearer to the natural one than the plain gradient's ({stage}).",
-        rule=study.Inequality(f"nearer_{space}", "greater", 0.0),
-        measured="Cosine with the step of the exact block-diagonal Fisher matrix at ρ = ε, that of K-FAC minus that of the "
-        "gradient; karate.",
-        expected=study.undecided("No theorem covers interacting nodes."),
-        at={"stage": stage},
-    )
-
-
-POINTS = [{"stage": stage} for stage in (*STAGES, "exact")]
+def _of_stage(stage: str) -> list[study.Claim]:
+    return [
+        claim(f"kronecker-error-{stage}", SOURCE, study.Inequality("error", "less", 1.0),
+              f"A ⊗ G is nearer to a layer's exact Fisher block than zero is ({stage}).",
+              "Frobenius norm of the difference over that of the block, the larger of the two layers; karate, the split's labels.",
+              study.undecided("A sums over all nodes and divides by the labelled ones, which makes it large."),
+              at={"stage": stage}, estimate=study.worst_by_seed),
+        *(
+            claim(f"kronecker-{space}-{stage}", SOURCE, study.Inequality(f"nearer_{space}", "greater", 0.0),
+                  f"The preconditioned {what} is nearer to the natural one than the plain gradient's ({stage}).",
+                  "Cosine with the step of the exact block-diagonal Fisher matrix at ρ = ε, that of K-FAC minus that of the "
+                  "gradient; karate.",
+                  study.undecided("No theorem covers interacting nodes."), at={"stage": stage})
+            for space, what in SPACES.items()
+        ),
+    ]  # fmt: skip
 
 
 CLAIMS = [
-    claim(
-        id="kronecker-isolated",
-        statement="On a single isolated node A ⊗ G is the empirical Fisher block of a layer.",
-        rule=study.Identity("isolated"),
-        measured="Largest relative Frobenius distance over layers.",
-        expected=study.supported("One row is one Kronecker product."),
-        at={"stage": "exact"},
-    ),
-    claim(
-        id="kronecker-mlp",
-        statement="On a graph without edges, all nodes labelled, the step is that of K-FAC (empirical, √ε on each factor) of "
-        "an MLP.",
-        rule=study.Identity("without_edges"),
-        measured="Relative distance of the steps.",
-        expected=study.supported("Nodes do not interact, so each is a sample."),
-        at={"stage": "exact"},
-    ),
-    *(claim for stage in STAGES for claim in (_error(stage), *(_nearer(stage, space) for space in SPACES))),
-]
+    claim("kronecker-isolated", SOURCE, study.Identity("isolated"),
+          "On a single isolated node A ⊗ G is the empirical Fisher block of a layer.",
+          "Largest relative Frobenius distance over layers.",
+          study.supported("One row is one Kronecker product."), at={"stage": "exact"}),
+    claim("kronecker-mlp", SOURCE, study.Identity("without_edges"),
+          "On a graph without edges, all nodes labelled, the step is that of K-FAC (empirical, √ε on each factor) of an MLP.",
+          "Relative distance of the steps.",
+          study.supported("Nodes do not interact, so each is a sample."), at={"stage": "exact"}),
+    *(one for stage in STAGES for one in _of_stage(stage)),
+]  # fmt: skip
 
 
 KRONECKER: study.Experiment[Config] = study.Experiment(
-    name="kronecker", cells=POINTS, measure=_measure, claims=CLAIMS, seconds=0.3, memory=MEMORY
+    name="kronecker",
+    cells=[{"stage": stage} for stage in (*STAGES, "exact")],
+    measure=_measure,
+    claims=CLAIMS,
+    seconds=0.3,
+    memory=MEMORY,
 )

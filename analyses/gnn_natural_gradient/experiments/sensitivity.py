@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from analyses.claims import claim
 from analyses.gnn_natural_gradient.arms import JUDGED, Arm, experiment_of
 from analyses.gnn_natural_gradient.comparisons import PAPER, best_arm, difference, runs, worst_arm
 from analyses.gnn_natural_gradient.config import Config
@@ -58,19 +59,15 @@ def _several(arms: Sequence[str], split: str) -> dict[str, object]:
 
 
 def _decides(name: str, what: str, arms: Sequence[str], split: str) -> Claim:
-    return Claim(
-        id=f"sensitivity-{name}",
-        statement=f"The choice of the {what} decides: it is worth more than {POINTS:g} point of test accuracy.",
-        rule=Inequality(JUDGED, "greater", POINTS),
-        source=f"{PAPER}, claim 4",
-        measured=f"Test accuracy, in percentage points, of the best of {len(arms)} values by mean validation accuracy minus "
-        "that of the worst, seed by seed.",
-        expected=undecided(
-            "The first layer's A is close to singular, so ε rules there; nothing is said of the others."
-        ),
+    return claim(
+        f"sensitivity-{name}", f"{PAPER}, claim 4", Inequality(JUDGED, "greater", POINTS),
+        f"The choice of the {what} decides: it is worth more than {POINTS:g} point of test accuracy.",
+        f"Test accuracy, in percentage points, of the best of {len(arms)} values by mean validation accuracy minus that of the "
+        "worst, seed by seed.",
+        undecided("The first layer's A is close to singular, so ε rules there; nothing is said of the others."),
         at=_several(arms, split),
         estimate=lambda table: difference(table, best_arm(table, arms), worst_arm(table, arms)),
-    )
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[Claim]:
@@ -86,19 +83,17 @@ def _claims(config: Config) -> list[Claim]:
         _decides("refresh", "refresh interval", [adam, *refreshes], split),
         _decides("gamma", "power γ of the schedule", gammas, split),
         _decides("joint", "damping and schedule together", joint, split),
-        Claim(
-            id="selection-optimism",
-            statement=f"Printing the best test accuracy of a sweep over ε and γ overstates by at most {POINTS:g} point what a "
-            "choice on validation data gives.",
-            rule=Inequality(JUDGED, "less", POINTS),
-            source=f"{PAPER}, claim 4 (docs/theory/izadi_2020.md, trap 1)",
-            measured=f"Test accuracy, in percentage points, of the best of {len(joint)} values by mean test accuracy minus that "
-            "of the best by mean validation accuracy, seed by seed.",
-            expected=undecided("The more values are tried and the fewer nodes test, the larger it is."),
+        claim(
+            "selection-optimism", f"{PAPER}, claim 4 (docs/theory/izadi_2020.md, trap 1)", Inequality(JUDGED, "less", POINTS),
+            f"Printing the best test accuracy of a sweep over ε and γ overstates by at most {POINTS:g} point what a choice on "
+            "validation data gives.",
+            f"Test accuracy, in percentage points, of the best of {len(joint)} values by mean test accuracy minus that of the best "
+            "by mean validation accuracy, seed by seed.",
+            undecided("The more values are tried and the fewer nodes test, the larger it is."),
             at=_several(joint, split),
             estimate=lambda table: difference(table, best_arm(table, joint, ACCURACY), best_arm(table, joint)),
         ),
-    ]
+    ]  # fmt: skip
 
 
 SENSITIVITY: Experiment[Config] = experiment_of("sensitivity", arms, _claims)

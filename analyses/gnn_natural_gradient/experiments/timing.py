@@ -6,13 +6,14 @@ from itertools import count
 
 import pandas as pd
 
+from analyses.claims import claim
 from analyses.clock import now, priced, seconds_per_step
 from analyses.gnn_natural_gradient.arms import BEST_EPOCH, MEMORY
 from analyses.gnn_natural_gradient.comparisons import PAPER
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.experiments.accuracy import CHOICES, Choice, epochs_ratio, name_of, published
 from analyses.gnn_natural_gradient.recipe import METHODS
-from analyses.gnn_natural_gradient.training import Run, setting_of
+from analyses.gnn_natural_gradient.training import GraphTraining, setting_of
 from curvlab.study import Cell, Claim, Context, Experiment, Inequality, Observations, observed, undecided
 
 SECONDS = "seconds_per_epoch"
@@ -22,7 +23,7 @@ def _epochs(method: str, config: Config, seed: int) -> Callable[[int], float]:
     """Return what takes some epochs and returns their seconds, without evaluation."""
     split = config.splits[0]
     setting = setting_of(config.problem, split, config.device, config.dtype)
-    run, numbers = Run(setting, published(method, config, split), seed, config.epochs), count()
+    run, numbers = GraphTraining(setting, published(method, config, split), seed, config.epochs), count()
 
     def timed(epochs: int) -> float:
         since = now(config.device)
@@ -49,18 +50,17 @@ def seconds_ratio(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
 
 def _claim(optimiser: str, method: str, choice: Choice, split: str) -> Claim:
     first, second = name_of(f"{optimiser}-kfac", choice), name_of(optimiser, choice)
-    return Claim(
-        id=f"seconds-{optimiser}-{choice}",
-        statement=f"K-FAC brings {method}, to its lowest validation loss in less time.",
-        rule=Inequality((BEST_EPOCH, SECONDS), "less", 0.0),
-        source=f"{PAPER}, claim 1 (wall-clock time)",
-        measured="log10 of the seconds of training to its own lowest validation loss over those without K-FAC: epochs times "
-        "seconds of an epoch.",
-        expected=undecided("An epoch is dearer by a product with two inverses, and by the inverses every 50 epochs."),
+    return claim(
+        f"seconds-{optimiser}-{choice}", f"{PAPER}, claim 1 (wall-clock time)",
+        Inequality((BEST_EPOCH, SECONDS), "less", 0.0),
+        f"K-FAC brings {method}, to its lowest validation loss in less time.",
+        "log10 of the seconds of training to its own lowest validation loss over those without K-FAC: epochs times seconds of "
+        "an epoch.",
+        undecided("An epoch is dearer by a product with two inverses, and by the inverses every 50 epochs."),
         # Cells of the timing have no arm.
         at={"experiment": ("timing", "accuracy"), "arm": (None, first, second), "split": split},
         estimate=partial(seconds_ratio, first=first, second=second),
-    )
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[Claim]:
