@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from curvlab.study import style
-from curvlab.study.panels import groups, level, note, take
+from curvlab.study.panels import groups, level, note, side_by_side, take
 
 SINGLE, MULTI = "gradient-descent", "full"
 """Looks of single-scale and multiscale models; GIN's markers are hollow."""
@@ -17,15 +17,10 @@ SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diago
 """Looks of depths in the search for counter-examples."""
 
 
-def _aggregations(table: pd.DataFrame) -> list[str]:
-    return [name for name in AGGREGATIONS if (table["aggregation"] == name).any()]
-
-
-def _by_aggregation(axes: Axes, table: pd.DataFrame, x: str, look: str, separation: float = 4.0) -> None:
+def _by_aggregation(axes: Axes, table: pd.DataFrame, x: str, look: str) -> None:
     """Draw the measurements of each aggregation side by side."""
-    for index, name in enumerate(_aggregations(table)):
-        shown, shift = table[table["aggregation"] == name], separation * (index - 0.5)
-        style.measured(axes, shown, x, look, label=AGGREGATIONS[name], shift=shift, hollow=name == "gin")
+    of = table["aggregation"]
+    side_by_side(axes, x, ((table[of == key], look, name, key == "gin") for key, name in AGGREGATIONS.items()), 4.0)
 
 
 def _depth_axis(axes: Axes, table: pd.DataFrame, label: str = "depth $H$") -> None:
@@ -39,14 +34,14 @@ def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str,
     axes.set_yscale("log")
     at = {"aggregation": aggregation, "form": form, "features": "all"}
     split = take(measurements, "conditioning", "smallest", **at)["split"].iloc[0]
-    for index, (sort, look) in enumerate((("single", SINGLE), ("stack", MULTI))):
-        label = "$G_H$" if sort == "single" else "$G^{[H]}$"
-        shift = 3.0 * index - 1.5
-        for quantity, end in (("largest", "max"), ("smallest", "min")):
-            table = take(measurements, "conditioning", quantity, sort=sort, split=split, **at)
-            shown = table.assign(value=table["value"].clip(lower=ZERO))
-            name, empty = rf"$\sigma_{{\{end}}}^2$ of {label}", quantity == "largest"
-            style.measured(axes, shown, "depth", look, shift=shift, label=name, hollow=empty)
+    for quantity, end in (("largest", "max"), ("smallest", "min")):
+        table = take(measurements, "conditioning", quantity, split=split, **at)
+        table = table.assign(value=table["value"].clip(lower=ZERO))
+        sorts = (("single", SINGLE, "$G_H$"), ("stack", MULTI, "$G^{[H]}$"))
+        side_by_side(axes, "depth", (
+            (table[table["sort"] == sort], look, rf"$\sigma_{{\{end}}}^2$ of {features}", quantity == "largest")
+            for sort, look, features in sorts
+        ))  # fmt: skip
     stack = take(measurements, "conditioning", "smallest", sort="stack", split=split, **at)
     if bool(stack["monotone"].all()):
         first = float(stack.loc[stack["depth"] == stack["depth"].min(), "value"].mean())
@@ -78,7 +73,7 @@ def floors(axes: Axes, measurements: pd.DataFrame) -> None:
     starts = [start for start in ("zero", "orthogonal", "glorot", "uniform") if (table["start"] == start).any()]
     axes.set_yscale("log")
     table = table.assign(place=table["start"].map(starts.index), value=table["value"].clip(lower=1e-12))
-    _by_aggregation(axes, table, "place", SINGLE, separation=5.0)
+    _by_aggregation(axes, table, "place", SINGLE)
     for place, start in enumerate(starts):
         floor = float(guaranteed.loc[guaranteed["start"] == start, "value"].mean())
         if floor > 0:
@@ -91,16 +86,11 @@ def floors(axes: Axes, measurements: pd.DataFrame) -> None:
 
 def _models(axes: Axes, table: pd.DataFrame) -> None:
     """Draw single- and multiscale models of both aggregations side by side, against depth."""
-    place = 0
-    for model, look in LOOKS.items():
-        for aggregation in _aggregations(table):
-            shown = table[(table["model"] == model) & (table["aggregation"] == aggregation)]
-            if shown.empty:
-                continue
-            label = f"{NAMES[model]}, {AGGREGATIONS[aggregation]}"
-            shift, empty = 3.0 * place - 4.5, aggregation == "gin"
-            style.measured(axes, shown, "depth", look, label=label, shift=shift, hollow=empty)
-            place += 1
+    side_by_side(axes, "depth", (
+        (table[(table["model"] == model) & (table["aggregation"] == key)], look, f"{NAMES[model]}, {name}", key == "gin")
+        for model, look in LOOKS.items()
+        for key, name in AGGREGATIONS.items()
+    ))  # fmt: skip
     _depth_axis(axes, table)
 
 
@@ -126,9 +116,8 @@ def slower(axes: Axes, measurements: pd.DataFrame, *, change: str) -> None:
     table = table[table["heads"] > 0].groupby(["depth", "heads", "seed"])["value"].mean().reset_index()
     style.log_ticks(axes, sorted(table["heads"].unique()))
     axes.margins(x=0.12)
-    for index, (depth, shown) in enumerate(groups(table, "depth")):
-        label = f"$H={int(depth)}$"
-        style.measured(axes, shown, "heads", SHADES[int(depth)], label=label, shift=3.0 * index - 4.5)
+    depths = ((int(depth), rows) for depth, rows in groups(table, "depth"))
+    side_by_side(axes, "heads", ((rows, SHADES[depth], f"$H={depth}$", False) for depth, rows in depths))
     level(axes, 0.0)
     axes.set(
         xlabel=r"size of the heads, times width$^{-1/2}$",
@@ -150,9 +139,8 @@ def relu_losses(axes: Axes, measurements: pd.DataFrame, *, aggregation: str, los
     """Loss over its initial value against steps of gradient descent on ReLU networks of the largest depth."""
     table = take(measurements, "relu", "loss", aggregation=aggregation, loss=loss)
     depth = table["depth"].max()
-    for index, (model, look) in enumerate(LOOKS.items()):
-        shown = table[(table["model"] == model) & (table["depth"] == depth) & (table["step"] > 0)]
-        style.measured(axes, shown, "step", look, label=NAMES[model], shift=4.0 * index - 2.0)
+    table = table[(table["depth"] == depth) & (table["step"] > 0)]
+    side_by_side(axes, "step", ((table[table["model"] == m], look, NAMES[m], False) for m, look in LOOKS.items()), 4.0)
     level(axes, 1.0)
     axes.set(
         xlabel="step", ylabel="loss over its start", title=f"{AGGREGATIONS[aggregation]}, {loss}, $H={int(depth)}$"

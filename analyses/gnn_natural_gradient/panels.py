@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 
 from analyses.clock import priced
 from analyses.gnn_natural_gradient.arms import BEST_EPOCH
-from analyses.gnn_natural_gradient.experiments.accuracy import CURVE, HEADLINE_QUANTITY, Choice
+from analyses.gnn_natural_gradient.experiments.accuracy import CHOICES, CURVE, HEADLINE_QUANTITY, Choice
 from analyses.gnn_natural_gradient.experiments.kronecker import STAGES
 from analyses.gnn_natural_gradient.experiments.timing import SECONDS
 from analyses.gnn_natural_gradient.recipe import ADAM, METHODS
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
 from curvlab.study import style
-from curvlab.study.panels import DASHED, NEUTRAL, NotStored, groups, level, note, take
+from curvlab.study.panels import DASHED, NEUTRAL, NotStored, groups, level, note, side_by_side, take
 
 LOOKS: Mapping[str, str] = {"sgd": "full", "sgd-kfac": "ekfac", "adam": "gradient-descent", "adam-kfac": "kfac"}
 """Looks of the methods."""
@@ -32,14 +32,6 @@ SHOWN = (1, 2, 5, 10, 20, 50, 100, 200)
 """Epochs of a curve that are drawn."""
 
 
-def _title(method: str) -> str:
-    return METHODS[method].title
-
-
-def _methods(table: pd.DataFrame) -> list[str]:
-    return [method for method in METHODS if (table["method"] == method).any()]
-
-
 def _first_split(table: pd.DataFrame) -> pd.DataFrame:
     kept: pd.DataFrame = table[table["split"] == table["split"].iloc[0]]
     return kept
@@ -47,31 +39,24 @@ def _first_split(table: pd.DataFrame) -> pd.DataFrame:
 
 def _by_method(axes: Axes, table: pd.DataFrame) -> None:
     """Draw a quantity of every method, published recipe filled and selected one hollow."""
-    methods = _methods(table)
+    methods = [method for method in METHODS if (table["method"] == method).any()]
     for place, method in enumerate(methods):
-        for choice, shift in (("published", -3.0), ("selected", 3.0)):
-            shown = table[(table["method"] == method) & (table["choice"] == choice)].assign(place=place)
-            if shown.empty:
-                continue
-            empty = choice == "selected"
-            style.measured(axes, shown, "place", LOOKS[method], shift=shift, label="", hollow=empty)
-    axes.set_xticks(range(len(methods)), [_title(method).replace(", ", ",\n") for method in methods])
+        rows = table[table["method"] == method].assign(place=place)
+        choices = ((rows[rows["choice"] == choice], LOOKS[method], "", choice == "selected") for choice in CHOICES)
+        side_by_side(axes, "place", choices, 6.0)
+    axes.set_xticks(range(len(methods)), [METHODS[method].title.replace(", ", ",\n") for method in methods])
     axes.set_xlim(-0.5, len(methods) - 0.5)
 
 
-def accuracy(axes: Axes, measurements: pd.DataFrame, *, split: str | None = None) -> None:
+def accuracy(axes: Axes, measurements: pd.DataFrame) -> None:
     """Test accuracy of every method, filled as published and hollow as selected; the published accuracy as a line."""
-    where = {} if split is None else {"split": split}
-    table = take(measurements, "accuracy", ACCURACY, **where)
-    split = str(table["split"].iloc[0])
-    _by_method(axes, table[table["split"] == split])
-    try:
-        headline = float(take(measurements, "accuracy", HEADLINE_QUANTITY, split=split)["value"].iloc[0])
-    except NotStored:
-        pass
-    else:
+    table = _first_split(take(measurements, "accuracy", ACCURACY))
+    split = table["split"].iloc[0]
+    _by_method(axes, table)
+    stored = measurements[(measurements["quantity"] == HEADLINE_QUANTITY) & (measurements["split"] == split)]
+    for headline in stored["value"].unique():
         level(axes, headline)
-        note(axes, -0.45, headline, f"published {headline:g}", va="bottom", xytext=(0, 1))
+        note(axes, -0.45, headline, f"published {headline:g}", xytext=(0, 1))
     axes.margins(y=0.15)
     axes.set(ylabel=TEST, title=f"{split} split; hollow: selected")
 
@@ -91,10 +76,8 @@ def curves(axes: Axes, measurements: pd.DataFrame, *, quantity: str, choice: Cho
     table = _first_split(take(measurements, "accuracy", f"{CURVE}_{quantity}", choice=choice))
     table = table[table["epoch"].isin(SHOWN)]
     style.log_ticks(axes, sorted(int(epoch) for epoch in table["epoch"].unique()))
-    methods = _methods(table)
-    for place, method in enumerate(methods):
-        shown = table[table["method"] == method]
-        style.measured(axes, shown, "epoch", LOOKS[method], label=_title(method), shift=2.4 * place - 3.6)
+    of = table["method"]
+    side_by_side(axes, "epoch", ((table[of == m], look, METHODS[m].title, False) for m, look in LOOKS.items()), 2.4)
     axes.margins(x=0.08)
     loss = quantity == VALIDATION_LOSS
     axes.set(xlabel="epoch", ylabel="validation loss (nat)" if loss else TEST, title=f"{choice} hyper-parameters")
@@ -105,16 +88,16 @@ def unlabelled(axes: Axes, measurements: pd.DataFrame) -> None:
     table = take(measurements, "unlabelled", ACCURACY)
     style.log_ticks(axes, sorted(table["gamma"].unique()))
     axes.margins(x=0.15, y=0.12)
-    for place, (name, (look, label)) in enumerate(COMBINATIONS.items()):
-        shown = table[table["combination"] == name]
-        if not shown.empty:
-            style.measured(axes, shown, "gamma", look, label=label, shift=3.0 * place - 4.5)
+    of = table["combination"]
+    side_by_side(
+        axes, "gamma", ((table[of == name], look, label, False) for name, (look, label) in COMBINATIONS.items())
+    )
     none = take(measurements, "accuracy", ACCURACY, choice="published", split=table["split"].iloc[0])
     ends = [float(table["gamma"].min()), float(table["gamma"].max())]
     if ends[0] < ends[1]:
         for method, look in (("adam", "gradient-descent"), ("adam-kfac", "kfac")):
             mean = none.loc[none["method"] == method, "value"].mean()
-            label = rf"{_title(method)}, $\lambda=0$ (mean)"
+            label = rf"{METHODS[method].title}, $\lambda=0$ (mean)"
             axes.plot(ends, [mean] * 2, color=style.look(look).color, linestyle=":", linewidth=1.1, label=label)
     axes.set(xlabel=r"power $\gamma$ of $\lambda=(e/E)^\gamma$", ylabel=TEST)
 
@@ -133,10 +116,14 @@ def epsilon(axes: Axes, measurements: pd.DataFrame) -> None:
     if table.empty:
         raise NotStored("sensitivity: epsilon")
     axes.set_xscale("log")
-    for place, optimiser in enumerate(("sgd", "adam")):
-        shown = _with_published(measurements, table[table["optimiser"] == optimiser], optimiser, epsilon=ADAM.epsilon)
-        method = f"{optimiser}-kfac"
-        style.measured(axes, shown, "epsilon", LOOKS[method], label=_title(method), shift=3.0 * place - 1.5)
+    swept = {optimiser: table[table["optimiser"] == optimiser] for optimiser in ("sgd", "adam")}
+    side_by_side(axes, "epsilon", (
+        (
+            _with_published(measurements, rows, optimiser, epsilon=ADAM.epsilon),
+            LOOKS[f"{optimiser}-kfac"], METHODS[f"{optimiser}-kfac"].title, False,
+        )
+        for optimiser, rows in swept.items()
+    ))  # fmt: skip
     axes.set(xlabel=r"damping $\varepsilon$", ylabel=TEST)
 
 
@@ -148,7 +135,7 @@ def refresh(axes: Axes, measurements: pd.DataFrame) -> None:
         raise NotStored("sensitivity: refresh")
     shown = _with_published(measurements, table, "adam", refresh=float(ADAM.refresh))
     style.log_ticks(axes, sorted(shown["refresh"].unique()))
-    style.measured(axes, shown, "refresh", LOOKS["adam-kfac"], label=_title("adam-kfac"))
+    style.measured(axes, shown, "refresh", LOOKS["adam-kfac"], label=METHODS["adam-kfac"].title)
     axes.margins(x=0.15)
     axes.set(xlabel="refresh interval (epochs)", ylabel=TEST)
 
@@ -159,10 +146,8 @@ def joint(axes: Axes, measurements: pd.DataFrame) -> None:
     centre = take(measurements, "unlabelled", ACCURACY, combination="both")
     table = pd.concat([table, centre.assign(epsilon=ADAM.epsilon)])
     axes.set_xscale("log")
-    powers = list(groups(table, "gamma"))[: len(SHADES)]
-    for place, (gamma, shown) in enumerate(powers):
-        shift = 3.0 * (place - (len(powers) - 1) / 2)
-        style.measured(axes, shown, "epsilon", SHADES[place], label=rf"$\gamma={gamma:g}$", shift=shift)
+    powers = zip(groups(table, "gamma"), SHADES, strict=False)
+    side_by_side(axes, "epsilon", ((rows, look, rf"$\gamma={gamma:g}$", False) for (gamma, rows), look in powers))
     axes.set(xlabel=r"damping $\varepsilon$", ylabel=TEST, title=r"$\lambda$ in both")
 
 
@@ -201,10 +186,11 @@ def _by_stage(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
 def cosines(axes: Axes, measurements: pd.DataFrame, *, space: str) -> None:
     """Cosine of K-FAC's step and of the gradient with the step of the exact Fisher block."""
     table = _by_stage(axes, take(measurements, "kronecker", "cosine", space=space))
-    for shift, direction, look, label in (
-        (-3.0, "gradient", "gradient-descent", "gradient"), (3.0, "kfac", "kfac", r"$A\otimes G$"),
-    ):  # fmt: skip
-        style.measured(axes, table[table["direction"] == direction], "place", look, label=label, shift=shift)
+    directions = (("gradient", "gradient-descent", "gradient"), ("kfac", "kfac", r"$A\otimes G$"))
+    of = table["direction"]
+    side_by_side(
+        axes, "place", ((table[of == direction], look, label, False) for direction, look, label in directions), 6.0
+    )
     level(axes, 1.0)
     axes.set(ylabel="cosine with the natural step", title=space)
 
@@ -212,12 +198,12 @@ def cosines(axes: Axes, measurements: pd.DataFrame, *, space: str) -> None:
 def errors(axes: Axes, measurements: pd.DataFrame) -> None:
     """Relative distance of A ⊗ G from the exact block of each layer, as it is (filled) and at its best multiple (hollow)."""
     axes.set_yscale("log")
-    layers = sorted(take(measurements, "kronecker", "error")["layer"].unique())
-    for index, (layer, look) in enumerate(zip(layers, ("full", "block-diagonal"), strict=False)):
-        for quantity in ("error", "scaled_error"):
-            shown = _by_stage(axes, take(measurements, "kronecker", quantity, layer=layer))
-            label = f"layer {index + 1}" if quantity == "error" else ""
-            shift, empty = 6.0 * index - 3.0, quantity == "scaled_error"
-            style.measured(axes, shown, "place", look, label=label, shift=shift, hollow=empty)
+    for quantity, hollow in (("error", False), ("scaled_error", True)):
+        table = _by_stage(axes, take(measurements, "kronecker", quantity))
+        layers = zip(sorted(table["layer"].unique()), ("full", "block-diagonal"), ("layer 1", "layer 2"), strict=False)
+        shown = (
+            (table[table["layer"] == layer], look, "" if hollow else label, hollow) for layer, look, label in layers
+        )
+        side_by_side(axes, "place", shown, 6.0)
     level(axes, 1.0)
     axes.set(ylabel=r"$\|A\otimes G-F\|\,/\,\|F\|$", title="hollow: best multiple")

@@ -1,6 +1,6 @@
 """What figures share: a layout of panels, selections of measurements, lines and guides."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsFloat
 
@@ -181,6 +181,23 @@ def by_structure(
             label = None if index else "theory"
             predicted(axes, theory[theory["structure"] == structure], x, structure, label=label)
         style.measured(axes, group, x, structure, shift=shift, **options)
+
+
+def side_by_side(
+    axes: Axes, x: str, groups: Iterable[tuple[pd.DataFrame, str, str | None, bool]], separation: float = 3.0
+) -> None:
+    """Draw the measured points of several groups beside one another; those without any take no place.
+
+    Args:
+        axes: Where to draw.
+        x: Column with the abscissa.
+        groups: Measurements, key of the look, entry in the legend (that of the look if None), and whether it is hollow.
+        separation: Between groups, in printer's points.
+    """
+    shown = [group for group in groups if len(group[0])]
+    for index, (table, look, label, hollow) in enumerate(shown):
+        shift = separation * (index - (len(shown) - 1) / 2)
+        style.measured(axes, table, x, look, label=label, shift=shift, hollow=hollow)
 
 
 def inverse_root(axes: Axes, table: pd.DataFrame) -> None:
