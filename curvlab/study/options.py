@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import json
 import math
-import types
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -163,17 +162,20 @@ def parse(defaults: C, argv: Sequence[str], *, prog: str, description: str) -> C
     """Options from the command line over those of the file that ``--config`` names over the defaults.
 
     Raises:
-        UsageError: the file or an entry of it is wrong.
-        SystemExit: after ``--help`` (code 0) or on a wrong command line (code 2), with the text already
-            printed.
+        UsageError: the file cannot be read.
+        SystemExit: after ``--help`` (code 0), or on a wrong command line or entry of the file (code 2), with the text
+            already printed.
     """
     file, _ = pop_option("config", argv)
+    if file:
+        words = _words(_content(Path(file)))
+        defaults = tyro.cli(type(defaults), prog=f"{prog} --config {file}", args=words, default=defaults)
     return tyro.cli(
         type(defaults),
         prog=prog,
         description=description,
         args=list(argv),
-        default=read_config(type(defaults), Path(file)) if file else defaults,
+        default=defaults,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
@@ -192,51 +194,31 @@ def recorded(config: CommonOptions) -> dict[str, object]:
     return {name: value for name, value in plain.items() if name not in HOW}
 
 
-def read_config(config_type: type[C], path: Path) -> C:
-    """A configuration from a JSON file; options that it leaves out keep their defaults.
+def _content(path: Path) -> dict[str, Any]:
+    """The options in a JSON file, by name.
 
     Raises:
-        UsageError: the file cannot be read, or an entry is unknown or of the wrong type.
+        UsageError: it cannot be read, or holds something else.
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"--config {path} is not JSON: {error}") from error
-    try:
-        return _decode(config_type, content, "options")  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise UsageError(f"--config {path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} holds no options by name")
+    return content
 
 
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """A JSON value as the Python type ``hint``; ValueError names ``where`` it does not fit."""
-    kind, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = get_type_hints(hint)
-        names = {field.name for field in dataclasses.fields(hint) if field.init}
-        for name in value.keys() - names:
-            raise ValueError(unknown(f"entry of {where}", name, sorted(names)))
-        entries = {name: _decode(hints[name], entry, name) for name, entry in value.items()}
-        return cast("Callable[..., Any]", hint)(**entries)
-    if kind in (Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _decode(option, value, where)
-            except ValueError:
-                continue
-    elif kind is Literal and value in arguments:
-        return value
-    elif kind is tuple and isinstance(value, list):
-        hints_of = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(hints_of) == len(value):
-            return tuple(_decode(h, entry, where) for h, entry in zip(hints_of, value, strict=True))
-    elif hint is Path and isinstance(value, str):
-        return Path(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (int, str, bool, type(None)) and type(value) is hint:
-        return value
-    expected = getattr(hint, "__name__", str(hint)) if kind is None else str(hint)
-    raise ValueError(f"{where} = {value!r} is not of type {expected}")
+def _words(options: Mapping[str, Any], group: str = "") -> list[str]:
+    """Options as a command line that says the same."""
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            words += _words(value, f"{group}{name}.")
+        elif isinstance(value, bool):
+            words.append(_option(group + name if value else f"{group}no_{name}"))
+        else:
+            words += [_option(group + name), *map(str, value if isinstance(value, list) else [value])]
+    return words
