@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from curvlab.study.checkpoints import take_up
 from curvlab.tools.storage import write
+
+log = logging.getLogger(__name__)
 
 SAVED = 60.0
 """Seconds between checkpoints; a run that is shorter leaves none."""
@@ -102,8 +104,8 @@ def follow(
         process: What steps; its state is that of the end afterwards.
         steps: How many; fewer if it diverges.
         until: Asked of everything that is seen before a step; the run ends there if it holds.
-        checkpoint: Where the run is saved every minute and taken up from; removed at its end. A file that cannot be taken
-            up is set aside, see `curvlab.study.checkpoints.take_up`.
+        checkpoint: Where the run is saved every minute and taken up from; removed at its end. A file that is damaged, or
+            not of this run, is renamed to `<name>.damaged`, with a warning in the log, and the run starts afresh.
     """
     trace, first = _resumed(process, checkpoint)
     saved = time.monotonic()
@@ -142,14 +144,32 @@ def _save(path: Path, process: Process, trace: Trace, step: int) -> None:
 
 
 def _resumed(process: Process, checkpoint: Path | None) -> tuple[Trace, int]:
-    def rehearse(state: dict[str, Any]) -> None:
+    """What was seen of a run, and its next step, as a checkpoint holds them; nothing in it is executed.
+
+    A copy of the process goes on from it first, and where that is not possible the process stays at its start.
+    """
+    if checkpoint is None or not checkpoint.exists():
+        return Trace(), 0
+    content = io.BytesIO(checkpoint.read_bytes())
+    try:
+        state: dict[str, Any] = torch.load(content, weights_only=True)
         trial = copy.deepcopy(process)
-        _, step = _restore(trial, state)
+        _, step = _restore(
+            trial, copy.deepcopy(state)
+        )  # optimisers keep the tensors that they are given, and change them
         with suppress(Diverged):
             trial.look(step)
             trial.step(step)
-
-    return take_up(checkpoint, rehearse, lambda state: _restore(process, state)) or (Trace(), 0)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        aside = checkpoint.replace(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+        log.warning(
+            "The checkpoint %s cannot be taken up (%s: %s). It is now %s, and the run is computed again.",
+            checkpoint, type(error).__name__, str(error).partition("\n")[0], aside.name,
+        )  # fmt: skip
+        return Trace(), 0
+    return _restore(process, state)
 
 
 def _restore(process: Process, state: dict[str, Any]) -> tuple[Trace, int]:

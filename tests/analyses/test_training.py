@@ -309,7 +309,7 @@ def test_a_damaged_or_crafted_checkpoint_is_set_aside_and_the_run_computed_again
     assert same_parameters(second, whole)
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt.damaged"]
     assert not planted.exists()
-    [warning] = [record.getMessage() for record in caplog.records if record.name == "curvlab.study.checkpoints"]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "curvlab.study.loop"]
     assert f"The checkpoint {path} cannot be taken up" in warning
 
 
