@@ -112,7 +112,7 @@ class Plan(Generic[C]):
         """Cells and their seconds, in groups of which each waits for those before it."""
         return [dict(group) for _, group in itertools.groupby(costs.items(), lambda item: self.analysis.stage(item[0]))]
 
-    def estimate(self, cells: Sequence[Cell]) -> "Estimate":
+    def estimate(self, cells: Sequence[Cell]) -> "Workload":
         """What it takes to measure ``cells``."""
         needs = {cell: self.analysis.resources(cell, self.config) for cell in cells}
         costs = {cell: seconds for cell, (seconds, _) in needs.items()}
@@ -125,7 +125,7 @@ class Plan(Generic[C]):
             if 0 < fitting < workers:
                 log.info("%d workers instead of %d, for %s of memory", fitting, workers, size(available))
             workers = max(1, fitting)
-        return Estimate(
+        return Workload(
             costs=costs,
             workers=workers,
             memory=totals[workers - 1] if totals else 0.0,
@@ -156,7 +156,7 @@ def _serving(analysis: Analysis[C], cells: Sequence[Cell], claims: Sequence[Clai
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Workload:
     """What it takes to measure some cells.
 
     Attributes:
@@ -197,7 +197,7 @@ class Measured:
     interrupted: bool = False
 
 
-def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Estimate, advance: Advance) -> Measured:
+def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Workload, advance: Advance) -> Measured:
     """Measure the cells of ``estimate``, which are those not cached, each stored as soon as it is finished.
 
     A cell that raises is recorded and the others go on; KeyboardInterrupt stops the run.
@@ -230,7 +230,7 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Estimate, ad
     return measured
 
 
-def _outcomes(plan: Plan[C], estimate: Estimate) -> Generator[Attempt]:
+def _outcomes(plan: Plan[C], estimate: Workload) -> Generator[Attempt]:
     task = plan.task()
     if estimate.workers > 1:
         log.info("measuring in %d processes", estimate.workers)

@@ -36,6 +36,8 @@ DOUBLE = 6.75
 
 LINE = 0.11
 """Height of a line of the caption, in inches."""
+CONFIDENCE = 0.95
+"""Of the intervals; they are not adjusted for multiplicity, unlike those of the verdicts."""
 CHARACTERS = 23
 """Characters of the caption to an inch."""
 UNBROKEN = "\u00a0"
@@ -90,12 +92,10 @@ def theory(axes: Axes, x: Collection[Any], y: Collection[Any], structure: str, *
     return line
 
 
-def _interval(
-    values: Float[np.ndarray, " seeds"], logarithmic: bool, confidence: float = 0.95
-) -> Float[np.ndarray, " 3"]:
+def _interval(values: Float[np.ndarray, " seeds"], logarithmic: bool) -> Float[np.ndarray, " 3"]:
     """Mean over seeds and the ends of its t-interval, of log values on a logarithmic axis."""
     summary = Summary.of(np.log(values) if logarithmic else values)
-    found = np.array([summary.mean, *summary.interval(confidence)])
+    found = np.array([summary.mean, *summary.interval(CONFIDENCE)])
     return np.exp(found) if logarithmic else found
 
 
@@ -120,8 +120,6 @@ def measured(
     x: str,
     structure: str | Look,
     *,
-    y: str = "value",
-    confidence: float = 0.95,
     shift: float = 0.0,
     label: str | None = None,
     hollow: bool = False,
@@ -134,11 +132,9 @@ def measured(
 
     Args:
         axes: Where to draw.
-        table: One row per seed and point; the seed, if it is there, in the column ``seed``.
+        table: One row per seed and point, with the columns ``value`` and, if there are several, ``seed``.
         x: Column with the abscissa.
         structure: Key of the look, or the look itself.
-        y: Column with the values.
-        confidence: Of the intervals; they are not adjusted for multiplicity, unlike those of the verdicts.
         shift: Displacement to the right in printer's points, so that structures at the same place stay apart.
         label: Entry in the legend; the structure's name if None.
         hollow: Whether the markers are empty.
@@ -148,14 +144,14 @@ def measured(
     """
     style = look(structure) if isinstance(structure, str) else structure
     logarithmic = axes.get_yscale() == "log"
-    if logarithmic and (table[y] <= 0).any():
-        raise ValueError(f"{y!r} of {style.label} has values ≤ 0, which a logarithmic axis cannot show")
+    if logarithmic and (table["value"] <= 0).any():
+        raise ValueError(f"{style.label} has values ≤ 0, which a logarithmic axis cannot show")
     if "seed" in table and table.duplicated([x, "seed"]).any():
         raise ValueError(f"{style.label} has several rows per {x} and seed; seeds are the unit of replication")
-    finite = np.isfinite(table[y])
+    finite = np.isfinite(table["value"])
     positions, points, ends = [], [], []
     for position, group in table[finite].groupby(x):
-        mean, low, high = _interval(group[y].to_numpy(dtype=float), logarithmic, confidence)
+        mean, low, high = _interval(group["value"].to_numpy(dtype=float), logarithmic)
         positions.append(position)
         points.append(mean)
         ends.append((mean - low, high - mean))

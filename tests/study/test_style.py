@@ -54,10 +54,10 @@ def drawn(container):
 
 def test_points_are_means_with_t_intervals(axes):
     table = seeds((128, 1.0), (512, 2.0))
-    positions, means, low, high = drawn(style.measured(axes, table, "width", "kfac", confidence=0.9))
+    positions, means, low, high = drawn(style.measured(axes, table, "width", "kfac"))
     assert list(positions) == [128, 512]
     for index, (_, group) in enumerate(table.groupby("width")):
-        expected = stats.t.interval(0.9, 11, group["value"].mean(), stats.sem(group["value"]))
+        expected = stats.t.interval(0.95, 11, group["value"].mean(), stats.sem(group["value"]))
         assert means[index] == pytest.approx(group["value"].mean())
         assert (low[index], high[index]) == pytest.approx(expected)
 
