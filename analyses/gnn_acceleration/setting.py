@@ -118,6 +118,7 @@ def powers(propagation: Propagation, x: Float[Tensor, "N F"], depth: int) -> lis
     return found
 
 
+@lru_cache(maxsize=1)
 def principal(features: Float[Tensor, "N F"], components: int) -> Float[Tensor, "N K"]:
     """Coordinates along the leading right singular vectors, scaled to a mean squared norm of one over the nodes.
 
@@ -126,11 +127,6 @@ def principal(features: Float[Tensor, "N F"], components: int) -> Float[Tensor, 
     """
     if features.shape[1] <= components:
         return features
-    return _principal(features, components)
-
-
-@lru_cache(maxsize=1)
-def _principal(features: Tensor, components: int) -> Tensor:
     _, vectors = torch.linalg.eigh(features.T @ features)
     coordinates = features @ vectors[:, -components:].flip(1)
     scaled: Tensor = coordinates / coordinates.square().sum(1).mean().sqrt()

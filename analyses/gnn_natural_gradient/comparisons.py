@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from analyses.claims import claim
@@ -23,26 +22,17 @@ def values(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return table[table["quantity"] == quantity].pivot_table("value", "seed", "arm")
 
 
-def best_arm(table: pd.DataFrame, arms: Sequence[str], quantity: str = VALIDATION) -> str:
-    """Return the arm with the highest mean accuracy, of the nodes that validate unless said otherwise.
+def ranked(table: pd.DataFrame, arms: Sequence[str], quantity: str = VALIDATION) -> list[str]:
+    """Return arms from the highest mean accuracy, of the nodes that validate unless said otherwise, to the lowest.
 
-    Of several it is the one with the lowest mean validation loss.
+    Of several with the same, the one with the lowest mean validation loss comes first.
     """
     accuracy, loss = values(table, quantity).mean(), values(table, VALIDATION_LOSS).mean()
-    return min(arms, key=lambda arm: (-round(float(accuracy[arm]), 9), float(loss[arm])))
-
-
-def worst_arm(table: pd.DataFrame, arms: Sequence[str]) -> str:
-    """Return the arm with the lowest mean validation accuracy, of several the one with the highest loss."""
-    accuracy, loss = values(table, VALIDATION).mean(), values(table, VALIDATION_LOSS).mean()
-    return min(arms, key=lambda arm: (round(float(accuracy[arm]), 9), -float(loss[arm])))
+    return sorted(arms, key=lambda arm: (-round(float(accuracy[arm]), 9), float(loss[arm])))
 
 
 def difference(table: pd.DataFrame, first: str, second: str, quantity: str = ACCURACY) -> pd.DataFrame:
-    """Return a quantity of an arm minus that of another, seed by seed; 0 for an arm against itself."""
-    if first == second:
-        seeds = values(table, quantity).index
-        return pd.DataFrame({"seed": seeds, "value": np.zeros(len(seeds))})
+    """Return a quantity of an arm minus that of another, seed by seed."""
     return difference_by_seed(table[table["quantity"] == quantity], "arm", first, second)
 
 
@@ -68,5 +58,5 @@ def gain(
         f"{' or '.join(first)} and {' or '.join(second)}, seed by seed, on the {split} split.{chosen}",
         expected,
         at=runs([*first, *second] if first and second else (), split),
-        estimate=lambda table: difference(table, best_arm(table, first), best_arm(table, second)),
+        estimate=lambda table: difference(table, ranked(table, first)[0], ranked(table, second)[0]),
     )  # fmt: skip

@@ -102,38 +102,31 @@ def unlabelled(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xlabel=r"power $\gamma$ of $\lambda=(e/E)^\gamma$", ylabel=TEST)
 
 
-def _with_published(measurements: pd.DataFrame, table: pd.DataFrame, optimiser: str, **at: float) -> pd.DataFrame:
-    """Add the published point, whose runs are in the experiment "accuracy"."""
+def _swept(measurements: pd.DataFrame, optimiser: str, name: str) -> pd.DataFrame:
+    """Test accuracies against one hyper-parameter; runs of the published value are in the experiment "accuracy"."""
+    table = take(measurements, "sensitivity", ACCURACY, optimiser=optimiser)
+    table = table[table[name].notna()]
+    if table.empty:
+        raise NotStored(f"sensitivity: {name}")
     split = table["split"].iloc[0]
     base = take(measurements, "accuracy", ACCURACY, method=f"{optimiser}-kfac", choice="published", split=split)
-    return pd.concat([table, base.assign(**at)])
+    return pd.concat([table, base.assign(**{name: float(getattr(ADAM, name))})])
 
 
 def epsilon(axes: Axes, measurements: pd.DataFrame) -> None:
     """Test accuracy against damping, SGD and Adam."""
-    table = take(measurements, "sensitivity", ACCURACY, optimiser=("sgd", "adam"))
-    table = table[table["epsilon"].notna()]
-    if table.empty:
-        raise NotStored("sensitivity: epsilon")
     axes.set_xscale("log")
-    swept = {optimiser: table[table["optimiser"] == optimiser] for optimiser in ("sgd", "adam")}
+    methods = {optimiser: f"{optimiser}-kfac" for optimiser in ("sgd", "adam")}
     side_by_side(axes, "epsilon", (
-        (
-            _with_published(measurements, rows, optimiser, epsilon=ADAM.epsilon),
-            LOOKS[f"{optimiser}-kfac"], METHODS[f"{optimiser}-kfac"].title, False,
-        )
-        for optimiser, rows in swept.items()
+        (_swept(measurements, optimiser, "epsilon"), LOOKS[method], METHODS[method].title, False)
+        for optimiser, method in methods.items()
     ))  # fmt: skip
     axes.set(xlabel=r"damping $\varepsilon$", ylabel=TEST)
 
 
 def refresh(axes: Axes, measurements: pd.DataFrame) -> None:
     """Test accuracy against the refresh interval."""
-    table = take(measurements, "sensitivity", ACCURACY, optimiser="adam")
-    table = table[table["refresh"].notna()]
-    if table.empty:
-        raise NotStored("sensitivity: refresh")
-    shown = _with_published(measurements, table, "adam", refresh=float(ADAM.refresh))
+    shown = _swept(measurements, "adam", "refresh")
     style.log_ticks(axes, sorted(shown["refresh"].unique()))
     style.measured(axes, shown, "refresh", LOOKS["adam-kfac"], label=METHODS["adam-kfac"].title)
     axes.margins(x=0.15)

@@ -94,6 +94,11 @@ class Schedule:
         return (1 + in_fisher * self._others) / (1 + self.in_loss(epoch))
 
 
+def izadi() -> KFAC:
+    """Return the paper's structure."""
+    return KFAC(sharing="gradient", factored_damping="equal")
+
+
 class IzadiPreconditioner(Preconditioner):
     """Izadi et al.'s: (A + √ε I)⁻¹ ∇W (G + √ε I)⁻¹ with A = Σ x̄x̄ᵀ/n and G = Σ ggᵀ/n over all nodes.
 
@@ -109,7 +114,7 @@ class IzadiPreconditioner(Preconditioner):
         super().__init__(
             model,
             loss,
-            KFAC(sharing="gradient", factored_damping="equal"),
+            izadi(),
             kind=recipe.kind,
             damping=lambda step: recipe.epsilon * scale(step),
             decay=0.0,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from analyses.gnn_natural_gradient import ANALYSIS
 from analyses.gnn_natural_gradient.arms import BEST_EPOCH, reduced
-from analyses.gnn_natural_gradient.comparisons import best_arm, worst_arm
+from analyses.gnn_natural_gradient.comparisons import ranked
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.experiments import accuracy, kronecker, sensitivity, timing
 from analyses.gnn_natural_gradient.experiments.tuning import best
@@ -228,9 +228,8 @@ def arm_table(values: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
 
 def test_arms_are_chosen_on_validation_data() -> None:
     table = arm_table({"a": (80, 0.5, 10), "b": (80, 0.4, 20), "c": (70, 0.1, 99)})
-    assert best_arm(table, ["a", "b", "c"]) == "b"
-    assert worst_arm(table, ["a", "b", "c"]) == "c"
-    assert best_arm(table, ["a", "b", "c"], ACCURACY) == "c"
+    assert ranked(table, ["a", "b", "c"]) == ["b", "a", "c"]
+    assert ranked(table, ["a", "b", "c"], ACCURACY) == ["c", "b", "a"]
 
 
 def test_epochs_to_the_rivals_lowest_loss() -> None:

@@ -15,7 +15,7 @@ from analyses.gnn_natural_gradient.arms import MEMORY
 from analyses.gnn_natural_gradient.comparisons import PAPER
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.recipe import ADAM
-from analyses.gnn_natural_gradient.training import GraphTraining, Setting, setting_of
+from analyses.gnn_natural_gradient.training import GraphTraining, Setting, izadi, setting_of
 from curvlab import jacobian, sqrt_fisher, study
 from curvlab.fisher import KFAC, BlockDiagonal
 from curvlab.nn import GraphNetwork, gcn
@@ -26,11 +26,6 @@ STAGES = {"start": 0, "trained": 50}
 """Epochs of the published recipe before a measurement."""
 EPSILON = ADAM.epsilon
 HIDDEN = 16
-
-
-def izadi() -> KFAC:
-    """Return the paper's structure."""
-    return KFAC(sharing="gradient", factored_damping="equal")
 
 
 def _measure(cell: study.Cell, _: study.Context[Config]) -> study.Observations:

@@ -1,12 +1,13 @@
 """Sensitivity to damping ε, schedule γ and refresh interval, one at a time and ε with γ, others as published (claim 4)."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from analyses.claims import claim
 from analyses.gnn_natural_gradient.arms import JUDGED, Arm, experiment_of
-from analyses.gnn_natural_gradient.comparisons import PAPER, best_arm, difference, runs, worst_arm
+from analyses.gnn_natural_gradient.comparisons import PAPER, difference, ranked, runs
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.experiments.accuracy import name_of
 from analyses.gnn_natural_gradient.experiments.unlabelled import arm_name
@@ -39,18 +40,19 @@ def _joint(config: Config) -> list[Arm]:
     ]
 
 
+def _grids(config: Config) -> dict[str, list[Arm]]:
+    """Points of the grids by what they vary, but the published ones, whose arms are in other experiments."""
+    return {
+        "epsilon-adam": _swept(ADAM, "epsilon", config.epsilons),
+        "epsilon-sgd": _swept(SGD, "epsilon", config.epsilons),
+        "refresh": _swept(ADAM, "refresh", config.refreshes),
+        "joint": _joint(config),
+    }
+
+
 def arms(config: Config) -> list[Arm]:
-    """Return every point of the grids but the published ones, whose arms are in other experiments."""
-    return [
-        *_swept(ADAM, "epsilon", config.epsilons),
-        *_swept(SGD, "epsilon", config.epsilons),
-        *_swept(ADAM, "refresh", config.refreshes),
-        *_joint(config),
-    ]
-
-
-def _names(arms: Sequence[Arm]) -> list[str]:
-    return [arm.name for arm in arms]
+    """Return the points of all grids."""
+    return list(itertools.chain.from_iterable(_grids(config).values()))
 
 
 def _several(arms: Sequence[str], split: str) -> dict[str, object]:
@@ -66,21 +68,20 @@ def _decides(name: str, what: str, arms: Sequence[str], split: str) -> Claim:
         "worst, seed by seed.",
         undecided("The first layer's A is close to singular, so ε rules there; nothing is said of the others."),
         at=_several(arms, split),
-        estimate=lambda table: difference(table, best_arm(table, arms), worst_arm(table, arms)),
+        estimate=lambda table: difference(table, ranked(table, arms)[0], ranked(table, arms)[-1]),
     )  # fmt: skip
 
 
 def _claims(config: Config) -> list[Claim]:
     split = config.splits[0]
     adam, sgd = (name_of(method, "published") for method in ("adam-kfac", "sgd-kfac"))
-    of_adam, of_sgd = (_names(_swept(base, "epsilon", config.epsilons)) for base in (ADAM, SGD))
-    refreshes = _names(_swept(ADAM, "refresh", config.refreshes))
+    names = {varied: [arm.name for arm in grid] for varied, grid in _grids(config).items()}
     gammas = [arm_name("both", gamma) for gamma in config.gammas]
-    joint = [adam, *of_adam, *gammas, *_names(_joint(config))]
+    joint = [adam, *names["epsilon-adam"], *gammas, *names["joint"]]
     return [
-        _decides("epsilon-adam", "damping ε, with Adam", [adam, *of_adam], split),
-        _decides("epsilon-sgd", "damping ε, with SGD", [sgd, *of_sgd], split),
-        _decides("refresh", "refresh interval", [adam, *refreshes], split),
+        _decides("epsilon-adam", "damping ε, with Adam", [adam, *names["epsilon-adam"]], split),
+        _decides("epsilon-sgd", "damping ε, with SGD", [sgd, *names["epsilon-sgd"]], split),
+        _decides("refresh", "refresh interval", [adam, *names["refresh"]], split),
         _decides("gamma", "power γ of the schedule", gammas, split),
         _decides("joint", "damping and schedule together", joint, split),
         claim(
@@ -91,7 +92,7 @@ def _claims(config: Config) -> list[Claim]:
             "by mean validation accuracy, seed by seed.",
             undecided("The more values are tried and the fewer nodes test, the larger it is."),
             at=_several(joint, split),
-            estimate=lambda table: difference(table, best_arm(table, joint, ACCURACY), best_arm(table, joint)),
+            estimate=lambda table: difference(table, ranked(table, joint, ACCURACY)[0], ranked(table, joint)[0]),
         ),
     ]  # fmt: skip
 
