@@ -1,24 +1,31 @@
-"""What the analyses of graph networks ask of labelled graphs: that they exist, and by what a run knows them again."""
+"""Labelled graphs of the analyses of graph networks: their options, and by what a run knows the graphs again."""
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import get_args
 
 from curvlab.problems import GRAPHS, LabelledGraph, load_graph
 from curvlab.problems.graphs import Split
-from curvlab.study import check_names
+from curvlab.study import CommonOptions, check_names, check_some
 
 
-def check_graph(name: str, splits: tuple[str, ...]) -> None:
-    """Refuse the options ``--problem`` and ``--splits`` where there is no such graph.
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions(CommonOptions):
+    """Options of an analysis on labelled graphs."""
 
-    Raises:
-        ValueError: names the option.
-    """
-    check_names("--problem", (name,), GRAPHS)
-    check_names("--splits", splits, get_args(Split))
-    if name == "karate" and set(splits) != {"public"}:
-        raise ValueError(f"--splits: karate has the split 'public' only, not {splits[-1]!r}")
+    problem: str = "karate"
+    """Graph: karate, cora, citeseer or pubmed."""
+    splits: tuple[str, ...] = ("public",)
+    """Splits of its nodes: public, full, complete; what is not about splits uses the first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_some(self, "splits")
+        check_names("--problem", (self.problem,), GRAPHS)
+        check_names("--splits", self.splits, get_args(Split))
+        if self.problem == "karate" and set(self.splits) != {"public"}:
+            raise ValueError(f"--splits: karate has the split 'public' only, not {self.splits[-1]!r}")
 
 
 def graph_of(name: str, split: str) -> LabelledGraph:
@@ -27,7 +34,7 @@ def graph_of(name: str, split: str) -> LabelledGraph:
     Raises:
         DataUnavailable: its files are absent.
     """
-    return load_graph(name, split)  # type: ignore[arg-type]  # `check_graph` has seen it
+    return load_graph(name, split)  # type: ignore[arg-type]  # the options were checked
 
 
 def digest_of(graphs: Iterable[LabelledGraph]) -> str:

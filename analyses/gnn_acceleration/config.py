@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from analyses.graphs import check_graph
+from analyses.graphs import GraphOptions
 from curvlab.nn.propagation import Normalisation
-from curvlab.study import CommonOptions, check_bounds, check_names, check_some
+from curvlab.study import check_bounds, check_names, check_some
 
 AGGREGATIONS: dict[str, Normalisation] = {"gcn": "symmetric", "gin": "none"}
 """S by name: D̃^(−1/2)(A + I)D̃^(−1/2), and A + I."""
@@ -14,13 +14,9 @@ KARATE_NODES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommonOptions):
+class Config(GraphOptions):
     """Options of the acceleration analysis."""
 
-    problem: str = "karate"
-    """Graph: karate, cora, citeseer or pubmed."""
-    splits: tuple[str, ...] = ("public",)
-    """Splits whose propagated features are looked at: public, full, complete; everything else uses the first."""
     nodes: int | None = None
     """Training nodes, drawn at random for each seed; 0 for those of the split; none means 16 on karate, 0 elsewhere."""
     depths: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
@@ -34,8 +30,7 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_some(self, "splits", "aggregation", "depths")
-        check_graph(self.problem, self.splits)
+        check_some(self, "aggregation", "depths")
         check_names("--aggregation", self.aggregation, AGGREGATIONS)
         check_bounds(self, depths=0, components=1, draws=1)
         if self.nodes is not None and self.nodes != 0 and self.nodes < 2:

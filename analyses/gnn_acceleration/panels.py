@@ -3,6 +3,7 @@
 import pandas as pd
 from matplotlib.axes import Axes
 
+from analyses.gnn_acceleration.config import AGGREGATIONS
 from curvlab.study import style
 from curvlab.study.panels import groups, level, note, side_by_side, take
 
@@ -12,7 +13,6 @@ LOOKS = {"single": SINGLE, "multi": MULTI}
 NAMES = {"single": "single-scale", "multi": "multiscale"}
 ZERO = 1e-30
 """Squares of singular values that are zero to round-off are drawn here."""
-AGGREGATIONS = {"gcn": "GCN", "gin": "GIN"}
 SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diagonal"}
 """Looks of depths in the search for counter-examples."""
 
@@ -20,7 +20,7 @@ SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diago
 def _by_aggregation(axes: Axes, table: pd.DataFrame, x: str, look: str) -> None:
     """Draw the measurements of each aggregation side by side."""
     of = table["aggregation"]
-    side_by_side(axes, x, ((table[of == key], look, name, key == "gin") for key, name in AGGREGATIONS.items()), 4.0)
+    side_by_side(axes, x, ((table[of == name], look, name.upper(), name == "gin") for name in AGGREGATIONS), 4.0)
 
 
 def _depth_axis(axes: Axes, table: pd.DataFrame, label: str = "depth $H$") -> None:
@@ -49,7 +49,7 @@ def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str,
         label = r"floor of $\sigma_{\min}^2$ of $G^{[H]}$"
         style.theory(axes, ends, [max(first, ZERO)] * 2, "block-tridiagonal", label=label)
     _depth_axis(axes, table)
-    axes.set(ylabel=r"$\sigma^2$ of the features", title=f"{AGGREGATIONS[aggregation]}, {split} split, {form}")
+    axes.set(ylabel=r"$\sigma^2$ of the features", title=f"{aggregation.upper()}, {split} split, {form}")
 
 
 def looseness(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -87,9 +87,9 @@ def floors(axes: Axes, measurements: pd.DataFrame) -> None:
 def _models(axes: Axes, table: pd.DataFrame) -> None:
     """Draw single- and multiscale models of both aggregations side by side, against depth."""
     side_by_side(axes, "depth", (
-        (table[(table["model"] == model) & (table["aggregation"] == key)], look, f"{NAMES[model]}, {name}", key == "gin")
+        (table[(table["model"] == model) & (table["aggregation"] == key)], look, f"{NAMES[model]}, {key.upper()}", key == "gin")
         for model, look in LOOKS.items()
-        for key, name in AGGREGATIONS.items()
+        for key in AGGREGATIONS
     ))  # fmt: skip
     _depth_axis(axes, table)
 
@@ -142,6 +142,4 @@ def relu_losses(axes: Axes, measurements: pd.DataFrame, *, aggregation: str, los
     table = table[(table["depth"] == depth) & (table["step"] > 0)]
     side_by_side(axes, "step", ((table[table["model"] == m], look, NAMES[m], False) for m, look in LOOKS.items()), 4.0)
     level(axes, 1.0)
-    axes.set(
-        xlabel="step", ylabel="loss over its start", title=f"{AGGREGATIONS[aggregation]}, {loss}, $H={int(depth)}$"
-    )
+    axes.set(xlabel="step", ylabel="loss over its start", title=f"{aggregation.upper()}, {loss}, $H={int(depth)}$")

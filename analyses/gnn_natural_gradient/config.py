@@ -4,22 +4,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analyses.gnn_natural_gradient.recipe import CONFIGURATIONS
-from analyses.graphs import check_graph
-from curvlab.study import CommonOptions, check_bounds, check_positive, check_some
+from analyses.graphs import GraphOptions
+from curvlab.study import check_bounds, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommonOptions):
+class Config(GraphOptions):
     """Options of the analysis of natural gradient on graphs."""
 
-    problem: str = "karate"
-    """Graph: karate, cora, citeseer or pubmed."""
     seeds: int = 10
     """Runs of each method, each with its own seed; intervals and p-values are taken over them (unit: seeds)."""
     dtype: Literal["float64", "float32"] = "float32"
     """Floating-point precision of training; the quality of the Kronecker form is measured in float64."""
-    splits: tuple[str, ...] = ("public",)
-    """Splits on which methods are compared: public, full, complete; everything else uses the first."""
     epochs: int = 200
     """Epochs E of a run, steps on the whole graph (unit: epochs)."""
     configurations: int = 5
@@ -35,7 +31,5 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_some(self, "splits")
-        check_graph(self.problem, self.splits)
         check_bounds(self, configurations=(1, CONFIGURATIONS), epochs=1, starts=1)
         check_positive(self, "epsilons", "gammas", "refreshes")

@@ -61,7 +61,8 @@ class Layout:
                     plain_ticks(axes.yaxis)
         if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
             style.legend(figure, columns=self.columns)
-        _caption(figure, verdicts, self.claims)
+        if judged := [claim for claim in verdicts.get("claim", ()) if str(claim).startswith(self.claims)]:
+            style.caption(figure, verdicts, judged)
         return figure
 
 
@@ -76,13 +77,6 @@ def _say_missing(axes: Axes, what: str, command: str) -> None:
     axes.set_axis_off()
     text = f"{what}\nis not among the stored results;\n{command}\nmeasures it."
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, color=NEUTRAL, transform=axes.transAxes)
-
-
-def _caption(figure: Figure, verdicts: pd.DataFrame, claims: tuple[str, ...]) -> None:
-    """Write the judged claims with ids that begin with one of `claims`."""
-    judged = [claim for claim in verdicts.get("claim", ()) if str(claim).startswith(claims)]
-    if judged:
-        style.caption(figure, verdicts, judged)
 
 
 def take(measurements: pd.DataFrame, experiment: str, quantity: str, **where: object) -> pd.DataFrame:
