@@ -1,5 +1,6 @@
 """Gradient flow beside gradient descent: sharpening without an edge, and where the two part (claims 3 and 7)."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -20,14 +21,19 @@ from curvlab.spectrum import eigenpairs
 
 SHARE = 0.3
 """The share of --steps over which flow and descent are compared."""
-SWEEPS = {"depth": "sweep_depths", "width": "sweep_widths", "samples": "sweep_samples"}
+SWEEPS: Mapping[str, tuple[str, Literal["less", "greater"], str]] = {
+    "depth": ("sweep_depths", "greater", "more with depth"),
+    "width": ("sweep_widths", "less", "less in wide networks"),
+    "samples": ("sweep_samples", "greater", "more with more data"),
+}
+"""By what is swept: the option with its values, and how the flow's sharpening goes with it, by sign and in words."""
 
 
 def _points(config: Config) -> list[study.Point]:
     base = {"eta": config.middle, "sweep": "none"}
     swept = [
         {**base, "sweep": name, name: value}
-        for name, option in SWEEPS.items()
+        for name, (option, _, _) in SWEEPS.items()
         if getattr(config, option)
         for value in sorted({*getattr(config, option), getattr(config, name)})
     ]
@@ -116,19 +122,6 @@ def _growth_slope(table: pd.DataFrame, against: str) -> pd.DataFrame:
     return study.slope_by_seed(table.assign(value=np.exp(table["value"])), against)
 
 
-def _sharpens_more(name: str, direction: Literal["less", "greater"], words: str) -> study.Claim:
-    return study.Claim(
-        id=f"sharpening-{name}",
-        statement=f"Progressive sharpening: {words}.",
-        rule=study.Inequality("flow_growth", direction, 0.0),
-        source=page("claim 3"),
-        measured=f"Slope of the growth of the flow's sharpness, S(end)/S(0), on {name}, both in logs.",
-        expected=study.supported("The paper's secondary statement."),
-        at={"sweep": name},
-        estimate=partial(_growth_slope, against=name),
-    )
-
-
 ALONE = {"sweep": "none"}
 
 CLAIMS = [
@@ -152,9 +145,14 @@ CLAIMS = [
               "Log2 of the mean growth of the distance per time after the crossing over that before.",
               study.supported("The flow goes on where descent cannot."), at=ALONE)
     ),
-    _sharpens_more("depth", "greater", "more with depth"),
-    _sharpens_more("width", "less", "less in wide networks"),
-    _sharpens_more("samples", "greater", "more with more data"),
+    *(
+        claim(f"sharpening-{name}", page("claim 3"), study.Inequality("flow_growth", direction, 0.0),
+              f"Progressive sharpening: {words}.",
+              f"Slope of the growth of the flow's sharpness, S(end)/S(0), on {name}, both in logs.",
+              study.supported("The paper's secondary statement."), at={"sweep": name},
+              estimate=partial(_growth_slope, against=name))
+        for name, (_, direction, words) in SWEEPS.items()
+    ),
 ]  # fmt: skip
 
 FLOW: study.Experiment[Config] = study.Experiment(

@@ -7,6 +7,7 @@ from functools import partial
 import pandas as pd
 from torch import nn
 
+from analyses.claims import claim
 from analyses.edge_of_stability.config import Config
 from analyses.edge_of_stability.descent import edge_of, gradient_descent
 from analyses.edge_of_stability.points import PAPER
@@ -121,17 +122,13 @@ def _deviation(table: pd.DataFrame, published: float) -> pd.DataFrame:
 
 
 CLAIMS = [
-    study.Claim(
-        id=f"published-{name}",
-        statement=f"{milestone.statement} is that of the published run, {milestone.value:g}, to {READING:.0%}.",
-        rule=study.Identity(name, coarsest=READING),
-        source=f"{PAPER}, README of the published code",
-        measured="The same of this run over the published one, less 1.",
-        expected=study.supported("Data, network, loss and step size are the same; the initialisation is drawn anew."),
-        estimate=partial(_deviation, published=milestone.value),
-    )
+    claim(f"published-{name}", f"{PAPER}, README of the published code", study.Identity(name, coarsest=READING),
+          f"{milestone.statement} is that of the published run, {milestone.value:g}, to {READING:.0%}.",
+          "The same of this run over the published one, less 1.",
+          study.supported("Data, network, loss and step size are the same; the initialisation is drawn anew."),
+          estimate=partial(_deviation, published=milestone.value))
     for name, milestone in MILESTONES.items()
-]
+]  # fmt: skip
 
 
 PUBLISHED: study.Experiment[Config] = study.Experiment(
