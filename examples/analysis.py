@@ -16,7 +16,7 @@ import curvlab
 from curvlab import study
 from curvlab.fisher import make
 from curvlab.problems import data_hash, resolve
-from curvlab.study.panels import Layout, take
+from curvlab.study.panels import PanelGrid, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ ANALYSIS = study.Analysis(
             seconds=0.1,
         ),
     ),
-    figures={"cosine": Layout("python examples/analysis.py", [[cosines]], claims=("",), width="column")},
+    figures={"cosine": PanelGrid("python examples/analysis.py", [[cosines]], claims=("",), width="column")},
     data_hash=lambda config: data_hash(config.problem, width=1),
     axes=("widths",),
     version=1,  # raise it when a measurement changes its meaning

@@ -8,7 +8,7 @@ import pandas as pd
 
 from analyses.edge_of_stability import ANALYSIS, panels
 from analyses.edge_of_stability.analysis import FIGURES
-from curvlab.study.panels import Layout, take
+from curvlab.study.panels import PanelGrid, take
 from paper_figures import Paper, interval
 
 
@@ -37,7 +37,7 @@ PAPER = Paper(
     analysis=ANALYSIS,
     settings={"problem": "digits", "network": "fc-tanh", "loss": "half-squared", "scaling": "unit"},
     figures={
-        "loss_and_sharpness": Layout(
+        "loss_and_sharpness": PanelGrid(
             ANALYSIS.command,
             [[panels.loss_against_step, panels.sharpness_against_step]],
             claims=("edge-gd", "plateaus", "loss-"),
@@ -45,7 +45,7 @@ PAPER = Paper(
         ),
         "flow": FIGURES["flow"],
         "structures": FIGURES["structures"],
-        "published": Layout(
+        "published": PanelGrid(
             f"{ANALYSIS.command} --published",
             [[partial(panels.published, quantity=name) for name in ("loss", "sharpness")]],
             claims=("published-",),

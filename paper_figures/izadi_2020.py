@@ -10,7 +10,7 @@ from analyses.gnn_natural_gradient import ANALYSIS, panels
 from analyses.gnn_natural_gradient.experiments.accuracy import HEADLINE_QUANTITY
 from analyses.gnn_natural_gradient.recipe import METHODS
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
-from curvlab.study.panels import Layout, take
+from curvlab.study.panels import PanelGrid, take
 from paper_figures import Paper, interval
 
 
@@ -35,13 +35,13 @@ PAPER = Paper(
     analysis=ANALYSIS,
     settings={"problem": "cora", "splits": ("public",)},
     figures={
-        "accuracy": Layout(
+        "accuracy": PanelGrid(
             ANALYSIS.command,
             [[panels.accuracy, panels.epochs, partial(panels.epochs, seconds=True)]],
             claims=("accuracy-", "headline-"),
             height=2.5,
         ),
-        "curves": Layout(
+        "curves": PanelGrid(
             ANALYSIS.command,
             [
                 [
@@ -52,7 +52,7 @@ PAPER = Paper(
             claims=("reach-adam-published", "reach-sgd-published"),
             height=2.5,
         ),
-        "sweeps": Layout(
+        "sweeps": PanelGrid(
             ANALYSIS.command,
             [[panels.epsilon, panels.refresh], [panels.unlabelled, panels.joint]],
             claims=("sensitivity-", "lambda-both", "lambda-plain"),

@@ -10,7 +10,7 @@ from analyses.ntk_isotropy import ANALYSIS, panels
 from analyses.ntk_isotropy.setting import PUBLISHED
 from curvlab.study import style
 from curvlab.study.inference import Summary
-from curvlab.study.panels import Layout, at_base, structures_of, take
+from curvlab.study.panels import PanelGrid, at_base, structures_of, take
 from paper_figures import Paper
 
 
@@ -59,7 +59,7 @@ PAPER = Paper(
         "other_outputs": (),
     },
     figures={
-        "losses": Layout(
+        "losses": PanelGrid(
             ANALYSIS.command,
             [
                 [partial(panels.loss_against_step, loss=loss, scale=scale) for scale in (0.1, 0.5, 1.0)]
@@ -68,7 +68,7 @@ PAPER = Paper(
             claims=("training-", "test-full", "test-block", "test-kfac", "test-unit"),
             columns=6,
         ),
-        "contraction": Layout(
+        "contraction": PanelGrid(
             ANALYSIS.command,
             [[panels.residual_against_rate, panels.modes]],
             claims=("stability-", "gradient-descent-"),

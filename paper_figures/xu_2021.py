@@ -7,7 +7,7 @@ from functools import partial
 import pandas as pd
 
 from analyses.gnn_acceleration import ANALYSIS, panels
-from curvlab.study.panels import Layout, take
+from curvlab.study.panels import PanelGrid, take
 from paper_figures import Paper, interval
 
 
@@ -33,7 +33,7 @@ PAPER = Paper(
     analysis=ANALYSIS,
     settings={"problem": "cora", "aggregation": ("gcn", "gin")},
     figures={
-        "losses": Layout(
+        "losses": PanelGrid(
             ANALYSIS.command,
             [
                 [partial(panels.relu_losses, aggregation=aggregation, loss=loss) for aggregation in ("gcn", "gin")]
@@ -42,7 +42,7 @@ PAPER = Paper(
             claims=("relu-skip",),
             height=2.2,
         ),
-        "singular_values": Layout(
+        "singular_values": PanelGrid(
             ANALYSIS.command,
             [
                 [partial(panels.singular_values, aggregation=aggregation, form=form) for aggregation in ("gcn", "gin")]
@@ -51,7 +51,7 @@ PAPER = Paper(
             claims=("conditioning-", "rank-"),
             height=2.2,
         ),
-        "acceleration": Layout(
+        "acceleration": PanelGrid(
             ANALYSIS.command,
             [
                 [

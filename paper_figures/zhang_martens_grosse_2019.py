@@ -6,7 +6,7 @@ import pandas as pd
 
 from analyses.jacobian_rank import ANALYSIS, panels
 from analyses.jacobian_rank.analysis import FIGURES
-from curvlab.study.panels import Layout, take
+from curvlab.study.panels import PanelGrid, take
 from paper_figures import Paper, interval
 
 
@@ -31,7 +31,7 @@ PAPER = Paper(
     settings={"problem": "two-layer", "activation": ("relu", "erf")},
     figures={
         "trajectories": FIGURES["paths"],
-        "rates": Layout(
+        "rates": PanelGrid(
             ANALYSIS.command,
             [[panels.residual_against_step, panels.decay_against_leverage]],
             claims=("rate-", "kfac-"),

@@ -18,7 +18,7 @@ from analyses.edge_of_stability.setting import ARGUMENTS, setting_of
 from curvlab.problems import data_hash, digest_of
 from curvlab.problems.images import IMAGE_SETS, load_images
 from curvlab.study import Analysis, Cell, UsageError
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
 
 def _data_hash(config: Config) -> str:
@@ -33,7 +33,7 @@ def _data_hash(config: Config) -> str:
     return digest_of(setting.problem)
 
 
-_layout = partial(Layout, "python -m analyses.edge_of_stability")
+_layout = partial(PanelGrid, "python -m analyses.edge_of_stability")
 
 APPROXIMATIONS = (
     ("full", "block-diagonal", "block-tridiagonal"),

@@ -12,9 +12,9 @@ from analyses.gnn_acceleration.experiments.relu import RELU
 from analyses.gnn_acceleration.experiments.search import SEARCH
 from analyses.graphs import digest_of, graph_of
 from curvlab.study import Analysis
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
-_layout = partial(Layout, "python -m analyses.gnn_acceleration")
+_layout = partial(PanelGrid, "python -m analyses.gnn_acceleration")
 
 FIGURES = {
     "conditioning": _layout(

@@ -14,12 +14,12 @@ from analyses.gnn_natural_gradient.experiments.unlabelled import UNLABELLED
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
 from analyses.graphs import digest_of, graph_of
 from curvlab.study import Analysis
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
 COST = {"karate": 1.0, "cora": 8.0, "citeseer": 20.0, "pubmed": 30.0}
 """Time of an epoch against karate's."""
 
-_layout = partial(Layout, "python -m analyses.gnn_natural_gradient")
+_layout = partial(PanelGrid, "python -m analyses.gnn_natural_gradient")
 
 FIGURES = {
     "accuracy": _layout(

@@ -18,7 +18,7 @@ from analyses.jacobian_rank.experiments.width import WIDTH
 from analyses.jacobian_rank.setting import ARGUMENTS
 from curvlab.problems import data_hash
 from curvlab.study import Analysis
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
 
 def _data_hash(config: Config) -> str:
@@ -29,7 +29,7 @@ def _data_hash(config: Config) -> str:
     return data_hash(config.problem, **{name: value for name, value in arguments.items() if name in takes})
 
 
-_layout = partial(Layout, "python -m analyses.jacobian_rank")
+_layout = partial(PanelGrid, "python -m analyses.jacobian_rank")
 
 DRIFTS = (
     ("trajectory", "along the run"),

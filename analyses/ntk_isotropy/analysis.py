@@ -20,7 +20,7 @@ from analyses.ntk_isotropy.setting import NETWORK
 from analyses.specs import classifies_nodes, squared
 from curvlab.problems import Problem, digest_of, instance
 from curvlab.study import Analysis, UsageError
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
 
 def _data_hash(config: Config) -> str:
@@ -56,7 +56,7 @@ def _check_loss(spec: str, problem: Problem) -> None:
         )
 
 
-_layout = partial(Layout, "python -m analyses.ntk_isotropy")
+_layout = partial(PanelGrid, "python -m analyses.ntk_isotropy")
 _after_steps = partial(panels.against_width, experiment="steps", scale=1.0, run="network")
 _after_descent = partial(panels.against_width, experiment="gradient-descent")
 FIRST = "training outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|f_0-y\|$"

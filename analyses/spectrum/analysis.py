@@ -9,7 +9,7 @@ from analyses.spectrum.config import GGN, HESSIAN, Config
 from analyses.spectrum.measure import WHOLE, measure
 from curvlab.problems import data_hash
 from curvlab.study import Analysis, Claim, Equivalence, Experiment, Inequality, supported, undecided
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
 PAPER = "definitions (design of the structures)"
 SAME_TRACE = ("full", "block-diagonal", "block-tridiagonal", "unit-wise", "component-wise", "diagonal", "ekfac")
@@ -78,7 +78,7 @@ SPECTRA: Experiment[Config] = Experiment(
     memory=4e8,
 )
 
-_layout = partial(Layout, "python -m analyses.spectrum")
+_layout = partial(PanelGrid, "python -m analyses.spectrum")
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="spectrum",

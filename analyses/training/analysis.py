@@ -11,7 +11,7 @@ from analyses.training.experiments.timing import TIMING
 from analyses.training.experiments.tuning import TUNE
 from curvlab.problems import digest_of, instance
 from curvlab.study import Analysis, UsageError
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 
 
 def _data_hash(config: Config) -> str:
@@ -25,7 +25,7 @@ def _data_hash(config: Config) -> str:
     return digest_of(problem)
 
 
-_layout = partial(Layout, "python -m analyses.training")
+_layout = partial(PanelGrid, "python -m analyses.training")
 
 FIGURES = {
     "curves": _layout(

@@ -28,7 +28,7 @@ class NotStored(LookupError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class PanelGrid:
     """A figure: panels in a grid, and the claims that it shows.
 
     Attributes:

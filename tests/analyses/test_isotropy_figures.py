@@ -15,7 +15,7 @@ from analyses.ntk_isotropy.setting import PUBLISHED
 from curvlab.study import style
 from curvlab.study.execution import Plan
 from curvlab.study.measurements import tabulate
-from curvlab.study.panels import Layout, NotStored, at_base, take
+from curvlab.study.panels import NotStored, PanelGrid, at_base, take
 from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
 
 WIDTHS, SEEDS = (128, 512), (0, 1, 2)
@@ -233,7 +233,7 @@ def test_the_base_point_is_the_most_frequent_one():
 
 
 def test_a_figure_without_legend_entries_has_no_legend(measurements):
-    layout = Layout("python -m analyses.ntk_isotropy", [[panels.moved_layers]], claims=())
+    layout = PanelGrid("python -m analyses.ntk_isotropy", [[panels.moved_layers]], claims=())
     with style.use():
         figure = layout(measurements, VERDICTS)
     plt.close(figure)
