@@ -120,11 +120,8 @@ def _claims(config: Config) -> list[study.Claim]:
 def _comparison(optimiser: str, title: str, choice: Choice, split: str, suffix: str, epochs: int) -> list[study.Claim]:
     """Claims on one optimiser with K-FAC against itself without."""
     arms = first, second = name_of(f"{optimiser}-kfac", choice), name_of(optimiser, choice)
-    name, method, source = (
-        f"{optimiser}-{choice}{suffix}",
-        f"{title}, {CHOICES[choice]}",
-        f"{PAPER}, claim 1 (convergence)",
-    )
+    name, method = f"{optimiser}-{choice}{suffix}", f"{title}, {CHOICES[choice]}"
+    source = f"{PAPER}, claim 1 (convergence)"
     reported = {
         "published": study.supported("The paper reports it."),
         "selected": study.undecided("The paper did not tune the rival as carefully."),
