@@ -2,8 +2,9 @@
 
     python examples/structure.py
 
-Once it is defined, it works wherever ours do: `curvlab.compare`, `Preconditioner`, options such as `--structures` (in a
-package, by an entry point of the group `curvlab.structures`), and figures, where it brings its own look.
+Once it is defined, it works wherever ours do: `curvlab.compare`, `Preconditioner`, options such as `--structures` (as
+`structure:LayerScalar`, or in a package by an entry point of the group `curvlab.structures`), and figures, where it brings
+its own look.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Options of the edge-of-stability analysis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from analyses.specs import MEMBERS
+from analyses.specs import check_structures, members
 from curvlab.problems.full_batch import LOSSES, NETWORKS
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.study import CommonOptions, check_bounds, check_names, check_positive, check_some
@@ -47,8 +47,8 @@ class Config(CommonOptions):
     """Widths at which the flow's sharpening is measured, besides --width."""
     sweep_samples: tuple[int, ...] = ()
     """Sample counts at which the flow's sharpening is measured, besides --samples."""
-    structures: tuple[str, ...] = MEMBERS
-    """Approximations whose largest eigenvalue is followed along gradient descent."""
+    structures: tuple[str, ...] = field(default_factory=members)
+    """Approximations whose largest eigenvalue is followed along gradient descent: keys, or module:Class."""
     preconditioners: tuple[str, ...] = ("full", "block-diagonal", "kfac")
     """Structures that precondition training, renewed at every step and frozen."""
     steps: int = 800
@@ -63,7 +63,7 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("structure", (*self.structures, *self.preconditioners), MEMBERS)
+        check_structures((*self.structures, *self.preconditioners), families=False)
         check_names("network", (self.network,) if self.problem in IMAGE_SETS else (), NETWORKS)
         check_names("loss", (self.loss,), LOSSES)
         check_some(self, "etas")

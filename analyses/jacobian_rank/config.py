@@ -1,8 +1,8 @@
 """Options of the Jacobian-rank analysis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from analyses.specs import MEMBERS
+from analyses.specs import check_structures, members
 from curvlab.problems import swept_arguments
 from curvlab.study import CommonOptions, check_bounds, check_names, check_some
 
@@ -25,12 +25,12 @@ class Config(CommonOptions):
     """Activations, each at every width: relu as in the paper, erf as its smooth twin."""
     samples: int = 40
     """Number of training samples N (unit: samples)."""
-    structures: tuple[str, ...] = MEMBERS
-    """Structures to measure."""
+    structures: tuple[str, ...] = field(default_factory=members)
+    """Structures to measure: keys, or module:Class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("structure", self.structures, MEMBERS)
+        check_structures(self.structures, families=False)
         check_names("activation", self.activation, ACTIVATIONS)
         check_some(self, "activation")
         check_bounds(self, widths=1, samples=2)

@@ -1,8 +1,9 @@
 """Options of the isotropy analysis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from analyses.specs import check_structures
 from curvlab.fisher import STRUCTURES
 from curvlab.nn import ACTIVATIONS
 from curvlab.problems import swept_arguments
@@ -28,8 +29,8 @@ class Config(CommonOptions):
     """Number of weight layers."""
     activation: str = "relu"
     """Activation of the hidden layers."""
-    structures: tuple[str, ...] = tuple(STRUCTURES)
-    """Structures to measure."""
+    structures: tuple[str, ...] = field(default_factory=lambda: tuple(STRUCTURES))
+    """Structures to measure: keys, or module:Class."""
     other_depths: tuple[int, ...] = (2, 4, 5, 6, 7)
     """Depths tried besides, at the smallest width (unit: weight layers)."""
     other_activations: tuple[str, ...] = ("erf", "tanh")
@@ -43,7 +44,7 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("structure", self.structures, STRUCTURES)
+        check_structures(self.structures)
         check_names("activation", (self.activation, *self.other_activations), ACTIVATIONS)
         check_bounds(self, widths=1, depth=2, other_depths=2, other_outputs=2)
         check_positive(self, "step_scales")

@@ -1,10 +1,10 @@
 """Options of the spectrum analysis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from analyses.specs import MEMBERS
+from analyses.specs import check_structures, members
 from curvlab.problems import swept_arguments
-from curvlab.study import CommonOptions, check_bounds, check_names
+from curvlab.study import CommonOptions, check_bounds
 
 HESSIAN, GGN = "hessian", "ggn"
 
@@ -21,8 +21,8 @@ class Config(CommonOptions):
     """Hidden width, where the problem takes one (unit: neurons)."""
     activation: str = "tanh"
     """Activation, where the problem takes one."""
-    structures: tuple[str, ...] = MEMBERS
-    """Structures to measure beside Hessian and GGN."""
+    structures: tuple[str, ...] = field(default_factory=members)
+    """Structures to measure beside Hessian and GGN: keys, or module:Class."""
     steps: int = 0
     """Gradient-descent steps at half the stable step size before the spectra are taken (unit: steps)."""
     top: int = 5
@@ -34,7 +34,7 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("structure", self.structures, MEMBERS)
+        check_structures(self.structures, families=False)
         check_bounds(self, width=1, steps=0, top=1, probes=2, lanczos=1)
 
     @property

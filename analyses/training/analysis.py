@@ -30,8 +30,8 @@ _layout = partial(PanelGrid, "python -m analyses.training")
 FIGURES = {
     "curves": _layout(
         [
-            [partial(panels.curves, names=names, against=against) for against in ("steps", "seconds")]
-            for names in (panels.ROWS, panels.MOMENTS)
+            [partial(panels.curves, rows=rows, against=against) for against in ("steps", "seconds")]
+            for rows in (True, False)
         ],
         claims=(),
         height=2.5,

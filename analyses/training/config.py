@@ -1,15 +1,13 @@
 """Options of the training analysis."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from analyses.training.methods import CONFIGURATIONS, METHODS, Family, Method, of_family
+from analyses.specs import check_structures
+from analyses.training.methods import CONFIGURATIONS, METHODS, RIVALS, VARIANTS, Method, in_order
 from analyses.training.tasks import TASKS, USUAL, Task
+from curvlab.fisher import STRUCTURES
 from curvlab.study import CommonOptions, check_bounds, check_names
-
-FAMILIES: Mapping[str, Family] = {"rivals": "first order", "structures": "structure", "ingredients": "ingredient"}
-"""Which methods the options name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +22,11 @@ class Config(CommonOptions):
     """Floating-point precision of the races; the theory's rates are measured in float64."""
     configurations: int = 4
     """Configurations that every method is tuned over, the first of its list (unit: configurations)."""
-    rivals: tuple[str, ...] = tuple(method.name for method in of_family("first order"))
+    rivals: tuple[str, ...] = tuple(RIVALS)
     """First-order methods to run."""
-    structures: tuple[str, ...] = tuple(method.name for method in of_family("structure"))
-    """Structures to run."""
-    ingredients: tuple[str, ...] = tuple(method.name for method in of_family("ingredient"))
+    structures: tuple[str, ...] = field(default_factory=lambda: tuple(STRUCTURES))
+    """Structures to run: keys, or module:Class."""
+    ingredients: tuple[str, ...] = tuple(VARIANTS)
     """Variants of K-FAC to run, each compared with K-FAC without the ingredient."""
     steps: int = 0
     """Steps of a run; 0 means those of the problem's race (unit: steps)."""
@@ -41,9 +39,9 @@ class Config(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, family in FAMILIES.items():
-            names = [method.name for method in of_family(family)]
-            check_names(f"name in --{option}", getattr(self, option), names)
+        check_names("name in --rivals", self.rivals, RIVALS)
+        check_names("name in --ingredients", self.ingredients, VARIANTS)
+        check_structures(self.structures)
         check_bounds(self, races=1, configurations=(1, CONFIGURATIONS), steps=0, batch=0, target_loss=0)
         check_bounds(self, target_accuracy=(0, 1))
 
@@ -61,6 +59,6 @@ class Config(CommonOptions):
     @property
     def methods(self) -> list[Method]:
         """The methods that were asked for, with the ones that ingredients are compared with, in the order of the table."""
-        wanted = {*self.rivals, *self.structures, *self.ingredients}
-        wanted |= {METHODS[name].base for name in self.ingredients}
-        return [method for name, method in METHODS.items() if name in wanted]
+        bases = (VARIANTS[name].base for name in self.ingredients)
+        wanted = dict.fromkeys([*self.rivals, *self.structures, *self.ingredients, *bases])
+        return [METHODS[name] for name in in_order(wanted)]

@@ -3,7 +3,7 @@
 The configurations were laid around what trains the MLP on digits from one start, the tuning seed, for every method alike.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from analyses.training.optimisers import Accumulating, MixedPrecision, Optimiser, Together
-from curvlab.fisher import KFAC, STRUCTURES, LayerWise, Structure, make
+from curvlab.fisher import KFAC, STRUCTURES, LayerWise, Structure
 from curvlab.optim import LevenbergMarquardt, NaturalGradient
 from curvlab.rows.loss import Kind
 
@@ -163,13 +163,12 @@ FIRST_ORDER: Mapping[str, tuple[Build, tuple[Point, ...]]] = {
 """Rivals from `torch.optim`: what makes them, and learning rate × momentum, weight decay or the rest's learning rate."""
 
 
-def _methods() -> Iterator[Method]:
-    for name, (build, points) in FIRST_ORDER.items():
-        yield Method(name, "first order", build, points)
-    for key in STRUCTURES:
-        structure = partial(make, key, **OPTIONS.get(key, {}))
-        yield Method(key, "structure", partial(_natural, structure=structure), NATURAL, key)
+def _of_structure(key: str) -> Method:
+    structure = partial(STRUCTURES[key], **OPTIONS.get(key, {}))
+    return Method(key, "structure", partial(_natural, structure=structure), NATURAL, key)
 
+
+def _ingredients() -> Iterator[Method]:
     def ingredient(
         name: str,
         points: Sequence[Point] = NATURAL,
@@ -195,16 +194,39 @@ def _methods() -> Iterator[Method]:
     yield ingredient("kfac-plain", build=_plain_output)
 
 
-METHODS: Mapping[str, Method] = {method.name: method for method in _methods()}
-"""Every method by name."""
+RIVALS = {name: Method(name, "first order", build, points) for name, (build, points) in FIRST_ORDER.items()}
+"""First-order methods by name."""
+VARIANTS = {method.name: method for method in _ingredients()}
+"""Variants of K-FAC by name."""
 
-CONFIGURATIONS = min(len(method.points) for method in METHODS.values())
+
+class _Methods(Mapping[str, Method]):
+    """Every method by name: rivals, each structure that is registered or named as ``module:Class``, and ingredients.
+
+    Raises:
+        UnknownName: on looking up a name that is none of them.
+    """
+
+    def __getitem__(self, name: str) -> Method:
+        known = RIVALS | VARIANTS
+        return known[name] if name in known else _of_structure(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*RIVALS, *STRUCTURES, *VARIANTS)
+
+    def __len__(self) -> int:
+        return len(RIVALS) + len(STRUCTURES) + len(VARIANTS)
+
+
+METHODS: Mapping[str, Method] = _Methods()
+
+CONFIGURATIONS = min(map(len, (NATURAL, QUADRATIC, *(points for _, points in FIRST_ORDER.values()))))
 """The most configurations that every method has."""
 
 
-def of_family(family: Family) -> list[Method]:
-    """Return the methods of a family."""
-    return [method for method in METHODS.values() if method.family == family]
+def in_order(names: Collection[str]) -> list[str]:
+    """Return names of methods in the order of the table, structures that are not registered by a key after it."""
+    return [*(name for name in METHODS if name in names), *(name for name in names if name not in {*METHODS})]
 
 
 def described(point: Point) -> str:

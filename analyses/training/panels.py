@@ -1,6 +1,7 @@
 """The panels of the training analysis' figures, each one relation between stored measurements."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from analyses.training.comparison import SECONDS, seconds_to
 from analyses.training.experiments import isotropic
 from analyses.training.experiments.contraction import RATES
 from analyses.training.ingredients import INGREDIENTS
-from analyses.training.methods import METHODS, of_family
+from analyses.training.methods import METHODS, VARIANTS, in_order
 from curvlab.study import style
 from curvlab.study.inference import Summary
 from curvlab.study.panels import DASHED, NEUTRAL, NotStored, level, note, plain_ticks, take
+from curvlab.tools.errors import CommandError
 
 RIVALS: Mapping[str, style.Look] = {
     "sgd": style.Look("#8a8a8a", "<", "SGD with momentum"),
@@ -26,32 +28,39 @@ RIVALS: Mapping[str, style.Look] = {
 DASHES: Mapping[str, Any] = {"adam": (0, (4, 1.5)), "adamw": (0, (1, 1)), "muon": (0, (5, 1, 1, 1))}
 """Of their lines."""
 
-ROWS = tuple(method.name for method in of_family("structure") if method.keeps_rows)
-MOMENTS = tuple(method.name for method in of_family("structure") if not method.keeps_rows)
-"""Structures that keep rows, and those that average moments."""
 
-
-def _judged(measurements: pd.DataFrame, quantity: str, names: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield each method that was run, in the order of the table, with its observations of a quantity."""
-    table = take(measurements, "judging", quantity, method=tuple(names))
-    for name in METHODS:
-        if (table["method"] == name).any():
+def _judged(measurements: pd.DataFrame, quantity: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each method that was run, but for ingredients, in the order of the table, with its observations of a quantity."""
+    table = take(measurements, "judging", quantity)
+    for name in in_order(table["method"].unique().tolist()):
+        if name not in VARIANTS:
             yield name, table[table["method"] == name]
 
 
+def _keeps_rows(name: str) -> bool:
+    """Whether a structure keeps rows; what is not registered any more is taken to average moments."""
+    with suppress(CommandError):
+        return METHODS[name].keeps_rows
+    return False
+
+
 def _look(name: str) -> style.Look:
-    return RIVALS.get(name) or style.look(METHODS[name].structure)
+    return RIVALS.get(name) or style.look(name)
 
 
-def curves(axes: Axes, measurements: pd.DataFrame, *, names: Sequence[str], against: str) -> None:
+def curves(axes: Axes, measurements: pd.DataFrame, *, rows: bool, against: str) -> None:
     """Training loss against steps or seconds, structures in colour and first-order methods in grey.
+
+    The structures are those that keep rows, or those that average moments.
 
     A line ends in a cross where the first seed diverged.
     """
     axes.set_yscale("log")
     seconds = against == "seconds"
     price = take(measurements, "timing", SECONDS).groupby("method")["value"].mean() if seconds else None
-    for name, table in _judged(measurements, "loss", (*RIVALS, *names)):
+    for name, table in _judged(measurements, "loss"):
+        if name not in RIVALS and _keeps_rows(name) != rows:
+            continue
         shown = table[table["step"] > 0]
         shown = shown.assign(place=(1.0 if price is None else float(price[name])) * shown["step"])
         look, rival = _look(name), name in RIVALS
@@ -67,7 +76,7 @@ def curves(axes: Axes, measurements: pd.DataFrame, *, names: Sequence[str], agai
 def targets(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named: bool) -> None:
     """Steps or seconds to the loss (filled) and to the accuracy (hollow) of every method, and how many runs failed."""
     axes.set_xscale("log")
-    present = [name for name, _ in _judged(measurements, "steps_to_loss", (*RIVALS, *ROWS, *MOMENTS))]
+    present = [name for name, _ in _judged(measurements, "steps_to_loss")]
     for quantity, offset in (("steps_to_loss", 0.16), ("steps_to_accuracy", -0.16)):
         table = take(measurements, "judging", quantity, method=tuple(present))
         if seconds:

@@ -42,9 +42,14 @@ from curvlab.tools.registry import Registry
 
 Own = TypeVar("Own", bound="Structure")
 
-STRUCTURES: Registry[type[Structure]] = Registry("structure", "curvlab.structures")
+STRUCTURES: Registry[type[Structure]] = Registry(
+    "structure",
+    "curvlab.structures",
+    form="a Structure class",
+    fits=lambda thing: isinstance(thing, type) and issubclass(thing, Structure),
+)
 """Every structure by its key, ours and those of installed packages, which add to them by entry points of the group
-``curvlab.structures``; the options, the tests and the documentation read this."""
+``curvlab.structures``, and any other as ``module:Class``; the options, the tests and the documentation read this."""
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""

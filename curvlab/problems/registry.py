@@ -1,12 +1,10 @@
 """Problems by name, and from the user's own functions."""
 
-import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,7 +18,7 @@ from curvlab.problems.text import character_problem
 from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
 from curvlab.problems.vision import cifar_cnn_problem, digits_mlp_problem, digits_residual_problem, lenet_problem
 from curvlab.tools.errors import CommandError, DataUnavailable
-from curvlab.tools.registry import Registry, UnknownName
+from curvlab.tools.registry import BrokenPlugin, Registry, UnknownName
 
 ARGUMENTS = tuple(
     dict.fromkeys(
@@ -53,7 +51,9 @@ Martens & Grosse. `karate-gcn`, `cora-gcn`, `citeseer-gcn` and `pubmed-gcn` clas
 no file. `digits-mlp`, `digits-residual`, `fashion-lenet`, `cifar10-5k-cnn` and `characters` are whole training tasks,
 `chebyshev` a regression in one variable."""
 
-PROBLEMS: Registry[Callable[..., Problem]] = Registry("problem", "curvlab.problems", _OURS)
+PROBLEMS: Registry[Callable[..., Problem]] = Registry(
+    "problem", "curvlab.problems", _OURS, form="a function", fits=callable
+)
 """Problems by name, ours and those of installed packages, which add to them by entry points of the group
 ``curvlab.problems``, or by `PROBLEMS.register`."""
 
@@ -111,12 +111,6 @@ def _called(spec: str, function: Callable[..., Any], arguments: Mapping[str, Any
         ) from error
 
 
-def _own_functions(module: ModuleType) -> list[str]:
-    """Return the names of the functions that a module defines itself."""
-    own = inspect.getmembers(module, lambda value: inspect.isfunction(value) and value.__module__ == module.__name__)
-    return [name for name, _ in own]
-
-
 def swept_arguments(spec: str) -> dict[str, Any]:
     """Return those of `ARGUMENTS` that a problem takes, with their defaults.
 
@@ -131,27 +125,9 @@ def swept_arguments(spec: str) -> dict[str, Any]:
 
 def _function(spec: str) -> Callable[..., Any]:
     """Return the function behind a spec."""
-    if ":" not in spec:
-        try:
-            return PROBLEMS[spec]
-        except UnknownName as error:
-            raise ProblemError(f"{error} Your own function is named as module:function.") from None
-    module_name, _, function_name = spec.partition(":")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ProblemError(
-            f"Problem {spec!r}: importing {module_name!r} failed ({error}). Run from the folder that holds "
-            "the module, or add that folder to PYTHONPATH."
-        ) from error
-    except Exception as error:
-        raise ProblemError(
-            f"Problem {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}."
-        ) from error
-    function = getattr(module, function_name, None)
-    if function is None:
-        nearest = unknown_name(f"function of {module_name}", function_name, _own_functions(module))
-        raise ProblemError(f"Problem {spec!r}: {nearest}")
-    if not callable(function):
-        raise ProblemError(f"Problem {spec!r}: {function_name} is {type(function).__name__}, not a function.")
-    return cast("Callable[..., Any]", function)
+        return PROBLEMS[spec]
+    except UnknownName as error:
+        raise ProblemError(str(error)) from None
+    except BrokenPlugin as error:
+        raise ProblemError(str(error)) from error

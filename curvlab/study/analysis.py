@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Generic
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from curvlab.study.cells import Cell
 from curvlab.study.claims import Claim
 from curvlab.study.experiment import Experiment
-from curvlab.study.options import C, CommonOptions
+from curvlab.study.options import C, CommonOptions, names_script
 
 Draw = Callable[[pd.DataFrame, pd.DataFrame], Figure]
 
@@ -160,12 +161,22 @@ class Analysis(Generic[C]):
     @property
     def command(self) -> str:
         """The command that runs it: its module or the package around it, the script that it is, or by its name."""
-        started = getattr(sys.modules["__main__"], "__file__", None)
         if module := self.module or self._package():
             return f"python -m {module}"
-        if started and self.file.resolve() == Path(started).resolve():
+        if (started := _script()) and self.file.resolve() == started.resolve():
             return f"python {shlex.quote(sys.argv[0])}"
-        return f"curvlab run {self.name}"
+        return f"curvlab run {self._address()}"
+
+    def command_for(self, config: C) -> str:
+        """The command that runs it with a configuration: the script that was started, if an option names a part of that."""
+        return f"python {shlex.quote(sys.argv[0])}" if _script() and names_script(config) else self.command
+
+    def _address(self) -> str:
+        """Its name if a package has registered it, else where it stands, as ``module:attribute``."""
+        module = sys.modules[self._measures.__module__]
+        names = [name for name, thing in vars(module).items() if thing is self]
+        registered = entry_points(group="curvlab.analyses", name=self.name)
+        return f"{module.__name__}:{names[0]}" if names and not registered else self.name
 
     def _package(self) -> str:
         """The nearest package around it that `python -m` can run."""
@@ -196,6 +207,12 @@ class Analysis(Generic[C]):
             else "",
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def _script() -> Path | None:
+    """The script that was started, if it was one."""
+    started = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(started) if started else None
 
 
 def _hang(label: str, text: str) -> str:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +13,7 @@ from curvlab.tools.errors import CommandError
 
 USAGE = """\
 usage: curvlab list                    the analyses, each with its question
-       curvlab run NAME [options]      run one; curvlab run NAME --help lists its options and claims
+       curvlab run NAME [options]      run one, or module:ANALYSIS; curvlab run NAME --help lists its options and claims
        curvlab figures [PAPER …]       draw the figures of papers from stored results; --help says more"""
 
 
@@ -27,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: that of the analysis or of the figures; 2 for wrong usage.
     """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does, so that --problem module:function finds a file beside
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from curvlab.study.environment import check_device
 from curvlab.study.faults import MemoryShortage, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
-from curvlab.study.options import C, recorded, repeats, share
+from curvlab.study.options import C, names_script, recorded, repeats, share
 from curvlab.study.task import Attempt, Task
 from curvlab.study.workers import chunked, cores, in_processes
 from curvlab.tools.errors import CommandError
@@ -137,6 +138,9 @@ class Plan(Generic[C]):
         """How many processes are worth their start and can be given work, whatever their memory."""
         wanted = self.config.workers or (cores() if torch.device(self.config.device).type == "cpu" else 1)
         if wanted == 1 or sum(costs.values()) < WORTH_WORKERS:
+            return 1
+        if names_script(self.config) and not hasattr(sys.modules["__main__"], "__file__"):
+            log.info("one worker instead of %d, because what is defined in no file cannot be sent to others", wanted)
             return 1
         try:
             pickle.dumps(self.task())

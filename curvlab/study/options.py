@@ -138,6 +138,12 @@ def repeats(config: CommonOptions) -> str:
     return "; ".join(found)
 
 
+def names_script(config: CommonOptions) -> bool:
+    """Whether an option names something of the script that was started, as ``__main__:name``."""
+    values = (value for field in dataclasses.fields(config) for value in _values(config, field.name))
+    return any(isinstance(value, str) and value.startswith("__main__:") for value in values)
+
+
 HOW = frozenset(
     {"workers", "results", "config", "list_claims", "dry_run", "shard", "fresh", "strict", "quiet", "redraw"}
 )

@@ -71,7 +71,7 @@ def publish(plan: Plan[C], measured: Measured, partial: Path) -> Published:
     drawn, spoilt = _draw_all(analysis, load(partial)) if complete else ([], [])
     folder = final_name(partial) if complete else partial
     again = ["--config", str(folder / "config.json"), "--results", str(plan.config.results)]
-    redraw = f"{analysis.command} --redraw {shlex.quote(str(folder))}"
+    redraw = f"{analysis.command_for(plan.config)} --redraw {shlex.quote(str(folder))}"
     text = report.markdown(
         plan,
         analysis.name if complete else f"{analysis.name} (partial: the run was interrupted)",
@@ -79,7 +79,10 @@ def publish(plan: Plan[C], measured: Measured, partial: Path) -> Published:
         measurements,
         failures,
         drawn,
-        commands={"Redraw the figures": redraw, "Run it again": f"{analysis.command} {shlex.join(again)}"},
+        commands={
+            "Redraw the figures": redraw,
+            "Run it again": f"{analysis.command_for(plan.config)} {shlex.join(again)}",
+        },
     )
     write(partial / "report.md", text.encode())
     return Published(folder, verdicts, failures, redraw, spoilt)

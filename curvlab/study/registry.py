@@ -5,5 +5,7 @@ from typing import Any
 from curvlab.study.analysis import Analysis
 from curvlab.tools.registry import Registry
 
-ANALYSES: Registry[Analysis[Any]] = Registry("analysis", "curvlab.analyses")
+ANALYSES: Registry[Analysis[Any]] = Registry(
+    "analysis", "curvlab.analyses", form="an Analysis", fits=lambda thing: isinstance(thing, Analysis)
+)
 """What `curvlab run` runs; a package adds to it by an entry point of the group ``curvlab.analyses``."""

@@ -78,7 +78,7 @@ def _dispatch(analysis: Analysis[C], config: C, arguments: Sequence[str], consol
 def _run(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
     """Measure, judge, write, draw; the folder is partial until all of it is there."""
     analysis, config = plan.analysis, plan.config
-    command = shlex.join([*analysis.command.split(), *arguments])
+    command = shlex.join([*shlex.split(analysis.command_for(config)), *arguments])
     facts = environment(analysis.file, config.device)
     partial = open_folder(plan, facts, command)
     with recording(partial / "log.txt"):
@@ -116,7 +116,8 @@ def _run_shard(plan: Plan[C], arguments: Sequence[str], console: Console) -> int
     say(console, f"{name}: {len(measured.rows)} of its {len(plan.cells)} cells are in the cache {plan.cache.folder}")
     for failure in measured.failures:
         say(console, f"failed: cell {failure.cell}: {failure.reason} (traceback in {path})")
-    assemble = shlex.join([*plan.analysis.command.split(), *(word for word in rest if word != "--fresh")])
+    command = shlex.split(plan.analysis.command_for(plan.config))
+    assemble = shlex.join([*command, *(word for word in rest if word != "--fresh")])
     say(console, f"When all shards are done, assemble: {assemble}")
     return _exit_code(measured, contradicted=False)
 

@@ -49,11 +49,16 @@ def number(value: float, digits: int = 4) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question for the known name nearest to ``name``, and a space; empty if none is near."""
+    close = get_close_matches(name, tuple(known), n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """A sentence that names the known name nearest to ``name``, left out if none is near, then all known ones."""
     known = tuple(known)
-    close = get_close_matches(name, known, n=1)
-    return (f"Did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}."
+    return f"{nearest(name, known)}Known: {', '.join(known) or 'none'}."
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -342,7 +342,7 @@ def test_the_weight_of_cross_entropy(setting: Setting) -> None:
     ("options", "message"),
     [
         ({"structures": ("ful",)}, "Did you mean 'full'"),
-        ({"preconditioners": ("layer-wise",)}, "Unknown structure"),
+        ({"preconditioners": ("layer-wise",)}, "'layer-wise' is a family of structures"),
         ({"network": "fc-tan"}, "Did you mean 'fc-tanh'"),
         ({"etas": (0.0,)}, "--etas"),
         ({"etas": ()}, "--etas"),

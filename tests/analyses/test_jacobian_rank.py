@@ -266,7 +266,7 @@ def test_what_a_graph_plans_no_cell_for_is_not_measured_and_in_no_family() -> No
     ("options", "message"),
     [
         ({"structures": ("ful",)}, "Did you mean 'full'"),
-        ({"structures": ("layer-wise",)}, "Unknown structure"),
+        ({"structures": ("layer-wise",)}, "'layer-wise' is a family of structures"),
         ({"activation": ("rel",)}, "Did you mean 'relu'"),
         ({"widths": (0,)}, "--widths"),
         ({"samples": 1}, "--samples"),

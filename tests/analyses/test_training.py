@@ -21,9 +21,10 @@ from analyses.training.methods import (
     CONFIGURATIONS,
     METHODS,
     PASSES,
+    RIVALS,
+    VARIANTS,
     Method,
     half_coupled,
-    of_family,
     output_layer,
 )
 from analyses.training.optimisers import Together
@@ -326,7 +327,7 @@ def test_a_fresh_run_takes_up_no_checkpoint(problem: Problem, tmp_path: Path, mo
 
 def test_divergence_is_a_status_with_its_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wild = replace(METHODS["sgd"], points=({"lr": 1e4, "momentum": 0.9},) * 4)
-    monkeypatch.setitem(METHODS, "sgd", wild)
+    monkeypatch.setitem(RIVALS, "sgd", wild)
     task = plan_of(replace(CONFIG, results=tmp_path)).task()
     rows = task.observe(Cell({"experiment": "judging", "method": "sgd", "seed": 0}))
     found = {row["quantity"]: row for row in rows}
@@ -456,7 +457,7 @@ def test_batch_normalisation_admits_moments_only() -> None:
 
 
 def test_the_table_of_methods_is_complete_and_even() -> None:
-    assert {method.name for method in of_family("structure")} == set(STRUCTURES)
+    assert list(METHODS) == [*RIVALS, *STRUCTURES, *VARIANTS]
     assert {len(method.points) for method in METHODS.values()} == {CONFIGURATIONS}
     for method in METHODS.values():
         assert len({tuple(point.items()) for point in method.points}) == CONFIGURATIONS

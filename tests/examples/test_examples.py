@@ -1,9 +1,6 @@
 """Every example runs as its first lines say."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,17 +27,6 @@ def as_it_was(monkeypatch):
 def test_an_example_runs(name, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out
-
-
-def test_a_problem_of_ones_own_in_an_analysis_of_ours(tmp_path):
-    (tmp_path / "problem.py").write_text((EXAMPLES / "problem.py").read_text())
-    options = ["--seeds", "2", "--structures", "kfac", "--top", "1", "--lanczos", "8", "--probes", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "curvlab", "run", "spectrum", "--problem", "problem:moons", *options],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "largest-kfac" in done.stdout
 
 
 def test_every_example_is_run():

@@ -1,9 +1,11 @@
 """Things by name, from a plain call and from the entry points of installed packages."""
 
 import sys
+from inspect import isfunction
 
 import pytest
 
+from curvlab.tools.errors import CommandError
 from curvlab.tools.registry import BrokenPlugin, Registry, UnknownName
 
 
@@ -61,3 +63,49 @@ def test_a_name_has_one_thing(things):
     things.register("ours", "ours")
     with pytest.raises(ValueError, match="there is another thing called 'ours'"):
         things.register("ours", "others")
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A folder in which one stands, with a module in it."""
+    (tmp_path / "standing_here.py").write_text("def thing(): pass\nclass Thing: pass\nnumber = 3\n")
+    (tmp_path / "needy.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "unfinished.py").write_text("width = depth\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    yield Registry("thing", "curvlab.things", form="a function", fits=isfunction)
+    for name in ("standing_here", "needy", "unfinished"):
+        sys.modules.pop(name, None)
+
+
+def test_a_module_of_this_folder_adds_what_is_asked_for_by_its_name(module):
+    thing = module["standing_here:thing"]
+    assert thing is sys.modules["standing_here"].thing
+    assert "standing_here:thing" in module
+    assert "standing_here:number" not in module
+    assert list(module) == [], "it is not among those that are listed"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "standing_here:thin",
+            r"Thing 'standing_here:thin': Unknown function of standing_here 'thin'. Did you mean 'thing'?",
+        ),
+        ("standing_here:number", "number is int, not a function"),
+        ("standing_here:Thing", "Thing is the class Thing, not a function"),
+        (
+            "standing_her:thing",
+            "importing 'standing_her' failed .*Did you mean 'standing_here'.* looked for in .*PYTHONPATH",
+        ),
+        ("needy:thing", "importing 'needy' failed .*a_module_that_is_not_there.*[.]$"),
+        ("unfinished:thing", "importing 'unfinished' raised NameError: name 'depth' is not defined"),
+        (":thing", "importing '' raised ValueError"),
+        ("__main__:thing", "Unknown function of __main__ 'thing'.* __main__ is what was started"),
+    ],
+)
+def test_what_a_module_does_not_have_is_explained(module, name, message):
+    with pytest.raises(CommandError, match=message):
+        module[name]
+    assert name not in module
