@@ -125,15 +125,14 @@ class State(ABC):
                 block.leave_rows(1.0 if rows.reduction == "sum" else self._merged.terms)
         self._blocks, self._anew = blocks, []
         self._update_blocks(batches)
-        goes_on = decay > 0 and any(staying)
-        history = [*(self._kept if goes_on else []), (decay, rows)][-(self._window or 0) :]
-        if goes_on:
-            self._counts = RunningAverage()
-        for step, part in history:
-            count = torch.tensor(part.count, dtype=torch.float64, device="cpu")
-            self._counts.update(count if total is None else total(count), 1.0, step, additive=True)
+        history = [*(self._kept if decay else []), (decay, rows)][-(self._window or 0) :] if any(staying) else []
+        if decay and history and self._window is not None:
+            self._counts = _counted(history)  # without the batches that have left the window
+        else:
+            count = torch.tensor(rows.count, dtype=torch.float64, device="cpu")
+            self._counts.update(count if total is None else total(count), 1.0, decay, additive=True)
         self._shapes, self._latest, self._largest = without_numbers(rows), rows, None
-        self._merge(history if any(staying) else [])
+        self._merge(history)
         return self
 
     def _merge(self, batches: list[tuple[float, Rows]]) -> None:
@@ -143,7 +142,8 @@ class State(ABC):
             return
         weights = list(accumulate((decay for decay, _ in reversed(batches[1:])), mul, initial=1.0))[::-1]
         # Sums of losses add up at decay 1 and are averaged otherwise, as their counts are.
-        self._merged = merge([rows for _, rows in batches], [weight / self._counts.weight for weight in weights])
+        divisor = _counted(batches).weight
+        self._merged = merge([rows for _, rows in batches], [weight / divisor for weight in weights])
         if self._window is None:
             self._kept = [(0.0, self._merged)]
         for block in self._blocks:
@@ -155,7 +155,7 @@ class State(ABC):
 
         Averages of blocks whose parameters have kept their shapes go on. Other blocks, and all that keep rows, since rows
         are those of one network, start anew with the next `update`, before which there is no matrix. Nothing is embedded in
-        a larger block: its moments with the new parameters are unknown.
+        a larger block: its moments with the new parameters are unknown. `count` goes on if any block does.
 
         Args:
             rows: rows of the network as it is now; their numbers do not matter.
@@ -174,6 +174,8 @@ class State(ABC):
         for block, old in kept.items():
             block.restore(old.state())
         self._blocks, self._anew = blocks, [block for block in blocks if block not in kept]
+        if not kept:
+            self._counts = RunningAverage()
         self._shapes = replace(without_numbers(rows), kind=self.shapes.kind, reduction=self.shapes.reduction)
         self._kept, self._merged, self._latest, self._largest = [], None, None, None
         return self
@@ -313,6 +315,14 @@ class State(ABC):
         self._shapes, self._blocks, self._anew, self._latest, self._largest = shapes, blocks, [], None, None
         self._counts.restore(state["counts"])
         self._merge([(decay, unpack_rows(packed)) for decay, packed in state["kept"]])
+
+
+def _counted(batches: Iterable[tuple[float, Rows]]) -> RunningAverage:
+    """Return the counts of batches, each with the decay of those before it."""
+    counts = RunningAverage()
+    for decay, rows in batches:
+        counts.update(torch.tensor(rows.count, dtype=torch.float64, device="cpu"), 1.0, decay, additive=True)
+    return counts
 
 
 def _entries(block: Block) -> Int[Tensor, " _"]:

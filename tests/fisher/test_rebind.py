@@ -116,3 +116,47 @@ def test_there_is_no_matrix_until_all_blocks_have_curvature() -> None:
     expected = same.to_dense()
     assert_close(same.rebind(before).to_dense(), expected)
     assert cf.KFAC().rebind(after).updated is False
+
+
+def dense_mean(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the Fisher matrix of the mean cross-entropy over batches, Σ_n J_nᵀ(diag p_n − p_n p_nᵀ)J_n / N."""
+    parameters, total, count = dict(model.named_parameters()), torch.zeros(()), 0
+    for inputs, _ in batches:
+        jacobian = torch.func.jacrev(lambda p, x=inputs: torch.func.functional_call(model, p, (x,)))(parameters)
+        J = torch.cat([part.flatten(2) for part in jacobian.values()], dim=2)
+        p = model(inputs).detach().softmax(1)
+        total = total + torch.einsum("nci,ncd,ndj->ij", J, p.diag_embed() - p[:, :, None] * p[:, None], J)
+        count += len(inputs)
+    return (total / count).detach()
+
+
+def test_at_decay_1_rows_averages_and_count_are_those_of_all_their_batches() -> None:
+    """Layers that have grown keep rows, those of the batches since; the last one's average and the count are of all."""
+    before, after = perceptron(30), perceptron(40)
+    batches = [(draw(N, 4, seed=N), torch.arange(N) % 3) for N in (12, 7, 9)]
+    rows = [sqrt_fisher(model, LOSS, *batch) for model, batch in zip((before, after, after), batches, strict=True)]
+    structure = cf.BlockDiagonal().update(rows[0]).rebind(rows[1])
+    seen = [structure.update(more, 1.0).count for more in rows[1:]]
+    assert [block.keeps_rows for block in structure._blocks] == [True, True, False]
+    assert seen == [19, 28]
+    since = dense_mean(after, batches[1:])
+    at = {name: part(structure, name) for name in ("0", "2", "4")}
+    sizes = [len(block) for block in at.values()]
+    blocks = [since[start : start + n, start : start + n] for start, n in zip((0, 200, 405), sizes, strict=True)]
+    last = (12 * dense_mean(before, batches[:1])[-18:, -18:] + 16 * blocks[2]) / 28
+    for found, expected in zip(at.values(), (*blocks[:2], last), strict=True):
+        assert_close(found, expected)
+    restored = cf.BlockDiagonal()
+    restored.load_state_dict(structure.state_dict())
+    assert restored.update(rows[1], 1.0).count == 35
+
+
+@pytest.mark.parametrize("key", ["full", "kfac", "diagonal"])
+def test_where_no_layer_has_kept_its_shape_the_count_starts_anew(key: str) -> None:
+    before, after = (
+        sqrt_fisher(nn.Linear(4, 3).double(), LOSS, draw(5, 4), torch.arange(5) % 3),
+        rows_of(perceptron(6), 1),
+    )
+    structure = cf.make(key).update(before).rebind(after).update(after, 1.0)
+    assert structure.count == 12
+    assert_close(structure.to_dense(), cf.make(key).update(after).to_dense())
