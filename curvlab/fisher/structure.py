@@ -37,7 +37,7 @@ from curvlab.rows.parameters import Vector
 from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
-from curvlab.tools.looks import LOOKS, Look, default_look
+from curvlab.tools.looks import REGISTRIES, WITHOUT_STRUCTURE, Look, distinct
 from curvlab.tools.registry import Registry
 
 Own = TypeVar("Own", bound="Structure")
@@ -50,6 +50,7 @@ STRUCTURES: Registry[type[Structure]] = Registry(
 )
 """Every structure by its key, ours and those of installed packages, which add to them by entry points of the group
 ``curvlab.structures``, and any other as ``module:Class``; the options, the tests and the documentation read this."""
+REGISTRIES.append(STRUCTURES)
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""
@@ -85,14 +86,18 @@ class Structure(State):
         Args:
             key: what options, tables and results call the structure.
             summary: what it is, in a few words.
-            look: how it is drawn in figures; `curvlab.tools.looks.default_look` if None.
+            look: how it is drawn in figures; colour and marker that no other structure has if None.
             kwargs: of other base classes.
+
+        Warns:
+            UserWarning: another structure has that colour or marker; a spare one is taken instead.
         """
         super().__init_subclass__(**kwargs)
         if key is not None:
             cls.key, cls.summary = key, summary
-            cls.look = LOOKS[key] = look or default_look(key)
             STRUCTURES.register(key, cls)
+            others = {name: other.look for name, other in STRUCTURES.loaded.items() if name != key}
+            cls.look = distinct(key, look, others | WITHOUT_STRUCTURE)
 
     @classmethod
     def fit(

@@ -84,6 +84,11 @@ class Registry(Mapping[str, T], Generic[T]):
         """Forget a thing, if it is there."""
         self._things.pop(name, None)
 
+    @property
+    def loaded(self) -> Mapping[str, T]:
+        """Those that are here: all but entry points that nobody has asked for."""
+        return dict(self._things)
+
     def __getitem__(self, name: str) -> T:
         if ":" in name:
             return self._of_module(name)

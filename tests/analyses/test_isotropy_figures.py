@@ -12,11 +12,12 @@ from analyses.ntk_isotropy import ANALYSIS, panels
 from analyses.ntk_isotropy.analysis import FIGURES
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.setting import PUBLISHED
+from curvlab.fisher import STRUCTURES
 from curvlab.study import style
 from curvlab.study.execution import Plan
 from curvlab.study.measurements import tabulate
 from curvlab.study.panels import NotStored, PanelGrid, at_base, take
-from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
+from curvlab.tools.looks import WITHOUT_STRUCTURE
 
 WIDTHS, SEEDS = (128, 512), (0, 1, 2)
 ALPHA = {"full": 1, "block-diagonal": 3, "block-tridiagonal": 1, "layer-wise": 1.5, "kfac": 81, "unit-wise": 128}
@@ -170,7 +171,9 @@ def test_the_synthetic_table_names_what_the_experiments_measure(measurements):
 
 
 def test_a_structure_has_its_colour_in_every_figure(measurements):
-    known = {to_rgba(look.color): look for look in (LOOKS | WITHOUT_STRUCTURE).values()}
+    known = {
+        to_rgba(look.color): look for look in (*(cls.look for cls in STRUCTURES.values()), *WITHOUT_STRUCTURE.values())
+    }
     for name in FIGURES:
         for axes in drawn(name, measurements).axes:
             for container in axes.containers:

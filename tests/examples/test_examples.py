@@ -7,7 +7,6 @@ import pytest
 
 from curvlab.fisher import STRUCTURES
 from curvlab.rows import modules
-from curvlab.tools.looks import LOOKS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = ("structure", "layer", "problem", "optimiser", "growing")
@@ -19,7 +18,6 @@ def as_it_was(monkeypatch):
     monkeypatch.setattr(modules, "RULES", dict(modules.RULES))
     yield
     STRUCTURES.unregister("scalar")
-    LOOKS.pop("scalar", None)
 
 
 @pytest.mark.usefixtures("as_it_was")

@@ -9,7 +9,7 @@ import curvlab.fisher as cf
 from curvlab.errors import IllConditioned, NotPositiveDefinite, OutsideRange, PartitionError, StateError
 from curvlab.fisher import memory
 from curvlab.testing.oracle import assert_close
-from curvlab.tools.looks import LOOKS
+from curvlab.tools.looks import look
 
 
 def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None:
@@ -23,7 +23,7 @@ def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None
         assert cls.key == key
         assert cls.summary
         assert repr(type(structure)(**structure.options)) == repr(structure)
-        assert LOOKS[key] is cls.look
+        assert look(key) is cls.look
     assert cf.make("full", side="rows", rtol=1e-3).options == {"side": "rows", "window": None, "rtol": 1e-3}
 
 

@@ -9,9 +9,9 @@ from scipy import stats
 
 from curvlab.fisher import STRUCTURES
 from curvlab.study import style
-from curvlab.tools.looks import LOOKS, WITHOUT_STRUCTURE
+from curvlab.tools.looks import SPARE, WITHOUT_STRUCTURE, Look, distinct
 
-DRAWN = LOOKS | WITHOUT_STRUCTURE
+DRAWN = {key: cls.look for key, cls in STRUCTURES.items()} | WITHOUT_STRUCTURE
 
 
 @pytest.fixture
@@ -35,9 +35,42 @@ def seeds(*points, count=12):
 
 
 def test_every_structure_has_a_look_of_its_own():
-    assert [key for key in LOOKS if key in STRUCTURES] == list(STRUCTURES)
+    assert style.in_order(reversed(DRAWN)) == list(DRAWN)
     for field in ("color", "marker", "label"):
         assert len({getattr(look, field) for look in DRAWN.values()}) == len(DRAWN)
+    for field, spare in SPARE.items():
+        assert not {getattr(look, field) for look in DRAWN.values()} & set(spare)
+
+
+def test_what_brings_no_look_gets_one_that_nobody_has():
+    others = dict(DRAWN)
+    for key in ("one", "two", "three"):
+        others[key] = distinct(key, None, others)
+        assert others[key].label == key
+    for field in ("color", "marker"):
+        assert len({getattr(look, field) for look in others.values()}) == len(others)
+    for number in range(20):  # when nothing is spare, things look alike
+        others[f"more {number}"] = distinct(f"more {number}", None, others)
+    assert others["more 19"] == Look("#999999", "o", "more 19")
+
+
+def test_a_look_that_is_taken_is_changed_with_a_warning_that_names_both():
+    free = Look("#123456", "$x$", "mine")
+    assert distinct("mine", free, DRAWN) is free
+    with pytest.warns(
+        UserWarning, match=r"look of 'mine': its color #E69F00 is that of 'kfac', so it is drawn with #44AA99"
+    ):
+        found = distinct("mine", Look("#E69F00", "$x$", "mine"), DRAWN)
+    assert found == Look("#44AA99", "$x$", "mine")
+    with pytest.warns(
+        UserWarning, match="its color .* 'kfac', .*; its marker s is that of 'block-diagonal', .* with d"
+    ):
+        distinct("mine", Look("#E69F00", "s", "mine"), DRAWN)
+
+
+def test_a_structure_of_a_module_has_its_look_in_figures():
+    assert style.look("curvlab.fisher:KFAC") is STRUCTURES["kfac"].look
+    assert style.look("no_such_module:Mine").label == "no_such_module:Mine"
 
 
 def test_what_has_no_look_is_drawn_all_the_same():

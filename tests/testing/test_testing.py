@@ -9,7 +9,6 @@ from curvlab.nn import NTKLinear
 from curvlab.problems import image_problem, resolve
 from curvlab.rows.modules import RULES
 from curvlab.testing import check_layer, check_problem, check_structure
-from curvlab.tools.looks import LOOKS
 
 
 def sigma(layers):
@@ -40,7 +39,6 @@ def broken():
 
     yield make
     STRUCTURES.unregister("broken")
-    LOOKS.pop("broken", None)
 
 
 @pytest.mark.parametrize(
