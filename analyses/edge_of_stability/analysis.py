@@ -35,17 +35,6 @@ def _data_hash(config: Config) -> str:
 
 _layout = partial(PanelGrid, "python -m analyses.edge_of_stability")
 
-APPROXIMATIONS = (
-    ("full", "block-diagonal", "block-tridiagonal"),
-    ("kfac", "ekfac", "unit-wise"),
-    ("diagonal", "mc", "empirical"),
-)
-
-
-def _largest(name: str) -> partial[None]:
-    return partial(panels.largest_of, approximation=name)
-
-
 FIGURES = {
     "edge": _layout(
         [[panels.loss_against_step, panels.sharpness_against_step]],
@@ -65,9 +54,7 @@ FIGURES = {
     "schedules": _layout(
         [[panels.catapults, panels.dropped_rate, panels.late_drop]], claims=("catapult-", "drop-", "late-"), height=2.4
     ),
-    "structures": _layout(
-        [[_largest(name) for name in row] for row in APPROXIMATIONS], claims=("predicts-",), height=1.9
-    ),
+    "structures": _layout(panels.largest, claims=("predicts-",), height=1.9),
     "preconditioned": _layout(
         [[partial(panels.preconditioned, mode="frozen"), partial(panels.preconditioned, mode="live")]],
         claims=("preconditioned-", "natural-"),

@@ -1,5 +1,6 @@
 """The panels of the edge-of-stability figures, each one relation between stored measurements and its prediction."""
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -8,10 +9,10 @@ from matplotlib.axes import Axes
 
 from analyses.edge_of_stability.experiments import published as readme
 from analyses.edge_of_stability.experiments.losses import CE
+from analyses.edge_of_stability.experiments.structures import KINDS
 from analyses.edge_of_stability.points import BAND
-from curvlab.fisher import STRUCTURES
 from curvlab.study import style
-from curvlab.study.panels import DASHED, NEUTRAL, groups, level, note, take
+from curvlab.study.panels import DASHED, NEUTRAL, Rows, groups, level, note, one_each, take
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Of step sizes and runs, in order; each comes with a marker of its own."""
@@ -173,6 +174,13 @@ def preconditioned(axes: Axes, measurements: pd.DataFrame, *, mode: str) -> None
     axes.set_ylabel(r"$\lambda_{\max}(P^{-1}H)\,\eta/2$" if mode == "frozen" else r"$\lambda_{\max}(P^{-1}H)$")
 
 
+def largest(measurements: pd.DataFrame) -> Rows:
+    """One panel for every approximation that was followed."""
+    found = take(measurements, "structures", "largest")["approximation"]
+    names = style.in_order(found[found != "hessian"])
+    return one_each([partial(largest_of, approximation=name) for name in names])
+
+
 def largest_of(axes: Axes, measurements: pd.DataFrame, *, approximation: str) -> None:
     """λ_max of one approximation and of the Hessian along gradient descent, and 2/η (dashed)."""
     axes.set_yscale("log")
@@ -180,7 +188,7 @@ def largest_of(axes: Axes, measurements: pd.DataFrame, *, approximation: str) ->
     curve(axes, reference, "step", 0, "Hessian")
     curve(axes, take(measurements, "structures", "largest", approximation=approximation), "step", 1, "approximation")
     threshold(axes, 2 / float(reference["eta"].iloc[0]), label=r"$2/\eta$")
-    title = style.look(approximation).label if approximation in STRUCTURES else f"{approximation} Fisher"
+    title = f"{approximation} Fisher" if approximation in KINDS else style.look(approximation).label
     axes.set(xlabel="step", ylabel=r"$\lambda_{\max}$", title=title)
 
 

@@ -93,11 +93,7 @@ ANALYSIS: Analysis[Config] = Analysis(
     figures={
         "top": _layout([[panels.top_eigenvalues, panels.traces]], claims=("largest-", "trace-"), height=2.6),
         "layers": _layout([[panels.largest_by_layer]], claims=(), height=2.6),
-        "density": _layout(
-            [[partial(panels.density, matrix=name) for name in row] for row in panels.DENSITIES],
-            claims=("hessian-",),
-            height=1.7,
-        ),
+        "density": _layout(panels.densities, claims=("hessian-",), height=1.7),
     },
     axes=("structures",),
     together=("seed",),

@@ -1,5 +1,7 @@
 """The panels of the spectrum figures, each one relation between stored measurements."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -7,15 +9,10 @@ from matplotlib.axes import Axes
 from analyses.spectrum.config import GGN, HESSIAN
 from analyses.spectrum.measure import WHOLE
 from curvlab.study import style
-from curvlab.study.panels import NEUTRAL, take
+from curvlab.study.panels import NEUTRAL, Rows, one_each, take
 
-OWN = {HESSIAN: style.Look("#999999", "h", "Hessian"), GGN: style.Look("#882255", "*", "GGN")}
-"""Looks of what is no structure."""
-DENSITIES = (
-    (HESSIAN, GGN, "full"),
-    ("block-diagonal", "kfac", "ekfac"),
-    ("block-tridiagonal", "unit-wise", "diagonal"),
-)
+OWN = {HESSIAN: style.Look("#AAAAAA", ">", "Hessian"), GGN: style.Look("#666666", "*", "GGN")}
+"""Looks of what is no structure: greys."""
 
 
 def look(matrix: str) -> style.Look:
@@ -41,6 +38,7 @@ def top_eigenvalues(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set_yscale("log")
     table = take(measurements, "spectra", "eigenvalue", layer=WHOLE)
     _by_matrix(axes, table, "index", 3.0)
+    axes.margins(x=0.15)
     axes.set_xticks(sorted(int(index) for index in table["index"].unique()))
     axes.set(xlabel="eigenvalue, from the largest", ylabel=r"$\lambda_i$")
 
@@ -66,6 +64,12 @@ def largest_by_layer(axes: Axes, measurements: pd.DataFrame) -> None:
     names = [f"layer {layer}" if layer != WHOLE else "all parameters" for layer in places]
     axes.set_xticks(range(len(places)), names)
     axes.set(ylabel=r"$\lambda_{\max}$ of the block")
+
+
+def densities(measurements: pd.DataFrame) -> Rows:
+    """One panel for every matrix that was measured."""
+    table = take(measurements, "spectra", "density")
+    return one_each([partial(density, matrix=name) for name in _present(table)])
 
 
 def density(axes: Axes, measurements: pd.DataFrame, *, matrix: str) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal, SupportsFloat
 
 import numpy as np
@@ -15,6 +17,8 @@ from curvlab.study import style
 
 Panel = Callable[[Axes, pd.DataFrame], None]
 """Draws one relation into given axes from the measurements of a run; raises `NotStored` if they are absent."""
+Rows = Sequence[Sequence[Panel]]
+"""Panels in rows, of which some may be shorter."""
 
 NEUTRAL = "#555555"
 """Colour of guides, remarks and predictions that hold for every structure."""
@@ -33,7 +37,7 @@ class PanelGrid:
 
     Attributes:
         command: The command that measures what it draws.
-        panels: Rows of panels.
+        panels: Rows of panels, or measurements → these, where what was measured says which there are; see `one_each`.
         claims: Beginnings of the ids of its claims; those that were judged enter the caption.
         width: Of the figure.
         height: Of a row, in inches, without the caption.
@@ -41,7 +45,7 @@ class PanelGrid:
     """
 
     command: str
-    panels: Sequence[Sequence[Panel]]
+    panels: Rows | Callable[[pd.DataFrame], Rows]
     claims: tuple[str, ...]
     width: Literal["column", "double"] = "double"
     height: float = 2.1
@@ -49,9 +53,14 @@ class PanelGrid:
 
     def __call__(self, measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
         """Draw the figure from stored measurements and verdicts; a panel without measurements says so."""
-        figure, grid = style.canvas(len(self.panels), len(self.panels[0]), width=self.width, height=self.height)
-        for row, panels in zip(grid, self.panels, strict=True):
-            for axes, panel in zip(row, panels, strict=True):
+        rows = self._rows(measurements)
+        columns = max(len(row) for row in rows)
+        figure, grid = style.canvas(len(rows), columns, width=self.width, height=self.height)
+        for places, row in zip(grid, rows, strict=True):
+            for axes, panel in zip_longest(places, row):
+                if panel is None:
+                    axes.set_axis_off()
+                    continue
                 try:
                     panel(axes, measurements)
                 except NotStored as missing:
@@ -64,6 +73,23 @@ class PanelGrid:
         if judged := [claim for claim in verdicts.get("claim", ()) if str(claim).startswith(self.claims)]:
             style.caption(figure, verdicts, judged)
         return figure
+
+    def _rows(self, measurements: pd.DataFrame) -> Rows:
+        if not callable(self.panels):
+            return self.panels
+        try:
+            return self.panels(measurements)
+        except NotStored as missing:
+            return [[partial(_raise, missing)]]
+
+
+def _raise(missing: NotStored, *_: object) -> None:
+    raise missing
+
+
+def one_each(panels: Sequence[Panel], columns: int = 3) -> Rows:
+    """Lay panels out in rows, as many as it takes; the last may be shorter."""
+    return [panels[start : start + columns] for start in range(0, len(panels), columns)]
 
 
 def plain_ticks(axis: Axis) -> None:
