@@ -8,7 +8,9 @@ otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,6 +56,20 @@ class Operator(ABC):
             raise ValueError(f"A product with {self!r} is not finite: check its parameters and data.")
         return product
 
+    def adjoint(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Multiply a block of vectors with the transpose.
+
+        Raises:
+            NotImplementedError: the operator is symmetric in another inner product than the Euclidean one, and does not say
+                what its transpose is.
+        """
+        if not self.euclidean:
+            raise NotImplementedError(
+                f"{type(self).__name__} is symmetric in the inner product of M only, so its transpose is another operator; "
+                "whoever writes it, implement Operator.adjoint."
+            )
+        return self.matmat(block)
+
     def metric(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block with M."""
         return block
@@ -83,14 +99,17 @@ class Operator(ABC):
     def scipy(self) -> LinearOperator:
         """Return the operator for SciPy, on vectors of the same floating-point type in the host's memory."""
 
-        def columns(block: Shaped[np.ndarray, P * K]) -> Shaped[np.ndarray, P * K]:
+        def on_columns(
+            product: Callable[[Tensor], Tensor], block: Shaped[np.ndarray, P * K]
+        ) -> Shaped[np.ndarray, P * K]:
             vectors = torch.as_tensor(np.ascontiguousarray(block.T), dtype=self.dtype, device=self.device)
-            product = self.matmat(vectors.reshape(-1, self.size)).cpu().numpy().T
-            return product.reshape(block.shape)
+            return product(vectors.reshape(-1, self.size)).cpu().numpy().T.reshape(block.shape)
 
+        forward, transposed = partial(on_columns, self.matmat), partial(on_columns, self.adjoint)
         dtype = torch.zeros((), dtype=self.dtype, device="cpu").numpy().dtype
-        transposed = {"rmatvec": columns, "rmatmat": columns} if self.euclidean else {}
-        return LinearOperator((self.size, self.size), matvec=columns, matmat=columns, dtype=dtype, **transposed)
+        return LinearOperator(
+            (self.size, self.size), matvec=forward, matmat=forward, rmatvec=transposed, rmatmat=transposed, dtype=dtype
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(P={self.size}, dtype={self.dtype}, device={self.device})"

@@ -146,6 +146,10 @@ class Preconditioned(Operator):
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
         return self._solve(self.operator.matmat(block))
 
+    def adjoint(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """Multiply with `H(F + ρI)⁻¹`, for ρ = 0 with `H F⁺`."""
+        return self.operator.matmat(self._solve(block))
+
     def held(self) -> AbstractContextManager[None]:  # noqa: D102
         return self.operator.held()
 
