@@ -13,6 +13,7 @@ import tyro
 
 from curvlab.study import Results, style
 from curvlab.study import main as run_analysis
+from curvlab.study.publish import figure_of
 from curvlab.tools.errors import CommandError, DataUnavailable
 from curvlab.tools.storage import make_folder, write
 from paper_figures import Paper, find, names
@@ -91,7 +92,7 @@ def _draw(paper: Paper, stored: Results, folder: Path) -> None:
     print(f"from {stored.folder}")
     for name, draw in paper.figures.items():
         with style.use():
-            figure = draw(stored.measurements, stored.verdicts)
+            figure = figure_of(draw, stored)
             try:
                 style.save(figure, folder / name)
             finally:

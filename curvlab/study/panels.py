@@ -1,9 +1,10 @@
 """What figures share: a layout of panels, selections of measurements, lines and guides."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from textwrap import fill, shorten
 from typing import Any, Literal, SupportsFloat
 
 import numpy as np
@@ -14,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from curvlab.study import style
+from curvlab.study.cells import Cell, matches
+from curvlab.study.claims import Failure
 
 Panel = Callable[[Axes, pd.DataFrame], None]
 """Draws one relation into given axes from the measurements of a run; raises `NotStored` if they are absent."""
@@ -25,10 +28,33 @@ NEUTRAL = "#555555"
 DASHED = (0, (4, 2))
 SMALL = 6.5
 """Font size of remarks, in printer's points."""
+REASON = 200
+"""Characters of the reason why a cell failed."""
 
 
 class NotStored(LookupError):
-    """Measurements that a panel needs are not among the stored ones; the message names them."""
+    """Measurements that a panel needs are not among the stored ones; the message names them.
+
+    Args:
+        what: What is missing, in words.
+        where: Coordinates of the cells that measure it, its experiment among them.
+    """
+
+    def __init__(self, what: str, where: Mapping[str, object] | None = None) -> None:
+        super().__init__(what)
+        self.where = where or {}
+
+    def because(self, failures: Sequence[Failure]) -> str:
+        """Which of the cells that failed measure it, and why the first did; empty if none does."""
+
+        def measures(cell: Cell) -> bool:
+            return matches(cell, {name: wanted for name, wanted in self.where.items() if name in cell.coordinates})
+
+        failed = [failure for failure in failures if self.where and measures(failure.cell)]
+        if not failed:
+            return ""
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        return f"Failed: cell {failed[0].cell}: {shorten(failed[0].reason, REASON, placeholder=' …')}{more}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,7 @@ class PanelGrid:
         width: Of the figure.
         height: Of a row, in inches, without the caption.
         columns: Of the legend.
+        failures: Cells without measurements; a panel that lacks those says why.
     """
 
     command: str
@@ -50,6 +77,7 @@ class PanelGrid:
     width: Literal["column", "double"] = "double"
     height: float = 2.1
     columns: int = 5
+    failures: tuple[Failure, ...] = ()
 
     def __call__(self, measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
         """Draw the figure from stored measurements and verdicts; a panel without measurements says so."""
@@ -65,7 +93,7 @@ class PanelGrid:
                     panel(axes, measurements)
                 except NotStored as missing:
                     axes.clear()
-                    _say_missing(axes, str(missing), self.command)
+                    _say_missing(axes, missing, self.failures, self.command)
                 if axes.get_yscale() == "log" and axes.get_ylim()[1] < 100 * axes.get_ylim()[0]:
                     plain_ticks(axes.yaxis)
         if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
@@ -99,10 +127,13 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _say_missing(axes: Axes, what: str, command: str) -> None:
+def _say_missing(axes: Axes, missing: NotStored, failures: Sequence[Failure], command: str) -> None:
     axes.set_axis_off()
-    text = f"{what}\nis not among the stored results;\n{command}\nmeasures it."
-    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, color=NEUTRAL, transform=axes.transAxes)
+    said = missing.because(failures) or f"{command}\nmeasures it."
+    width = axes.bbox.width / axes.figure.dpi * style.CHARACTERS
+    text = f"{missing}\nis not among the stored results{'.' if missing.because(failures) else ';'}\n{said}"
+    lines = [fill(line, max(20, int(width)), break_on_hyphens=False) for line in text.splitlines()]
+    axes.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", fontsize=6, color=NEUTRAL, transform=axes.transAxes)
 
 
 def take(measurements: pd.DataFrame, experiment: str, quantity: str, **where: object) -> pd.DataFrame:
@@ -116,7 +147,7 @@ def take(measurements: pd.DataFrame, experiment: str, quantity: str, **where: ob
         allowed = value if isinstance(value, tuple) else (value,)
         kept &= measurements[name].isin(allowed) if name in measurements else False
     if not kept.any():
-        raise NotStored(f"{experiment}: {quantity.replace('_', ' ')}")
+        raise NotStored(f"{experiment}: {quantity.replace('_', ' ')}", {"experiment": experiment} | where)
     found: pd.DataFrame = measurements.loc[kept]
     return found
 

@@ -2,19 +2,21 @@
 
 import logging
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from curvlab.study import report, style
-from curvlab.study.analysis import Analysis
+from curvlab.study.analysis import Analysis, Draw
 from curvlab.study.claims import Failure, Verdict
 from curvlab.study.execution import Measured, Plan
 from curvlab.study.judging import judge
 from curvlab.study.measurements import tabulate
 from curvlab.study.options import C, recorded
+from curvlab.study.panels import Layout
 from curvlab.study.results import PARTIAL, Results, final_name, load, verdict_table, write_measurements, write_verdicts
 from curvlab.tools.errors import CommandError
 from curvlab.tools.storage import digest, make_folder, write, write_json
@@ -88,10 +90,16 @@ def publish(plan: Plan[C], measured: Measured, partial: Path) -> Published:
     return Published(folder, verdicts, failures, redraw, spoilt)
 
 
+def figure_of(draw: Draw, results: Results) -> Figure:
+    """Draw a figure from stored results; a layout knows the cells that failed."""
+    knowing = replace(draw, failures=results.failures) if isinstance(draw, Layout) else draw
+    return knowing(results.measurements, results.verdicts)
+
+
 def draw(analysis: Analysis[C], name: str, results: Results) -> None:
     """Draw one figure from stored results into their folder, as PDF and PNG."""
     with style.use():
-        figure = analysis.figures[name](results.measurements, results.verdicts)
+        figure = figure_of(analysis.figures[name], results)
         try:
             make_folder(results.folder / "figures")
             style.save(figure, results.folder / "figures" / name)

@@ -1,6 +1,7 @@
 """Figures with a panel for every structure show all that were measured, those from outside among them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,7 +12,8 @@ from analyses.edge_of_stability.analysis import ANALYSIS as EDGE
 from analyses.specs import members
 from analyses.spectrum.analysis import ANALYSIS as SPECTRUM
 from curvlab.fisher import STRUCTURES, Diagonal
-from curvlab.study import Analysis
+from curvlab.study import Analysis, Cell
+from curvlab.study.claims import Failure
 from curvlab.study.panels import Layout, NotStored, one_each
 from curvlab.tools.looks import look
 
@@ -65,6 +67,36 @@ def test_without_measurements_a_figure_says_so(analysis: Analysis, name: str) ->
     plt.close(figure)
     (axes,) = figure.axes
     assert "is not among the stored results" in axes.texts[0].get_text()
+
+
+def test_a_panel_says_which_cells_failed_and_why() -> None:
+    rows = [
+        {
+            "experiment": "spectra",
+            "quantity": "trace",
+            "matrix": "full",
+            "layer": "all",
+            "seed": 0,
+            "value": 1.0,
+            "index": 0,
+        }
+    ]
+    failures = tuple(
+        Failure(Cell({"experiment": name, "matrix": "kfac", "seed": seed}), f"ValueError: nothing in {name}")
+        for name in ("others", "spectra")
+        for seed in (3, 4)
+    )
+    figure = replace(SPECTRUM.figures["top"], failures=failures)(pd.DataFrame(rows), UNJUDGED)
+    plt.close(figure)
+    top, _ = figure.axes
+    (said,) = (" ".join(text.get_text().split()) for text in top.texts)
+    assert said == (
+        "spectra: eigenvalue is not among the stored results. Failed: cell experiment=spectra, matrix=kfac, seed=3: "
+        "ValueError: nothing in spectra (and 1 more)"
+    )
+    of_full = NotStored("spectra: eigenvalue", {"experiment": "spectra", "matrix": ("full", "ggn"), "layer": "all"})
+    assert of_full.because(failures) == ""
+    assert NotStored("spectra", {"experiment": "spectra", "matrix": "kfac", "layer": "all"}).because(failures)
 
 
 def test_a_last_row_may_be_short() -> None:
