@@ -31,6 +31,8 @@ from curvlab.tools.text import duration, size, unknown
 
 log = logging.getLogger(__name__)
 
+STARTING = 3.0
+"""Seconds in which a process starts and imports what it needs."""
 WORTH_WORKERS = 10.0
 """Seconds of work from which starting processes pays."""
 
@@ -179,9 +181,11 @@ class Workload:
 
     @property
     def time(self) -> str:
-        """How long that takes, in words."""
-        total = duration(sum(self.costs.values()) / self.workers)
-        return f"about {total} in {self.workers} processes" if self.workers > 1 else f"about {total}"
+        """How long that takes a command that has started, in words; the start of other processes is part of it."""
+        seconds = sum(self.costs.values())
+        if self.workers == 1:
+            return f"about {duration(seconds)}"
+        return f"about {duration(STARTING + seconds / self.workers)} in {self.workers} processes"
 
 
 @dataclass

@@ -16,7 +16,7 @@ from curvlab.study import report
 from curvlab.study.analysis import Analysis
 from curvlab.study.claims import contradicts
 from curvlab.study.environment import environment
-from curvlab.study.execution import Measured, Plan, measure
+from curvlab.study.execution import STARTING, Measured, Plan, measure
 from curvlab.study.logbook import recording
 from curvlab.study.options import C, parse, pop_option
 from curvlab.study.publish import draw, open_folder, publish
@@ -24,7 +24,7 @@ from curvlab.study.results import load, promote
 from curvlab.tools.errors import CommandError
 from curvlab.tools.progress import progress, say
 from curvlab.tools.storage import WriteError, make_folder
-from curvlab.tools.text import size
+from curvlab.tools.text import duration, size
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def _dry_run(plan: Plan[C], console: Console) -> int:
     cached = plan.cached()
     estimate = plan.estimate([cell for cell in plan.cells if cell not in cached])
     say(console, f"cells:  {len(plan.cells)}, {len(cached)} cached, {len(estimate.costs)} to run")
-    say(console, f"time:   {estimate.time}")
+    say(console, f"time:   {estimate.time}, after about {duration(STARTING)} to start; figures take a few seconds more")
     where = f" for cell {estimate.largest}" if estimate.largest else ""
     others = f" and {estimate.workers - 1} more at the same time" if estimate.workers > 1 else ""
     free = f", {size(estimate.available)} available" if estimate.available is not None else ""

@@ -395,7 +395,7 @@ def test_dry_run_measures_nothing(run, monkeypatch, capsys):
     assert run.measured == []
     out = capsys.readouterr().out
     assert "cells:  20, 8 cached, 12 to run" in out
-    assert "time:   about 6.0 s" in out
+    assert "time:   about 6.0 s, after about 3.0 s to start" in out
     assert re.search(
         r"memory: about 3\.0 MiB for cell experiment=numbers, structure=\S+, offset=\S+, seed=2, .* available", out
     )
@@ -403,7 +403,7 @@ def test_dry_run_measures_nothing(run, monkeypatch, capsys):
     monkeypatch.setenv("DUMMY_CLAIM", "5.0")
     assert run("--seeds", "5", "--dry-run", "--workers", "3") == 0
     out = capsys.readouterr().out
-    assert "time:   about 20 s in 3 processes" in out
+    assert "time:   about 23 s in 3 processes, after about 3.0 s to start" in out, "processes that measure have to start, too"
     assert re.search(r"memory: about 9\.0 MiB for cell .*, seed=2 and 2 more at the same time, .* available", out)
 
 
