@@ -156,7 +156,6 @@ ANALYSIS = Analysis(
     axes=("offsets",),
     together=("seed", "offset"),
     memory_option="--offsets",
-    module="dummy_analysis",
 )
 
 

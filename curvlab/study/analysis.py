@@ -57,7 +57,6 @@ class Analysis(Generic[C]):
             keeps from one cell to the next.
         effort: How many times as long as its experiment says a cell takes at a configuration.
         memory_option: The option that lowers the memory of a cell, named when memory runs short.
-        module: Module that ``python -m`` runs, if that is not a package around it.
     """
 
     name: str
@@ -74,7 +73,6 @@ class Analysis(Generic[C]):
     together: tuple[str, ...] = ()
     effort: Callable[[Cell, C], float] = as_estimated
     memory_option: str = "--problem"
-    module: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -160,9 +158,9 @@ class Analysis(Generic[C]):
 
     @property
     def command(self) -> str:
-        """The command that runs it: its module or the package around it, the script that it is, or by its name."""
-        if module := self.module or self._package():
-            return f"python -m {module}"
+        """The command that runs it: the package around it, the script that it is, or by its name."""
+        if package := self._package():
+            return f"python -m {package}"
         if (started := _script()) and self.file.resolve() == started.resolve():
             return f"python {shlex.quote(sys.argv[0])}"
         return f"curvlab run {self._address()}"

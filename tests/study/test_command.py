@@ -45,3 +45,12 @@ def test_wrong_usage_says_what_was_meant(arguments, message, capsys):
 def test_help(capsys):
     assert command.main(["--help"]) == command.main([]) == 0
     assert "curvlab run NAME" in capsys.readouterr().out
+
+
+def test_an_analysis_of_a_module_runs_by_its_address(tmp_path, capsys):
+    address = "dummy_analysis:ANALYSIS"
+    assert dummy_analysis.ANALYSIS.command == f"curvlab run {address}"
+    assert command.main(["run", address, "--seeds", "2", "--dry-run", "--results", str(tmp_path)]) == 0
+    assert "8 to run" in capsys.readouterr().out
+    assert command.main(["run", "dummy_analysis:ANALYSI"]) == 2
+    assert "Unknown Analysis of dummy_analysis 'ANALYSI'. Did you mean 'ANALYSIS'?" in capsys.readouterr().err

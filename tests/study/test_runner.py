@@ -86,9 +86,9 @@ def test_a_run_from_the_command_line_and_the_command_that_redraws_its_figure(tmp
     (folder / "figures" / "alphas.pdf").unlink()
     (tmp_path / "results" / ".cache").rename(tmp_path / "gone")
     words = shlex.split(redraw)
-    assert words[:3] == ["python", "-m", "dummy_analysis"]
+    assert words[:2] == ["python", dummy_analysis.__file__]
     monkeypatch.chdir(tmp_path)
-    assert main(dummy_analysis.ANALYSIS, words[3:]) == 0
+    assert main(dummy_analysis.ANALYSIS, words[2:]) == 0
     assert (folder / "figures" / "alphas.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -403,7 +403,9 @@ def test_dry_run_measures_nothing(run, monkeypatch, capsys):
     monkeypatch.setenv("DUMMY_CLAIM", "5.0")
     assert run("--seeds", "5", "--dry-run", "--workers", "3") == 0
     out = capsys.readouterr().out
-    assert "time:   about 23 s in 3 processes, after about 3.0 s to start" in out, "processes that measure have to start, too"
+    assert "time:   about 23 s in 3 processes, after about 3.0 s to start" in out, (
+        "processes that measure have to start, too"
+    )
     assert re.search(r"memory: about 9\.0 MiB for cell .*, seed=2 and 2 more at the same time, .* available", out)
 
 
@@ -424,8 +426,8 @@ def test_help_says_what_a_reader_needs(capsys):
         "A. Nobody, On Nothing, 2026",
         "48 cells, about a second",
         "D-5  An offset of 1 does not matter.",
-        "python -m dummy_analysis --seeds 5",
-        "python -m dummy_analysis --claims D-1 --dry-run",
+        "curvlab run dummy --seeds 5",
+        "curvlab run dummy --claims D-1 --dry-run",
         "(default: 12)",
         "(unit: seeds)",
     ):
