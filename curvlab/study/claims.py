@@ -95,7 +95,7 @@ def refuted(reason: str) -> Expected:
 
 
 def undecided(reason: str) -> Expected:
-    """Nobody knows."""
+    """The claim is open: nobody knows. Python's own `open` has the word, so the function is called otherwise."""
     return Expected("open", reason)
 
 
@@ -114,7 +114,7 @@ class Claim:
         rule: How it is decided, and on which quantities.
         source: Paper and theorem, equation or figure.
         measured: What is measured, in one sentence.
-        expected: What its author expects: `supported`, `refuted` or `undecided`, each with the reason.
+        expected: What its author expects: `supported`, `refuted` or open (`undecided`), each with the reason.
         at: Coordinates of the cells that it needs: a value, a tuple of those allowed, or a test of the value; they
             are cells of the claim's own experiment, unless ``experiment`` is among them. One of them failing makes the
             claim inconclusive; where the configuration plans none, it is not measured.
