@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import LOSSES, LossCase, architecture, loss_case
+from row_cases import fisher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,11 +17,6 @@ from curvlab.testing.oracle import assert_close, outputs
 
 CASES = [pytest.param(case, id=case.name) for case in LOSSES]
 SPLITS = {"4+3": (4, 3), "1+5+1": (1, 5, 1)}
-
-
-def fisher(rows: Rows) -> Tensor:
-    S = rows.dense()
-    return S.T @ S
 
 
 def in_batches(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, sizes: tuple[int, ...], kind: Any) -> Rows:

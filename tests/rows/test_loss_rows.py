@@ -7,13 +7,14 @@ from typing import Any, Literal
 import pytest
 import torch
 from oracle import CLASSES, LOSSES, LossCase, architecture, loss_case, ramp
+from row_cases import fisher, generator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvlab.rows
 from curvlab.errors import StateError
 from curvlab.nn import HalfSquaredError
-from curvlab.rows import Rows, merge, sqrt_fisher
+from curvlab.rows import merge, sqrt_fisher
 from curvlab.rows.loss import identity_cotangents, likelihood, loss_terms
 from curvlab.testing.oracle import (
     assert_close,
@@ -28,15 +29,6 @@ from curvlab.testing.oracle import (
 NETWORKS = {"[N, C]": "mlp", "[N, C, X]": "conv1d-grid", "[N, C, H, W]": "conv2d-grid"}
 REDUCTIONS = ("mean", "sum")
 CASES = [pytest.param(case, id=case.name) for case in LOSSES]
-
-
-def fisher(rows: Rows) -> Tensor:
-    S = rows.dense()
-    return S.T @ S
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -9,19 +9,15 @@ from backpack.extensions import SqrtGGNExact
 from nngeometry.gram import GramMatrix
 from nngeometry.object import PMatDense
 from oracle import architecture, chain, loss_case, ramp, vectors
+from row_cases import fisher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvlab.rows import Rows, jacobian, sqrt_fisher
+from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.testing.oracle import assert_close, outputs
 
 NETWORKS = ["mlp", "conv2d", "batchnorm1d", "residual", "frozen-weight"]
 OUTER = ["mse-mean", "mse-sum", "ce-mean", "ce-sum", "ce-smooth-mean", "ce-weights-sum", "bce-mean", "bce-sum"]
-
-
-def fisher(rows: Rows) -> Tensor:
-    S = rows.dense()
-    return S.T @ S
 
 
 def dense(operator: curvlinops.GGNLinearOperator | curvlinops.EFLinearOperator) -> Tensor:
