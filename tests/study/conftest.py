@@ -2,17 +2,13 @@
 
 import multiprocessing
 import signal
-from dataclasses import replace
 
-import dummy_analysis
 import pytest
+from dummy_analysis import UNDRAWN
 
 from curvlab.study import load, main
 
 multiprocessing.set_forkserver_preload(["curvlab.study"])
-
-
-UNDRAWN = replace(dummy_analysis.ANALYSIS, figures={})
 
 
 @pytest.fixture
