@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adversary.ingredients import BLOCKS, Model, random_model
+from adversary.blocks import BLOCKS
+from adversary.models import Model, random_model
 from curvlab.errors import NotPositiveDefinite, StateError, UnsupportedModel
 from curvlab.nn import PerSample
 from curvlab.optim import Preconditioner
