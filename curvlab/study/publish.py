@@ -16,7 +16,7 @@ from curvlab.study.execution import Measured, Plan
 from curvlab.study.judging import judge
 from curvlab.study.measurements import tabulate
 from curvlab.study.options import C, recorded
-from curvlab.study.panels import Layout
+from curvlab.study.panels import PanelGrid
 from curvlab.study.results import PARTIAL, Results, final_name, load, verdict_table, write_measurements, write_verdicts
 from curvlab.tools.errors import CommandError
 from curvlab.tools.storage import digest, make_folder, write, write_json
@@ -92,7 +92,7 @@ def publish(plan: Plan[C], measured: Measured, partial: Path) -> Published:
 
 def figure_of(draw: Draw, results: Results) -> Figure:
     """Draw a figure from stored results; a layout knows the cells that failed."""
-    knowing = replace(draw, failures=results.failures) if isinstance(draw, Layout) else draw
+    knowing = replace(draw, failures=results.failures) if isinstance(draw, PanelGrid) else draw
     return knowing(results.measurements, results.verdicts)
 
 

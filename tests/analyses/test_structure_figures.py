@@ -14,7 +14,7 @@ from analyses.spectrum.analysis import ANALYSIS as SPECTRUM
 from curvlab.fisher import STRUCTURES, Diagonal
 from curvlab.study import Analysis, Cell
 from curvlab.study.claims import Failure
-from curvlab.study.panels import Layout, NotStored, one_each
+from curvlab.study.panels import PanelGrid, NotStored, one_each
 from curvlab.tools.looks import look
 
 UNJUDGED = pd.DataFrame(columns=["claim", "outcome"])
@@ -108,6 +108,6 @@ def test_a_last_row_may_be_short() -> None:
 
     rows = one_each([panel, panel, panel, absent, panel])
     assert [len(row) for row in rows] == [3, 2]
-    figure = Layout("command", rows, claims=())(pd.DataFrame(), UNJUDGED)
+    figure = PanelGrid("command", rows, claims=())(pd.DataFrame(), UNJUDGED)
     assert len(figure.axes) == 6
     assert titles(figure) == ["drawn"] * 4
