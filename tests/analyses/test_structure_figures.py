@@ -14,7 +14,7 @@ from analyses.spectrum.analysis import ANALYSIS as SPECTRUM
 from curvlab.fisher import STRUCTURES, Diagonal
 from curvlab.study import Analysis, Cell
 from curvlab.study.claims import Failure
-from curvlab.study.panels import PanelGrid, NotStored, one_each
+from curvlab.study.panels import NotStored, PanelGrid, one_each
 from curvlab.tools.looks import look
 
 UNJUDGED = pd.DataFrame(columns=["claim", "outcome"])
