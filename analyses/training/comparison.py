@@ -5,13 +5,13 @@ that fails.
 """
 
 from dataclasses import dataclass
-from math import log10
 
+import numpy as np
 import pandas as pd
 
 from analyses.clock import priced
 from analyses.training.config import Config
-from analyses.training.race import entrants
+from analyses.training.entrants import entrants
 from curvlab.study.estimates import Estimate
 
 SECONDS = "seconds_per_step"
@@ -21,11 +21,6 @@ SECONDS = "seconds_per_step"
 def seconds_to(table: pd.DataFrame, steps: str) -> pd.DataFrame:
     """Return the seconds that each method takes at each seed, steps times seconds of a step, as rows of `steps`."""
     return priced(table[table["quantity"] == steps], table[table["quantity"] == SECONDS])
-
-
-def log10_by_method(table: pd.DataFrame) -> pd.DataFrame:
-    """Return log10 of the values, a row per seed and a column per method."""
-    return table.assign(value=table["value"].map(log10)).pivot_table("value", "seed", "method")
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Comparison:
 
     def steps(self, table: pd.DataFrame) -> pd.DataFrame:
         """Estimate by log10 of the values over those of the best other."""
-        logs = log10_by_method(table)
+        logs = table.assign(value=np.log10(table["value"])).pivot_table("value", "seed", "method")
         best = logs[list(self.others)].mean().idxmin()
         return (logs[self.method] - logs[best]).rename("value").reset_index()
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from analyses.specs import check_structures
-from analyses.training.methods import CONFIGURATIONS, METHODS, RIVALS, VARIANTS, Method, in_order
-from analyses.training.tasks import TASKS, USUAL, Task
+from analyses.training.methods import CONFIGURATIONS, METHODS, RIVALS, VARIANTS, Entrant, in_order
+from analyses.training.races import RACES, USUAL, Race
 from curvlab.fisher import STRUCTURES
 from curvlab.study import CommonOptions, check_bounds, check_names
 
@@ -51,13 +51,13 @@ class Config(CommonOptions):
         return min(self.races, self.seeds)
 
     @property
-    def task(self) -> Task:
-        """The race."""
+    def race(self) -> Race:
+        """What is to be reached, with what the options say otherwise."""
         wanted = {"steps": self.steps, "batch": self.batch, "loss": self.target_loss, "accuracy": self.target_accuracy}
-        return replace(TASKS.get(self.problem, USUAL), **{name: value for name, value in wanted.items() if value})  # type: ignore[arg-type]
+        return replace(RACES.get(self.problem, USUAL), **{name: value for name, value in wanted.items() if value})  # type: ignore[arg-type]
 
     @property
-    def methods(self) -> list[Method]:
+    def methods(self) -> list[Entrant]:
         """The methods that were asked for, with the ones that ingredients are compared with, in the order of the table."""
         bases = (VARIANTS[name].base for name in self.ingredients)
         wanted = dict.fromkeys([*self.rivals, *self.structures, *self.ingredients, *bases])

@@ -5,8 +5,9 @@ from math import log10
 
 from analyses.training.comparison import Comparison
 from analyses.training.config import Config
-from analyses.training.methods import INVERT_EVERY, KL_CLIP, PASSES
-from analyses.training.race import entrants
+from analyses.training.entrants import entrants
+from analyses.training.methods import INVERT_EVERY, KL_CLIP, METHODS, PASSES
+from curvlab.fisher import KFAC
 from curvlab.study import Expected, supported, undecided
 
 KFAC_PAPER = "Martens & Grosse 2015"
@@ -22,26 +23,34 @@ class Ingredient:
     Attributes:
         name: In the claim's id.
         label: In figures.
-        method: The method that has it.
-        without: The method that has it not.
         statement: Its gain in steps.
         source: Paper and section.
         expected: What is expected of that.
         bound: The largest log10 of the ratio of steps that counts as a gain.
         faster: The claim that its steps take less time, if that is what it is for.
         expected_faster: What is expected of that.
+        lacking: The method that lacks it, where K-FAC itself has it; else `kfac-<name>` has it, and lacks it in its base.
     """
 
     name: str
     label: str
-    method: str
-    without: str
     statement: str
     source: str
     expected: Expected
     bound: float = 0.0
     faster: str = ""
     expected_faster: Expected | None = None
+    lacking: str = ""
+
+    @property
+    def method(self) -> str:
+        """The method that has it."""
+        return KFAC.key if self.lacking else f"kfac-{self.name}"
+
+    @property
+    def without(self) -> str:
+        """The method that has it not."""
+        return self.lacking or METHODS[self.method].base
 
     @property
     def versus(self) -> Comparison:
@@ -53,8 +62,6 @@ INGREDIENTS = (
     Ingredient(
         "adapted",
         "Levenberg–Marquardt damping",
-        "kfac-adapted",
-        "kfac",
         "Levenberg–Marquardt damping needs fewer steps than fixed damping.",
         f"{KFAC_PAPER}, section 6.5",
         undecided(
@@ -65,8 +72,6 @@ INGREDIENTS = (
     Ingredient(
         "quadratic",
         "quadratic-model step",
-        "kfac-quadratic",
-        "kfac",
         "Step size and momentum from the quadratic model need fewer steps than a fixed, tuned step size.",
         f"{KFAC_PAPER}, sections 6.4 and 7",
         undecided("The step fits the place, but also the noise of a small batch."),
@@ -74,8 +79,6 @@ INGREDIENTS = (
     Ingredient(
         "clipped",
         "trust region",
-        "kfac-clipped",
-        "kfac",
         f"A trust region of {KL_CLIP:g} needs fewer steps than none.",
         "Ba, Grosse & Martens 2017, section 5",
         undecided("It admits less damping and longer steps later, but shortens the first ones."),
@@ -83,8 +86,6 @@ INGREDIENTS = (
     Ingredient(
         "split",
         "split damping",
-        "kfac-split",
-        "kfac",
         "Damping split over the factors needs fewer steps than damping of their product.",
         f"{KFAC_PAPER}, section 6.3",
         undecided("It is cheaper, an approximation of the same step; at equal ρ it damps more."),
@@ -92,17 +93,14 @@ INGREDIENTS = (
     Ingredient(
         "average",
         "averaged factors",
-        "kfac",
-        "kfac-latest",
         "Factors averaged over batches (decay 0.95) need fewer steps than those of the latest batch.",
         f"{KFAC_PAPER}, section 5",
         supported("A batch that is smaller than the layers determines few directions."),
+        lacking="kfac-latest",
     ),
     Ingredient(
         "rare",
         "rare inverses",
-        "kfac-rare",
-        "kfac-split",
         f"Inverses that are made every {INVERT_EVERY} updates, layers in turn, need at most a tenth more steps.",
         f"{KFAC_PAPER}, section 8",
         supported("The averaged factors change slowly."),
@@ -113,8 +111,6 @@ INGREDIENTS = (
     Ingredient(
         "accumulated",
         "accumulated passes",
-        "kfac-accumulated",
-        "kfac",
         f"Steps on gradients and factors of {PASSES} passes, in the memory of one, are fewer than those on one.",
         f"{KFAC_PAPER}, section 13: larger batches",
         undecided(f"They see {PASSES} times the samples, but near the start noise is not what limits a step."),
@@ -122,8 +118,6 @@ INGREDIENTS = (
     Ingredient(
         "autocast",
         "autocast and loss scaling",
-        "kfac-autocast",
-        "kfac",
         "Passes under autocast, with a scaled loss, need at most a tenth more steps.",
         "Micikevicius et al. 2018, section 3",
         supported("Their round-off is small beside the noise of a batch; factors and inverses keep full precision."),
@@ -134,8 +128,6 @@ INGREDIENTS = (
     Ingredient(
         "plain",
         "plain output layer",
-        "kfac-plain",
-        "kfac",
         "Leaving the output layer to the plain gradient needs at most a tenth more steps.",
         "practice with many classes, whose factor is the largest; no paper",
         undecided(

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analyses.training.optimisers import Accumulating, MixedPrecision, Optimiser, Together
 from curvlab.fisher import KFAC, STRUCTURES, LayerWise, Structure
 from curvlab.optim import LevenbergMarquardt, NaturalGradient
 from curvlab.rows.loss import Kind
@@ -28,13 +27,13 @@ INVERT_EVERY = 10
 PASSES = 4
 """Batches of a step where it has several."""
 
-Build = Callable[[nn.Module, nn.Module, Point, Kind, int], Optimiser]
-"""Makes an optimiser of a model, for a loss, with a configuration, the kind of its rows and the seed of their draws."""
+Build = Callable[[nn.Module, nn.Module, Point, Kind, int], Sequence[torch.optim.Optimizer]]
+"""Makes the optimisers of a model, for a loss, with a configuration, the kind of rows and the seed of their draws."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """An optimiser and its configurations.
+class Entrant:
+    """An optimiser, or several that share a model out among them, and its configurations.
 
     Attributes:
         name: the coordinate `method` of its cells.
@@ -44,6 +43,7 @@ class Method:
         structure: key of its structure, "" for first order.
         base: the method that an ingredient is compared with; it differs in the ingredient alone.
         passes: batches of a step.
+        autocast: whether its passes are under autocast, with a scaled loss.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Method:
     structure: str = ""
     base: str = ""
     passes: int = 1
+    autocast: bool = False
 
     @property
     def keeps_rows(self) -> bool:
@@ -61,19 +62,18 @@ class Method:
 
 
 def _rival(
-    optimiser: type[torch.optim.Optimizer], model: nn.Module, _: nn.Module, point: Point, *__: object
-) -> Optimiser:
-    options: dict[str, Any] = dict(point)
-    return cast("Optimiser", optimiser(model.parameters(), **options))
+    optimiser: Callable[..., torch.optim.Optimizer], model: nn.Module, _: nn.Module, point: Point, *__: object
+) -> Sequence[torch.optim.Optimizer]:
+    return [optimiser(model.parameters(), **point)]
 
 
-def _muon(model: nn.Module, _: nn.Module, point: Point, *__: object) -> Optimiser:
+def _muon(model: nn.Module, _: nn.Module, point: Point, *__: object) -> Sequence[torch.optim.Optimizer]:
     """Muon on the weights of linear layers, AdamW on everything else."""
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     taken = {id(weight) for weight in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     muon = torch.optim.Muon(matrices, lr=point["lr"], weight_decay=0.0)
-    return Together(muon, torch.optim.AdamW(rest, lr=point["adamw_lr"]))
+    return [muon, torch.optim.AdamW(rest, lr=point["adamw_lr"])]
 
 
 def _natural(
@@ -85,30 +85,20 @@ def _natural(
     *,
     structure: Callable[[], Structure],
     adapted: bool = False,
+    plain: Callable[[nn.Module], Sequence[str]] = lambda _: (),
     **options: Any,
-) -> NaturalGradient:
+) -> Sequence[torch.optim.Optimizer]:
     """Natural gradient without momentum; a configuration without lr takes step and momentum from the quadratic model."""
+    options |= {"kind": kind, "seed": seed, "plain": plain(model)}
     damping = LevenbergMarquardt(initial=point["damping"]) if adapted else point["damping"]
     lr = cast('float | Literal["quadratic"]', point.get("lr", "quadratic"))
-    return NaturalGradient(model, loss, lr, structure=structure(), kind=kind, damping=damping, seed=seed, **options)
+    return [NaturalGradient(model, loss, lr, structure=structure(), damping=damping, **options)]
 
 
 def output_layer(model: nn.Module) -> str:
     """Return the name of the last module with parameters of its own."""
     own: list[str] = [n for n, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     return own[-1]
-
-
-def _plain_output(model: nn.Module, *arguments: Any, **options: Any) -> Optimiser:
-    return _natural(model, *arguments, plain=(output_layer(model),), **options)
-
-
-def _accumulating(*arguments: Any, **options: Any) -> Optimiser:
-    return Accumulating(_natural(*arguments, **options))
-
-
-def _mixed(*arguments: Any, **options: Any) -> Optimiser:
-    return MixedPrecision(_natural(*arguments, **options))
 
 
 def half_coupled(layers: int) -> Float[Tensor, "L L"]:
@@ -163,51 +153,51 @@ FIRST_ORDER: Mapping[str, tuple[Build, tuple[Point, ...]]] = {
 """Rivals from `torch.optim`: what makes them, and learning rate × momentum, weight decay or the rest's learning rate."""
 
 
-def _of_structure(key: str) -> Method:
+def _of_structure(key: str) -> Entrant:
     structure = partial(STRUCTURES[key], **OPTIONS.get(key, {}))
-    return Method(key, "structure", partial(_natural, structure=structure), NATURAL, key)
+    return Entrant(key, "structure", partial(_natural, structure=structure), NATURAL, key)
 
 
-def _ingredients() -> Iterator[Method]:
+def _ingredients() -> Iterator[Entrant]:
     def ingredient(
         name: str,
+        *,
         points: Sequence[Point] = NATURAL,
         base: str = KFAC.key,
-        *,
-        build: Callable[..., Optimiser] = _natural,
         structure: Callable[[], Structure] = KFAC,
         passes: int = 1,
+        autocast: bool = False,
         **options: Any,
-    ) -> Method:
-        factory = partial(build, structure=structure, **options)
-        return Method(name, "ingredient", factory, points, KFAC.key, base, passes)
+    ) -> Entrant:
+        build = partial(_natural, structure=structure, **options)
+        return Entrant(f"kfac-{name}", "ingredient", build, points, KFAC.key, base, passes, autocast)
 
     split = partial(KFAC, factored_damping=True)
-    yield ingredient("kfac-adapted", adapted=True)
-    yield ingredient("kfac-quadratic", QUADRATIC)
-    yield ingredient("kfac-clipped", kl_clip=KL_CLIP)
-    yield ingredient("kfac-split", structure=split)
-    yield ingredient("kfac-latest", decay=0.0)
-    yield ingredient("kfac-rare", base="kfac-split", structure=partial(split, invert_every=INVERT_EVERY))
-    yield ingredient("kfac-accumulated", build=_accumulating, passes=PASSES)
-    yield ingredient("kfac-autocast", build=_mixed)
-    yield ingredient("kfac-plain", build=_plain_output)
+    yield ingredient("adapted", adapted=True)
+    yield ingredient("quadratic", points=QUADRATIC)
+    yield ingredient("clipped", kl_clip=KL_CLIP)
+    yield ingredient("split", structure=split)
+    yield ingredient("latest", decay=0.0)
+    yield ingredient("rare", base="kfac-split", structure=partial(split, invert_every=INVERT_EVERY))
+    yield ingredient("accumulated", passes=PASSES)
+    yield ingredient("autocast", autocast=True)
+    yield ingredient("plain", plain=lambda model: (output_layer(model),))
 
 
-RIVALS = {name: Method(name, "first order", build, points) for name, (build, points) in FIRST_ORDER.items()}
+RIVALS = {name: Entrant(name, "first order", build, points) for name, (build, points) in FIRST_ORDER.items()}
 """First-order methods by name."""
 VARIANTS = {method.name: method for method in _ingredients()}
 """Variants of K-FAC by name."""
 
 
-class _Methods(Mapping[str, Method]):
+class _Methods(Mapping[str, Entrant]):
     """Every method by name: rivals, each structure that is registered or named as ``module:Class``, and ingredients.
 
     Raises:
         UnknownName: on looking up a name that is none of them.
     """
 
-    def __getitem__(self, name: str) -> Method:
+    def __getitem__(self, name: str) -> Entrant:
         known = RIVALS | VARIANTS
         return known[name] if name in known else _of_structure(name)
 
@@ -218,7 +208,7 @@ class _Methods(Mapping[str, Method]):
         return len(RIVALS) + len(STRUCTURES) + len(VARIANTS)
 
 
-METHODS: Mapping[str, Method] = _Methods()
+METHODS: Mapping[str, Entrant] = _Methods()
 
 CONFIGURATIONS = min(map(len, (NATURAL, QUADRATIC, *(points for _, points in FIRST_ORDER.values()))))
 """The most configurations that every method has."""

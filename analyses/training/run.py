@@ -1,18 +1,17 @@
 """One training run: real steps, and what is seen of the loss between them."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 from typing import Any
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from analyses.training.optimisers import Optimiser
-from analyses.training.tasks import Task
+from analyses.training.races import Race
 from curvlab.optim import NaturalGradient
 from curvlab.problems import Problem
 from curvlab.study import Diverged
@@ -27,19 +26,59 @@ BLOWN_UP = 10.0
 
 @dataclass(eq=False)
 class Training:
-    """A model that an optimiser trains.
+    """A model in training.
 
     Attributes:
         problem: With the model.
-        optimiser: Of the model's parameters.
+        optimisers: One, or several that share its parameters out among them.
+        autocast: Whether forward passes are under autocast, with a scaled loss.
     """
 
     problem: Problem
-    optimiser: Optimiser
+    optimisers: Sequence[torch.optim.Optimizer]
+    autocast: bool = field(default=False, kw_only=True)
+
+    @cached_property
+    def _scaler(self) -> torch.amp.GradScaler:
+        """Of the loss; one that is not enabled leaves it, and steps, as they are."""
+        return torch.amp.GradScaler(self.problem.train[0].device.type, enabled=self.autocast)
+
+    def _collecting(self) -> AbstractContextManager[None]:
+        """Context of a forward and a backward pass."""
+        first = self.optimisers[0]
+        return first.collect() if isinstance(first, NaturalGradient) else nullcontext()
+
+    def take(self, batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Take one step on the means over batches, and return whether all outputs and losses before it were finite."""
+        model = self.problem.model
+        model.zero_grad()
+        try:
+            for x, y in batches:
+                with self._collecting():
+                    with torch.autocast(x.device.type, enabled=self.autocast):
+                        outputs = model(x)
+                        loss: Tensor = self.problem.loss(outputs, y)
+                    if not bool(outputs.isfinite().all() and loss.isfinite()):
+                        raise FloatingPointError
+                    self._scaler.scale(loss).backward()
+            if len(batches) > 1:
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad /= len(batches)
+            for optimiser in self.optimisers:
+                self._scaler.step(optimiser)
+        except FloatingPointError:
+            return False
+        self._scaler.update()
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
-        return {"model": self.problem.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {
+            "model": self.problem.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "scaler": self._scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state.
@@ -48,7 +87,9 @@ class Training:
             RuntimeError: it is of another model.
         """
         self.problem.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, own in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(own)
+        self._scaler.load_state_dict(state["scaler"])
 
 
 @dataclass(eq=False)
@@ -57,25 +98,25 @@ class Run(Training):
 
     Attributes:
         label: Method and configuration; a checkpoint of another is not taken up.
-        task: Batch, steps and evaluations.
+        race: Batch, steps and evaluations.
         seed: Of the batches; their order is that of every other run with this seed.
         passes: Batches of a step.
         start: Loss before training, once it was seen.
     """
 
     label: str
-    task: Task
+    race: Race
     seed: int
     passes: int = 1
     start: float = inf
 
     def look(self, step: int) -> Mapping[str, float] | None:
-        """Evaluate the model where the task asks for it.
+        """Evaluate the model where the race asks for it.
 
         Raises:
             Diverged: the loss is not finite, or has blown up.
         """
-        if step % self.task.every and step != self.task.steps:
+        if step % self.race.every and step != self.race.steps:
             return None
         seen = evaluate(self.problem)
         if step == 0:
@@ -93,24 +134,6 @@ class Run(Training):
         if not self.take(self.batches(step)):
             raise Diverged
 
-    def take(self, data: list[tuple[Tensor, Tensor]]) -> bool:
-        """Take one step on some batches, and return whether the outputs and the loss before it were finite."""
-
-        def closure(x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-            with torch.autocast(x.device.type, enabled=scaler is not None):
-                outputs = self.problem.model(x)
-                loss: Tensor = self.problem.loss(outputs, y)
-            if not bool(outputs.isfinite().all()):
-                raise FloatingPointError
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            return loss
-
-        self.problem.model.zero_grad()
-        try:
-            return bool(self.optimiser.step(*(partial(closure, x, y) for x, y in data)).isfinite())
-        except FloatingPointError:
-            return False
-
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Return the batches of a step, which follow on those of the step before it."""
         return [self._batch(index) for index in range(step * self.passes, (step + 1) * self.passes)]
@@ -118,7 +141,7 @@ class Run(Training):
     def _batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return one batch; every epoch has its own order, and leaves out what fills no batch."""
         x, y = self.problem.train
-        size = min(self.task.batch, len(x))
+        size = min(self.race.batch, len(x))
         epoch, place = divmod(index, len(x) // size)
         chosen = order(len(x), self.seed, epoch)[place * size : (place + 1) * size].to(x.device)
         return x[chosen], y[chosen]
@@ -145,35 +168,23 @@ def order(samples: int, seed: int, epoch: int) -> Int64[Tensor, " N"]:
     return torch.randperm(samples, generator=generator)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which a model that trains is in evaluation mode and keeps no graph."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train()
-
-
+@torch.no_grad()
 def evaluate(problem: Problem) -> dict[str, float]:
-    """Return the loss on training samples and the accuracy on test samples of the model as it is."""
-    with evaluating(problem.model):
-        x, y = (part[:EVALUATED] for part in problem.train)
-        pieces = list(zip(x.split(PORTION), y.split(PORTION), strict=True))
-        loss = sum(float(problem.loss(problem.model(a), b)) * len(a) for a, b in pieces) / len(x)
-        right, of = 0, 0
-        for a, b in zip(*(part.split(PORTION) for part in problem.test), strict=True):
-            right += int((problem.model(a).argmax(1) == b).sum())
-            of += b.numel()
+    """Return the loss on training samples and the accuracy on test samples of a model that trains."""
+    problem.model.eval()
+    x, y = (part[:EVALUATED] for part in problem.train)
+    pieces = list(zip(x.split(PORTION), y.split(PORTION), strict=True))
+    loss = sum(float(problem.loss(problem.model(a), b)) * len(a) for a, b in pieces) / len(x)
+    right, of = 0, 0
+    for a, b in zip(*(part.split(PORTION) for part in problem.test), strict=True):
+        right += int((problem.model(a).argmax(1) == b).sum())
+        of += b.numel()
+    problem.model.train()
     return {"loss": loss, "accuracy": right / of}
 
 
-@dataclass(eq=False)
 class FullBatch(Training):
     """Steps on the whole training set, for `curvlab.study.follow`; the problem is one of regression."""
-
-    optimiser: NaturalGradient
 
     def look(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         """See ‖f − y‖² of the outputs f."""
@@ -182,9 +193,10 @@ class FullBatch(Training):
             return {"squared": float((self.problem.model(x) - y).square().sum())}
 
     def step(self, step: int) -> None:  # noqa: ARG002
-        """Take a step."""
-        x, y = self.problem.train
-        self.optimiser.zero_grad()
-        with self.optimiser.collect():
-            self.problem.loss(self.problem.model(x), y).backward()
-        self.optimiser.step()
+        """Take a step.
+
+        Raises:
+            Diverged: an output or the loss before it is not finite.
+        """
+        if not self.take([self.problem.train]):
+            raise Diverged

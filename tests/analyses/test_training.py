@@ -17,20 +17,19 @@ from analyses.training import ANALYSIS
 from analyses.training.analysis import FIGURES
 from analyses.training.comparison import SECONDS, Comparison, seconds_to
 from analyses.training.config import Config
+from analyses.training.entrants import TUNING_SEED, best, entered, entrants, problem_of
 from analyses.training.methods import (
     CONFIGURATIONS,
     METHODS,
     PASSES,
     RIVALS,
     VARIANTS,
-    Method,
+    Entrant,
     half_coupled,
     output_layer,
 )
-from analyses.training.optimisers import Together
-from analyses.training.race import TUNING_SEED, best, entered, entrants, problem_of
+from analyses.training.races import RACES, Race
 from analyses.training.run import FullBatch, Run, evaluate
-from analyses.training.tasks import TASKS, Task
 from curvlab.fisher import STRUCTURES
 from curvlab.optim import NaturalGradient
 from curvlab.problems import PROBLEMS, Problem, resolve
@@ -125,10 +124,10 @@ def test_the_best_configuration(runs: list[Tuned], first: int) -> None:
     assert best(pd.DataFrame(rows)) == first
 
 
-def raced(monkeypatch: pytest.MonkeyPatch, race: Callable[[Method, int, int], Trace]) -> None:
+def raced(monkeypatch: pytest.MonkeyPatch, race: Callable[[Entrant, int, int], Trace]) -> None:
     """Let runs be what a function of method, configuration and seed says."""
     for experiment in ("tuning", "judging"):
-        monkeypatch.setattr(f"analyses.training.experiments.{experiment}.race", lambda *run: race(*run[:3]))
+        monkeypatch.setattr(f"analyses.training.experiments.{experiment}.run", lambda *run: race(*run[:3]))
 
 
 def plan_of(config: Config) -> Plan[Config]:
@@ -145,7 +144,7 @@ def trace_of(*seen: tuple[int, float, float]) -> Trace:
 def test_the_choice_is_made_on_the_tuning_seed_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[tuple[str, int, int]] = []
 
-    def race(method: Method, index: int, seed: int) -> Trace:
+    def race(method: Entrant, index: int, seed: int) -> Trace:
         made.append((method.name, index, seed))
         return trace_of((0, 2.3, 0.1), (4, (0.5, 0.05, 0.2, 0.5)[index], 0.9))
 
@@ -195,7 +194,7 @@ def test_targets_that_nobody_reached_are_outside_the_assumptions() -> None:
 def test_claims_can_come_out_either_way(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: tuple[int, ...], outcome: str
 ) -> None:
-    def race(method: Method, index: int, seed: int) -> Trace:
+    def race(method: Entrant, index: int, seed: int) -> Trace:
         return trace_of((0, 2.3, 0.1), (50 + index if method.name == "sgd" else steps[seed % 3], 0.05, 0.95))
 
     raced(monkeypatch, race)
@@ -212,11 +211,11 @@ class _Interrupted(Exception):
     pass
 
 
-def run_on(problem: Problem, name: str, task: Task, **point: float) -> Run:
+def run_on(problem: Problem, name: str, race: Race, **point: float) -> Run:
     """The run of a method in its first configuration, but for what is said of it."""
     method = METHODS[name]
     points = [{**method.points[0], **point}]
-    return replace(entered(replace(method, points=points), 0, problem, CONFIG, 0), task=task)
+    return replace(entered(replace(method, points=points), 0, problem, CONFIG, 0), race=race)
 
 
 def interrupt(run: Run, checkpoint: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +231,7 @@ def interrupt(run: Run, checkpoint: Path, step: int, monkeypatch: pytest.MonkeyP
         patch.setattr("curvlab.study.loop.SAVED", -1.0)
         patch.setattr(Run, "batches", failing)
         with pytest.raises(_Interrupted):
-            follow(run, run.task.steps, checkpoint=checkpoint)
+            follow(run, run.race.steps, checkpoint=checkpoint)
 
 
 def same_parameters(one: Run, other: Run) -> bool:
@@ -244,12 +243,12 @@ def same_parameters(one: Run, other: Run) -> bool:
 def test_an_interrupted_run_goes_on_bit_for_bit(
     name: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = Task(batch=32, steps=12, every=3, loss=0.1, accuracy=0.9)
-    whole = run_on(problem, name, task)
-    expected = follow(whole, task.steps)
-    interrupt(run_on(problem, name, task), tmp_path / "run.pt", 7, monkeypatch)
-    second = run_on(problem, name, task)
-    assert follow(second, task.steps, checkpoint=tmp_path / "run.pt") == expected
+    race = Race(batch=32, steps=12, every=3, loss=0.1, accuracy=0.9)
+    whole = run_on(problem, name, race)
+    expected = follow(whole, race.steps)
+    interrupt(run_on(problem, name, race), tmp_path / "run.pt", 7, monkeypatch)
+    second = run_on(problem, name, race)
+    assert follow(second, race.steps, checkpoint=tmp_path / "run.pt") == expected
     assert same_parameters(second, whole)
     assert list(tmp_path.iterdir()) == []
 
@@ -257,11 +256,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 def test_a_run_that_was_interrupted_before_it_diverges_goes_on_to_that(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = Task(batch=32, steps=6, every=3, loss=0.1, accuracy=0.9)
-    expected = follow(run_on(problem, "sgd", task, lr=1e30), task.steps)
+    race = Race(batch=32, steps=6, every=3, loss=0.1, accuracy=0.9)
+    expected = follow(run_on(problem, "sgd", race, lr=1e30), race.steps)
     assert expected.diverged == 2, "the second step starts from outputs that are not finite"
-    interrupt(run_on(problem, "sgd", task, lr=1e30), tmp_path / "run.pt", 1, monkeypatch)
-    assert follow(run_on(problem, "sgd", task, lr=1e30), task.steps, checkpoint=tmp_path / "run.pt") == expected
+    interrupt(run_on(problem, "sgd", race, lr=1e30), tmp_path / "run.pt", 1, monkeypatch)
+    assert follow(run_on(problem, "sgd", race, lr=1e30), race.steps, checkpoint=tmp_path / "run.pt") == expected
     assert not caplog.records
 
 
@@ -281,21 +280,21 @@ class _Planted:
 def test_a_damaged_or_crafted_checkpoint_is_set_aside_and_the_run_computed_again(
     damage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = Task(batch=32, steps=6, every=3, loss=0.1, accuracy=0.9)
-    whole = run_on(problem, "sgd", task)
-    expected = follow(whole, task.steps)
+    race = Race(batch=32, steps=6, every=3, loss=0.1, accuracy=0.9)
+    whole = run_on(problem, "sgd", race)
+    expected = follow(whole, race.steps)
     path, planted = tmp_path / "run.pt", tmp_path / "planted"
-    interrupt(run_on(problem, "sgd", task), path, 4, monkeypatch)
+    interrupt(run_on(problem, "sgd", race), path, 4, monkeypatch)
     state = torch.load(path, weights_only=True)
     process = state["process"]
-    momenta = process["optimiser"]["state"]
+    momenta = process["optimisers"][0]["state"]
     momenta_of_other_shape = {key: {"momentum_buffer": torch.ones(7)} for key in momenta}
     crafted = {
         "code": {**state, "seen": _Planted(planted)},
         "truncated": state,
         "keys": {"step": 4},
         "model": process | {"model": {**process["model"], "0.weight": torch.ones(2, 3)}},
-        "momentum": process | {"optimiser": {**process["optimiser"], "state": momenta_of_other_shape}},
+        "momentum": process | {"optimisers": [{**process["optimisers"][0], "state": momenta_of_other_shape}]},
         "evaluations": {**state, "seen": [{"step": 6, "loss": 0.0, "accuracy": 1.0}]},
         "other configuration": process | {"label": "sgd, lr=1, momentum=0"},
     }
@@ -305,8 +304,8 @@ def test_a_damaged_or_crafted_checkpoint_is_set_aside_and_the_run_computed_again
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-200])
 
-    second = run_on(problem, "sgd", task)
-    assert follow(second, task.steps, checkpoint=path) == expected
+    second = run_on(problem, "sgd", race)
+    assert follow(second, race.steps, checkpoint=path) == expected
     assert same_parameters(second, whole)
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt.damaged"]
     assert not planted.exists()
@@ -319,7 +318,7 @@ def test_a_fresh_run_takes_up_no_checkpoint(problem: Problem, tmp_path: Path, mo
     plan, cell = plan_of(config), Cell({"experiment": "judging", "method": "sgd", "seed": 0})
     expected = plan.task().observe(cell)
     checkpoint = plan.cache.checkpoint(cell)
-    interrupt(run_on(problem, "sgd", config.task), checkpoint, 2, monkeypatch)
+    interrupt(run_on(problem, "sgd", config.race), checkpoint, 2, monkeypatch)
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "seen": [{"step": 0, "loss": 0.0, "accuracy": 1.0}]}, checkpoint)
     assert plan.task().observe(cell) == expected
@@ -333,19 +332,19 @@ def test_divergence_is_a_status_with_its_step(monkeypatch: pytest.MonkeyPatch, t
     found = {row["quantity"]: row for row in rows}
     step = int(found["diverged_at"]["value"])
     assert found["steps_to_loss"]["status"] == found["final_loss"]["status"] == f"diverged at step {step}"
-    assert found["steps_to_loss"]["value"] == CONFIG.task.steps
-    assert 1 <= step <= CONFIG.task.steps
+    assert found["steps_to_loss"]["value"] == CONFIG.race.steps
+    assert 1 <= step <= CONFIG.race.steps
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_steps_that_lower_the_loss(name: str, problem: Problem) -> None:
-    run = run_on(problem, name, CONFIG.task, **({"damping": 1.0} if METHODS[name].structure else {}))
+    run = run_on(problem, name, CONFIG.race, **({"damping": 1.0} if METHODS[name].structure else {}))
     before = evaluate(run.problem)["loss"]
     assert all(run.take(run.batches(step)) for step in range(4))
     assert evaluate(run.problem)["loss"] < before
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "digits-mlp"])
+@pytest.mark.parametrize("name", [name for name in RACES if name != "digits-mlp"])
 def test_every_method_takes_steps_on_every_problem_that_admits_it(name: str) -> None:
     if name in ("fashion-lenet", "cifar10-5k-cnn") and not os.environ.get("CURVLAB_DATA"):
         pytest.skip("CURVLAB_DATA does not name a folder with the images")
@@ -363,13 +362,13 @@ def test_every_method_takes_steps_on_every_problem_that_admits_it(name: str) -> 
 def after_steps(name: str, problem: Problem, *steps: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Train with a method, exact rows, and return the parameters."""
     made = METHODS[name].build(problem.model, problem.loss, {"lr": 0.3, "damping": 0.1}, "exact", 0)
-    run = Run(problem, made, name, CONFIG.task, 0)
+    run = Run(problem, made, name, CONFIG.race, 0, autocast=METHODS[name].autocast)
     assert all(run.take(data) for data in steps)
     return torch.cat([parameter.detach().flatten() for parameter in problem.model.parameters()])
 
 
 def test_accumulated_passes_are_one_pass_on_all_their_samples(problem: Problem) -> None:
-    run = run_on(problem, "kfac-accumulated", CONFIG.task)
+    run = run_on(problem, "kfac-accumulated", CONFIG.race)
     steps = [run.batches(step) for step in range(3)]
     assert {len(step) for step in steps} == {PASSES}
     joined = [[tuple(torch.cat(part) for part in zip(*step, strict=True))] for step in steps]
@@ -384,7 +383,7 @@ def test_steps_under_autocast_are_those_in_full_precision_but_for_its_round_off(
     seen = []
     mixed, full = problem.to(), problem.to()
     handle = mixed.model.register_forward_hook(lambda _, __, outputs: seen.append(outputs.dtype))
-    steps = [run_on(problem, "kfac", CONFIG.task).batches(step) for step in range(3)]
+    steps = [run_on(problem, "kfac", CONFIG.race).batches(step) for step in range(3)]
     before = torch.cat([parameter.detach().flatten() for parameter in problem.model.parameters()])
     found, expected = after_steps("kfac-autocast", mixed, *steps), after_steps("kfac", full, *steps)
     handle.remove()
@@ -396,7 +395,7 @@ def test_steps_under_autocast_are_those_in_full_precision_but_for_its_round_off(
 def test_the_output_layer_can_be_left_to_the_plain_gradient(problem: Problem) -> None:
     name = output_layer(problem.model)
     assert dict(problem.model.named_modules())[name].weight.shape == (10, 64)
-    (data,) = run_on(problem, "kfac", CONFIG.task).batches(0)
+    (data,) = run_on(problem, "kfac", CONFIG.race).batches(0)
     start, weight = problem.to().model.get_parameter(f"{name}.weight"), problem.model.get_parameter(f"{name}.weight")
     (gradient,) = torch.autograd.grad(problem.loss(problem.model(data[0]), data[1]), weight)
     after_steps("kfac-plain", problem, [data])
@@ -404,9 +403,8 @@ def test_the_output_layer_can_be_left_to_the_plain_gradient(problem: Problem) ->
 
 
 def test_muon_has_the_weights_of_linear_layers_and_adamw_the_rest(problem: Problem) -> None:
-    optimiser = run_on(problem, "muon", CONFIG.task).optimiser
-    assert isinstance(optimiser, Together)
-    shapes = [[list(p.shape) for group in part.param_groups for p in group["params"]] for part in optimiser.optimisers]
+    optimisers = run_on(problem, "muon", CONFIG.race).optimisers
+    shapes = [[list(p.shape) for group in part.param_groups for p in group["params"]] for part in optimisers]
     assert shapes == [[[64, 64], [64, 64], [10, 64]], [[64], [64], [10]]]
 
 
@@ -416,7 +414,7 @@ def test_half_coupled_lies_between_full_and_block_diagonal() -> None:
 
 def test_batches_are_those_of_the_seed_and_cover_an_epoch(problem: Problem) -> None:
     def batch(seed: int, step: int) -> Tensor:
-        run = replace(run_on(problem, "sgd", replace(CONFIG.task, batch=100)), seed=seed)
+        run = replace(run_on(problem, "sgd", replace(CONFIG.race, batch=100)), seed=seed)
         return run.batches(step)[0][0]
 
     x, _ = problem.train
@@ -462,7 +460,7 @@ def test_the_table_of_methods_is_complete_and_even() -> None:
     for method in METHODS.values():
         assert len({tuple(point.items()) for point in method.points}) == CONFIGURATIONS
         assert method.base in {"", *METHODS}
-    assert set(TASKS) <= set(PROBLEMS)
+    assert set(RACES) <= set(PROBLEMS)
 
 
 def test_tuning_comes_first() -> None:
@@ -472,12 +470,12 @@ def test_tuning_comes_first() -> None:
 
 def test_estimates_of_the_time_know_the_problem() -> None:
     times = {}
-    for name in TASKS:
+    for name in RACES:
         config = Config(problem=name)
         cells = [
             cell for cell in ANALYSIS.cells(replace(config, problem="digits-mlp")) if cell["experiment"] == "judging"
         ]
-        times[name] = ANALYSIS.resources(cells[0], config)[0] / config.task.steps
+        times[name] = ANALYSIS.resources(cells[0], config)[0] / config.race.steps
     assert sorted(times, key=times.__getitem__) == [
         "digits-mlp", "digits-residual", "fashion-lenet", "characters", "cifar10-5k-cnn",
     ]  # fmt: skip
@@ -486,7 +484,7 @@ def test_estimates_of_the_time_know_the_problem() -> None:
 def test_a_full_batch_run_goes_on_from_a_state() -> None:
     def run() -> FullBatch:
         problem = resolve("two-layer", width=16, seed=0)
-        return FullBatch(problem, NaturalGradient(problem.model, problem.loss, 0.5, structure="full", damping=1e-3))
+        return FullBatch(problem, [NaturalGradient(problem.model, problem.loss, 0.5, structure="full", damping=1e-3)])
 
     whole, first, second = run(), run(), run()
     assert isinstance(first, Process)

@@ -17,7 +17,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     eta = float(cell["eta"])
     problem = resolve("two-layer", width=WIDTH, seed=int(cell["seed"])).to(context.config.device)
     optimiser = NaturalGradient(problem.model, problem.loss, eta, structure="full", kind="exact", damping=0.0)
-    path = study.follow(FullBatch(problem, optimiser), STEPS).series("squared")
+    path = study.follow(FullBatch(problem, [optimiser]), STEPS).series("squared")
     return [
         study.observed("excess", excess(path, theory.ngd_rate_bound(eta))),
         study.observed("rate_ratio", contraction(path) / theory.ngd_linear_ratio(eta)),

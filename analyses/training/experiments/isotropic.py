@@ -45,7 +45,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         optimiser = NaturalGradient(
             problem.model, problem.loss, scale / alpha, structure=structure, kind="exact", damping=0.0, decay=0.0
         )
-        before, after = study.follow(FullBatch(problem, optimiser), 1).series("squared")
+        before, after = study.follow(FullBatch(problem, [optimiser]), 1).series("squared")
         rows.append(study.observed("rate", (after / before) ** 0.5, scale=scale))
     return rows
 

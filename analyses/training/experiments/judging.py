@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from analyses.training.comparison import Comparison, against_rivals
 from analyses.training.config import Config
+from analyses.training.entrants import TUNING, chosen, entrants, final_loss, run, seconds, steps_to
 from analyses.training.ingredients import KFAC_PAPER, Ingredient, compared
 from analyses.training.methods import METHODS
-from analyses.training.race import TUNING, chosen, entrants, final_loss, race, seconds, steps_to
-from analyses.training.tasks import TARGETS, Target
+from analyses.training.races import TARGETS, Target
 from curvlab import study
 
 PRACTICE = f"{KFAC_PAPER}, section 13: K-FAC against SGD"
@@ -20,8 +20,8 @@ def racing(config: Config, points: list[study.Point]) -> list[study.Point]:
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     method = METHODS[str(cell["method"])]
-    trace = race(method, chosen(method, context), int(cell["seed"]), context)
-    rows = [steps_to(target, trace, context.config.task, f"steps_to_{target}") for target in TARGETS]
+    trace = run(method, chosen(method, context), int(cell["seed"]), context)
+    rows = [steps_to(target, trace, context.config.race, f"steps_to_{target}") for target in TARGETS]
     rows.append(final_loss(trace, "final_loss"))
     if trace.diverged is not None:
         rows.append(study.observed("diverged_at", trace.diverged, status=trace.status))
@@ -43,7 +43,7 @@ EXPECTED: Mapping[str, study.Expected] = {
 def _fewer_steps(versus: Comparison, target: Target, config: Config) -> study.Claim:
     return study.Claim(
         id=f"steps-{target}-{versus.method}",
-        statement=f"{versus.method} natural gradient needs fewer steps to {config.task.described(target)} than the best tuned "
+        statement=f"{versus.method} natural gradient needs fewer steps to {config.race.described(target)} than the best tuned "
         "first-order method.",
         rule=study.Inequality(f"steps_to_{target}", "less", 0.0),
         source=f"{PRACTICE}, for every structure",
@@ -64,7 +64,7 @@ def _gain(ingredient: Ingredient, config: Config) -> study.Claim:
         statement=ingredient.statement,
         rule=study.Inequality("steps_to_loss", "less", ingredient.bound),
         source=ingredient.source,
-        measured=f"log10 of the steps of {ingredient.method} to {config.task.described('loss')} over those of "
+        measured=f"log10 of the steps of {ingredient.method} to {config.race.described('loss')} over those of "
         f"{ingredient.without}, each tuned over as many configurations.",
         expected=ingredient.expected,
         at={"method": versus.methods},

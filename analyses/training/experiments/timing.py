@@ -9,17 +9,17 @@ from collections.abc import Callable
 from analyses.clock import now, seconds_per_step
 from analyses.training.comparison import SECONDS, Comparison, against_rivals
 from analyses.training.config import Config
+from analyses.training.entrants import TUNING, chosen, entered, entrants, problem_of
 from analyses.training.experiments.judging import JUDGING, PRACTICE, racing
 from analyses.training.ingredients import Ingredient, compared
-from analyses.training.methods import INVERT_EVERY, Method
-from analyses.training.race import TUNING, chosen, entered, entrants, problem_of
-from analyses.training.tasks import TARGETS, Target
+from analyses.training.methods import INVERT_EVERY, Entrant
+from analyses.training.races import TARGETS, Target
 from curvlab.problems import Problem
 from curvlab.study import Cell, Claim, Context, Expected, Experiment, Inequality, Observations, observed, undecided
 from curvlab.tools.storage import digest
 
 
-def _steps(method: Method, index: int, start: Problem, config: Config, seed: int) -> Callable[[int], float]:
+def _steps(method: Entrant, index: int, start: Problem, config: Config, seed: int) -> Callable[[int], float]:
     """Return what takes some steps of a run and returns their seconds; a run that diverges begins anew."""
     run, taken = entered(method, index, start, config, seed), 0
 
@@ -48,7 +48,7 @@ def _less_time(versus: Comparison, target: Target, config: Config) -> Claim:
     steps = f"steps_to_{target}"
     return Claim(
         id=f"time-{target}-{versus.method}",
-        statement=f"{versus.method} natural gradient needs less time to {config.task.described(target)} than the best tuned "
+        statement=f"{versus.method} natural gradient needs less time to {config.race.described(target)} than the best tuned "
         "first-order method.",
         rule=Inequality((steps, SECONDS), "less", 0.0),
         source=f"{PRACTICE}, for every structure",
@@ -87,7 +87,7 @@ TIMING: Experiment[Config] = Experiment(
     cells=lambda config: racing(config, [{"field": digest([method.name for method in entrants(config)])[:8]}]),
     measure=_measure,
     claims=_claims,
-    seconds=lambda _, config: 4.0 * config.task.cost,
+    seconds=lambda _, config: 4.0 * config.race.cost,
     memory=8e8,
     after=(TUNING,),
 )

@@ -1,8 +1,8 @@
 """Every configuration of every method, from the tuning seed: the table from which the judged configurations come."""
 
 from analyses.training.config import Config
+from analyses.training.entrants import TUNING, TUNING_SEED, entrants, final_loss, run, seconds, steps_to
 from analyses.training.methods import METHODS, described
-from analyses.training.race import TUNING, TUNING_SEED, entrants, final_loss, race, seconds, steps_to
 from curvlab.study import Cell, Context, Experiment, Observations, Point
 
 
@@ -17,9 +17,9 @@ def _points(config: Config) -> list[Point]:
 
 def _measure(cell: Cell, context: Context[Config]) -> Observations:
     method, index = METHODS[str(cell["method"])], int(cell["configuration"])
-    trace = race(method, index, int(cell["seed"]), context)
+    trace = run(method, index, int(cell["seed"]), context)
     return [
-        {**steps_to("loss", trace, context.config.task, "tuning_steps"), "point": described(method.points[index])},
+        {**steps_to("loss", trace, context.config.race, "tuning_steps"), "point": described(method.points[index])},
         final_loss(trace, "tuning_loss"),
     ]
 

@@ -1,4 +1,4 @@
-"""A race on the problem of a configuration: who takes part, one run of a method, and the choice of its configuration."""
+"""The race on the problem of a configuration: who takes part, one run of a method, and the choice of its configuration."""
 
 import copy
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from analyses.training.config import Config
-from analyses.training.methods import Method, described
+from analyses.training.methods import Entrant, described
+from analyses.training.races import Race, Target
 from analyses.training.run import Run
-from analyses.training.tasks import Target, Task
 from curvlab.problems import Problem, resolve
 from curvlab.rows.loss import Kind
 from curvlab.study import Cell, Context, Trace, follow, observed
@@ -29,34 +29,37 @@ def problem_of(config: Config, seed: int) -> Problem:
 
 
 @lru_cache(maxsize=1)
-def entrants(config: Config) -> tuple[Method, ...]:
+def entrants(config: Config) -> tuple[Entrant, ...]:
     """Return the methods that the problem admits: where batch normalisation makes samples interact, none that keeps rows."""
     modules = resolve(config.problem, seed=0).model.modules()
     interact = any(isinstance(module, _BatchNorm) for module in modules)
     return tuple(method for method in config.methods if not (interact and method.keeps_rows))
 
 
-def entered(method: Method, index: int, start: Problem, config: Config, seed: int) -> Run:
+def entered(method: Entrant, index: int, start: Problem, config: Config, seed: int) -> Run:
     """Return the run of a method in one of its configurations, which trains a copy of the problem's model."""
     problem, point = replace(start, model=copy.deepcopy(start.model)), method.points[index]
-    kind: Kind = "exact" if method.name in config.task.exact else "mc"
-    optimiser = method.build(problem.model, problem.loss, point, kind, seed)
-    return Run(problem, optimiser, f"{method.name}, {described(point)}", config.task, seed, method.passes)
+    kind: Kind = "exact" if method.name in config.race.exact else "mc"
+    optimisers, label = (
+        method.build(problem.model, problem.loss, point, kind, seed),
+        f"{method.name}, {described(point)}",
+    )
+    return Run(problem, optimisers, label, config.race, seed, method.passes, autocast=method.autocast)
 
 
-def race(method: Method, index: int, seed: int, context: Context[Config]) -> Trace:
+def run(method: Entrant, index: int, seed: int, context: Context[Config]) -> Trace:
     """Run a method in one of its configurations, from the cell's checkpoint if the run was interrupted."""
     config = context.config
-    run = entered(method, index, problem_of(config, seed), config, seed)
-    return follow(run, config.task.steps, checkpoint=context.checkpoint)
+    entry = entered(method, index, problem_of(config, seed), config, seed)
+    return follow(entry, config.race.steps, checkpoint=context.checkpoint)
 
 
-def steps_to(target: Target, trace: Trace, task: Task, quantity: str) -> Mapping[str, object]:
+def steps_to(target: Target, trace: Trace, race: Race, quantity: str) -> Mapping[str, object]:
     """Return the observation of the steps after which a run was first seen at a target, the whole budget if it never was."""
-    steps = next((seen["step"] for seen in trace.seen if task.reached(target, seen)), None)
+    steps = next((seen["step"] for seen in trace.seen if race.reached(target, seen)), None)
     if steps is not None:
         return observed(quantity, steps, status="ok")
-    return observed(quantity, task.steps, status="not reached" if trace.diverged is None else trace.status)
+    return observed(quantity, race.steps, status="not reached" if trace.diverged is None else trace.status)
 
 
 def final_loss(trace: Trace, quantity: str) -> Mapping[str, object]:
@@ -65,7 +68,7 @@ def final_loss(trace: Trace, quantity: str) -> Mapping[str, object]:
     return observed(quantity, value, status=trace.status)
 
 
-def chosen(method: Method, context: Context[Config]) -> int:
+def chosen(method: Entrant, context: Context[Config]) -> int:
     """Return the index of the configuration in which a method is judged: the one that did best from the tuning seed."""
     return best(context.rows(TUNING, method=method.name))
 
@@ -93,4 +96,4 @@ def best(tuned: pd.DataFrame) -> int:
 
 def seconds(_: Cell, config: Config) -> float:
     """Seconds of a run."""
-    return 0.008 * config.task.steps * config.task.cost
+    return 0.008 * config.race.steps * config.race.cost

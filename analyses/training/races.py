@@ -1,4 +1,4 @@
-"""What a race on a problem is: batches, budget, and the loss and accuracy to reach, all fixed before any run."""
+"""Races by problem: batches, budget, and the loss and accuracy to reach, all fixed before any run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ TARGETS: tuple[Target, ...] = ("loss", "accuracy")
 
 
 @dataclass(frozen=True)
-class Task:
-    """A race.
+class Race:
+    """What is to be reached, and in how many steps.
 
     Attributes:
         batch: samples of a step.
@@ -40,16 +40,16 @@ class Task:
         return f"a training loss of {self.loss:g}" if target == "loss" else f"a test accuracy of {self.accuracy:g}"
 
 
-TASKS: Mapping[str, Task] = {
-    "digits-mlp": Task(
+RACES: Mapping[str, Race] = {
+    "digits-mlp": Race(
         batch=64, steps=100, every=2, loss=0.1, accuracy=0.9, exact=("full", "block-diagonal", "unit-wise")
     ),
-    "digits-residual": Task(batch=64, steps=200, every=4, loss=0.05, accuracy=0.95, cost=5.0),
-    "fashion-lenet": Task(batch=128, steps=600, every=10, loss=0.45, accuracy=0.83, cost=11.0),
-    "cifar10-5k-cnn": Task(batch=128, steps=600, every=10, loss=0.9, accuracy=0.55, cost=65.0),
-    "characters": Task(batch=32, steps=600, every=20, loss=2.2, accuracy=0.35, cost=15.0),
+    "digits-residual": Race(batch=64, steps=200, every=4, loss=0.05, accuracy=0.95, cost=5.0),
+    "fashion-lenet": Race(batch=128, steps=600, every=10, loss=0.45, accuracy=0.83, cost=11.0),
+    "cifar10-5k-cnn": Race(batch=128, steps=600, every=10, loss=0.9, accuracy=0.55, cost=65.0),
+    "characters": Race(batch=32, steps=600, every=20, loss=2.2, accuracy=0.35, cost=15.0),
 }
 """By problem. Losses are cross-entropies in nats."""
 
-USUAL = Task(batch=128, steps=500, every=10, loss=0.1, accuracy=0.9, cost=10.0)
+USUAL = Race(batch=128, steps=500, every=10, loss=0.1, accuracy=0.9, cost=10.0)
 """For a problem of the user's own, where options say nothing else."""
