@@ -15,8 +15,7 @@ from analyses.jacobian_rank.experiments.structures import STRUCTURES
 from analyses.jacobian_rank.experiments.trained import TRAINED
 from analyses.jacobian_rank.experiments.training import TRAINING
 from analyses.jacobian_rank.experiments.width import WIDTH
-from analyses.jacobian_rank.setting import ARGUMENTS
-from curvlab.problems import data_hash
+from curvlab.problems import ARGUMENTS, data_hash
 from curvlab.study import Analysis
 from curvlab.study.panels import PanelGrid
 

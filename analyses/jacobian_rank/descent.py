@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
-from analyses import descent
-from analyses.descent import Descent, Direction, length, outputs
+from analyses.descent import Descent, Direction, length
 from analyses.jacobian_rank.setting import Setting
-from curvlab.fisher import Structure, natural_gradient_step
+from curvlab.fisher import Structure
 from curvlab.rows import Rows
 from curvlab.study import follow
 from curvlab.study.loop import Seen
@@ -26,32 +25,6 @@ DIVERGED = 1e3
 """Residual, relative to the first, above which a run counts as diverged."""
 FLOOR = 1e-6
 """Residual, relative to the first, below which round-off and not the rate decides."""
-
-
-def natural(
-    structure: Structure,
-    setting: Setting,
-    damping: float = 0.0,
-    *,
-    loss: nn.Module | None = None,
-    metric: nn.Module | None = None,
-) -> Direction:
-    """Return natural gradient of a loss, the problem's own if None, with rows of the present parameters."""
-    problem = setting.problem
-    return lambda model: natural_gradient_step(
-        structure, model, loss or problem.loss, setting.inputs, problem.train[1], damping=damping, metric=metric
-    )
-
-
-def gradient(setting: Setting) -> Direction:
-    """Return the gradient of the summed loss ½‖u − y‖²."""
-    loss, (inputs, targets) = setting.problem.loss, setting.problem.train
-    return descent.gradient(lambda model: len(inputs) * loss(model(inputs), targets))
-
-
-def look_at_outputs(setting: Setting) -> Callable[[nn.Module], Seen]:
-    """Return what sees the outputs."""
-    return lambda model: {"outputs": outputs(model, setting.inputs).numpy(force=True)}
 
 
 @dataclass(eq=False)
@@ -76,7 +49,7 @@ def descend(
     model: nn.Module, setting: Setting, direction: Direction, eta: float, steps: int
 ) -> Float[np.ndarray, "T R"]:
     """Take steps of a `Descent`; return the outputs before the first and after each."""
-    return follow(Descent(model, direction, eta, look_at_outputs(setting)), steps).series("outputs")
+    return follow(Descent(model, direction, eta, setting.see), steps).series("outputs")
 
 
 def watch(
@@ -97,7 +70,7 @@ def watch(
     def diverged(seen: Seen) -> bool:
         return not np.linalg.norm(seen["outputs"] - y) <= limit
 
-    process = Watched(model, direction, eta, look_at_outputs(setting), structure, see)
+    process = Watched(model, direction, eta, setting.see, structure, see)
     trace = follow(process, steps, until=diverged)
     before_steps = [seen["jacobian"] for seen in trace.seen[:-1]]
     return trace.series("outputs"), [*before_steps, see(curvlab.jacobian(model, setting.inputs))]

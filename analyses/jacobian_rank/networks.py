@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab.nn import ACTIVATIONS, ntk_mlp
 from curvlab.study import Cell
 
@@ -80,5 +80,5 @@ def network_of(setting: Setting, cell: Cell) -> nn.Module:
 
 def network_setting(cell: Cell, config: Config) -> Setting:
     """Return a cell's data with the network that it names."""
-    setting = setting_of(cell, config)
+    setting = Setting.of(cell, config)
     return Setting(replace(setting.problem, model=network_of(setting, cell)))

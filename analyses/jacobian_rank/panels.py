@@ -6,7 +6,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from analyses.jacobian_rank.experiments.structures import NEAR
-from analyses.jacobian_rank.experiments.width import RUNS
+from analyses.jacobian_rank.experiments.width import THEOREMS
 from analyses.jacobian_rank.networks import TRAINED
 from analyses.jacobian_rank.points import DRIFTS
 from curvlab.study import style
@@ -201,9 +201,9 @@ def needed_width(axes: Axes, measurements: pd.DataFrame) -> None:
         table = take(measurements, "width", "needed", run=run)
         sufficient = np.exp(np.log(table["sufficient"]).groupby(table["samples"]).mean())
         style.theory(axes, sufficient.index, sufficient, structure)
-        power = RUNS[run].power
+        power = THEOREMS[run].power
         note(axes, sufficient.index[-1], sufficient.iloc[-1], rf"$n^{power}/\lambda_0^4$", ha="right", xytext=(-6, 2))
-        style.measured(axes, table, "samples", structure, label=RUNS[run].name, shift=shift)
+        style.measured(axes, table, "samples", structure, label=THEOREMS[run].method, shift=shift)
     style.log_ticks(axes, sorted(int(samples) for samples in table["samples"].unique()))
     axes.set(xlabel="samples $n$", ylabel="width $m$ that is needed, that suffices")
 

@@ -1,11 +1,9 @@
 """One network on one problem, with what follows from it at initialisation."""
 
-import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,19 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
-from analyses.descent import flat, outputs
-from analyses.jacobian_rank.config import Config
-from analyses.specs import squared
+from analyses.descent import Direction, gradient, outputs
+from analyses.initialisation import Initialisation
 from curvlab import theory
-from curvlab.problems import Problem, resolve
 from curvlab.rows import Rows
 from curvlab.spectrum import rank
-from curvlab.study import Cell, round_off
+from curvlab.study import round_off
+from curvlab.study.loop import Seen
 
 log = logging.getLogger("curvlab")
-
-ARGUMENTS = ("width", "activation", "samples", "similarity", "loss", "outputs", "seed")
-"""Coordinates of a cell that are arguments of a problem."""
 
 BOUND_TOLERANCE = 1e-9
 """Excess of ‖r(k)‖²/‖r(0)‖² over a bound that counts as none."""
@@ -47,24 +41,8 @@ class Inspected:
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
-    """A problem with its kernel at initialisation, computed once and shared by cells."""
-
-    problem: Problem
-
-    @property
-    def inputs(self) -> Tensor:
-        """Training inputs."""
-        return self.problem.train[0]
-
-    def network(self) -> nn.Module:
-        """A copy of the network at initialisation, to be trained."""
-        return copy.deepcopy(self.problem.model)
-
-    @cached_property
-    def targets(self) -> Float[Tensor, " R"]:
-        """Training targets in row order."""
-        return flat(self.problem.train[1])
+class Setting(Initialisation):
+    """A problem with its kernel at initialisation."""
 
     @cached_property
     def jacobian(self) -> Rows:
@@ -88,21 +66,17 @@ class Setting:
         if rows.P < rows.R:
             log.warning(
                 "%s has P = %d parameters, fewer than its R = %d rows. The theorems need P >= R; steps use the pseudo-inverse.",
-                self.problem.name,
-                rows.P,
-                rows.R,
-            )
+                self.problem.name, rows.P, rows.R,
+            )  # fmt: skip
         return rank(rows).full is True
 
-    @cached_property
-    def initial(self) -> Float[Tensor, " R"]:
-        """u(0)."""
-        return outputs(self.problem.model, self.inputs)
+    def see(self, model: nn.Module) -> Seen:
+        """Outputs of a network, for the `see` of a `Descent`."""
+        return {"outputs": outputs(model, self.inputs).numpy(force=True)}
 
-    @property
-    def residual(self) -> Float[Tensor, " R"]:
-        """u(0) − y."""
-        return self.initial - self.targets
+    def gradient(self) -> Direction:
+        """The gradient of the summed loss ½‖u − y‖²."""
+        return gradient(lambda model: len(self.inputs) * self.loss(model))
 
     def inspect(self, rows: Rows) -> Inspected:
         """Compare a Jacobian with that at initialisation, by Gram matrices."""
@@ -130,19 +104,3 @@ class Setting:
         """Error of residuals, relative to ‖r(0)‖, up to which an identity holds after a solve of a condition number."""
         scale = max(1.0, float(self.targets.norm() / self.residual.norm()))
         return round_off(len(self.targets), condition * scale, self.targets.dtype)
-
-
-def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
-    """Return the setting of a cell; the last one is kept, so that neighbouring cells share it."""
-    wanted: dict[str, Any] = {name: cell[name] for name in ARGUMENTS if name in cell.coordinates} | overrides
-    if wanted.get("width") == 0:
-        del wanted["width"]
-    spec = str(cell.coordinates.get("problem", config.problem))
-    wanted = squared(spec) | wanted
-    return _setting(spec, config.device, config.dtype, tuple(sorted(wanted.items())))
-
-
-@lru_cache(maxsize=1)
-def _setting(spec: str, device: str, dtype: str, arguments: tuple[tuple[str, Any], ...]) -> Setting:
-    values: Mapping[str, Any] = dict(arguments)
-    return Setting(resolve(spec, **values).to(device, getattr(torch, dtype)))

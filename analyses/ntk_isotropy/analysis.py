@@ -16,9 +16,8 @@ from analyses.ntk_isotropy.experiments.response import RESPONSE
 from analyses.ntk_isotropy.experiments.stability import STABILITY
 from analyses.ntk_isotropy.experiments.steps import PARAMETER_STEPS
 from analyses.ntk_isotropy.experiments.tridiagonal import TRIDIAGONAL
-from analyses.ntk_isotropy.setting import NETWORK
 from analyses.specs import classifies_nodes, squared
-from curvlab.problems import Problem, digest_of, instance
+from curvlab.problems import ARGUMENTS, Problem, digest_of, instance
 from curvlab.study import Analysis, UsageError
 from curvlab.study.panels import PanelGrid
 
@@ -167,6 +166,6 @@ ANALYSIS: Analysis[Config] = Analysis(
         "other_outputs",
         "step_scales",
     ),
-    together=NETWORK,
+    together=ARGUMENTS,
     memory_option="--widths",
 )

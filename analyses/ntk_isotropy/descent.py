@@ -7,24 +7,18 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analyses.descent import Descent, Direction, flat, outputs
+from analyses.descent import Descent, Direction, outputs
 from analyses.ntk_isotropy.setting import Setting
-from curvlab.fisher import Structure, natural_gradient_step
+from curvlab.fisher import Structure
 from curvlab.study import Diverged, follow
 from curvlab.study.loop import Seen
-
-
-def natural(structure: Structure, setting: Setting) -> Direction:
-    """Return the undamped natural gradient with rows of the present parameters."""
-    loss, (inputs, targets) = setting.problem.loss, setting.problem.train
-    return lambda model: natural_gradient_step(structure, model, loss, inputs, targets)
 
 
 def frozen(structure: Structure, setting: Setting) -> Direction:
     """Return the undamped natural gradient with the rows that the structure holds."""
 
     def direction(model: nn.Module) -> Mapping[str, Tensor]:
-        residual = outputs(model, setting.inputs) - flat(setting.targets)
+        residual = outputs(model, setting.inputs) - setting.targets
         return structure.lift(structure.rows.dual(residual / setting.samples), 0.0)
 
     return direction

@@ -51,7 +51,7 @@ def measured_response(
 
 def finite_step(structure: Structure, setting: Setting, response: Float[Tensor, "R R"]) -> float:
     """Relative distance between the response and a central difference through the real forward pass."""
-    residual = setting.initial - flat(setting.targets)
+    residual = setting.residual
     direction = pull(structure, setting, residual[None])
     parameters = {name: p.detach() for name, p in setting.problem.model.named_parameters()}
     epsilon = 1e-5 * length(parameters) / length(direction)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 import curvlab
-from analyses.descent import outputs
-from analyses.ntk_isotropy.config import Config
-from analyses.specs import squared
+from analyses.initialisation import Initialisation
 from curvlab import fisher, theory
 from curvlab.fisher import BlockDiagonal, BlockTridiagonal, Full, LayerWise, Structure
 from curvlab.nn import ACTIVATIONS, HalfSquaredError, ntk_mlp
-from curvlab.problems import Problem, resolve
+from curvlab.problems import Problem
 from curvlab.rows import Rows
 from curvlab.rows.factored import KroneckerRows
 from curvlab.rows.rows import gram
-from curvlab.study import Cell, round_off
-
-NETWORK = ("width", "depth", "activation", "outputs", "loss", "seed")
-"""Coordinates of a cell that are arguments of a problem; they determine the network."""
+from curvlab.study import round_off
 
 SMOOTH = frozenset(ACTIVATIONS) - {"relu"}
 """Activations whose derivative is almost nowhere zero, γ = 1; γ = ½ for ReLU."""
@@ -37,27 +32,20 @@ SHORT_OF_RANK = "a K-FAC factor of a layer is short of rank on the samples"
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
-    """A problem with everything that follows from its network at initialisation; computed once, shared by cells."""
+class Setting(Initialisation):
+    """A problem with the rows and kernels of its network at initialisation, and the theory's predictions from them."""
 
-    problem: Problem
-    activation: str
     _predicted: dict[str, Float[np.ndarray, "T R"] | None] = field(default_factory=dict)
 
     @property
-    def inputs(self) -> Tensor:
-        """Training inputs."""
-        return self.problem.train[0]
-
-    @property
-    def targets(self) -> Tensor:
-        """Training targets."""
-        return self.problem.train[1]
+    def activation(self) -> str:
+        """Activation of the hidden layers."""
+        return str(self.arguments.get("activation") or "relu")
 
     @cached_property
     def rows(self) -> Rows:
         """Exact rows of S on the training inputs."""
-        return curvlab.sqrt_fisher(self.problem.model, self.problem.loss, self.inputs, self.targets)
+        return curvlab.sqrt_fisher(self.problem.model, self.problem.loss, *self.problem.train)
 
     @property
     def jacobian(self) -> Rows:
@@ -78,16 +66,6 @@ class Setting:
     def depth(self) -> int:
         """Number of layers with parameters."""
         return len(self.jacobian.layers)
-
-    @cached_property
-    def initial(self) -> Float[Tensor, " R"]:
-        """f_0 on the training inputs."""
-        return outputs(self.problem.model, self.inputs)
-
-    @cached_property
-    def initial_test(self) -> Float[Tensor, " T"]:
-        """f_0 on the test inputs."""
-        return outputs(self.problem.model, self.problem.test[0])
 
     @cached_property
     def kernels(self) -> Float[np.ndarray, "L R R"]:
@@ -213,26 +191,11 @@ def make(structure: str) -> Structure:
     return fisher.make(structure, **OPTIONS.get(structure, {}))
 
 
-def setting_of(cell: Cell, config: Config, **overrides: Any) -> Setting:
-    """Return the setting of a cell; the last one is kept, so that neighbouring cells share it."""
-    wanted: dict[str, Any] = {name: cell[name] for name in NETWORK if name in cell.coordinates} | overrides
-    wanted = squared(config.problem) | wanted
-    if wanted.get("width") == 0:
-        del wanted["width"]
-    return _setting(config.problem, config.device, config.dtype, tuple(sorted(wanted.items())))
-
-
-@lru_cache(maxsize=1)
-def _setting(spec: str, device: str, dtype: str, arguments: tuple[tuple[str, Any], ...]) -> Setting:
-    values: Mapping[str, Any] = dict(arguments)
-    problem = resolve(spec, **values).to(device, getattr(torch, dtype))
-    return Setting(problem, str(values.get("activation") or "relu"))
-
-
 def on_inputs(setting: Setting, inputs: Float[Tensor, "N d"], width: int, seed: int) -> Setting:
     """Return the setting of a perceptron of the same depth and activation on other inputs of the training samples."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = (inputs.shape[1], *(width,) * max(setting.depth - 1, 1), setting.targets.shape[1])
+    targets = setting.problem.train[1]
+    sizes = (inputs.shape[1], *(width,) * max(setting.depth - 1, 1), targets.shape[1])
     model = ntk_mlp(sizes, setting.activation, generator=generator, dtype=inputs.dtype, device=inputs.device)
-    data = (inputs, setting.targets)
-    return Setting(Problem("perceptron", model, HalfSquaredError(), data, data), setting.activation)
+    data = (inputs, targets)
+    return Setting(Problem("perceptron", model, HalfSquaredError(), data, data), setting.arguments)

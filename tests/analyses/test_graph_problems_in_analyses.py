@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analyses.ntk_isotropy.config import Config as IsotropyConfig
-from analyses.ntk_isotropy.setting import Setting, setting_of
+from analyses.ntk_isotropy.setting import Setting
 from analyses.specs import classifies_nodes, squared
 from curvlab.problems import ProblemError, resolve
 from curvlab.study import Cell
@@ -60,7 +60,7 @@ def test_experiments_on_other_networks_are_left_out() -> None:
 def test_kernels_of_a_graph_are_divided_by_its_nodes() -> None:
     """The nodes are one sample of the rows; Θ = J Jᵀ/N is that of the loss all the same."""
     cell = Cell({"experiment": "response", "width": 8, "depth": 2, "activation": "relu", "outputs": 0, "seed": 0})
-    setting = setting_of(cell, IsotropyConfig(problem=KARATE, widths=(8,)))
+    setting = Setting.of(cell, IsotropyConfig(problem=KARATE, widths=(8,)))
     assert isinstance(setting, Setting)
     model, x = setting.problem.model, setting.inputs
     J = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)).T.flatten())(

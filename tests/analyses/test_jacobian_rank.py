@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from analyses.jacobian_rank.analysis import FIGURES
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.experiments import networks, structures, width
 from analyses.jacobian_rank.networks import network_setting
-from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab.fisher import Full
 from curvlab.nn import HalfSquaredError, TwoLayer, linearize
 from curvlab.problems import Problem
@@ -80,8 +80,7 @@ TINY = Config(widths=(64,), samples=10, seeds=2)
 
 def test_a_wrong_step_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Natural gradient with a little damping, which nobody would see in a figure."""
-    damped = partial(descent.natural, damping=1e-6)
-    monkeypatch.setattr("analyses.jacobian_rank.experiments.training.natural", damped)
+    monkeypatch.setattr(Setting, "natural", partialmethod(Setting.natural, damping=1e-6))
     assert verdict_of("rate-linear", TINY, data="own").outcome == "refuted"
 
 
@@ -101,18 +100,18 @@ def test_the_bound_can_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def setting() -> Setting:
     cell = Cell({"problem": "two-layer", "width": 30, "activation": "erf", "samples": 8, "seed": 0})
-    return setting_of(cell, Config())
+    return Setting.of(cell, Config())
 
 
 def test_steps_are_those_of_the_dense_jacobian(setting: Setting) -> None:
     model, x = setting.problem.model, setting.inputs
     J = dense_jacobian(model, x)
     r = setting.residual
-    natural = descent.natural(Full(), setting)(model)["hidden.weight"].flatten()
+    natural = setting.natural(Full())(model)["hidden.weight"].flatten()
     assert_close(natural, torch.linalg.pinv(J) @ r, 1e-8)
-    assert_close(descent.gradient(setting)(model)["hidden.weight"].flatten(), J.T @ r, 1e-8)
+    assert_close(setting.gradient()(model)["hidden.weight"].flatten(), J.T @ r, 1e-8)
     moved = copy.deepcopy(model)
-    path = descent.descend(moved, setting, descent.natural(Full(), setting), 0.3, 1)
+    path = descent.descend(moved, setting, setting.natural(Full()), 0.3, 1)
     assert_close(moved.hidden.weight.detach().flatten(), model.hidden.weight.detach().flatten() - 0.3 * natural)
     assert_close(torch.from_numpy(path[1]), moved(x).detach().flatten())
     assert length(descent.moved(moved, setting)) == pytest.approx(0.3 * float(natural.norm()), rel=1e-9)
@@ -130,8 +129,8 @@ def test_the_change_of_the_jacobian_is_the_dense_one(setting: Setting) -> None:
 
 
 def test_a_run_is_seen_before_the_first_step_and_after_each(setting: Setting) -> None:
-    structure, direction = Full(), descent.natural(Full(), setting)
-    filling = descent.natural(structure, setting)
+    structure, direction = Full(), setting.natural(Full())
+    filling = setting.natural(structure)
     path, seen = descent.watch(setting.network(), setting, structure, filling, 0.3, 2, lambda rows: rows.dense())
     plain = setting.network()
     assert len(path) == len(seen) == 3
@@ -143,7 +142,7 @@ def test_a_run_is_seen_before_the_first_step_and_after_each(setting: Setting) ->
 
 def test_a_run_that_diverges_is_stopped(setting: Setting) -> None:
     structure, model = Full(), linearize(setting.problem.model)
-    direction = descent.natural(structure, setting)
+    direction = setting.natural(structure)
     path, seen = descent.watch(model, setting, structure, direction, 101.0, 9, lambda _: None)
     grown = np.sqrt(setting.squared_residuals(path)) / float(setting.residual.norm())
     assert grown == pytest.approx([1, 100, 10_000], rel=1e-6)
@@ -151,9 +150,8 @@ def test_a_run_that_diverges_is_stopped(setting: Setting) -> None:
 
 
 def test_a_descent_that_takes_up_a_state_goes_on_from_there(setting: Setting) -> None:
-    direction = descent.gradient(setting)
-    see = descent.look_at_outputs(setting)
-    first, second = (Descent(setting.network(), direction, 0.1, see) for _ in range(2))
+    direction = setting.gradient()
+    first, second = (Descent(setting.network(), direction, 0.1, setting.see) for _ in range(2))
     assert isinstance(first, Process)
     first.step(0)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -170,8 +168,7 @@ def test_contraction_and_excess() -> None:
 
 
 def test_a_wrong_step_of_a_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    damped = partial(descent.natural, damping=1e-6)
-    monkeypatch.setattr("analyses.jacobian_rank.experiments.structures.natural", damped)
+    monkeypatch.setattr(Setting, "natural", partialmethod(Setting.natural, damping=1e-6))
     config = Config(widths=(64,), samples=10, seeds=1)
     assert verdict_of("linearised-full", config, network="mlp").outcome == "refuted"
 
@@ -192,12 +189,13 @@ def test_unit_ranks_are_those_of_the_dense_blocks() -> None:
 
 def test_a_layer_that_training_deprives_of_rank_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that puts out all units of the first layer."""
+    natural = Setting.natural
 
-    def numbing(structure: Full, setting: Setting) -> Direction:
-        step = descent.natural(structure, setting)
+    def numbing(setting: Setting, structure: Full) -> Direction:
+        step = natural(setting, structure)
         return lambda model: {**step(model), "0.weight": model[0].weight.detach() / networks.ETA}
 
-    monkeypatch.setattr("analyses.jacobian_rank.experiments.networks.natural", numbing)
+    monkeypatch.setattr(Setting, "natural", numbing)
     config = Config(widths=(64,), samples=10, seeds=1, activation=("relu",))
     assert verdict_of("networks-layers", config, network="mlp", units=64).outcome == "refuted"
 
@@ -206,15 +204,15 @@ def test_the_needed_width_is_the_least_that_concludes() -> None:
     config = Config(seeds=1)
     (cell,) = (cell for cell in ANALYSIS.cells(config) if cell["experiment"] == "width" and cell["samples"] == 8)
     found = {(row["quantity"], row["run"]): row for row in measured(config, [cell])[cell]}
-    for name, run in width.RUNS.items():
+    for name, run in width.THEOREMS.items():
         needed = found["needed", name]["value"]
         reached = {
-            m: width._concludes(setting_of(cell, config, width=m), run, least=0.1) for m in width.WIDTHS if m <= needed
+            m: width._concludes(Setting.of(cell, config, width=m), run, least=0.1) for m in width.WIDTHS if m <= needed
         }
         assert [m for m, constant in reached.items() if constant is not None] == [needed]
     assert found["constant", "natural"]["value"] == pytest.approx(
         width._concludes(
-            setting_of(cell, config, width=found["needed", "natural"]["value"]), width.RUNS["natural"], 0.1
+            Setting.of(cell, config, width=found["needed", "natural"]["value"]), width.THEOREMS["natural"], 0.1
         )
     )
 

@@ -18,7 +18,7 @@ from analyses.ntk_isotropy import ANALYSIS
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import train
 from analyses.ntk_isotropy.responses import measured_response, probes
-from analyses.ntk_isotropy.setting import SIGMAS, make, setting_of
+from analyses.ntk_isotropy.setting import SIGMAS, Setting, make
 from curvlab.fisher import LayerWise
 from curvlab.study import Cell, Verdict, follow, judge
 from curvlab.study.execution import Plan
@@ -101,7 +101,7 @@ def test_a_wrong_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_measured_response_is_the_dense_one(structure: str) -> None:
     config = Config(widths=(12,), seeds=1)
     cell = Cell({"width": 12, "depth": 3, "activation": "erf", "outputs": 1, "seed": 0})
-    setting = setting_of(cell, config)
+    setting = Setting.of(cell, config)
     built = make(structure).update(setting.rows)
     directions = probes(setting, 0)
     shares, tested = measured_response(built, setting, directions)
@@ -124,7 +124,7 @@ def test_networks_short_of_rank_do_not_count_against_kfac() -> None:
 
 
 def test_a_run_that_diverges_has_no_outputs_from_there_on_and_says_so() -> None:
-    setting = setting_of(Cell({"width": 8, "depth": 3, "activation": "relu", "outputs": 1, "seed": 0}), Config())
+    setting = Setting.of(Cell({"width": 8, "depth": 3, "activation": "relu", "outputs": 1, "seed": 0}), Config())
     model = copy.deepcopy(setting.problem.model)
     away = {name: torch.full_like(p, -1e60) for name, p in model.named_parameters()}
     trained, tested, ended = train(model, setting, 1e60, 3, lambda _: away)
@@ -167,9 +167,9 @@ def test_the_papers_own_width_is_kept() -> None:
 def test_a_network_whose_last_trained_layer_is_hidden_is_not_taken_for_a_plain_one() -> None:
     """K-FAC's and the units' scales hold for layers up to the outputs."""
     config = Config(problem="two-layer", seeds=1)
-    setting = setting_of(Cell({"width": 16, "activation": "relu", "seed": 0}), config)
+    setting = Setting.of(Cell({"width": 16, "activation": "relu", "seed": 0}), config)
     assert not setting.plain
     assert setting.alpha("kfac") is None
     assert setting.alpha("full") == pytest.approx(1.0)
-    plain = setting_of(Cell({"width": 16, "depth": 3, "activation": "relu", "outputs": 3, "seed": 0}), Config())
+    plain = Setting.of(Cell({"width": 16, "depth": 3, "activation": "relu", "outputs": 3, "seed": 0}), Config())
     assert plain.plain

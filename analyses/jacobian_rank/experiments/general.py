@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from analyses.descent import flat
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import descend, excess, natural, watch
+from analyses.jacobian_rank.descent import descend, excess, watch
 from analyses.jacobian_rank.points import EASY, PAPER, admitted, memory, seconds
-from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting, setting_of
+from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full, natural_gradient_step
 from curvlab.nn import HalfSquaredError, linearize
@@ -50,12 +50,12 @@ def _points(config: Config) -> list[study.Point]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting, smallest = setting_of(cell, context.config), context.config.swept_widths[0]
+    setting, smallest = Setting.of(cell, context.config), context.config.swept_widths[0]
     y = setting.targets.numpy(force=True)
     optimum = np.sign(y) * minimiser()
     eta = SHARE * theory.general_largest_step(0.0, REGULARISER, LIPSCHITZ)
     structure = Full()
-    direction = natural(structure, setting, loss=RegularisedLogistic(), metric=HalfSquaredError())
+    direction = setting.natural(structure, loss=RegularisedLogistic(), metric=HalfSquaredError())
     path, seen = watch(setting.network(), setting, structure, direction, eta, STEPS, setting.inspect)
     above = excess(np.square(path - optimum).sum(1), theory.general_rate(eta, REGULARISER, LIPSCHITZ))
     C = setting.stability_constant(seen) if setting.full_rank else inf

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from analyses.descent import outputs
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import descend, natural
+from analyses.jacobian_rank.descent import descend
 from analyses.jacobian_rank.points import PAPER, admitted, memory, second_largest, seconds
-from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
 
@@ -34,12 +34,12 @@ def _labelled(setting: Setting, cell: study.Cell) -> Setting:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = _labelled(setting_of(cell, context.config), cell)
+    setting = _labelled(Setting.of(cell, context.config), cell)
     if not setting.full_rank:
         return []
     term = theory.complexity_term(setting.targets.numpy(force=True), setting.gram.numpy(force=True))
     model = setting.network()
-    descend(model, setting, natural(Full(), setting), ETA, STEPS)
+    descend(model, setting, setting.natural(Full()), ETA, STEPS)
     residual = outputs(model, setting.inputs) - setting.targets
     return [
         study.observed("complexity", term),

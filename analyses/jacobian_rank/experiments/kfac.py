@@ -5,9 +5,9 @@ from itertools import product
 import numpy as np
 
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import descend, natural
+from analyses.jacobian_rank.descent import descend
 from analyses.jacobian_rank.points import DRIFTS, PAPER, SYNTHETIC, admitted, memory, seconds
-from analyses.jacobian_rank.setting import setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab import fisher, study, theory
 from curvlab.nn import linearize
 
@@ -22,7 +22,7 @@ def _points(config: Config) -> list[study.Point]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     x = setting.inputs.numpy(force=True)
     y = setting.targets.numpy(force=True)
     start = setting.residual.numpy(force=True)
@@ -39,7 +39,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         runs["linearised"] = linearize(setting.problem.model)
     for run, model in runs.items():
         # Both factors are means over samples, which makes a step N times larger.
-        residuals = descend(model, setting, natural(structure, setting), eta / N, STEPS) - y
+        residuals = descend(model, setting, setting.natural(structure), eta / N, STEPS) - y
         error = float(np.abs(residuals - predicted).max() / norm)
         if run == "linearised":
             tolerance = setting.round_off(structure.condition_number())

@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from analyses.descent import Descent, Direction
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import descend, gradient, look_at_outputs, natural
+from analyses.jacobian_rank.descent import descend
 from analyses.jacobian_rank.points import PAPER, SYNTHETIC, admitted, memory, seconds
-from analyses.jacobian_rank.setting import Setting, setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
 from curvlab.nn import linearize
@@ -57,18 +57,18 @@ def _steps_to_target(setting: Setting, direction: Direction, eta: float) -> int 
     def reached(seen: Mapping[str, Any]) -> bool:
         return bool(np.linalg.norm(seen["outputs"] - y) / RESIDUAL <= TARGET)
 
-    process = Descent(setting.network(), direction, eta, look_at_outputs(setting))
+    process = Descent(setting.network(), direction, eta, setting.see)
     last = study.follow(process, MOST_STEPS, until=reached).seen[-1]
     return int(last["step"]) if reached(last) else None
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     values, vectors = theory.kernel_modes(setting.gram.numpy(force=True))
     condition = float(values[0] / values[-1])
     worst = _least_mode(setting, vectors)
-    natural_steps = _steps_to_target(worst, natural(Full(), worst), ETA)
-    descent_steps = _steps_to_target(worst, gradient(worst), 1 / float(values[0]))
+    natural_steps = _steps_to_target(worst, worst.natural(Full()), ETA)
+    descent_steps = _steps_to_target(worst, worst.gradient(), 1 / float(values[0]))
     rows = [study.observed("smallest", float(values[-1]))]
     runs = (("natural", natural_steps, 1 - ETA), ("descent", descent_steps, 1 - 1 / condition))
     for name, steps, factor in runs:
@@ -91,7 +91,7 @@ def _damped(
     for relative in DAMPINGS:
         mu = relative * float(values[0])
         # The Fisher matrix is JᵀJ/N, so μ of JJᵀ + μI is Nρ.
-        direction = natural(Full(), setting, damping=mu / len(y))
+        direction = setting.natural(Full(), damping=mu / len(y))
         end = descend(linearize(setting.problem.model), setting, direction, 1.0, 1)[-1] - y
         expected = vectors @ (theory.damped_contraction(values, mu) * (vectors.T @ start))
         rows.append(

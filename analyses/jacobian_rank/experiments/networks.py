@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import contraction, excess, natural, watch
+from analyses.jacobian_rank.descent import contraction, excess, watch
 from analyses.jacobian_rank.networks import TRAINED, UNITS, network_setting
 from analyses.jacobian_rank.points import DRIFTS, PAPER, admitted, memory, worst_decade_by_seed
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE
@@ -43,7 +43,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     setting = network_setting(cell, context.config)
     structure = Full()
     path, seen = watch(
-        setting.network(), setting, structure, natural(structure, setting), ETA, STEPS, see=lambda jacobian: jacobian
+        setting.network(), setting, structure, setting.natural(structure), ETA, STEPS, see=lambda jacobian: jacobian
     )
     inspected = [setting.inspect(jacobian) for jacobian in seen]
     squared = setting.squared_residuals(path)

@@ -4,9 +4,9 @@ import numpy as np
 from jaxtyping import Float
 
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import descend, gradient, natural
+from analyses.jacobian_rank.descent import descend
 from analyses.jacobian_rank.points import PAPER, admitted, memory
-from analyses.jacobian_rank.setting import setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
 
@@ -24,11 +24,11 @@ def _by_sample(path: Float[np.ndarray, "T R"]) -> Float[np.ndarray, "T N C"]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     rows = []
     targets = _by_sample(setting.targets.numpy(force=True)[None])[0]
     for run, (rate, steps) in RUNS.items():
-        direction = natural(Full(), setting) if run == NATURAL else gradient(setting)
+        direction = setting.natural(Full()) if run == NATURAL else setting.gradient()
         eta = rate if run == NATURAL else rate / float(setting.eigenvalues[-1])
         path = _by_sample(descend(setting.network(), setting, direction, eta, steps))
         straightness = theory.path_straightness(path)

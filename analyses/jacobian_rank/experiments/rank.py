@@ -15,7 +15,7 @@ from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
 from analyses.jacobian_rank.networks import NETWORKS, network_of
 from analyses.jacobian_rank.points import PAPER, admitted, memory, seconds
-from analyses.jacobian_rank.setting import setting_of
+from analyses.jacobian_rank.setting import Setting
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
 from curvlab.nn import TwoLayer
@@ -73,7 +73,7 @@ def _inputs(x: Float[Tensor, "N d"], cell: study.Cell) -> Float[Tensor, "N d"]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     x = _inputs(setting.inputs, cell)
     model = setting.problem.model if cell["network"] == "own" else network_of(setting, cell)
     rows = curvlab.jacobian(model, x)

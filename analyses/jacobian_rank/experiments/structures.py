@@ -9,7 +9,7 @@ import torch
 
 import curvlab
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import DIVERGED, descend, gradient, natural, watch
+from analyses.jacobian_rank.descent import DIVERGED, descend, watch
 from analyses.jacobian_rank.networks import TRAINED, network_setting
 from analyses.jacobian_rank.points import PAPER, admitted, memory, worst_decade_by_seed
 from analyses.specs import classifies_nodes
@@ -44,13 +44,13 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     response = (response + response.T) / 2
     values = torch.linalg.eigvalsh(response)
     eta = 1 / float(values[-1])
-    path, seen = watch(setting.network(), setting, structure, natural(structure, setting), eta, STEPS, setting.inspect)
-    descended = descend(setting.network(), setting, gradient(setting), 1 / float(setting.eigenvalues[-1]), STEPS)
+    path, seen = watch(setting.network(), setting, structure, setting.natural(structure), eta, STEPS, setting.inspect)
+    descended = descend(setting.network(), setting, setting.gradient(), 1 / float(setting.eigenvalues[-1]), STEPS)
     squared, by_descent = (setting.squared_residuals(run) for run in (path, descended))
     linear = theory.predict_train(
         path[0], setting.targets.numpy(force=True), response.numpy(force=True), eta, range(len(path))
     )
-    step = descend(linearize(problem.model), setting, natural(make(structure.key), setting), eta, 1)
+    step = descend(linearize(problem.model), setting, setting.natural(make(structure.key)), eta, 1)
     diverged = squared[-1] > DIVERGED**2 * squared[0]
     status = {"status": f"diverged at step {len(path) - 1}"} if diverged else {}
     missing = len(values) - int(torch.linalg.matrix_rank(response, hermitian=True))

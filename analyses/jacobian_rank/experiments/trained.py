@@ -7,7 +7,7 @@ from torch import nn
 import curvlab
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.points import PAPER, admitted, memory
-from analyses.jacobian_rank.setting import setting_of
+from analyses.jacobian_rank.setting import Setting
 from curvlab import study
 from curvlab.rows import Rows
 from curvlab.spectrum import Rank, rank
@@ -45,7 +45,7 @@ def _described(rows: Rows, found: Rank, name: str) -> list[dict[str, object]]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     model, loss, (x, y) = setting.network(), setting.problem.loss, setting.problem.train
     rows = []
     conditions = []

@@ -11,18 +11,9 @@ from torch import Tensor
 import curvlab
 from analyses.descent import length
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import (
-    contraction,
-    descend,
-    displaced,
-    excess,
-    moved,
-    natural,
-    unit_rank,
-    watch,
-)
+from analyses.jacobian_rank.descent import contraction, descend, displaced, excess, moved, unit_rank, watch
 from analyses.jacobian_rank.points import DRIFTS, EASY, PAPER, admitted, memory, second_largest, seconds
-from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Inspected, Setting, setting_of
+from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Inspected, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
 from curvlab.nn import TwoLayer, linearize
@@ -69,11 +60,11 @@ def _at_random(setting: Setting, seed: int) -> float:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting, smallest = setting_of(cell, context.config), context.config.swept_widths[0]
+    setting, smallest = Setting.of(cell, context.config), context.config.swept_widths[0]
     eta = float(cell["eta"])
     model = setting.network()
     structure = Full()
-    path, seen = watch(model, setting, structure, natural(structure, setting), eta, STEPS, setting.inspect)
+    path, seen = watch(model, setting, structure, setting.natural(structure), eta, STEPS, setting.inspect)
     squared = setting.squared_residuals(path)
     constants = _constants(setting, model, seen, int(cell["seed"])) if setting.full_rank else {}
     above = {"value": excess(squared, theory.ngd_rate_bound(eta)), "tolerance": BOUND_TOLERANCE}
@@ -127,7 +118,7 @@ def _movement(setting: Setting, model: torch.nn.Module, eta: float) -> list[dict
 def _linearised(setting: Setting, eta: float) -> dict[str, object]:
     """Distance of the linearised network's residuals from (1 − η)^k r(0), relative to ‖r(0)‖."""
     steps = 3
-    path = descend(linearize(setting.problem.model), setting, natural(Full(), setting), eta, steps)
+    path = descend(linearize(setting.problem.model), setting, setting.natural(Full()), eta, steps)
     start = setting.residual.numpy(force=True)
     expected = np.multiply.outer((1 - eta) ** np.arange(steps + 1), start)
     error = np.abs(path - setting.targets.numpy(force=True) - expected).max() / np.linalg.norm(start)

@@ -11,9 +11,8 @@ import numpy as np
 import curvlab
 from analyses.descent import Descent, Direction
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.descent import gradient, look_at_outputs, natural
 from analyses.jacobian_rank.points import PAPER, SYNTHETIC, admitted, memory
-from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting, setting_of
+from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
 
@@ -23,11 +22,11 @@ WIDTHS = tuple(2**power for power in range(13))
 
 
 @dataclass(frozen=True)
-class Run:
-    """A method with what its theorem concludes.
+class Theorem:
+    """What a theorem concludes of a method.
 
     Attributes:
-        name: of the method, in words.
+        method: in words.
         direction: its steps.
         eta: its learning rate, from λ_max(G(0)).
         rate: the concluded factor per step of ‖r‖², from η and λ₀.
@@ -36,7 +35,7 @@ class Run:
         power: of n in the width that suffices, n^power/λ₀⁴ but for constants and the probability of failure.
     """
 
-    name: str
+    method: str
     direction: Callable[[Setting], Direction]
     eta: Callable[[float], float]
     rate: Callable[[float, float], float]
@@ -45,20 +44,22 @@ class Run:
     power: int
 
 
-RUNS: Mapping[str, Run] = {
-    "natural": Run(
-        "natural gradient",
-        lambda setting: natural(Full(), setting),
-        lambda _: 0.5,
-        lambda eta, _: theory.ngd_rate_bound(eta),
-        6,
-        1,
-        4,
+THEOREMS: Mapping[str, Theorem] = {
+    "natural": Theorem(
+        method="natural gradient",
+        direction=lambda setting: setting.natural(Full()),
+        eta=lambda _: 0.5,
+        rate=lambda eta, _: theory.ngd_rate_bound(eta),
+        steps=6, every=1, power=4,
     ),
-    "descent": Run(
-        "gradient descent", gradient, lambda largest: 1 / largest, lambda eta, least: 1 - eta * least / 2, 20, 10, 6
+    "descent": Theorem(
+        method="gradient descent",
+        direction=Setting.gradient,
+        eta=lambda largest: 1 / largest,
+        rate=lambda eta, least: 1 - eta * least / 2,
+        steps=20, every=10, power=6,
     ),
-}
+}  # fmt: skip
 
 
 def _points(config: Config) -> list[study.Point]:
@@ -98,16 +99,14 @@ class Concluding(Descent):
         return seen
 
 
-def _concludes(setting: Setting, run: Run, least: float) -> float | None:
+def _concludes(setting: Setting, theorem: Theorem, least: float) -> float | None:
     """Return C_emp along a run, None if the theorem's conclusion does not hold."""
     if not setting.full_rank:
         return None
-    eta = run.eta(float(setting.eigenvalues[-1]))
-    model = setting.network()
-    process = Concluding(
-        model, run.direction(setting), eta, look_at_outputs(setting), setting, run.rate(eta, least), run.every
-    )
-    trace = study.follow(process, run.steps)
+    eta, direction = theorem.eta(float(setting.eigenvalues[-1])), theorem.direction(setting)
+    rate = theorem.rate(eta, least)
+    process = Concluding(setting.network(), direction, eta, setting.see, setting, rate, theorem.every)
+    trace = study.follow(process, theorem.steps)
     if trace.diverged is not None:
         return None
     return theory.stability_constant(trace.series("change").max(), float(setting.eigenvalues[0]))
@@ -115,7 +114,7 @@ def _concludes(setting: Setting, run: Run, least: float) -> float | None:
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     def setting(width: int) -> Setting:
-        return setting_of(cell, context.config, width=width)
+        return Setting.of(cell, context.config, width=width)
 
     inputs = setting(WIDTHS[0]).inputs.numpy(force=True)
     N, features = inputs.shape
@@ -124,9 +123,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     while widths and not setting(widths[0]).full_rank:
         del widths[0]
     rows = []
-    for name, run in RUNS.items():
-        at: dict[str, object] = {"run": name, "sufficient": N**run.power / least**4}
-        reached = ((width, _concludes(setting(width), run, least)) for width in widths)
+    for name, theorem in THEOREMS.items():
+        at: dict[str, object] = {"run": name, "sufficient": N**theorem.power / least**4}
+        reached = ((width, _concludes(setting(width), theorem, least)) for width in widths)
         width, constant = next((found for found in reached if found[1] is not None), (None, None))
         if width is None or constant is None:
             rows.append(study.observed("needed", float("nan"), status=f"more than {WIDTHS[-1]} units", **at))
@@ -140,15 +139,15 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 def _order(name: str) -> study.Claim:
-    run = RUNS[name]
+    method, order = THEOREMS[name].method, f"n^{THEOREMS[name].power}/λ₀⁴"
     return study.Claim(
         id=f"width-order-{name}",
-        statement=f"The width at which {run.name} reaches the theorem's conclusion grows more slowly than the sufficient order "
-        f"n^{run.power}/λ₀⁴.",
+        statement=f"The width at which {method} reaches the theorem's conclusion grows more slowly than the sufficient order "
+        f"{order}.",
         rule=study.Inequality("needed", "less", 1.0),
         source=f"{PAPER}, theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claim 6)",
-        measured=f"Slope of log least width against log n^{run.power}/λ₀⁴, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full "
-        "row rank, and the rate at every step.",
+        measured=f"Slope of log least width against log {order}, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full row rank, "
+        "and the rate at every step.",
         expected=study.supported(
             "The order is sufficient, not necessary: the proof takes union bounds and norms of sums of n terms."
         ),
@@ -157,7 +156,7 @@ def _order(name: str) -> study.Claim:
 
 
 CLAIMS = [
-    *map(_order, RUNS),
+    *map(_order, THEOREMS),
     study.Claim(
         id="width-proportional",
         statement="The width at which natural gradient reaches the theorem's conclusion is proportional to n.",

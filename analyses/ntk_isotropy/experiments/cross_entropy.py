@@ -1,6 +1,5 @@
 """Cross-entropy: Newton's method per sample, with loss ratio e^{−η} (claim 13)."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ from analyses.descent import Descent, Direction, flat
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import finite
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
-from analyses.ntk_isotropy.setting import Setting, setting_of
+from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.errors import IllConditioned
 from curvlab.fisher import Full
@@ -46,7 +45,7 @@ def _points(config: Config) -> list[study.Point]:
 
 def _direction(fisher: str, setting: Setting) -> Direction:
     """The natural gradient of the cross-entropy: exact, with the published damping, or without H."""
-    x, labels = setting.inputs, setting.targets
+    x, labels = setting.problem.train
     structure = Full()
     damping = PUBLISHED_DAMPING / len(x) if fisher == "damped" else 0.0
 
@@ -66,15 +65,15 @@ def _direction(fisher: str, setting: Setting) -> Direction:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
-    x, labels = setting.inputs, setting.targets
+    setting = Setting.of(cell, context.config)
+    x, labels = setting.problem.train
     eta = float(cell["eta"])
 
     def loss(model: nn.Module) -> Seen:
         with torch.no_grad():
             return finite({"loss": float(setting.problem.loss(model(x), labels))})
 
-    model = copy.deepcopy(setting.problem.model)
+    model = setting.network()
     trace = study.follow(Descent(model, _direction(str(cell["fisher"]), setting), eta, loss), STEPS)
     losses, ended = trace.series("loss", STEPS + 1), trace.ended
     ratios = losses[1:] / losses[:-1]

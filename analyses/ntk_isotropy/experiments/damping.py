@@ -1,13 +1,11 @@
 """Damping: one step of exact natural gradient, and the damped block-diagonal response (claim 10)."""
 
-import copy
-
 import numpy as np
 
-from analyses.descent import flat, move, outputs
+from analyses.descent import move, outputs
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
-from analyses.ntk_isotropy.setting import setting_of
+from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import BlockDiagonal, Full
 from curvlab.nn import linearize
@@ -17,11 +15,11 @@ RELATIVE_DAMPINGS = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 1e2)
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     kernels = setting.kernels
     kernel = kernels.sum(0)
     values, _ = theory.kernel_modes(kernel)
-    residual = setting.initial - flat(setting.targets)
+    residual = setting.residual
     full, blocks = Full().update(setting.rows), BlockDiagonal().update(setting.rows)
     coefficients = full.rows.dual(residual / setting.samples)
     start = float(residual.square().sum())
@@ -34,11 +32,11 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         at = {"rho_relative": relative}
         step = full.lift(coefficients, rho)
         for run, model in (
-            ("network", copy.deepcopy(setting.problem.model)),
+            ("network", setting.network()),
             ("linearised", linearize(setting.problem.model)),
         ):
             move(model, step, 1.0)
-            end = float((outputs(model, setting.inputs) - flat(setting.targets)).square().sum())
+            end = float((outputs(model, setting.inputs) - setting.targets).square().sum())
             ratio = end / start
             rows += [
                 study.observed("loss_ratio", ratio, predicted=predicted, run=run, **at),

@@ -1,17 +1,15 @@
 """Gradient descent is not isotropic: its response is the kernel itself (claim 9)."""
 
-import copy
-
 import numpy as np
 import torch
 from torch import nn
 
-from analyses.descent import flat, gradient
+from analyses.descent import gradient
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import train
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
 from analyses.ntk_isotropy.responses import anisotropy
-from analyses.ntk_isotropy.setting import setting_of
+from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.nn import linearize
 
@@ -21,12 +19,12 @@ MODES = 8
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     kernel = setting.kernels.sum(0)
     values, vectors = theory.kernel_modes(kernel)
     eta = 1 / float(values[0])
 
-    f, y = setting.initial.numpy(force=True), flat(setting.targets).numpy(force=True)
+    f, y = setting.initial.numpy(force=True), setting.targets.numpy(force=True)
     predicted = theory.predict_train(f, y, kernel, eta, range(1, STEPS + 1))
     rates = theory.gd_contraction(values, eta) ** STEPS
     start = vectors.T @ (f - y)
@@ -37,10 +35,10 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         study.observed("anisotropy", anisotropy(response, float(response.diagonal().mean()))),
         study.observed("condition", float(values[0] / values[-1])),
     ]
-    runs: dict[str, nn.Module] = {"network": copy.deepcopy(setting.problem.model)}
+    runs: dict[str, nn.Module] = {"network": setting.network()}
     if int(cell["width"]) <= context.config.middle_width:
         runs["linearised"] = linearize(setting.problem.model)
-    direction = gradient(lambda model: setting.problem.loss(model(setting.inputs), setting.targets))
+    direction = gradient(setting.loss)
     for run, model in runs.items():
         trained, _, status = train(model, setting, eta, STEPS, direction)
         at = {"run": run, **status}

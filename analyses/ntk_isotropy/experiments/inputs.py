@@ -5,7 +5,7 @@ import torch
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, measured_response
-from analyses.ntk_isotropy.setting import SHORT_OF_RANK, on_inputs, rows_of_full_rank, setting_of
+from analyses.ntk_isotropy.setting import SHORT_OF_RANK, Setting, on_inputs, rows_of_full_rank
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
 from curvlab.fisher import KFAC
@@ -20,7 +20,7 @@ def _points(config: Config) -> list[study.Point]:
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     """Build the network on inputs reduced to N/2 principal coordinates, or with hidden layers of N/2 units."""
-    whole = setting_of(cell, context.config)
+    whole = Setting.of(cell, context.config)
     inputs, width, deviation = str(cell["inputs"]), int(cell["width"]), 0.0
     x, N = whole.inputs.flatten(1), whole.samples
     low = N // 2
@@ -43,7 +43,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         return rows
     leverages = torch.as_tensor(theory.leverages(x.numpy(force=True)), dtype=x.dtype, device=x.device)
     scales = torch.full_like(leverages, low) if inputs == "forster" else N * leverages
-    expected = scales.repeat(whole.targets.shape[1]).diag()
+    expected = scales.repeat(whole.problem.train[1].shape[1]).diag()
     tolerance = network.tolerance(structure.condition_number()) + deviation * low**0.5
     first = network.jacobian.layers[0]
     assert isinstance(first, KroneckerRows)

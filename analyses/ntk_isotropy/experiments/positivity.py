@@ -6,7 +6,7 @@ import torch
 import curvlab
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
-from analyses.ntk_isotropy.setting import on_inputs, setting_of
+from analyses.ntk_isotropy.setting import Setting, on_inputs
 from analyses.specs import classifies_nodes
 from curvlab import study
 from curvlab.rows.rows import gram
@@ -22,7 +22,7 @@ def _points(config: Config) -> list[study.Point]:
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     """Compare λ_min(Θ_l) with the round-off R·ε·λ_max(Θ_l), below which a float64 Gram matrix cannot decide."""
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     if cell["inputs"] == "narrow":
         setting = on_inputs(setting, setting.inputs.flatten(1), setting.samples // 2, int(cell["seed"]))
     x = setting.inputs

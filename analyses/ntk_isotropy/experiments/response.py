@@ -11,7 +11,7 @@ import curvlab
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, finite_step, measured_response, probes
-from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SIGMAS, SMOOTH, Setting, make, setting_of
+from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SIGMAS, SMOOTH, Setting, make
 from curvlab import study
 from curvlab.fisher import Structure
 from curvlab.nn import ACTIVATIONS
@@ -46,19 +46,14 @@ def _structure(cell: study.Cell, setting: Setting) -> Structure:
     if kind == "exact":
         return structure.update(setting.rows)
     generator = torch.Generator().manual_seed(int(cell["seed"]))
-    rows = curvlab.sqrt_fisher(
-        setting.problem.model,
-        setting.problem.loss,
-        setting.inputs,
-        setting.targets,
-        kind,  # type: ignore[arg-type]
-        generator=generator if kind == "mc" else None,
-    )
+    draws = generator if kind == "mc" else None
+    problem = setting.problem
+    rows = curvlab.sqrt_fisher(problem.model, problem.loss, *problem.train, kind, generator=draws)  # type: ignore[arg-type]
     return structure.update(rows)
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     structure = _structure(cell, setting)
     name, exact = str(cell["structure"]), cell["kind"] == "exact"
     directions = probes(setting, int(cell["seed"]))

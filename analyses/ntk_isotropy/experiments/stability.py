@@ -1,6 +1,5 @@
 """The edge of stability of preconditioned training, at its root: λ_max(F⁻¹F) and λ_max(F⁻¹H) against 2/η (claim 15)."""
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -9,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
-from analyses.descent import Descent, flat, outputs
+from analyses.descent import Descent, outputs
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.descent import both_outputs, frozen, natural, train
+from analyses.ntk_isotropy.descent import both_outputs, frozen, train
 from analyses.ntk_isotropy.points import memory, points, seconds
-from analyses.ntk_isotropy.setting import Setting, make, setting_of
+from analyses.ntk_isotropy.setting import Setting, make
 from curvlab import study, theory
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import ParameterSpace
@@ -50,7 +49,7 @@ def _normalised_range(layers: list[LayerRows], space: ParameterSpace) -> Float[T
 
 def _hessian_top(setting: Setting, model: nn.Module, structure: str) -> float:
     """λ_max of F⁻¹H on range(F), by Hessian-vector products with a basis of the range in which F is the identity."""
-    rows = curvlab.sqrt_fisher(model, setting.problem.loss, setting.inputs, setting.targets)
+    rows = curvlab.sqrt_fisher(model, setting.problem.loss, *setting.problem.train)
     groups = [list(rows.layers)] if structure == "full" else [[layer] for layer in rows.layers]
     basis = torch.cat([_normalised_range(group, rows.space) for group in groups])
     matrix = basis @ Hessian(model, setting.problem.loss, setting.problem.train).matmat(basis).T
@@ -58,19 +57,19 @@ def _hessian_top(setting: Setting, model: nn.Module, structure: str) -> float:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     name, factor = str(cell["structure"]), float(cell["factor"])
     alpha = setting.alpha(name)
     assert alpha is not None
-    y = flat(setting.targets).numpy(force=True)
-    model = copy.deepcopy(setting.problem.model)
+    y = setting.targets.numpy(force=True)
+    model = setting.network()
     start = float(np.linalg.norm(setting.initial.numpy(force=True) - y))
     study.follow(
-        Descent(model, natural(make("full"), setting), 1.0, partial(both_outputs, setting=setting)),
+        Descent(model, setting.natural(make("full")), 1.0, partial(both_outputs, setting=setting)),
         WARM_UP,
         until=lambda seen: bool(np.linalg.norm(seen["train"] - y) < NEAR * start),
     )
-    rows = curvlab.sqrt_fisher(model, setting.problem.loss, setting.inputs, setting.targets)
+    rows = curvlab.sqrt_fisher(model, setting.problem.loss, *setting.problem.train)
     structure = make(name).update(rows)
     response = structure.response(rows.jacobian(), 0.0)
     fisher_top = float(torch.linalg.eigvalsh((response + response.T) / 2)[-1])

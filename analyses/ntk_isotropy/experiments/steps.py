@@ -4,7 +4,6 @@ The prediction holds the Jacobian at its initial value. The network recomputes i
 adds Newton-like contraction after the first step; the linearised network cannot differ from the prediction.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -15,11 +14,11 @@ from jaxtyping import Float
 from torch import nn
 
 import curvlab
-from analyses.descent import Direction, flat
+from analyses.descent import Direction, flat, outputs
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.descent import frozen, natural, train
+from analyses.ntk_isotropy.descent import frozen, train
 from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
-from analyses.ntk_isotropy.setting import PUBLISHED, SHORT_OF_RANK, make, setting_of
+from analyses.ntk_isotropy.setting import PUBLISHED, SHORT_OF_RANK, Setting, make
 from curvlab import study, theory
 from curvlab.nn import linearize
 from curvlab.rows import Rows
@@ -54,20 +53,22 @@ def _half_mean_square(f: Float[np.ndarray, " T"], y: Float[np.ndarray, " T"]) ->
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     name, scale = str(cell["structure"]), float(cell["scale"])
     alpha, response = setting.alpha(name), setting.predicted_test_response(name)
     if alpha is None or response is None:
         return []
     eta = scale * theory.best_step(alpha)
-    f, f_test = (v.numpy(force=True) for v in (setting.initial, setting.initial_test))
-    y, y_test = (flat(targets).numpy(force=True) for targets in (setting.targets, setting.problem.test[1]))
+    f, f_test = (
+        v.numpy(force=True) for v in (setting.initial, outputs(setting.problem.model, setting.problem.test[0]))
+    )
+    y, y_test = (v.numpy(force=True) for v in (setting.targets, flat(setting.problem.test[1])))
     times = range(1, STEPS + 1)
     predicted = theory.predict_train(f, y, alpha, eta, times)
     predicted_test = theory.predict_test(f_test, f, y, alpha, response, eta, times)
     at_start = make(name).update(setting.rows)
-    network = copy.deepcopy(setting.problem.model)
-    runs: dict[str, tuple[nn.Module, Direction]] = {"network": (network, natural(make(name), setting))}
+    network = setting.network()
+    runs: dict[str, tuple[nn.Module, Direction]] = {"network": (network, setting.natural(make(name)))}
     if int(cell["width"]) <= context.config.middle_width:
         runs["linearised"] = (linearize(setting.problem.model), frozen(at_start, setting))
     start = np.linalg.norm(f - y)

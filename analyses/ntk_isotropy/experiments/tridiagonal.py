@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from analyses.descent import flat, length
+from analyses.descent import length
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
 from analyses.ntk_isotropy.responses import anisotropy
-from analyses.ntk_isotropy.setting import Setting, setting_of
+from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import BlockTridiagonal
 
@@ -26,7 +26,7 @@ def _points(config: Config) -> list[study.Point]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting = setting_of(cell, context.config)
+    setting = Setting.of(cell, context.config)
     structure = BlockTridiagonal().update(setting.rows)
     sigma = theory.tridiagonal_sigma(setting.depth)
     kernels, tests = setting.kernels, setting.test_kernels
@@ -35,8 +35,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     negative = int((structure.eigvalsh() < -1e-12 * structure.largest_eigenvalue()).sum())
     alpha = setting.alpha("block-tridiagonal")
     assert alpha is not None
-    residual = setting.initial - flat(setting.targets)
-    coefficients = structure.rows.dual(residual / setting.samples)
+    coefficients = structure.rows.dual(setting.residual / setting.samples)
     rows = [
         study.observed("negative_share", negative / rank),
         *_moved(setting, structure.lift(coefficients, 0.0), setting.tolerance(structure.condition_number())),

@@ -37,7 +37,7 @@ MARGIN = 0.05
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     structure = str(cell["structure"])
     start = resolve("digits", width=WIDTH, samples=SAMPLES, seed=int(cell["seed"])).to(context.config.device)
-    alpha = Setting(start, "relu").alpha(structure)
+    alpha = Setting(start).alpha(structure)
     assert alpha is not None
     rows = [study.observed("alpha", alpha)]
     for scale in SCALES:
