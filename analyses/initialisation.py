@@ -36,8 +36,13 @@ class Initialisation:
         arguments = squared(spec) | {name: named[name] for name in ARGUMENTS if name in named}
         if arguments.get("width") == 0:
             del arguments["width"]
-        found: Self = _kept(cls, spec, config.device, config.dtype, tuple(sorted(arguments.items())))
-        return found
+        return cls._kept(spec, config.device, config.dtype, tuple(sorted(arguments.items())))
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def _kept(cls, spec: str, device: str, dtype: str, arguments: tuple[tuple[str, Any], ...]) -> Self:
+        problem = resolve(spec, **dict(arguments)).to(device, getattr(torch, dtype))
+        return cls(problem, dict(arguments))
 
     @property
     def inputs(self) -> Tensor:
@@ -74,11 +79,3 @@ class Initialisation:
         return lambda model: natural_gradient_step(
             structure, model, loss or self.problem.loss, *self.problem.train, **options
         )
-
-
-@lru_cache(maxsize=1)
-def _kept(
-    kind: type[Initialisation], spec: str, device: str, dtype: str, arguments: tuple[tuple[str, Any], ...]
-) -> Initialisation:
-    problem = resolve(spec, **dict(arguments)).to(device, getattr(torch, dtype))
-    return kind(problem, dict(arguments))

@@ -5,25 +5,13 @@ from dataclasses import replace
 from functools import partial
 from math import isqrt
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.setting import Setting
 from curvlab.nn import ACTIVATIONS, ntk_mlp
+from curvlab.problems.vision import Residual, seeded
 from curvlab.study import Cell
-
-
-class _Residual(nn.Module):
-    """x + f(x)."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.branch(x)
-        return result
 
 
 def _mlp(features: int, units: int, activation: str, *, depth: int) -> nn.Module:
@@ -45,7 +33,7 @@ def _convolutional(features: int, units: int, activation: str) -> nn.Module:
 
 def _residual(features: int, units: int, activation: str) -> nn.Module:
     def block() -> nn.Module:
-        return _Residual(nn.Sequential(nn.Linear(units, units), ACTIVATIONS[activation](), nn.Linear(units, units)))
+        return Residual(nn.Sequential(nn.Linear(units, units), ACTIVATIONS[activation](), nn.Linear(units, units)))
 
     return nn.Sequential(nn.Linear(features, units), block(), block(), nn.Linear(units, 1))
 
@@ -73,9 +61,8 @@ def network_of(setting: Setting, cell: Cell) -> nn.Module:
     name = str(cell["network"])
     units = int(cell.coordinates.get("units", UNITS[name]))
     activation = str(cell.coordinates.get("activation", "relu"))
-    with torch.random.fork_rng():
-        torch.manual_seed(int(cell["seed"]))
-        return NETWORKS[name](setting.inputs.shape[1], units, activation).to(setting.inputs)
+    build = partial(NETWORKS[name], setting.inputs.shape[1], units, activation)
+    return seeded(build, int(cell["seed"]), setting.inputs.dtype).to(setting.inputs.device)
 
 
 def network_setting(cell: Cell, config: Config) -> Setting:
