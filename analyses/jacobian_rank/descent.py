@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from curvlab.fisher import Structure
 from curvlab.rows import Rows
 from curvlab.study import follow
 from curvlab.study.loop import Seen
-
-Look = TypeVar("Look")
 
 UNITS = 64
 """Units whose blocks are looked at one by one."""
@@ -46,31 +44,42 @@ class Watched(Descent):
 
 
 def descend(
-    model: nn.Module, setting: Setting, direction: Direction, eta: float, steps: int
+    setting: Setting, direction: Direction, eta: float, steps: int, model: nn.Module | None = None
 ) -> Float[np.ndarray, "T R"]:
-    """Take steps of a `Descent`; return the outputs before the first and after each."""
-    return follow(Descent(model, direction, eta, setting.see), steps).series("outputs")
+    """Take steps with a model, a copy of the network if None; return the outputs before the first and after each."""
+    return follow(Descent(model or setting.network(), direction, eta, setting.see), steps).series("outputs")
 
 
 def watch(
-    model: nn.Module,
     setting: Setting,
     structure: Structure,
-    direction: Direction,
     eta: float,
     steps: int,
-    see: Callable[[Rows], Look],
-) -> tuple[Float[np.ndarray, "T R"], list[Look]]:
-    """Take steps of a `Watched` descent; return the outputs, and what is seen of J, before the first and after each.
+    *,
+    model: nn.Module | None = None,
+    direction: Direction | None = None,
+    see: Callable[[Rows], Any] | None = None,
+) -> tuple[Float[np.ndarray, "T R"], list[Any]]:
+    """Take steps of natural gradient; return the outputs, and what is seen of J, before the first and after each.
 
     It ends where the residual grows beyond `DIVERGED`. Cost: that of the steps, and one more sweep for the last point.
+
+    Args:
+        setting: The network and its data.
+        structure: Of the Fisher matrix.
+        eta: Learning rate η.
+        steps: Their number.
+        model: Is trained; a copy of the network if None.
+        direction: Gives the steps, and fills the structure; natural gradient of the problem's loss if None.
+        see: What is seen of J; `Setting.inspect` if None.
     """
+    model, see = model or setting.network(), see or setting.inspect
     y, limit = setting.targets.numpy(force=True), DIVERGED * float(setting.residual.norm())
 
     def diverged(seen: Seen) -> bool:
         return not np.linalg.norm(seen["outputs"] - y) <= limit
 
-    process = Watched(model, direction, eta, setting.see, structure, see)
+    process = Watched(model, direction or setting.natural(structure), eta, setting.see, structure, see)
     trace = follow(process, steps, until=diverged)
     before_steps = [seen["jacobian"] for seen in trace.seen[:-1]]
     return trace.series("outputs"), [*before_steps, see(curvlab.jacobian(model, setting.inputs))]

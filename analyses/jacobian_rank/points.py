@@ -1,12 +1,13 @@
 """What experiments share: their points, what cells at them cost, and how fast the Jacobian is to change."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analyses.jacobian_rank.config import Config
-from curvlab.study import Cell, Point, worst_by_seed
+from curvlab.study import Cell, Experiment, Point, worst_by_seed
 
 PAPER = "Zhang, Martens & Grosse 2019"
 
@@ -46,6 +47,19 @@ def admitted(config: Config, points: Iterable[Point]) -> list[Point]:
         return {"problem": config.problem, **own, **varied}
 
     return list(map(complete, points))
+
+
+def own_and_easy(config: Config) -> list[Point]:
+    """Every activation, on the problem's own data at every width and, where widths are free, on easy data at the largest."""
+    points: list[Point] = [{"data": "own", "width": width} for width in config.swept_widths]
+    if config.swept_widths != (0,):
+        points.append({**EASY, "data": "easy", "width": config.swept_widths[-1]})
+    return [{**point, "activation": activation} for point in points for activation in config.activation]
+
+
+def experiment(points: Callable[[Config], Iterable[Point]], **description: Any) -> Experiment[Config]:
+    """Return an experiment at `admitted` points."""
+    return Experiment(cells=lambda config: admitted(config, points(config)), memory=memory, **description)
 
 
 def _width(cell: Cell) -> int:

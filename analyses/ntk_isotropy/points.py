@@ -1,9 +1,10 @@
 """What the experiments share: the points that a problem admits, and what a cell costs."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from analyses.ntk_isotropy.config import Config
-from curvlab.study import Cell, Point
+from curvlab.study import Cell, Experiment, Point
 
 PAPER = "Karakida & Osawa 2020"
 
@@ -19,13 +20,18 @@ def base(config: Config) -> dict[str, object]:
     }
 
 
-def points(config: Config, wanted: Iterable[Point] = ({},)) -> list[Point]:
+def points(config: Config, wanted: Iterable[Point]) -> list[Point]:
     """Return those of the wanted points that the problem admits, at `base` where they do not say otherwise."""
     start = base(config)
     fixed = {"depth", "activation", "outputs"} - config.takes.keys()
     return [
         {**start, **point} for point in wanted if all(point.get(name, start[name]) == start[name] for name in fixed)
     ]
+
+
+def experiment(wanted: Callable[[Config], Iterable[Point]], **description: Any) -> Experiment[Config]:
+    """Return an experiment at those of the wanted points that the problem admits."""
+    return Experiment(cells=lambda config: points(config, wanted(config)), memory=memory, **description)
 
 
 def seconds(least: float, more: float) -> Callable[[Cell, Config], float]:

@@ -111,7 +111,7 @@ def test_steps_are_those_of_the_dense_jacobian(setting: Setting) -> None:
     assert_close(natural, torch.linalg.pinv(J) @ r, 1e-8)
     assert_close(setting.gradient()(model)["hidden.weight"].flatten(), J.T @ r, 1e-8)
     moved = copy.deepcopy(model)
-    path = descent.descend(moved, setting, setting.natural(Full()), 0.3, 1)
+    path = descent.descend(setting, setting.natural(Full()), 0.3, 1, moved)
     assert_close(moved.hidden.weight.detach().flatten(), model.hidden.weight.detach().flatten() - 0.3 * natural)
     assert_close(torch.from_numpy(path[1]), moved(x).detach().flatten())
     assert length(descent.moved(moved, setting)) == pytest.approx(0.3 * float(natural.norm()), rel=1e-9)
@@ -129,21 +129,19 @@ def test_the_change_of_the_jacobian_is_the_dense_one(setting: Setting) -> None:
 
 
 def test_a_run_is_seen_before_the_first_step_and_after_each(setting: Setting) -> None:
-    structure, direction = Full(), setting.natural(Full())
-    filling = setting.natural(structure)
-    path, seen = descent.watch(setting.network(), setting, structure, filling, 0.3, 2, lambda rows: rows.dense())
+    direction = setting.natural(Full())
+    path, seen = descent.watch(setting, Full(), 0.3, 2, see=lambda rows: rows.dense())
     plain = setting.network()
     assert len(path) == len(seen) == 3
     for outputs, jacobian in zip(path, seen, strict=True):
         assert_close(jacobian, dense_jacobian(plain, setting.inputs))
         assert_close(torch.from_numpy(outputs), plain(setting.inputs).detach().flatten())
-        descent.descend(plain, setting, direction, 0.3, 1)
+        descent.descend(setting, direction, 0.3, 1, plain)
 
 
 def test_a_run_that_diverges_is_stopped(setting: Setting) -> None:
-    structure, model = Full(), linearize(setting.problem.model)
-    direction = setting.natural(structure)
-    path, seen = descent.watch(model, setting, structure, direction, 101.0, 9, lambda _: None)
+    model = linearize(setting.problem.model)
+    path, seen = descent.watch(setting, Full(), 101.0, 9, model=model, see=lambda _: None)
     grown = np.sqrt(setting.squared_residuals(path)) / float(setting.residual.norm())
     assert grown == pytest.approx([1, 100, 10_000], rel=1e-6)
     assert len(seen) == 3

@@ -1,20 +1,18 @@
 """Strongly convex losses of the outputs (claim 5): natural gradient as gradient descent, and as Newton's method, on them."""
 
-from collections.abc import Mapping
-from itertools import product
+from dataclasses import replace
 from math import inf, isfinite
 
 import numpy as np
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from analyses.descent import flat
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend, excess, watch
-from analyses.jacobian_rank.points import EASY, PAPER, admitted, memory, seconds
+from analyses.jacobian_rank.points import PAPER, experiment, own_and_easy, seconds
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
-from curvlab.fisher import Full, natural_gradient_step
+from curvlab.fisher import Full
 from curvlab.nn import HalfSquaredError, linearize
 
 REGULARISER = 0.25
@@ -38,17 +36,6 @@ def minimiser() -> float:
     return float(brentq(lambda u: REGULARISER * u - 1 / (1 + np.exp(u)), 0.0, 10.0, xtol=1e-15))
 
 
-def _points(config: Config) -> list[study.Point]:
-    points: list[study.Point] = [
-        {"data": "own", "width": width, "activation": activation}
-        for activation, width in product(config.activation, config.swept_widths)
-    ]
-    if config.swept_widths != (0,):
-        easy = {**EASY, "data": "easy", "width": config.swept_widths[-1]}
-        points += [{**easy, "activation": activation} for activation in config.activation]
-    return admitted(config, points)
-
-
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     setting, smallest = Setting.of(cell, context.config), context.config.swept_widths[0]
     y = setting.targets.numpy(force=True)
@@ -56,7 +43,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     eta = SHARE * theory.general_largest_step(0.0, REGULARISER, LIPSCHITZ)
     structure = Full()
     direction = setting.natural(structure, loss=RegularisedLogistic(), metric=HalfSquaredError())
-    path, seen = watch(setting.network(), setting, structure, direction, eta, STEPS, setting.inspect)
+    path, seen = watch(setting, structure, eta, STEPS, direction=direction)
     above = excess(np.square(path - optimum).sum(1), theory.general_rate(eta, REGULARISER, LIPSCHITZ))
     C = setting.stability_constant(seen) if setting.full_rank else inf
     covered = isfinite(C) and eta <= theory.general_largest_step(C, REGULARISER, LIPSCHITZ)
@@ -83,20 +70,16 @@ def _function_space(start: np.ndarray, y: np.ndarray, eta: float) -> np.ndarray:
 
 def _newton(setting: Setting) -> dict[str, object]:
     """One step in the metric of the loss itself on the linearised network, against Newton's step on the outputs."""
-    targets = setting.problem.train[1]
-    labels = (targets > 0).to(targets)
-    model = linearize(setting.problem.model)
-
-    def direction(now: nn.Module) -> Mapping[str, Tensor]:
-        return natural_gradient_step(Full(), now, nn.BCEWithLogitsLoss(), setting.inputs, labels)
-
-    before, after = descend(model, setting, direction, 1.0, 1)
+    problem, (inputs, targets) = setting.problem, setting.problem.train
+    labelled = Setting(replace(problem, train=(inputs, (targets > 0).to(targets))))
+    direction = labelled.natural(Full(), nn.BCEWithLogitsLoss())
+    before, after = descend(labelled, direction, 1.0, 1, linearize(problem.model))
     p = 1 / (1 + np.exp(-before))
-    step = (p - flat(labels).numpy(force=True)) / (p * (1 - p))
-    error = float(np.abs(after - (before - step)).max() / np.abs(step).max())
-    weights = float((p * (1 - p)).max() / (p * (1 - p)).min())
-    condition = weights * float(setting.eigenvalues[-1] / setting.eigenvalues[0])
-    tolerance = study.round_off(len(p), condition, targets.dtype)
+    weights = p * (1 - p)
+    step = (p - labelled.targets.numpy(force=True)) / weights
+    error = np.abs(after - (before - step)).max() / np.abs(step).max()
+    condition = weights.max() / weights.min() * setting.eigenvalues[-1] / setting.eigenvalues[0]
+    tolerance = study.round_off(len(p), float(condition), targets.dtype)
     return study.observed("newton_error", error, tolerance=tolerance)
 
 
@@ -130,7 +113,4 @@ CLAIMS = [
     ),
 ]
 
-
-GENERAL: study.Experiment[Config] = study.Experiment(
-    name="general-loss", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 0.4), memory=memory
-)
+GENERAL = experiment(own_and_easy, name="general-loss", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 0.4))

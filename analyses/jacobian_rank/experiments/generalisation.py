@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from analyses.descent import outputs
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, admitted, memory, second_largest, seconds
+from analyses.jacobian_rank.points import PAPER, experiment, second_largest, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -21,7 +21,7 @@ ETA, STEPS = 0.5, 10
 
 def _points(config: Config) -> list[study.Point]:
     at = {"width": second_largest(config), "activation": config.activation[0]}
-    return admitted(config, [{**at, "labels": labels} for labels in (TRUE, RANDOM)])
+    return [{**at, "labels": labels} for labels in (TRUE, RANDOM)]
 
 
 def _labelled(setting: Setting, cell: study.Cell) -> Setting:
@@ -39,7 +39,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         return []
     term = theory.complexity_term(setting.targets.numpy(force=True), setting.gram.numpy(force=True))
     model = setting.network()
-    descend(model, setting, setting.natural(Full()), ETA, STEPS)
+    descend(setting, setting.natural(Full()), ETA, STEPS, model)
     residual = outputs(model, setting.inputs) - setting.targets
     return [
         study.observed("complexity", term),
@@ -73,7 +73,4 @@ CLAIMS = [
     _complexity(RANDOM, "greater", "Targets without structure lie in all modes, the least included."),
 ]
 
-
-GENERALISATION: study.Experiment[Config] = study.Experiment(
-    name="generalisation", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 0.3), memory=memory
-)
+GENERALISATION = experiment(_points, name="generalisation", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 0.3))

@@ -6,7 +6,7 @@ import numpy as np
 
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import DRIFTS, PAPER, SYNTHETIC, admitted, memory, seconds
+from analyses.jacobian_rank.points import DRIFTS, PAPER, SYNTHETIC, experiment, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import fisher, study, theory
 from curvlab.nn import linearize
@@ -18,7 +18,7 @@ def _points(config: Config) -> list[study.Point]:
     if "kfac" not in config.structures or config.swept_widths == (0,):
         return []
     at, pairs = {"problem": SYNTHETIC, "similarity": 0.5}, product(config.activation, config.swept_widths)
-    return admitted(config, [{**at, "width": width, "activation": activation} for activation, width in pairs])
+    return [{**at, "width": width, "activation": activation} for activation, width in pairs]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -39,7 +39,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         runs["linearised"] = linearize(setting.problem.model)
     for run, model in runs.items():
         # Both factors are means over samples, which makes a step N times larger.
-        residuals = descend(model, setting, setting.natural(structure), eta / N, STEPS) - y
+        residuals = descend(setting, setting.natural(structure), eta / N, STEPS, model) - y
         error = float(np.abs(residuals - predicted).max() / norm)
         if run == "linearised":
             tolerance = setting.round_off(structure.condition_number())
@@ -107,6 +107,4 @@ def _claims(config: Config) -> list[study.Claim]:
     ]
 
 
-KFAC: study.Experiment[Config] = study.Experiment(
-    name="kfac", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.05, 0.25), memory=memory
-)
+KFAC = experiment(_points, name="kfac", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.25))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from analyses.descent import Descent, Direction
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, SYNTHETIC, admitted, memory, seconds
+from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -39,7 +39,7 @@ def _points(config: Config) -> list[study.Point]:
         return []
     width = min(WIDTH, config.swept_widths[-1])
     at = {"problem": SYNTHETIC, "width": width, "activation": config.activation[0], "samples": SAMPLES}
-    return admitted(config, [{**at, "similarity": similarity} for similarity in SIMILARITIES])
+    return [{**at, "similarity": similarity} for similarity in SIMILARITIES]
 
 
 def _least_mode(setting: Setting, vectors: Float[np.ndarray, "N N"]) -> Setting:
@@ -74,11 +74,10 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     for name, steps, factor in runs:
         predicted = ceil(log(TARGET) / log(factor))
         taken = float("nan") if steps is None else float(steps)
-        at: dict[str, object] = {"condition": condition, "predicted": predicted}
-        if steps is None:
-            at["status"] = f"more than {MOST_STEPS} steps"
-        rows.append(study.observed(f"{name}_steps", taken, **at))
-        rows.append(study.observed(f"{name}_steps_ratio", taken / predicted, **at))
+        at = {"condition": condition, "predicted": predicted}
+        status = {"status": f"more than {MOST_STEPS} steps"} if steps is None else {}
+        rows.append(study.observed(f"{name}_steps", taken, **at, **status))
+        rows.append(study.observed(f"{name}_steps_ratio", taken / predicted, **at, **status))
     return rows + _damped(setting, values, vectors)
 
 
@@ -92,16 +91,10 @@ def _damped(
         mu = relative * float(values[0])
         # The Fisher matrix is JᵀJ/N, so μ of JJᵀ + μI is Nρ.
         direction = setting.natural(Full(), damping=mu / len(y))
-        end = descend(linearize(setting.problem.model), setting, direction, 1.0, 1)[-1] - y
+        end = descend(setting, direction, 1.0, 1, linearize(setting.problem.model))[-1] - y
         expected = vectors @ (theory.damped_contraction(values, mu) * (vectors.T @ start))
-        rows.append(
-            study.observed(
-                "damped_error",
-                float(np.abs(end - expected).max() / np.linalg.norm(start)),
-                tolerance=setting.round_off(1 / relative),
-                damping=relative,
-            )
-        )
+        error, tolerance = np.abs(end - expected).max() / np.linalg.norm(start), setting.round_off(1 / relative)
+        rows.append(study.observed("damped_error", error, tolerance=tolerance, damping=relative))
     return rows
 
 
@@ -146,7 +139,4 @@ CLAIMS = [
     ),
 ]
 
-
-MODES: study.Experiment[Config] = study.Experiment(
-    name="modes", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 1.6), memory=memory
-)
+MODES = experiment(_points, name="modes", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 1.6))

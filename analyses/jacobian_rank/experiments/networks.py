@@ -10,7 +10,7 @@ import torch
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import contraction, excess, watch
 from analyses.jacobian_rank.networks import TRAINED, UNITS, network_setting
-from analyses.jacobian_rank.points import DRIFTS, PAPER, admitted, memory, worst_decade_by_seed
+from analyses.jacobian_rank.points import DRIFTS, PAPER, experiment, worst_decade_by_seed
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -30,38 +30,32 @@ def _points(config: Config) -> list[study.Point]:
     if classifies_nodes(config.problem):
         return []
     at = {"width": config.swept_widths[0]}
-    return admitted(
-        config,
-        [
-            {**at, "network": network, "units": int(factor * UNITS[network]), "activation": activation}
-            for network, activation, factor in product(TRAINED, config.activation, FACTORS)
-        ],
-    )
+    return [
+        {**at, "network": network, "units": int(factor * UNITS[network]), "activation": activation}
+        for network, activation, factor in product(TRAINED, config.activation, FACTORS)
+    ]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     setting = network_setting(cell, context.config)
-    structure = Full()
-    path, seen = watch(
-        setting.network(), setting, structure, setting.natural(structure), ETA, STEPS, see=lambda jacobian: jacobian
-    )
+    path, seen = watch(setting, Full(), ETA, STEPS, see=lambda jacobian: jacobian)
     inspected = [setting.inspect(jacobian) for jacobian in seen]
     squared = setting.squared_residuals(path)
     rows = [
         study.observed("missing", inspected[0].deficiency, tolerance=0.0),
         study.observed("rate_ratio", contraction(squared) / theory.ngd_linear_ratio(ETA)),
     ]
-    above = excess(squared, theory.ngd_rate_bound(ETA))
-    status: dict[str, str] = {}
+    covered = False
     if setting.full_rank:
         C = setting.stability_constant(inspected)
-        if theory.largest_step(C) >= ETA:
-            status = study.outside("theorem 1 covers the run")
+        covered = theory.largest_step(C) >= ETA
         rows += [
             study.observed("constant", C),
             study.observed("change_share", setting.change_share(inspected)),
             study.observed("lost", max(one.deficiency for one in inspected), tolerance=0.0),
         ]
+    status = study.outside("theorem 1 covers the run") if covered else {}
+    above = excess(squared, theory.ngd_rate_bound(ETA))
     rows.append(study.observed("excess", above, tolerance=BOUND_TOLERANCE, **status))
     if cell["units"] == UNITS[str(cell["network"])]:
         rows += _layers(seen) + _units(seen[0], seen[-1])
@@ -71,16 +65,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 def _layers(seen: list[Rows]) -> list[dict[str, object]]:
     """Rows missing in the rank of single layers on the way; layers with fewer parameters than rows are left out."""
     R = seen[0].R
-    return [
-        study.observed(
-            "layer_missing",
-            max(R - rank(rows, parameters=layer.layout.names).rank for rows in seen),
-            tolerance=0.0,
-            layer=layer.name,
-        )
-        for layer in seen[0].layers
-        if layer.size >= R
-    ]
+
+    def missing(layer: LayerRows) -> int:
+        return max(R - rank(rows, parameters=layer.layout.names).rank for rows in seen)
+
+    layers = [layer for layer in seen[0].layers if layer.size >= R]
+    return [study.observed("layer_missing", missing(layer), tolerance=0.0, layer=layer.name) for layer in layers]
 
 
 def _units(start: Rows, end: Rows) -> list[dict[str, object]]:
@@ -233,6 +223,4 @@ def _claims(config: Config) -> list[study.Claim]:
     return claims
 
 
-NETWORKS: study.Experiment[Config] = study.Experiment(
-    name="networks", cells=_points, measure=_measure, claims=_claims, seconds=0.1, memory=memory
-)
+NETWORKS = experiment(_points, name="networks", measure=_measure, claims=_claims, seconds=0.1)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, admitted, memory
+from analyses.jacobian_rank.points import PAPER, experiment
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -30,22 +30,14 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     for run, (rate, steps) in RUNS.items():
         direction = setting.natural(Full()) if run == NATURAL else setting.gradient()
         eta = rate if run == NATURAL else rate / float(setting.eigenvalues[-1])
-        path = _by_sample(descend(setting.network(), setting, direction, eta, steps))
-        straightness = theory.path_straightness(path)
-        rows.append(study.observed("straightness", float(straightness.mean()), run=run))
+        path = _by_sample(descend(setting, direction, eta, steps))
         remaining = np.linalg.norm(path[-1] - targets) / np.linalg.norm(path[0] - targets)
-        rows.append(study.observed("remaining", float(remaining), run=run))
+        rows.append(study.observed("straightness", theory.path_straightness(path).mean(), run=run))
+        rows.append(study.observed("remaining", remaining, run=run))
         shown = np.unique([0, *np.geomspace(1, steps, SHOWN_POINTS).round().astype(int)])
         chosen = np.linspace(0, path.shape[1] - 1, SHOWN_SAMPLES).round().astype(int)
         rows += [
-            study.observed(
-                f"output_{c + 1}",
-                float(path[step, n, c]),
-                target=float(targets[n, c]),
-                sample=int(n),
-                step=int(step),
-                run=run,
-            )
+            study.observed(f"output_{c + 1}", path[step, n, c], target=targets[n, c], sample=n, step=step, run=run)
             for n in chosen
             for step in shown
             for c in range(CLASSES)
@@ -84,14 +76,6 @@ CLAIMS = [
     ),
 ]
 
+POINTS = [{"problem": "digits", "width": WIDTH, "samples": SAMPLES, "outputs": CLASSES}]
 
-PATHS: study.Experiment[Config] = study.Experiment(
-    name="paths",
-    cells=lambda config: admitted(
-        config, [{"problem": "digits", "width": WIDTH, "samples": SAMPLES, "outputs": CLASSES}]
-    ),
-    measure=_measure,
-    claims=CLAIMS,
-    seconds=0.9,
-    memory=memory,
-)
+PATHS = experiment(lambda _: POINTS, name="paths", measure=_measure, claims=CLAIMS, seconds=0.9)

@@ -14,7 +14,7 @@ import curvlab
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
 from analyses.jacobian_rank.networks import NETWORKS, network_of
-from analyses.jacobian_rank.points import PAPER, admitted, memory, seconds
+from analyses.jacobian_rank.points import PAPER, experiment, seconds
 from analyses.jacobian_rank.setting import Setting
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -54,7 +54,7 @@ def _points(config: Config) -> list[study.Point]:
             own += [{"inputs": DISTINCT, **largest, **first, "samples": samples} for samples in SAMPLES]
         cases = product(NETWORKS, (DISTINCT, DUPLICATED))
         others = [{"network": network, "inputs": inputs, **smallest, **first} for network, inputs in cases]
-    return admitted(config, [*({"network": "own", **point} for point in own), *others])
+    return [*({"network": "own", **point} for point in own), *others]
 
 
 def _inputs(x: Float[Tensor, "N d"], cell: study.Cell) -> Float[Tensor, "N d"]:
@@ -208,6 +208,4 @@ def _claims(config: Config) -> list[study.Claim]:
     ]
 
 
-RANK: study.Experiment[Config] = study.Experiment(
-    name="rank", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.01, 0.1), memory=memory
-)
+RANK = experiment(_points, name="rank", measure=_measure, claims=_claims, seconds=seconds(0.01, 0.1))

@@ -11,7 +11,7 @@ import curvlab
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import DIVERGED, descend, watch
 from analyses.jacobian_rank.networks import TRAINED, network_setting
-from analyses.jacobian_rank.points import PAPER, admitted, memory, worst_decade_by_seed
+from analyses.jacobian_rank.points import PAPER, experiment, worst_decade_by_seed
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
 from curvlab.fisher import make
@@ -32,7 +32,7 @@ def _points(config: Config) -> list[study.Point]:
         return []
     at = {"width": config.swept_widths[0], "activation": config.activation[0]}
     pairs = product(TRAINED, config.structures)
-    return admitted(config, [{**at, "network": network, "structure": structure} for network, structure in pairs])
+    return [{**at, "network": network, "structure": structure} for network, structure in pairs]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -44,13 +44,13 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     response = (response + response.T) / 2
     values = torch.linalg.eigvalsh(response)
     eta = 1 / float(values[-1])
-    path, seen = watch(setting.network(), setting, structure, setting.natural(structure), eta, STEPS, setting.inspect)
-    descended = descend(setting.network(), setting, setting.gradient(), 1 / float(setting.eigenvalues[-1]), STEPS)
+    path, seen = watch(setting, structure, eta, STEPS)
+    descended = descend(setting, setting.gradient(), 1 / float(setting.eigenvalues[-1]), STEPS)
     squared, by_descent = (setting.squared_residuals(run) for run in (path, descended))
     linear = theory.predict_train(
         path[0], setting.targets.numpy(force=True), response.numpy(force=True), eta, range(len(path))
     )
-    step = descend(linearize(problem.model), setting, setting.natural(make(structure.key)), eta, 1)
+    step = descend(setting, setting.natural(make(structure.key)), eta, 1, linearize(problem.model))
     diverged = squared[-1] > DIVERGED**2 * squared[0]
     status = {"status": f"diverged at step {len(path) - 1}"} if diverged else {}
     missing = len(values) - int(torch.linalg.matrix_rank(response, hermitian=True))
@@ -145,11 +145,10 @@ def _claims_of(structure: str) -> list[study.Claim]:
     ]
 
 
-STRUCTURES: study.Experiment[Config] = study.Experiment(
+STRUCTURES = experiment(
+    _points,
     name="structures",
-    cells=_points,
     measure=_measure,
     claims=lambda config: [claim for structure in config.structures for claim in _claims_of(structure)],
     seconds=0.12,
-    memory=memory,
 )

@@ -6,7 +6,7 @@ from torch import nn
 
 import curvlab
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.points import PAPER, admitted, memory
+from analyses.jacobian_rank.points import PAPER, experiment
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study
 from curvlab.rows import Rows
@@ -15,12 +15,8 @@ from curvlab.spectrum import Rank, rank
 OUTPUTS, WIDTH, SAMPLES = 3, 128, 40
 STEPS, LEARNING_RATE = 100, 0.01
 DAMPING = "rel:1e-6"
+POINT = {"problem": "digits", "loss": "cross-entropy", "outputs": OUTPUTS, "width": WIDTH, "samples": SAMPLES}
 SOURCE = f"{PAPER}, condition 1, for a cross-entropy (derived)"
-
-
-def _points(config: Config) -> list[study.Point]:
-    at = {"problem": "digits", "loss": "cross-entropy", "outputs": OUTPUTS, "width": WIDTH, "samples": SAMPLES}
-    return admitted(config, [at])
 
 
 def _train(model: nn.Module, loss: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -93,7 +89,4 @@ CLAIMS = [
     ),
 ]
 
-
-TRAINED: study.Experiment[Config] = study.Experiment(
-    name="trained", cells=_points, measure=_measure, claims=CLAIMS, seconds=0.3, memory=memory
-)
+TRAINED = experiment(lambda _: [POINT], name="trained", measure=_measure, claims=CLAIMS, seconds=0.3)

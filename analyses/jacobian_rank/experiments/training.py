@@ -1,8 +1,7 @@
 """Natural gradient on the two-layer network: stability of the Jacobian, rate, and movement (claims 2 to 4, 9, 10)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ import curvlab
 from analyses.descent import length
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import contraction, descend, displaced, excess, moved, unit_rank, watch
-from analyses.jacobian_rank.points import DRIFTS, EASY, PAPER, admitted, memory, second_largest, seconds
-from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Inspected, Setting
+from analyses.jacobian_rank.points import DRIFTS, PAPER, experiment, own_and_easy, second_largest, seconds
+from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
 from curvlab.nn import TwoLayer, linearize
@@ -27,15 +26,10 @@ BALL_POINTS = 4
 
 
 def _points(config: Config) -> list[study.Point]:
-    points: list[study.Point] = [
-        {"data": "own", "width": width, "activation": activation, "eta": eta}
-        for activation, width in product(config.activation, config.swept_widths)
-        for eta in (RATES if width == second_largest(config) else (MIDDLE,))
-    ]
-    if config.swept_widths != (0,):
-        easy, pairs = {**EASY, "data": "easy", "width": config.swept_widths[-1]}, product(config.activation, RATES)
-        points += [{**easy, "activation": activation, "eta": eta} for activation, eta in pairs]
-    return admitted(config, points)
+    def rates(point: study.Point) -> tuple[float, ...]:
+        return RATES if point["data"] == "easy" or point["width"] == second_largest(config) else (MIDDLE,)
+
+    return [{**point, "eta": eta} for point in own_and_easy(config) for eta in rates(point)]
 
 
 def _on_surface(setting: Setting, direction: Mapping[str, Tensor]) -> float:
@@ -63,18 +57,22 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     setting, smallest = Setting.of(cell, context.config), context.config.swept_widths[0]
     eta = float(cell["eta"])
     model = setting.network()
-    structure = Full()
-    path, seen = watch(model, setting, structure, setting.natural(structure), eta, STEPS, setting.inspect)
+    path, seen = watch(setting, Full(), eta, STEPS, model=model)
     squared = setting.squared_residuals(path)
-    constants = _constants(setting, model, seen, int(cell["seed"])) if setting.full_rank else {}
-    above = {"value": excess(squared, theory.ngd_rate_bound(eta)), "tolerance": BOUND_TOLERANCE}
+    constants: dict[str, float] = {}
     rows = [
-        *(study.observed(f"constant_{name}", value) for name, value in constants.items()),
-        *({"quantity": quantity, **above, **status} for quantity, status in _coverage(constants, eta)),
         study.observed("change_frobenius", max(one.change_frobenius for one in seen)),
         study.observed("missing", max(one.deficiency for one in seen), tolerance=0.0),
-        *(_movement(setting, model, eta) if setting.full_rank else []),
     ]
+    if setting.full_rank:
+        constants["ball_random"] = _at_random(setting, int(cell["seed"]))
+        constants["ball_trained"] = _on_surface(setting, moved(model, setting))
+        constants["trajectory"] = setting.stability_constant(seen)
+        rows += _movement(setting, model, eta)
+    rows += [study.observed(f"constant_{name}", value) for name, value in constants.items()]
+    above = excess(squared, theory.ngd_rate_bound(eta))
+    for quantity, status in _coverage(constants, eta):
+        rows.append(study.observed(quantity, above, tolerance=BOUND_TOLERANCE, **status))
     if isinstance(model, TwoLayer):
         rows.append(study.observed("unit_rank", unit_rank(curvlab.jacobian(model, setting.inputs))))
     if eta < 1:
@@ -85,23 +83,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     return rows
 
 
-def _constants(setting: Setting, trained: torch.nn.Module, seen: Sequence[Inspected], seed: int) -> dict[str, float]:
-    """C_emp along the run, and at points of the ball's surface."""
-    return {
-        "ball_random": _at_random(setting, seed),
-        "ball_trained": _on_surface(setting, moved(trained, setting)),
-        "trajectory": setting.stability_constant(seen),
-    }
-
-
 def _coverage(constants: Mapping[str, float], eta: float) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield what the excess over the bound is called by every claim about it, and its status there."""
     in_ball = bool(constants) and eta <= theory.largest_step(max(constants.values()))
     on_path = bool(constants) and eta <= theory.largest_step(constants["trajectory"])
-    for quantity, where, holds in (
-        ("excess_in_ball", "in the ball", in_ball),
-        ("excess_on_path", "on the path", on_path),
-    ):
+    cases = (("excess_in_ball", "in the ball", in_ball), ("excess_on_path", "on the path", on_path))
+    for quantity, where, holds in cases:
         reason = f"condition 2 does not hold {where} with an allowed step; it would on wider networks (--widths)"
         yield quantity, {} if holds else study.outside(reason)
     yield "excess", study.outside("theorem 1 covers the run") if on_path else {}
@@ -118,12 +105,12 @@ def _movement(setting: Setting, model: torch.nn.Module, eta: float) -> list[dict
 def _linearised(setting: Setting, eta: float) -> dict[str, object]:
     """Distance of the linearised network's residuals from (1 − η)^k r(0), relative to ‖r(0)‖."""
     steps = 3
-    path = descend(linearize(setting.problem.model), setting, setting.natural(Full()), eta, steps)
+    path = descend(setting, setting.natural(Full()), eta, steps, linearize(setting.problem.model))
     start = setting.residual.numpy(force=True)
     expected = np.multiply.outer((1 - eta) ** np.arange(steps + 1), start)
     error = np.abs(path - setting.targets.numpy(force=True) - expected).max() / np.linalg.norm(start)
     tolerance = setting.round_off(float(setting.eigenvalues[-1] / setting.eigenvalues[0]))
-    return study.observed("linear_error", float(error), tolerance=tolerance)
+    return study.observed("linear_error", error, tolerance=tolerance)
 
 
 def _bound(id_: str, where: str, measured: str, quantity: str) -> study.Claim:
@@ -265,6 +252,4 @@ def _claims(config: Config) -> list[study.Claim]:
     ]
 
 
-TRAINING: study.Experiment[Config] = study.Experiment(
-    name="training", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.2, 0.5), memory=memory
-)
+TRAINING = experiment(_points, name="training", measure=_measure, claims=_claims, seconds=seconds(0.2, 0.5))

@@ -11,7 +11,7 @@ import numpy as np
 import curvlab
 from analyses.descent import Descent, Direction
 from analyses.jacobian_rank.config import Config
-from analyses.jacobian_rank.points import PAPER, SYNTHETIC, admitted, memory
+from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -64,7 +64,7 @@ THEOREMS: Mapping[str, Theorem] = {
 
 def _points(config: Config) -> list[study.Point]:
     at = {"problem": SYNTHETIC, "similarity": 0.0, "activation": config.activation[0]}
-    return admitted(config, [{**at, "samples": samples} for samples in SAMPLES])
+    return [{**at, "samples": samples} for samples in SAMPLES]
 
 
 @dataclass(eq=False)
@@ -189,7 +189,4 @@ CLAIMS = [
     ),
 ]
 
-
-WIDTH: study.Experiment[Config] = study.Experiment(
-    name="width", cells=_points, measure=_measure, claims=CLAIMS, seconds=0.15, memory=memory
-)
+WIDTH = experiment(_points, name="width", measure=_measure, claims=CLAIMS, seconds=0.15)

@@ -11,7 +11,7 @@ import curvlab
 from analyses.descent import Descent, Direction, flat
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import finite
-from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.errors import IllConditioned
@@ -40,7 +40,7 @@ def _points(config: Config) -> list[study.Point]:
         at = {"outputs": outputs, "loss": "cross-entropy", "width": config.swept_widths[0]}
         wanted += [{**at, "fisher": "exact", "eta": eta} for eta in RATES]
         wanted += [{**at, "fisher": fisher, "eta": 1.0} for fisher, _ in SLOWER]
-    return points(config, wanted)
+    return wanted
 
 
 def _direction(fisher: str, setting: Setting) -> Direction:
@@ -123,6 +123,4 @@ def _falls_more_slowly(fisher: str, expected: study.Expected) -> study.Claim:
     )
 
 
-CROSS_ENTROPY: study.Experiment[Config] = study.Experiment(
-    name="cross-entropy", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.2, 3.0), memory=memory
-)
+CROSS_ENTROPY = experiment(_points, name="cross-entropy", measure=_measure, claims=_claims, seconds=seconds(0.2, 3.0))

@@ -4,7 +4,7 @@ import numpy as np
 
 from analyses.descent import move, outputs
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import BlockDiagonal, Full
@@ -81,7 +81,4 @@ CLAIMS = [
     ),
 ]
 
-
-DAMPING: study.Experiment[Config] = study.Experiment(
-    name="damping", cells=points, measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 1.0), memory=memory
-)
+DAMPING = experiment(lambda _: [{}], name="damping", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 1.0))

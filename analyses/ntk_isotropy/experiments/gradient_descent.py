@@ -7,7 +7,7 @@ from torch import nn
 from analyses.descent import gradient
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import train
-from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.responses import anisotropy
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
@@ -16,6 +16,10 @@ from curvlab.nn import linearize
 STEPS = 10
 MODES = 8
 """Leading eigenvectors of the kernel that are followed one by one."""
+
+
+def _points(config: Config) -> list[study.Point]:
+    return [{"width": width} for width in config.swept_widths]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -81,12 +85,6 @@ CLAIMS = [
     ),
 ]
 
-
-GRADIENT_DESCENT: study.Experiment[Config] = study.Experiment(
-    name="gradient-descent",
-    cells=lambda config: points(config, [{"width": width} for width in config.swept_widths]),
-    measure=_measure,
-    claims=CLAIMS,
-    seconds=seconds(0.05, 1.5),
-    memory=memory,
+GRADIENT_DESCENT = experiment(
+    _points, name="gradient-descent", measure=_measure, claims=CLAIMS, seconds=seconds(0.05, 1.5)
 )

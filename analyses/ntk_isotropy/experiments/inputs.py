@@ -3,7 +3,7 @@
 import torch
 
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, measured_response
 from analyses.ntk_isotropy.setting import SHORT_OF_RANK, Setting, on_inputs, rows_of_full_rank
 from analyses.specs import classifies_nodes
@@ -15,7 +15,7 @@ from curvlab.rows.factored import KroneckerRows
 def _points(config: Config) -> list[study.Point]:
     if "kfac" not in config.structures or "width" not in config.takes or classifies_nodes(config.problem):
         return []
-    return points(config, [{"inputs": inputs} for inputs in ("raw", "forster", "narrow")])
+    return [{"inputs": inputs} for inputs in ("raw", "forster", "narrow")]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -92,7 +92,4 @@ CLAIMS = [
     ),
 ]
 
-
-INPUTS: study.Experiment[Config] = study.Experiment(
-    name="inputs", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.05, 0.3), memory=memory
-)
+INPUTS = experiment(_points, name="inputs", measure=_measure, claims=CLAIMS, seconds=seconds(0.05, 0.3))

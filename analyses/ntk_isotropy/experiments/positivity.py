@@ -5,7 +5,7 @@ import torch
 
 import curvlab
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.setting import Setting, on_inputs
 from analyses.specs import classifies_nodes
 from curvlab import study
@@ -17,7 +17,7 @@ def _points(config: Config) -> list[study.Point]:
     wanted.append({"inputs": "duplicated"})
     if "width" in config.takes and not classifies_nodes(config.problem):
         wanted.append({"inputs": "narrow"})
-    return points(config, wanted)
+    return wanted
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -73,7 +73,4 @@ CLAIMS = [
     ),
 ]
 
-
-POSITIVITY: study.Experiment[Config] = study.Experiment(
-    name="positivity", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.03, 0.3), memory=memory
-)
+POSITIVITY = experiment(_points, name="positivity", measure=_measure, claims=CLAIMS, seconds=seconds(0.03, 0.3))

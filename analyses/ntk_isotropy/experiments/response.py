@@ -9,7 +9,7 @@ import torch
 
 import curvlab
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, base, experiment, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, finite_step, measured_response, probes
 from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SIGMAS, SMOOTH, Setting, make
 from curvlab import study
@@ -37,7 +37,7 @@ def _points(config: Config) -> list[study.Point]:
             wanted += [{**at, "depth": depth} for depth in config.other_depths]
         if structure in ("full", "block-diagonal", "kfac", "diagonal"):
             wanted += [{**at, "kind": kind} for kind in config.other_kinds]
-    return points(config, wanted)
+    return wanted
 
 
 def _structure(cell: study.Cell, setting: Setting) -> Structure:
@@ -273,6 +273,4 @@ def _anisotropic(structure: str, kind: str, expected: study.Expected) -> study.C
     )
 
 
-RESPONSE: study.Experiment[Config] = study.Experiment(
-    name="response", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.03, 0.5), memory=memory
-)
+RESPONSE = experiment(_points, name="response", measure=_measure, claims=_claims, seconds=seconds(0.03, 0.5))

@@ -11,7 +11,7 @@ import curvlab
 from analyses.descent import Descent, outputs
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import both_outputs, frozen, train
-from analyses.ntk_isotropy.points import memory, points, seconds
+from analyses.ntk_isotropy.points import experiment, seconds
 from analyses.ntk_isotropy.setting import Setting, make
 from curvlab import study, theory
 from curvlab.rows.layer import LayerRows
@@ -32,7 +32,7 @@ FACTORS = (0.9, 1.1)
 def _points(config: Config) -> list[study.Point]:
     at = {"width": config.swept_widths[0], "activation": "erf"}
     structures = [name for name in STRUCTURES if name in config.structures]
-    return points(config, [{**at, "structure": name, "factor": factor} for name in structures for factor in FACTORS])
+    return [{**at, "structure": name, "factor": factor} for name in structures for factor in FACTORS]
 
 
 def _normalised_range(layers: list[LayerRows], space: ParameterSpace) -> Float[Tensor, "K P"]:
@@ -115,6 +115,4 @@ def _edge(structure: str, factor: float) -> study.Claim:
 CLAIMS = [claim for name in STRUCTURES for claim in (_sharpness(name), *(_edge(name, factor) for factor in FACTORS))]
 
 
-STABILITY: study.Experiment[Config] = study.Experiment(
-    name="stability", cells=_points, measure=_measure, claims=CLAIMS, seconds=seconds(0.5, 10.0), memory=memory
-)
+STABILITY = experiment(_points, name="stability", measure=_measure, claims=CLAIMS, seconds=seconds(0.5, 10.0))

@@ -17,7 +17,7 @@ import curvlab
 from analyses.descent import Direction, flat, outputs
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import frozen, train
-from analyses.ntk_isotropy.points import PAPER, base, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, base, experiment, seconds
 from analyses.ntk_isotropy.setting import PUBLISHED, SHORT_OF_RANK, Setting, make
 from curvlab import study, theory
 from curvlab.nn import linearize
@@ -35,7 +35,7 @@ def _points(config: Config) -> list[study.Point]:
         wanted += [{**at, "width": width} for width in config.swept_widths]
         wanted += [{**at, "scale": scale} for scale in config.step_scales]
         wanted += [{**at, "activation": activation} for activation in config.other_activations if structure == "full"]
-    return points(config, wanted)
+    return wanted
 
 
 def _relative_change(after: Rows, before: Rows) -> float:
@@ -201,6 +201,4 @@ def _stability(structure: str, scale: float) -> study.Claim:
     )
 
 
-PARAMETER_STEPS: study.Experiment[Config] = study.Experiment(
-    name="steps", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.05, 0.8), memory=memory
-)
+PARAMETER_STEPS = experiment(_points, name="steps", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.8))

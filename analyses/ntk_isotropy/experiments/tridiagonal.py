@@ -5,7 +5,7 @@ import torch
 
 from analyses.descent import length
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, memory, points, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.responses import anisotropy
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
@@ -22,7 +22,7 @@ def _depths(config: Config) -> tuple[int, ...]:
 def _points(config: Config) -> list[study.Point]:
     if "block-tridiagonal" not in config.structures:
         return []
-    return points(config, [{"depth": depth, "width": config.swept_widths[0]} for depth in _depths(config)])
+    return [{"depth": depth, "width": config.swept_widths[0]} for depth in _depths(config)]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
@@ -119,6 +119,4 @@ def _claims(config: Config) -> list[study.Claim]:
     ]
 
 
-TRIDIAGONAL: study.Experiment[Config] = study.Experiment(
-    name="tridiagonal", cells=_points, measure=_measure, claims=_claims, seconds=seconds(0.05, 0.3), memory=memory
-)
+TRIDIAGONAL = experiment(_points, name="tridiagonal", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.3))

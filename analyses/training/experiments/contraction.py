@@ -51,7 +51,6 @@ CLAIMS = [
     ),
 ]
 
-
 CONTRACTION: study.Experiment[Config] = study.Experiment(
     name="contraction", cells=POINTS, measure=_measure, claims=CLAIMS, seconds=0.3, memory=8e8
 )
