@@ -1,7 +1,6 @@
 """Real parameter steps, and what is seen along them: outputs, the kernel, the change of the Jacobian."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from analyses.jacobian_rank.setting import Setting
 from curvlab.fisher import Structure
 from curvlab.rows import Rows
 from curvlab.study import follow
-from curvlab.study.loop import Seen
 
 UNITS = 64
 """Units whose blocks are looked at one by one."""
@@ -23,24 +21,6 @@ DIVERGED = 1e3
 """Residual, relative to the first, above which a run counts as diverged."""
 FLOOR = 1e-6
 """Residual, relative to the first, below which round-off and not the rate decides."""
-
-
-@dataclass(eq=False)
-class Watched(Descent):
-    """Natural gradient, whose Jacobian is seen, too: every step leaves the rows of its starting point in the structure.
-
-    Attributes:
-        structure: The one that `direction` fills.
-        inspect: What is seen of J.
-    """
-
-    structure: Structure
-    inspect: Callable[[Rows], object]
-
-    def step(self, step: int) -> dict[str, Any]:
-        """Take a step, and see the Jacobian before it."""
-        super().step(step)
-        return {"jacobian": self.inspect(self.structure.rows.jacobian())}
 
 
 def descend(
@@ -74,15 +54,13 @@ def watch(
         see: What is seen of J; `Setting.inspect` if None.
     """
     model, see = model or setting.network(), see or setting.inspect
+    direction = direction or setting.natural(structure)
     y, limit = setting.targets.numpy(force=True), DIVERGED * float(setting.residual.norm())
-
-    def diverged(seen: Seen) -> bool:
-        return not np.linalg.norm(seen["outputs"] - y) <= limit
-
-    process = Watched(model, direction or setting.natural(structure), eta, setting.see, structure, see)
-    trace = follow(process, steps, until=diverged)
-    before_steps = [seen["jacobian"] for seen in trace.seen[:-1]]
-    return trace.series("outputs"), [*before_steps, see(curvlab.jacobian(model, setting.inputs))]
+    path, seen = [setting.see(model)["outputs"]], list[Any]()
+    while len(seen) < steps and np.linalg.norm(path[-1] - y) <= limit:
+        path.append(descend(setting, direction, eta, 1, model)[-1])
+        seen.append(see(structure.rows.jacobian()))  # which the step left in the structure, those of its start
+    return np.stack(path), [*seen, see(curvlab.jacobian(model, setting.inputs))]
 
 
 def contraction(squared: Float[np.ndarray, " T"]) -> float:

@@ -76,11 +76,16 @@ def _against_slopes(axes: Axes, table: pd.DataFrame, x: str, widths: Float[np.nd
 
 
 def residual_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
-    """‖r‖² against steps at every η: measured, the linear limit (1−η)^2k (lines), the bound (1−η)^k (dashed)."""
-    axes.set_yscale("log")
+    """‖r‖² against steps at every η < 1."""
     table = take(measurements, "training", "squared", data="own", activation="relu")
     width = table.loc[table["eta"] == table["eta"].min(), "width"].max()
-    table = table[(table["width"] == width) & (table["eta"] < 1)]
+    contraction(axes, table[(table["width"] == width) & (table["eta"] < 1)])
+    axes.set_title(f"$m={int(width)}$")
+
+
+def contraction(axes: Axes, table: pd.DataFrame) -> None:
+    """‖r‖² against steps at every η of a table: measured, the linear limit (1−η)^2k (lines), the bound (1−η)^k (dashed)."""
+    axes.set_yscale("log")
     steps = np.array(sorted(table["step"].unique()))
     labels = (r"$(1-\eta)^{2k}$", r"bound $(1-\eta)^k$", "natural gradient")
     for eta, group in groups(table, "eta"):
@@ -92,7 +97,7 @@ def residual_against_step(axes: Axes, measurements: pd.DataFrame) -> None:
         last = group[group["step"] == steps[-1]]["value"].mean()
         note(axes, steps[-1], last, rf"$\eta={eta:g}$", ha="left", va="center", xytext=(5, 0))
     axes.set_xlim(right=steps[-1] * 1.22)
-    axes.set(xlabel="step $k$", ylabel=r"$\|r_k\|^2/\|r_0\|^2$", title=f"$m={int(width)}$")
+    axes.set(xlabel="step $k$", ylabel=r"$\|r_k\|^2/\|r_0\|^2$")
 
 
 def steps_against_condition(axes: Axes, measurements: pd.DataFrame) -> None:

@@ -56,12 +56,32 @@ def _check_loss(spec: str, problem: Problem) -> None:
 
 
 _layout = partial(PanelGrid, "python -m analyses.ntk_isotropy")
+_training_loss = partial(panels.loss_against_step, loss="training")
 _after_steps = partial(panels.against_width, experiment="steps", scale=1.0, run="network")
-_after_descent = partial(panels.against_width, experiment="gradient-descent")
-FIRST = "training outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|f_0-y\|$"
-TENTH = "training outputs from theory\n" r"$\|f_{10}-\hat f_{10}\|\,/\,\|f_0-y\|$"
-TEST = "test outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|\hat f_1-f_0\|$"
-CHANGE = "change of the Jacobian\n" r"$\|J_2-J_0\|_F\,/\,\|J_0\|_F$"
+CHANGE = partial(
+    _after_steps, quantity="jacobian_change", ylabel="change of the Jacobian\n" r"$\|J_2-J_0\|_F\,/\,\|J_0\|_F$"
+)
+FIRST = partial(
+    _after_steps,
+    quantity="train_error_network",
+    step=1,
+    ylabel="training outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|f_0-y\|$",
+)
+TENTH = partial(
+    panels.against_width,
+    experiment="gradient-descent",
+    quantity="train_error_network",
+    ylabel="training outputs from theory\n" r"$\|f_{10}-\hat f_{10}\|\,/\,\|f_0-y\|$",
+)
+TEST = partial(
+    _after_steps,
+    quantity="test_error_network",
+    step=1,
+    ylabel="test outputs from theory\n" r"$\|f_1-\hat f_1\|\,/\,\|\hat f_1-f_0\|$",
+)
+TEST_LOSS = partial(
+    _after_steps, quantity="test_loss", theory="test_loss_predicted", step=1, ylabel="test loss after one step"
+)
 
 FIGURES = {
     "isotropy": _layout(
@@ -70,32 +90,14 @@ FIGURES = {
         height=3.1,
     ),
     "training": _layout(
-        [
-            [
-                panels.residual_against_rate,
-                partial(panels.loss_against_step, loss="training", scale=0.5),
-                partial(panels.loss_against_step, loss="training", scale=1.0),
-            ]
-        ],
+        [[panels.residual_against_rate, *(partial(_training_loss, scale=scale) for scale in (0.5, 1.0))]],
         claims=("stability-",),
         height=2.9,
         columns=6,
     ),
-    "convergence": _layout(
-        [
-            [
-                partial(_after_steps, quantity="train_error_network", step=1, ylabel=FIRST),
-                partial(_after_steps, quantity="jacobian_change", ylabel=CHANGE),
-            ]
-        ],
-        claims=("training-", "convergence-", "jacobian-"),
-        height=3.0,
-    ),
+    "convergence": _layout([[FIRST, CHANGE]], claims=("training-", "convergence-", "jacobian-"), height=3.0),
     "test": _layout(
-        [[panels.test_loss, partial(_after_steps, quantity="test_error_network", step=1, ylabel=TEST)]],
-        claims=("test-full", "test-block", "test-kfac", "test-unit"),
-        height=2.9,
-        columns=6,
+        [[TEST_LOSS, TEST]], claims=("test-full", "test-block", "test-kfac", "test-unit"), height=2.9, columns=6
     ),
     "damping": _layout([[panels.damped_loss]], claims=("damping-",), width="column", height=2.9),
     "tridiagonal": _layout(
@@ -113,11 +115,7 @@ FIGURES = {
         claims=("cross-entropy-",),
         height=2.3,
     ),
-    "gradient_descent": _layout(
-        [[panels.modes, partial(_after_descent, quantity="train_error_network", ylabel=TENTH)]],
-        claims=("gradient-descent-",),
-        height=2.4,
-    ),
+    "gradient_descent": _layout([[panels.modes, TENTH]], claims=("gradient-descent-",), height=2.4),
     "stability": _layout(
         [[panels.edge_of_stability, panels.sharpness]], claims=("preconditioned-", "edge-"), height=2.6
     ),
@@ -143,29 +141,14 @@ ANALYSIS: Analysis[Config] = Analysis(
     "and 1 GiB a process.",
     config=Config,
     experiments=(
-        RESPONSE,
-        TRIDIAGONAL,
-        INPUTS,
-        PARAMETER_STEPS,
-        GRADIENT_DESCENT,
-        DAMPING,
-        POSITIVITY,
-        CROSS_ENTROPY,
-        STABILITY,
+        RESPONSE, TRIDIAGONAL, INPUTS, PARAMETER_STEPS, GRADIENT_DESCENT, DAMPING, POSITIVITY, CROSS_ENTROPY, STABILITY,
     ),
     data_hash=_data_hash,
     figures=FIGURES,
     axes=(
-        "widths",
-        "depth",
-        "activation",
-        "structures",
-        "other_depths",
-        "other_activations",
-        "other_kinds",
-        "other_outputs",
+        "widths", "depth", "activation", "structures", "other_depths", "other_activations", "other_kinds", "other_outputs",
         "step_scales",
     ),
     together=ARGUMENTS,
     memory_option="--widths",
-)
+)  # fmt: skip

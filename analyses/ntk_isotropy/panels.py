@@ -118,28 +118,25 @@ def residual_against_rate(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 def against_width(
-    axes: Axes, measurements: pd.DataFrame, experiment: str, quantity: str, ylabel: str, **where: object
+    axes: Axes,
+    measurements: pd.DataFrame,
+    experiment: str,
+    quantity: str,
+    ylabel: str,
+    *,
+    theory: str = "",
+    **at: object,
 ) -> None:
-    """A quantity of every structure, or of gradient descent, against width, with the slope −1/2."""
+    """A quantity of every structure, or of gradient descent, against width, with predictions (lines) or the slope −1/2."""
     axes.set_yscale("log")
-    table = at_base(take(measurements, experiment, quantity, **where))
+    table = at_base(take(measurements, experiment, quantity, **at))
     if experiment == "gradient-descent":
         table = table.assign(structure=experiment)
     width_axis(axes, table)
-    by_structure(axes, table, "width")
-    inverse_root(axes, table)
+    by_structure(axes, table, "width", theory=at_base(take(measurements, experiment, theory, **at)) if theory else None)
+    if not theory:
+        inverse_root(axes, table)
     axes.set(ylabel=ylabel)
-
-
-def test_loss(axes: Axes, measurements: pd.DataFrame) -> None:
-    """Test loss after one step at η = 1/α against width: network, and the prediction for its initial J (lines)."""
-    axes.set_yscale("log")
-    at = {"scale": 1.0, "run": "network", "step": 1}
-    table = at_base(take(measurements, "steps", "test_loss", **at))
-    theory = at_base(take(measurements, "steps", "test_loss_predicted", **at))
-    width_axis(axes, table)
-    by_structure(axes, table, "width", theory=theory)
-    axes.set(ylabel="test loss after one step")
 
 
 def loss_against_step(axes: Axes, measurements: pd.DataFrame, *, loss: str, scale: float) -> None:

@@ -18,6 +18,7 @@ from curvlab.nn import ACTIVATIONS, HalfSquaredError, ntk_mlp
 from curvlab.problems import Problem
 from curvlab.rows import Rows
 from curvlab.rows.factored import KroneckerRows
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.rows import gram
 from curvlab.study import round_off
 
@@ -99,11 +100,8 @@ class Setting(Initialisation):
 
     def full_rank(self, index: int) -> bool:
         """Whether both K-FAC factors of a layer tell all samples (and outputs) apart; units that never fire do not help."""
-        layer = self.jacobian.layers[index]
-        assert isinstance(layer, KroneckerRows)
-        inputs = layer.a[:, 0, 0]
-        last = index == self.depth - 1
-        return (last or rows_of_full_rank(layer)) and int(torch.linalg.matrix_rank(inputs)) == len(inputs)
+        delta, inputs = factors(self.jacobian.layers[index])
+        return (index == self.depth - 1 or independent(delta)) and independent(inputs)
 
     def tolerance(self, condition: float) -> float:
         """Relative error that round-off explains, given the condition number of what was solved."""
@@ -151,19 +149,19 @@ class Setting(Initialisation):
         formula = theory.kfac_layer_response if structure == "kfac" else theory.unit_wise_layer_response
         total = np.zeros((self.test_jacobian.R, self.jacobian.R))
         for train, test in zip(self.jacobian.layers, self.test_jacobian.layers, strict=True):
-            total += formula(*_factors(train), *_factors(test))
+            total += formula(*(factor.numpy(force=True) for layer in (train, test) for factor in factors(layer)))
         return total
 
 
-def rows_of_full_rank(layer: KroneckerRows) -> bool:
-    """Whether the back-propagated rows of a dense layer tell all samples and outputs apart."""
-    rows = layer.g[:, :, 0, 0].flatten(0, 1)
-    return int(torch.linalg.matrix_rank(rows)) == len(rows)
-
-
-def _factors(layer: Any) -> tuple[Float[np.ndarray, "R M"], Float[np.ndarray, "N m"]]:
+def factors(layer: LayerRows) -> tuple[Float[Tensor, "R M"], Float[Tensor, "N m"]]:
     """δ and the inputs of a dense layer."""
-    return layer.g[:, :, 0, 0].flatten(0, 1).numpy(force=True), layer.a[:, 0, 0].numpy(force=True)
+    assert isinstance(layer, KroneckerRows)
+    return layer.g[:, :, 0, 0].flatten(0, 1), layer.a[:, 0, 0]
+
+
+def independent(rows: Float[Tensor, "K M"]) -> bool:
+    """Whether rows are linearly independent."""
+    return int(torch.linalg.matrix_rank(rows)) == len(rows)
 
 
 def random_sigma(depth: int) -> Float[np.ndarray, "L L"]:

@@ -31,9 +31,11 @@ class Restricted(Operator):
     """The diagonal block of an operator that belongs to one layer."""
 
     def __init__(self, operator: Operator, names: list[str]) -> None:
-        shapes = {name: operator.space.shapes[name] for name in names}
-        self.operator, self.space = operator, ParameterSpace(shapes)
+        shapes = operator.space.shapes
+        self.operator, self.space = operator, ParameterSpace({name: shapes[name] for name in names})
         self.dtype, self.device = operator.dtype, operator.device
+        inside = {name: torch.full(shape, float(name in names), device=self.device) for name, shape in shapes.items()}
+        self._columns = operator.space.flatten(inside) > 0
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the whole operator."""
@@ -41,13 +43,9 @@ class Restricted(Operator):
 
     def matmat(self, block: torch.Tensor) -> torch.Tensor:
         """Multiply a block of vectors, embedded among zeros."""
-        inner = self.space.unflatten(block)
-        whole = {
-            name: inner.get(name, block.new_zeros(len(block), *shape))
-            for name, shape in self.operator.space.shapes.items()
-        }
-        product = self.operator.space.unflatten(self.operator.matmat(self.operator.space.flatten(whole)))
-        return self.space.flatten({name: product[name] for name in self.space.shapes})
+        whole = block.new_zeros(len(block), self.operator.size)
+        whole[:, self._columns] = block
+        return self.operator.matmat(whole)[:, self._columns]
 
 
 @lru_cache(maxsize=1)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from analyses.jacobian_rank import panels as jacobian_rank
 from analyses.training.comparison import SECONDS, seconds_to
 from analyses.training.experiments import isotropic
-from analyses.training.experiments.contraction import RATES
 from analyses.training.ingredients import INGREDIENTS
 from analyses.training.methods import METHODS, VARIANTS, in_order
 from curvlab.study import style
@@ -130,18 +130,5 @@ def equal_rates(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 def contraction(axes: Axes, measurements: pd.DataFrame) -> None:
-    """‖r‖² against steps: measured, the linear limit (1−η)^2k (lines), the bound (1−η)^k (dashed)."""
-    axes.set_yscale("log")
-    table = take(measurements, "contraction", "squared")
-    steps = np.array(sorted(table["step"].unique()))
-    for eta in RATES:
-        group = table[table["eta"] == eta]
-        style.theory(axes, steps, (1 - eta) ** (2 * steps), "full")
-        axes.plot(steps, (1 - eta) ** steps, color=NEUTRAL, linestyle=DASHED, linewidth=0.9)
-        style.measured(axes, group, "step", "full", label="")
-        note(axes, steps[-1], float(group[group["step"] == steps[-1]]["value"].mean()), rf"$\eta={eta:g}$",
-             va="center", xytext=(5, 0))  # fmt: skip
-    axes.set_xlim(right=1.25 * steps[-1])
-    axes.set(
-        xlabel="step $k$", ylabel=r"$\|r_k\|^2/\|r_0\|^2$", title=r"line $(1-\eta)^{2k}$, dashed: bound $(1-\eta)^k$"
-    )
+    """‖r‖² against steps, as in the Jacobian-rank analysis."""
+    jacobian_rank.contraction(axes, take(measurements, "contraction", "squared"))

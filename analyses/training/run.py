@@ -81,11 +81,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            RuntimeError: it is of another model.
-        """
+        """Go on from a state of the same model."""
         self.problem.model.load_state_dict(state["model"])
         for optimiser, own in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(own)
@@ -111,11 +107,7 @@ class Run(Training):
     start: float = inf
 
     def look(self, step: int) -> Mapping[str, float] | None:
-        """Evaluate the model where the race asks for it.
-
-        Raises:
-            Diverged: the loss is not finite, or has blown up.
-        """
+        """Evaluate the model where the race asks for it; the run has diverged if its loss is not finite, or has blown up."""
         if step % self.race.every and step != self.race.steps:
             return None
         seen = evaluate(self.problem)
@@ -126,11 +118,7 @@ class Run(Training):
         return seen
 
     def step(self, step: int) -> None:
-        """Take a step.
-
-        Raises:
-            Diverged: an output or the loss before it is not finite.
-        """
+        """Take a step; the run has diverged if an output or the loss before it is not finite."""
         if not self.take(self.batches(step)):
             raise Diverged
 
@@ -151,11 +139,7 @@ class Run(Training):
         return {**super().state_dict(), "label": self.label, "start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            ValueError: it is of another method or configuration.
-        """
+        """Go on from a state of the same method and configuration."""
         if state["label"] != self.label:
             raise ValueError(f"it is of {state['label']}, not of {self.label}")
         super().load_state_dict(state)
@@ -193,10 +177,6 @@ class FullBatch(Training):
             return {"squared": float((self.problem.model(x) - y).square().sum())}
 
     def step(self, step: int) -> None:  # noqa: ARG002
-        """Take a step.
-
-        Raises:
-            Diverged: an output or the loss before it is not finite.
-        """
+        """Take a step; the run has diverged if an output or the loss before it is not finite."""
         if not self.take([self.problem.train]):
             raise Diverged

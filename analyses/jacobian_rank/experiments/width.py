@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import log2
-from typing import Any
 
 import numpy as np
 
 import curvlab
-from analyses.descent import Descent, Direction
+from analyses.descent import Direction
 from analyses.jacobian_rank.config import Config
+from analyses.jacobian_rank.descent import descend
 from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
@@ -67,49 +67,23 @@ def _points(config: Config) -> list[study.Point]:
     return [{**at, "samples": samples} for samples in SAMPLES]
 
 
-@dataclass(eq=False)
-class Concluding(Descent):
-    """A descent that ends where it contradicts its theorem's conclusion.
-
-    Attributes:
-        setting: Its network at initialisation, and its data.
-        rate: The concluded factor per step of ‖r‖².
-        every: Steps from one look at the Jacobian to the next.
-    """
-
-    setting: Setting
-    rate: float
-    every: int
-
-    def look(self, step: int) -> dict[str, Any]:
-        """See the outputs, and the change of the Jacobian.
-
-        Raises:
-            Diverged: the Jacobian has lost full row rank, or ‖r(k)‖² exceeds rate^k ‖r(0)‖².
-        """
-        seen = super().look(step)
-        squared = float(np.square(seen["outputs"] - self.setting.targets.numpy(force=True)).sum())
-        if not squared <= (self.rate**step + BOUND_TOLERANCE) * float(self.setting.residual.square().sum()):
-            raise study.Diverged
-        if step and step % self.every == 0:
-            now = self.setting.inspect(curvlab.jacobian(self.model, self.setting.inputs))
-            if now.deficiency:
-                raise study.Diverged
-            seen["change"] = now.change
-        return seen
-
-
 def _concludes(setting: Setting, theorem: Theorem, least: float) -> float | None:
-    """Return C_emp along a run, None if the theorem's conclusion does not hold."""
+    """Return C_emp along a run, None as soon as the theorem's conclusion does not hold: full row rank, and the rate."""
     if not setting.full_rank:
         return None
     eta, direction = theorem.eta(float(setting.eigenvalues[-1])), theorem.direction(setting)
-    rate = theorem.rate(eta, least)
-    process = Concluding(setting.network(), direction, eta, setting.see, setting, rate, theorem.every)
-    trace = study.follow(process, theorem.steps)
-    if trace.diverged is not None:
-        return None
-    return theory.stability_constant(trace.series("change").max(), float(setting.eigenvalues[0]))
+    rate, start = theorem.rate(eta, least), float(setting.residual.square().sum())
+    model, changes = setting.network(), []
+    for first in range(0, theorem.steps, theorem.every):
+        path = descend(setting, direction, eta, theorem.every, model)
+        allowed = (rate ** np.arange(first, first + len(path)) + BOUND_TOLERANCE) * start
+        if not (setting.squared_residuals(path) <= allowed).all():
+            return None
+        now = setting.inspect(curvlab.jacobian(model, setting.inputs))
+        if now.deficiency:
+            return None
+        changes.append(now.change)
+    return theory.stability_constant(max(changes), float(setting.eigenvalues[0]))
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:

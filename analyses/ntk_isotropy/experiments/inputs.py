@@ -5,11 +5,10 @@ import torch
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.points import PAPER, experiment, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, measured_response
-from analyses.ntk_isotropy.setting import SHORT_OF_RANK, Setting, on_inputs, rows_of_full_rank
+from analyses.ntk_isotropy.setting import SHORT_OF_RANK, Setting, factors, independent, on_inputs
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
 from curvlab.fisher import KFAC
-from curvlab.rows.factored import KroneckerRows
 
 
 def _points(config: Config) -> list[study.Point]:
@@ -45,16 +44,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     scales = torch.full_like(leverages, low) if inputs == "forster" else N * leverages
     expected = scales.repeat(whole.problem.train[1].shape[1]).diag()
     tolerance = network.tolerance(structure.condition_number()) + deviation * low**0.5
-    first = network.jacobian.layers[0]
-    assert isinstance(first, KroneckerRows)
-    status = {} if rows_of_full_rank(first) else study.outside(SHORT_OF_RANK)
+    delta, _ = factors(network.jacobian.layers[0])
+    status = {} if independent(delta) else study.outside(SHORT_OF_RANK)
     error = distance(shares[0], expected)
     rows.append(study.observed(f"first_layer_{inputs}", error, tolerance=tolerance, **status))
-    rows += [
-        study.observed("leverage_response", float(v), sample=n, predicted=float(N * leverages[n]))
-        for n, v in enumerate(shares[0].diagonal()[:N])
-    ]
-    return rows
+    pairs = zip(shares[0].diagonal()[:N], N * leverages, strict=True)
+    return rows + [study.observed("leverage_response", v, sample=n, predicted=h) for n, (v, h) in enumerate(pairs)]
 
 
 CLAIMS = [
