@@ -46,16 +46,7 @@ FIGURES = {
     ),
     "kfac": _layout([[panels.decay_against_leverage, panels.kfac_error]], claims=("kfac-",), height=2.6),
     "movement": _layout([[panels.movement_ratio]], claims=("movement-",), width="column", height=2.4),
-    "paths": _layout(
-        [
-            [
-                partial(panels.output_paths, run="natural-gradient", structure="full"),
-                partial(panels.output_paths, run="gradient-descent", structure="gradient-descent"),
-            ]
-        ],
-        claims=("paths-",),
-        height=2.8,
-    ),
+    "paths": _layout([[partial(panels.output_paths, run=run) for run in panels.PATHS]], claims=("paths-",), height=2.8),
     "structures": _layout(
         [[panels.remaining_by_structure, panels.constant_by_structure, panels.distance_by_structure]],
         claims=("faster-", "stable-", "linear-"),

@@ -15,7 +15,8 @@ from curvlab.study.panels import DASHED, NEUTRAL, at_base, groups, level, note, 
 NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
 """Looks of natural gradient, gradient descent and K-FAC."""
 NAMES = {"relu": "ReLU", "erf": "erf (hollow)"}
-PATH_LABELS = {"natural-gradient": "natural gradient", "gradient-descent": "gradient descent"}
+PATHS = {"natural-gradient": (NATURAL, "natural gradient"), "gradient-descent": (DESCENT, "gradient descent")}
+"""Runs with paths of outputs, their looks and names."""
 MARKERS = dict(zip(TRAINED, ("o", "s", "^"), strict=True))
 WIDTH = "hidden width $m$ (units)"
 
@@ -213,13 +214,14 @@ def needed_width(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xlabel="samples $n$", ylabel="width $m$ that is needed, that suffices")
 
 
-def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str, structure: str) -> None:
+def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str) -> None:
     """Paths of single samples in the plane of two outputs, of the first seed, and their targets."""
     first = take(measurements, "paths", "output_1", run=run)
     seed = first["seed"].min()
     second = take(measurements, "paths", "output_2", run=run, seed=seed)
     first = first[first["seed"] == seed]
-    look, label = style.look(structure), PATH_LABELS[run]
+    structure, label = PATHS[run]
+    look = style.look(structure)
     for index, sample in enumerate(sorted(first["sample"].unique())):
         x, y = (table[table["sample"] == sample].sort_values("step") for table in (first, second))
         labels = ("straight line", label, "target") if not index else (None, None, None)

@@ -37,31 +37,26 @@ def _claims(config: Config) -> list[Claim]:
         )
     ]
     for structure in config.structures:
-        at, ratio = {"matrix": (structure, GGN)}, partial(_ratio, of=structure)
+        compared = {"matrix": (structure, GGN)}
+        claim = partial(Claim, source=PAPER, at=compared, estimate=partial(_ratio, of=structure))
         if structure in SAME_TRACE:
             claims.append(
-                Claim(
+                claim(
                     id=f"trace-{structure}",
                     statement=f"The {structure} structure has the trace of the Gauss–Newton matrix.",
                     rule=Equivalence("trace", 1.0, 0.05),
-                    source=PAPER,
                     measured="Ratio of the two stochastic estimates.",
                     expected=supported("It keeps the diagonal, or a block's trace."),
-                    at=at,
-                    estimate=ratio,
                 )
             )
         same = structure == "full"
         claims.append(
-            Claim(
+            claim(
                 id=f"largest-{structure}",
                 statement=f"The largest eigenvalue of the {structure} structure is that of the Gauss–Newton matrix.",
                 rule=Equivalence("eigenvalue", 1.0, 0.1),
-                source=PAPER,
                 measured="Ratio of the two.",
                 expected=supported("It is the same matrix.") if same else undecided("No theorem covers it."),
-                at=at,
-                estimate=ratio,
             )
         )
     return claims

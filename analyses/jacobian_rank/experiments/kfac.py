@@ -23,15 +23,11 @@ def _points(config: Config) -> list[study.Point]:
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     setting = Setting.of(cell, context.config)
-    x = setting.inputs.numpy(force=True)
-    y = setting.targets.numpy(force=True)
-    start = setting.residual.numpy(force=True)
-    leverage = theory.leverages(x)
-    N, steps = len(x), range(STEPS + 1)
-    eta = 1.0
+    x, y, start = (v.numpy(force=True) for v in (setting.inputs, setting.targets, setting.residual))
+    leverage, N, eta, steps = theory.leverages(x), len(x), 1.0, range(STEPS + 1)
     predicted = theory.kfac_residual(leverage, eta, steps, start)
-    worst = theory.kfac_worst_rate(x, eta) ** np.arange(STEPS + 1)
-    norm = float(np.linalg.norm(start))
+    worst = theory.kfac_worst_rate(x, eta) ** np.array(steps)
+    norm = np.linalg.norm(start)
     structure = fisher.KFAC()
     rows = []
     runs = {"network": setting.network()}
@@ -40,7 +36,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     for run, model in runs.items():
         # Both factors are means over samples, which makes a step N times larger.
         residuals = descend(setting, setting.natural(structure), eta / N, STEPS, model) - y
-        error = float(np.abs(residuals - predicted).max() / norm)
+        error = np.abs(residuals - predicted).max() / norm
         if run == "linearised":
             tolerance = setting.round_off(structure.condition_number())
             rows.append(study.observed("linear_error", error, tolerance=tolerance))
@@ -48,13 +44,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         squared = np.square(residuals).sum(1) / norm**2
         rows += [
             study.observed("error", error),
-            study.observed("excess", float(np.max((squared - worst)[1:]))),
-            study.observed("looseness", float(np.log(worst[-1]) / np.log(squared[-1]))),
+            study.observed("excess", np.max((squared - worst)[1:])),
+            study.observed("looseness", np.log(worst[-1]) / np.log(squared[-1])),
         ]
         rows += [
-            study.observed("decay", float(residuals[1, i] / start[i]), predicted=1 - eta * h, sample=i)
-            for i, h in enumerate(leverage)
-            if abs(start[i]) > norm / N
+            study.observed("decay", residuals[1, i] / start[i], predicted=1 - eta * leverage[i], sample=i)
+            for i in np.flatnonzero(np.abs(start) > norm / N)
         ]
     return rows
 

@@ -77,24 +77,22 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     x = _inputs(setting.inputs, cell)
     model = setting.problem.model if cell["network"] == "own" else network_of(setting, cell)
     rows = curvlab.jacobian(model, x)
-    kernel = rows.gram()
-    values = torch.linalg.eigvalsh(kernel).numpy(force=True)
-    found = rank(rows)
+    values = torch.linalg.eigvalsh(rows.gram()).numpy(force=True)
+    found, expected = rank(rows), _expected_missing(cell)
     missing = rows.R - found.rank
-    expected = _expected_missing(cell)
-    measured: list[dict[str, object]] = [
+    measured = [
         study.observed("missing", missing),
         study.observed("undecided", found.undecided),
-        study.observed("smallest_ratio", float(values[0] / values[-1])),
+        study.observed("smallest_ratio", values[0] / values[-1]),
     ]
     if rows.P >= rows.R:
-        measured.append(study.observed("surprise", float(missing - expected), tolerance=0.0))
+        measured.append(study.observed("surprise", missing - expected, tolerance=0.0))
     for layer in rows.layers:
         if layer.size >= rows.R:
             surprise = rows.R - rank(rows, parameters=layer.layout.names).rank - expected
             measured.append(study.observed("layer_surprise", surprise, tolerance=0.0, layer=layer.name))
     if cell["inputs"] == NEAR:
-        measured.append(study.observed("near_smallest", float(values[0])))
+        measured.append(study.observed("near_smallest", values[0]))
     if isinstance(model, TwoLayer) and cell["inputs"] == DISTINCT and "activation" in cell.coordinates:
         measured += _two_layer(x, rows, values, str(cell["activation"]))
     return measured
@@ -107,12 +105,11 @@ def _expected_missing(cell: study.Cell) -> int:
 
 
 def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activation: str) -> list[dict[str, object]]:
-    limit = theory.two_layer_limit_gram(x.numpy(force=True), activation)
-    smallest = float(np.linalg.eigvalsh(limit)[0])
+    smallest = np.linalg.eigvalsh(theory.two_layer_limit_gram(x.numpy(force=True), activation))[0]
     return [
-        study.observed("smallest", float(values[0])),
+        study.observed("smallest", values[0]),
         study.observed("smallest_limit", smallest),
-        study.observed("limit_ratio", float(values[0]) / smallest),
+        study.observed("limit_ratio", values[0] / smallest),
         study.observed("unit_rank", unit_rank(rows)),
     ]
 

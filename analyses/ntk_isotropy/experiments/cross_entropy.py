@@ -81,12 +81,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     per_sample = torch.nn.functional.cross_entropy(setting.problem.model(x), labels, reduction="none")
     predicted = theory.newton_losses(per_sample.detach().double().numpy(force=True), eta, STEPS).mean(1)
     return [
-        *(study.observed("loss", float(v), step=step, **ended) for step, v in enumerate(losses)),
-        *(
-            study.observed("loss_ratio", float(v), step=step + 1, predicted=limit, **ended)
-            for step, v in enumerate(ratios)
-        ),
-        *(study.observed("loss_predicted", float(v), step=step) for step, v in enumerate(predicted)),
+        *(study.observed("loss", v, step=step, **ended) for step, v in enumerate(losses)),
+        *(study.observed("loss_ratio", v, step=step, predicted=limit, **ended) for step, v in enumerate(ratios, 1)),
+        *(study.observed("loss_predicted", v, step=step) for step, v in enumerate(predicted)),
         study.observed("final_ratio_quotient", final / limit, **ended),
         study.observed("final_ratio", final, **ended),
     ]

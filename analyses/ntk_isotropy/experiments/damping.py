@@ -31,13 +31,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         tolerance = setting.tolerance(float(values[0] + rho) / rho)
         at = {"rho_relative": relative}
         step = full.lift(coefficients, rho)
-        for run, model in (
-            ("network", setting.network()),
-            ("linearised", linearize(setting.problem.model)),
-        ):
+        for run, model in (("network", setting.network()), ("linearised", linearize(setting.problem.model))):
             move(model, step, 1.0)
-            end = float((outputs(model, setting.inputs) - setting.targets).square().sum())
-            ratio = end / start
+            ratio = float((outputs(model, setting.inputs) - setting.targets).square().sum()) / start
             rows += [
                 study.observed("loss_ratio", ratio, predicted=predicted, run=run, **at),
                 study.observed(f"loss_ratio_error_{run}", ratio - predicted, tolerance=tolerance, **at),
@@ -46,7 +42,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
                 rows.append(study.observed(f"loss_ratio_quotient_{run}", ratio / predicted, **at))
         response = blocks.response(setting.jacobian, rho).numpy(force=True)
         formula = theory.block_diagonal_response(kernels, rho)
-        error = float(np.linalg.norm(response - formula) / np.linalg.norm(formula))
+        error = np.linalg.norm(response - formula) / np.linalg.norm(formula)
         tolerance = setting.tolerance(float((layer_tops + rho).max() / rho))
         rows.append(study.observed("block_response_error", error, tolerance=tolerance, **at))
     return rows

@@ -46,13 +46,11 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     for run, model in runs.items():
         trained, _, status = train(model, setting, eta, STEPS, direction)
         at = {"run": run, **status}
-        error = float(np.linalg.norm(trained[-1] - predicted[-1]) / distance)
+        error = np.linalg.norm(trained[-1] - predicted[-1]) / distance
         rows.append(study.observed(f"train_error_{run}", error, tolerance=tolerance, **at))
         ratios = vectors.T @ (trained[-1] - y) / start
-        rows += [
-            study.observed("mode_ratio", float(ratio), predicted=float(rate), mode=index + 1, **at)
-            for index, (ratio, rate) in enumerate(zip(ratios[:MODES], rates[:MODES], strict=True))
-        ]
+        pairs = zip(ratios[:MODES], rates[:MODES], strict=True)
+        rows += [study.observed("mode_ratio", v, predicted=rate, mode=i, **at) for i, (v, rate) in enumerate(pairs, 1)]
     return rows
 
 

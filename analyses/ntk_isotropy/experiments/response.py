@@ -45,8 +45,7 @@ def _structure(cell: study.Cell, setting: Setting) -> Structure:
     kind = str(cell["kind"])
     if kind == "exact":
         return structure.update(setting.rows)
-    generator = torch.Generator().manual_seed(int(cell["seed"]))
-    draws = generator if kind == "mc" else None
+    draws = torch.Generator().manual_seed(int(cell["seed"])) if kind == "mc" else None
     problem = setting.problem
     rows = curvlab.sqrt_fisher(problem.model, problem.loss, *problem.train, kind, generator=draws)  # type: ignore[arg-type]
     return structure.update(rows)
@@ -75,9 +74,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         study.observed("two_ways", distance(moved, directions @ response.T), tolerance=tolerance),
         study.observed("finite_step", finite_step(structure, setting, response)),
     ]
-    for index, share in enumerate(shares):
-        layer_alpha = float((share * directions).sum() / len(directions))
-        rows.append(study.observed("layer_alpha", layer_alpha, layer=index + 1))
+    scales = (shares * directions).sum((1, 2)) / len(directions)
+    rows += [study.observed("layer_alpha", scale, layer=layer) for layer, scale in enumerate(scales, 1)]
     if not exact:
         return rows
     predicted, published = setting.alpha(name), setting.published_alpha(name)
@@ -95,9 +93,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     if name == "kfac" and setting.plain:
         for index, share in enumerate(shares):
             scale = 1.0 if index == setting.depth - 1 else float(setting.samples)
-            observed = {"value": distance(share, scale * directions), "tolerance": tolerance, "layer": index + 1}
-            status = {} if setting.full_rank(index) else study.outside(SHORT_OF_RANK)
-            rows.append({"quantity": "layer_distance", **observed, **status})
+            at = {"layer": index + 1, **({} if setting.full_rank(index) else study.outside(SHORT_OF_RANK))}
+            error = distance(share, scale * directions)
+            rows.append(study.observed("layer_distance", error, tolerance=tolerance, **at))
     return rows
 
 

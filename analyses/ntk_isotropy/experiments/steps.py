@@ -59,10 +59,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     if alpha is None or response is None:
         return []
     eta = scale * theory.best_step(alpha)
-    f, f_test = (
-        v.numpy(force=True) for v in (setting.initial, outputs(setting.problem.model, setting.problem.test[0]))
-    )
-    y, y_test = (v.numpy(force=True) for v in (setting.targets, flat(setting.problem.test[1])))
+    x_test, targets_test = setting.problem.test
+    f, y = setting.initial.numpy(force=True), setting.targets.numpy(force=True)
+    f_test, y_test = (v.numpy(force=True) for v in (outputs(setting.problem.model, x_test), flat(targets_test)))
     times = range(1, STEPS + 1)
     predicted = theory.predict_train(f, y, alpha, eta, times)
     predicted_test = theory.predict_test(f_test, f, y, alpha, response, eta, times)
@@ -74,11 +73,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     start = np.linalg.norm(f - y)
     tolerance = setting.tolerance(at_start.condition_number() * max(1.0, abs(1 - scale)) ** STEPS)
     short = name == "kfac" and not all(setting.full_rank(index) for index in range(setting.depth))
-    initial_loss = _half_mean_square(f_test, y_test)
-    rows = [
-        study.observed(quantity, initial_loss, run="network", step=0)
-        for quantity in ("test_loss", "test_loss_predicted")
-    ]
+    initial = _half_mean_square(f_test, y_test)
+    rows = [study.observed(loss, initial, run="network", step=0) for loss in ("test_loss", "test_loss_predicted")]
     for run, (model, direction) in runs.items():
         trained, tested, status = train(model, setting, eta, STEPS, direction)
         identity = {"tolerance": tolerance, **(study.outside(SHORT_OF_RANK) if short and run == "linearised" else {})}
@@ -87,10 +83,10 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
             off = np.linalg.norm(trained[t] - predicted[t]) / start
             off_test = np.linalg.norm(tested[t] - predicted_test[t]) / np.linalg.norm(predicted_test[t] - f_test)
             rows += [
-                study.observed("residual", float(np.linalg.norm(trained[t] - y) / start), **at),
+                study.observed("residual", np.linalg.norm(trained[t] - y) / start, **at),
                 study.observed("residual_predicted", abs(1 - scale) ** (t + 1), **at),
-                study.observed(f"train_error_{run}", float(off), **at, **identity),
-                study.observed(f"test_error_{run}", float(off_test), **at, **identity),
+                study.observed(f"train_error_{run}", off, **at, **identity),
+                study.observed(f"test_error_{run}", off_test, **at, **identity),
                 study.observed("test_loss", _half_mean_square(tested[t], y_test), **at),
                 study.observed("test_loss_predicted", _half_mean_square(predicted_test[t], y_test), **at),
             ]

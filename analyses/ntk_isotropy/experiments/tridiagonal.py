@@ -31,13 +31,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     sigma = theory.tridiagonal_sigma(setting.depth)
     kernels, tests = setting.kernels, setting.test_kernels
     top = float(np.linalg.eigvalsh(kernels.sum(0))[-1])
-    rank = int((structure.eigvalsh().abs() > 1e-12 * structure.largest_eigenvalue()).sum())
-    negative = int((structure.eigvalsh() < -1e-12 * structure.largest_eigenvalue()).sum())
+    values, floor = structure.eigvalsh(), 1e-12 * structure.largest_eigenvalue()
     alpha = setting.alpha("block-tridiagonal")
     assert alpha is not None
     coefficients = structure.rows.dual(setting.residual / setting.samples)
     rows = [
-        study.observed("negative_share", negative / rank),
+        study.observed("negative_share", float((values < -floor).sum()) / float((values.abs() > floor).sum())),
         *_moved(setting, structure.lift(coefficients, 0.0), setting.tolerance(structure.condition_number())),
     ]
     for relative in RELATIVE_DAMPINGS:
@@ -64,14 +63,10 @@ def _moved(setting: Setting, step: dict[str, torch.Tensor], tolerance: float) ->
     norms = [length({name: step[name] for name in layer.layout.names}) for layer in setting.jacobian.layers]
     covered = theory.tridiagonal_covered(setting.depth)
     c = theory.layer_coefficients(theory.tridiagonal_sigma(setting.depth)) if covered else [None] * setting.depth
+    names = ["moved" if weight is None or abs(weight) > 0.5 else "moved_though_still" for weight in c]
     return [
-        study.observed(
-            "moved" if weight is None or abs(weight) > 0.5 else "moved_though_still",
-            norm / max(norms),
-            tolerance=tolerance,
-            layer=index + 1,
-        )
-        for index, (norm, weight) in enumerate(zip(norms, c, strict=True))
+        study.observed(name, norm / max(norms), tolerance=tolerance, layer=layer)
+        for layer, (name, norm) in enumerate(zip(names, norms, strict=True), 1)
     ]
 
 
