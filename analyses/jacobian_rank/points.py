@@ -11,6 +11,12 @@ from curvlab.study import Cell, Experiment, Point, worst_by_seed
 
 PAPER = "Zhang, Martens & Grosse 2019"
 
+
+def page(source: str, claims: str) -> str:
+    """Return a source with the claims of the page of theory that hold what is claimed, or derive it."""
+    return f"{source} (docs/theory/zhang_martens_grosse_2019.md, {claims})"
+
+
 DRIFTS = {
     "relu": (
         -0.25,

@@ -9,6 +9,11 @@ from curvlab.study import Cell, Experiment, Point
 PAPER = "Karakida & Osawa 2020"
 
 
+def page(source: str, claims: str) -> str:
+    """Return a source with the claims of the page of theory that hold what is claimed, or derive it."""
+    return f"{source} (docs/theory/karakida_osawa_2020.md, {claims})"
+
+
 def base(config: Config) -> dict[str, object]:
     """Return the point from which one thing varies at a time; 0 and "" stand for what the problem cannot vary."""
     takes = config.takes

@@ -7,9 +7,10 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend, excess, watch
-from analyses.jacobian_rank.points import PAPER, experiment, own_and_easy, seconds
+from analyses.jacobian_rank.points import PAPER, experiment, own_and_easy, page, seconds
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -84,33 +85,20 @@ def _newton(setting: Setting) -> dict[str, object]:
 
 
 CLAIMS = [
-    study.Claim(
-        id="general-bound",
-        statement="For a strongly convex loss of the outputs ‖u(k) − u⋆‖² shrinks by 1 − 2ημL/(μ + L) per step or more, "
-        "where C admits the step.",
-        rule=study.Identity("excess"),
-        source=f"{PAPER}, general losses (docs/theory/zhang_martens_grosse_2019.md, claim 5; constants derived)",
-        measured="Largest excess over the bound, regularised logistic loss (μ = 0.25, L = 0.5), η = 1/(μ + L), C on the way.",
-        expected=study.supported("It is a theorem."),
-    ),
-    study.Claim(
-        id="general-descent",
-        statement="In the metric JᵀJ the outputs of a wide network follow gradient descent on the loss as a function of them.",
-        rule=study.Equivalence("path_error", 0.0, 0.05),
-        source=f"{PAPER}, general losses (docs/theory/zhang_martens_grosse_2019.md, claim 5, derived)",
-        measured="Distance of the paths, relative to the length of the latter's moves, at the largest width.",
-        expected=study.supported("J J⁺ = I, and J hardly changes."),
-        at={"data": "own"},
-        estimate=study.at_largest_width(study.by_seed),
-    ),
-    study.Claim(
-        id="general-newton",
-        statement="In the metric of the loss itself, JᵀHJ, a step of the linearised network is Newton's step on the outputs.",
-        rule=study.Identity("newton_error"),
-        source=f"{PAPER}, general losses (docs/theory/zhang_martens_grosse_2019.md, claim 5, derived)",
-        measured="Distance of the outputs after one step of a logistic loss at η = 1 from u − H⁻¹∂ℓ, relative to the step.",
-        expected=study.supported("J (JᵀHJ)⁺ Jᵀ = H⁻¹ at full row rank."),
-    ),
-]
+    claim("general-bound", page(f"{PAPER}, general losses", "claim 5; constants derived"), study.Identity("excess"),
+          "For a strongly convex loss of the outputs ‖u(k) − u⋆‖² shrinks by 1 − 2ημL/(μ + L) per step or more, where C "
+          "admits the step.",
+          "Largest excess over the bound, regularised logistic loss (μ = 0.25, L = 0.5), η = 1/(μ + L), C on the way.",
+          study.supported("It is a theorem.")),
+    claim("general-descent", page(f"{PAPER}, general losses", "claim 5, derived"), study.Equivalence("path_error", 0.0, 0.05),
+          "In the metric JᵀJ the outputs of a wide network follow gradient descent on the loss as a function of them.",
+          "Distance of the paths, relative to the length of the latter's moves, at the largest width.",
+          study.supported("J J⁺ = I, and J hardly changes."), at={"data": "own"},
+          estimate=study.at_largest_width(study.by_seed)),
+    claim("general-newton", page(f"{PAPER}, general losses", "claim 5, derived"), study.Identity("newton_error"),
+          "In the metric of the loss itself, JᵀHJ, a step of the linearised network is Newton's step on the outputs.",
+          "Distance of the outputs after one step of a logistic loss at η = 1 from u − H⁻¹∂ℓ, relative to the step.",
+          study.supported("J (JᵀHJ)⁺ Jᵀ = H⁻¹ at full row rank.")),
+]  # fmt: skip
 
 GENERAL = experiment(own_and_easy, name="general-loss", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 0.4))

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from analyses.claims import claim
 from analyses.descent import outputs
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, experiment, second_largest, seconds
+from analyses.jacobian_rank.points import PAPER, experiment, page, second_largest, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -57,15 +58,13 @@ def _test_error(model: nn.Module, x: Tensor, y: Float[Tensor, "N C"]) -> float:
 
 
 def _complexity(labels: str, direction: Literal["less", "greater"], reason: str) -> study.Claim:
-    return study.Claim(
-        id=f"complexity-{labels}",
-        statement=f"The complexity term √(2 yᵀG⁻¹y/n) of {labels} labels is {'below' if direction == 'less' else 'above'} 1.",
-        rule=study.Inequality("complexity", direction, 1.0),
-        source=f"{PAPER}, generalisation (docs/theory/zhang_martens_grosse_2019.md, claim 12, recalled)",
-        measured="The term with G(0), targets ±½.",
-        expected=study.undecided(reason),
-        at={"labels": labels},
-    )
+    return claim(
+        f"complexity-{labels}", page(f"{PAPER}, generalisation", "claim 12, recalled"),
+        study.Inequality("complexity", direction, 1.0),
+        f"The complexity term √(2 yᵀG⁻¹y/n) of {labels} labels is {'below' if direction == 'less' else 'above'} 1.",
+        "The term with G(0), targets ±½.",
+        study.undecided(reason), at={"labels": labels},
+    )  # fmt: skip
 
 
 CLAIMS = [

@@ -4,9 +4,10 @@ from itertools import product
 
 import numpy as np
 
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import DRIFTS, PAPER, SYNTHETIC, experiment, seconds
+from analyses.jacobian_rank.points import DRIFTS, PAPER, SYNTHETIC, experiment, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import fisher, study, theory
 from curvlab.nn import linearize
@@ -56,50 +57,33 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 def _width(activation: str) -> study.Claim:
     exponent, _ = DRIFTS[activation]
-    return study.Claim(
-        id=f"kfac-width-{activation}",
-        statement=f"On the {activation} network itself the distance from that law falls with the width.",
-        rule=study.Inequality("error", "less", -0.1),
-        source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 8)",
-        measured="Slope of log distance against log m.",
-        expected=study.supported(f"The change of J falls as m^({exponent:g})."),
-        at={"activation": activation},
-        estimate=study.slope_by_seed,
-        assumptions=study.needs_several_widths,
-    )
+    return claim(
+        f"kfac-width-{activation}", page(f"{PAPER}, theorem 4", "claim 8"), study.Inequality("error", "less", -0.1),
+        f"On the {activation} network itself the distance from that law falls with the width.",
+        "Slope of log distance against log m.",
+        study.supported(f"The change of J falls as m^({exponent:g})."), at={"activation": activation},
+        estimate=study.slope_by_seed, assumptions=study.needs_several_widths,
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
     return [
-        study.Claim(
-            id="kfac-leverages",
-            statement="With the activation patterns frozen, K-FAC decays every example by its own leverage, 1 − ηh_i.",
-            rule=study.Identity("linear_error"),
-            source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 8, derived)",
-            measured=f"Distance of the linearised network's residuals from (1 − ηh_i)^k r_i(0) over {STEPS} steps.",
-            expected=study.supported("J F⁺ Jᵀ = I ∘ H where SSᵀ is invertible."),
-            at={"width": config.swept_widths[0]},
-        ),
-        study.Claim(
-            id="kfac-bound",
-            statement="Under K-FAC ‖r(k)‖² ≤ (1 − η/λ_max(XᵀX))^k ‖r(0)‖².",
-            rule=study.Inequality("excess", "less", 0.0),
-            source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 7)",
-            measured="Largest excess of ‖r(k)‖²/‖r(0)‖² over the bound at η = 1, at the largest width.",
-            expected=study.supported("1/λ_max is the smallest leverage that unit inputs can have."),
-            estimate=study.at_largest_width(study.by_seed),
-        ),
-        study.Claim(
-            id="kfac-bound-loose",
-            statement="The worst-case rate of K-FAC is loose by more than a factor of two in the number of steps.",
-            rule=study.Inequality("looseness", "less", 0.5),
-            source=f"{PAPER}, theorem 4 (docs/theory/zhang_martens_grosse_2019.md, claim 7)",
-            measured="log of the bound over log of the measured ‖r(k)‖²/‖r(0)‖² at the largest width.",
-            expected=study.supported("The leverages average d/n, and the square is not used."),
-            estimate=study.at_largest_width(study.by_seed),
-        ),
+        claim("kfac-leverages", page(f"{PAPER}, theorem 4", "claim 8, derived"), study.Identity("linear_error"),
+              "With the activation patterns frozen, K-FAC decays every example by its own leverage, 1 − ηh_i.",
+              f"Distance of the linearised network's residuals from (1 − ηh_i)^k r_i(0) over {STEPS} steps.",
+              study.supported("J F⁺ Jᵀ = I ∘ H where SSᵀ is invertible."), at={"width": config.swept_widths[0]}),
+        claim("kfac-bound", page(f"{PAPER}, theorem 4", "claim 7"), study.Inequality("excess", "less", 0.0),
+              "Under K-FAC ‖r(k)‖² ≤ (1 − η/λ_max(XᵀX))^k ‖r(0)‖².",
+              "Largest excess of ‖r(k)‖²/‖r(0)‖² over the bound at η = 1, at the largest width.",
+              study.supported("1/λ_max is the smallest leverage that unit inputs can have."),
+              estimate=study.at_largest_width(study.by_seed)),
+        claim("kfac-bound-loose", page(f"{PAPER}, theorem 4", "claim 7"), study.Inequality("looseness", "less", 0.5),
+              "The worst-case rate of K-FAC is loose by more than a factor of two in the number of steps.",
+              "log of the bound over log of the measured ‖r(k)‖²/‖r(0)‖² at the largest width.",
+              study.supported("The leverages average d/n, and the square is not used."),
+              estimate=study.at_largest_width(study.by_seed)),
         *map(_width, config.activation),
-    ]
+    ]  # fmt: skip
 
 
 KFAC = experiment(_points, name="kfac", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.25))

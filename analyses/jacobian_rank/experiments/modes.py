@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from analyses.claims import claim
 from analyses.descent import Descent, Direction
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment, seconds
+from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -102,41 +103,24 @@ AGAINST_CONDITION = partial(study.slope_by_seed, against="condition")
 
 
 CLAIMS = [
-    study.Claim(
-        id="modes-natural",
-        statement="The number of steps of natural gradient does not depend on λ_min(G).",
-        rule=study.Equivalence("natural_steps", 0.0, 0.1),
-        source=f"{PAPER}, theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claim 6)",
-        measured=f"Slope of log steps against log κ(G), steps until {TARGET:g} of a residual along the least mode is left at "
-        f"η = {ETA:g}.",
-        expected=study.supported("All modes contract by 1 − η."),
-        estimate=AGAINST_CONDITION,
-    ),
-    study.Claim(
-        id="modes-descent",
-        statement="The number of steps of gradient descent is proportional to κ(G).",
-        rule=study.Equivalence("descent_steps", 1.0, 0.1),
-        source=f"{PAPER}, after theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claim 6, derived)",
-        measured="The same slope for gradient descent at η = 1/λ_max(G).",
-        expected=study.supported("The least mode contracts by 1 − 1/κ(G)."),
-        estimate=AGAINST_CONDITION,
-    ),
-    study.Claim(
-        id="modes-descent-exact",
-        statement="Gradient descent takes log(target)/log(1 − 1/κ(G)) steps for a residual along the least mode.",
-        rule=study.Equivalence("descent_steps_ratio", 1.0, 0.1),
-        source=f"{PAPER}, after theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claim 6, derived)",
-        measured="Steps over that number, the mean over the similarities.",
-        expected=study.supported("The least mode contracts by 1 − 1/κ(G), as long as J stays."),
-    ),
-    study.Claim(
-        id="modes-damped",
-        statement="With (JJᵀ + μI)⁻¹ mode i of the linearised network contracts by 1 − λ_i/(λ_i + μ).",
-        rule=study.Identity("damped_error"),
-        source=f"{PAPER}, NGD with damping (docs/theory/zhang_martens_grosse_2019.md, claim 11, derived)",
-        measured="Distance of the residual after one damped step at η = 1 from that law, relative to ‖r(0)‖.",
-        expected=study.supported("J(JᵀJ + μI)⁻¹Jᵀ = G(G + μI)⁻¹."),
-    ),
-]
+    claim("modes-natural", page(f"{PAPER}, theorem 3", "claim 6"), study.Equivalence("natural_steps", 0.0, 0.1),
+          "The number of steps of natural gradient does not depend on λ_min(G).",
+          f"Slope of log steps against log κ(G), steps until {TARGET:g} of a residual along the least mode is left at η = "
+          f"{ETA:g}.",
+          study.supported("All modes contract by 1 − η."), estimate=AGAINST_CONDITION),
+    claim("modes-descent", page(f"{PAPER}, after theorem 3", "claim 6, derived"), study.Equivalence("descent_steps", 1.0, 0.1),
+          "The number of steps of gradient descent is proportional to κ(G).",
+          "The same slope for gradient descent at η = 1/λ_max(G).",
+          study.supported("The least mode contracts by 1 − 1/κ(G)."), estimate=AGAINST_CONDITION),
+    claim("modes-descent-exact", page(f"{PAPER}, after theorem 3", "claim 6, derived"),
+          study.Equivalence("descent_steps_ratio", 1.0, 0.1),
+          "Gradient descent takes log(target)/log(1 − 1/κ(G)) steps for a residual along the least mode.",
+          "Steps over that number, the mean over the similarities.",
+          study.supported("The least mode contracts by 1 − 1/κ(G), as long as J stays.")),
+    claim("modes-damped", page(f"{PAPER}, NGD with damping", "claim 11, derived"), study.Identity("damped_error"),
+          "With (JJᵀ + μI)⁻¹ mode i of the linearised network contracts by 1 − λ_i/(λ_i + μ).",
+          "Distance of the residual after one damped step at η = 1 from that law, relative to ‖r(0)‖.",
+          study.supported("J(JᵀJ + μI)⁻¹Jᵀ = G(G + μI)⁻¹.")),
+]  # fmt: skip
 
 MODES = experiment(_points, name="modes", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 1.6))

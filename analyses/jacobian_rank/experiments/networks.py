@@ -7,10 +7,11 @@ from math import log10
 import numpy as np
 import torch
 
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import contraction, excess, watch
 from analyses.jacobian_rank.networks import TRAINED, UNITS, network_setting
-from analyses.jacobian_rank.points import DRIFTS, PAPER, experiment, worst_decade_by_seed
+from analyses.jacobian_rank.points import DRIFTS, PAPER, experiment, page, worst_decade_by_seed
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -99,59 +100,35 @@ def _unit_ranks(layer: LayerRows) -> tuple[np.ndarray, np.ndarray]:
 
 def _rank_claims() -> list[study.Claim]:
     return [
-        study.Claim(
-            id="networks-initial",
-            statement="Networks with all layers trained have full row rank at initialisation also where they are narrow.",
-            rule=study.Identity("missing"),
-            source=f"{PAPER}, condition 1 (docs/theory/zhang_martens_grosse_2019.md, claim 1)",
-            measured="Share of the rows missing in the rank of J(0).",
-            expected=study.refuted(
-                "P is above the number of rows, but an earlier run found convolutional networks with 2 channels that are dead."
-            ),
-        ),
-        study.Claim(
-            id="networks-kept",
-            statement="Networks with all layers trained that have full row rank keep it along natural gradient, at every width.",
-            rule=study.Identity("lost"),
-            source=f"{PAPER}, conditions 1 and 2 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 2)",
-            measured=f"Share of the rows missing in the rank of J after each of {STEPS} steps at η = {ETA:g}.",
-            expected=study.refuted(
-                "P is above the number of rows, but an earlier run found narrow networks that lose active units in training."
-            ),
-        ),
-        study.Claim(
-            id="networks-layers",
-            statement="Every single layer of these networks keeps full row rank along natural gradient.",
-            rule=study.Identity("layer_missing"),
-            source=f"{PAPER}, condition 1, for layer-wise blocks (derived)",
-            measured="Rows missing in the rank of a layer's Jacobian at any step.",
-            expected=study.refuted(
-                "An earlier run found residual networks in which the samples' activation patterns become alike, so that fewer "
-                "features than rows are ever active. Layers with fewer parameters than rows are left out."
-            ),
-        ),
-        study.Claim(
-            id="networks-units",
-            statement="The row rank of a single unit is the number of samples on which it is active, up to its number of "
-            "parameters, before and after training.",
-            rule=study.Identity("unit_surprise"),
-            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
-            measured="Largest difference between the two over units of every layer.",
-            expected=study.refuted(
-                "A sample's row is zero where the unit is not active, and inputs are in general position, but an earlier run "
-                "found residual networks with fewer active inputs than samples after training."
-            ),
-        ),
-        study.Claim(
-            id="networks-units-kept",
-            statement="Training leaves the mean row rank of single units as it was.",
-            rule=study.Equivalence("unit_rank", 0.0, 0.02),
-            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
-            measured="Mean over units, layers and networks of row rank over what is attainable, after training less before.",
-            expected=study.supported("Few activation patterns flip, about as many on as off."),
-            estimate=partial(study.difference_by_seed, column="when", first="trained", second="initial"),
-        ),
-    ]
+        claim("networks-initial", page(f"{PAPER}, condition 1", "claim 1"), study.Identity("missing"),
+              "Networks with all layers trained have full row rank at initialisation also where they are narrow.",
+              "Share of the rows missing in the rank of J(0).",
+              study.refuted("P is above the number of rows, but an earlier run found convolutional networks with 2 channels "
+                            "that are dead.")),
+        claim("networks-kept", page(f"{PAPER}, conditions 1 and 2", "claims 1 and 2"), study.Identity("lost"),
+              "Networks with all layers trained that have full row rank keep it along natural gradient, at every width.",
+              f"Share of the rows missing in the rank of J after each of {STEPS} steps at η = {ETA:g}.",
+              study.refuted("P is above the number of rows, but an earlier run found narrow networks that lose active units "
+                            "in training.")),
+        claim("networks-layers", f"{PAPER}, condition 1, for layer-wise blocks (derived)", study.Identity("layer_missing"),
+              "Every single layer of these networks keeps full row rank along natural gradient.",
+              "Rows missing in the rank of a layer's Jacobian at any step.",
+              study.refuted("An earlier run found residual networks in which the samples' activation patterns become alike, "
+                            "so that fewer features than rows are ever active. Layers with fewer parameters than rows are "
+                            "left out.")),
+        claim("networks-units", f"{PAPER}, condition 1, for unit-wise blocks (derived)", study.Identity("unit_surprise"),
+              "The row rank of a single unit is the number of samples on which it is active, up to its number of parameters, "
+              "before and after training.",
+              "Largest difference between the two over units of every layer.",
+              study.refuted("A sample's row is zero where the unit is not active, and inputs are in general position, but "
+                            "an earlier run found residual networks with fewer active inputs than samples after training.")),
+        claim("networks-units-kept", f"{PAPER}, condition 1, for unit-wise blocks (derived)",
+              study.Equivalence("unit_rank", 0.0, 0.02),
+              "Training leaves the mean row rank of single units as it was.",
+              "Mean over units, layers and networks of row rank over what is attainable, after training less before.",
+              study.supported("Few activation patterns flip, about as many on as off."),
+              estimate=partial(study.difference_by_seed, column="when", first="trained", second="initial")),
+    ]  # fmt: skip
 
 
 def _drift_expected(network: str, activation: str) -> study.Expected:
@@ -166,54 +143,39 @@ def _drift_expected(network: str, activation: str) -> study.Expected:
 
 def _drift(network: str, activation: str) -> study.Claim:
     exponent, _ = DRIFTS[activation]
-    return study.Claim(
-        id=f"networks-drift-{network}-{activation}",
-        statement=f"Along natural gradient the relative change of the Jacobian of the {network} network falls as "
-        f"m^({exponent:g}) with {activation}.",
-        rule=study.Equivalence("change_share", exponent, 0.05),
-        source=f"{PAPER}, section 4 (docs/theory/zhang_martens_grosse_2019.md, claim 9, for all layers trained)",
-        measured=f"Slope of log max_k ‖J(k) − J(0)‖_F/‖J(0)‖_F at η = {ETA:g} against log m, m hidden units or channels, over "
+    return claim(
+        f"networks-drift-{network}-{activation}", page(f"{PAPER}, section 4", "claim 9, for all layers trained"),
+        study.Equivalence("change_share", exponent, 0.05),
+        f"Along natural gradient the relative change of the Jacobian of the {network} network falls as m^({exponent:g}) with "
+        f"{activation}.",
+        f"Slope of log max_k ‖J(k) − J(0)‖_F/‖J(0)‖_F at η = {ETA:g} against log m, m hidden units or channels, over "
         "networks with full row rank at initialisation.",
-        expected=_drift_expected(network, activation),
-        at={"network": network, "activation": activation},
+        _drift_expected(network, activation), at={"network": network, "activation": activation},
         estimate=partial(study.slope_by_seed, against="units"),
-    )
+    )  # fmt: skip
 
 
 def _theorem_claims(network: str) -> list[study.Claim]:
     widest = {"network": network, "units": int(FACTORS[-1] * UNITS[network])}
     return [
-        study.Claim(
-            id=f"networks-stable-{network}",
-            statement=f"Condition 2 holds along natural gradient on the widest {network} network.",
-            rule=study.Inequality("constant", "less", log10(0.5)),
-            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
-            measured="log10 of C_emp along the run, the largest over activations; condition 2 wants C_emp below ½.",
-            expected=study.refuted("It takes far wider layers already on the two-layer network."),
-            at=widest,
-            estimate=worst_decade_by_seed,
-        ),
-        study.Claim(
-            id=f"networks-bound-{network}",
-            statement=f"The bound of theorem 1, (1 − η)^k, holds on the widest {network} network where the theorem's conditions "
-            "do not.",
-            rule=study.Equivalence("excess", 0.0, 1e-6),
-            source=f"{PAPER}, theorem 1: the converse is not claimed (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
-            measured="Largest excess of ‖r(k)‖²/‖r(0)‖² over (1 − η)^k, for runs that the theorem does not cover.",
-            expected=study.undecided("The conditions are sufficient, not necessary."),
-            at=widest,
-            estimate=study.worst_by_seed,
-        ),
-        study.Claim(
-            id=f"networks-rate-{network}",
-            statement=f"The squared residual of the widest {network} network contracts by (1 − η)² per step.",
-            rule=study.Equivalence("rate_ratio", 1.0, 0.1),
-            source=f"{PAPER}, theorem 1 (docs/theory/zhang_martens_grosse_2019.md, claim 4, derived)",
-            measured="Geometric mean over the steps of ‖r(k+1)‖²/‖r(k)‖², over (1 − η)², the mean over activations.",
-            expected=study.undecided("It is the linear prediction, and the networks are not very wide."),
-            at=widest,
-        ),
-    ]
+        claim(f"networks-stable-{network}", page(f"{PAPER}, condition 2", "claim 2"),
+              study.Inequality("constant", "less", log10(0.5)),
+              f"Condition 2 holds along natural gradient on the widest {network} network.",
+              "log10 of C_emp along the run, the largest over activations; condition 2 wants C_emp below ½.",
+              study.refuted("It takes far wider layers already on the two-layer network."), at=widest,
+              estimate=worst_decade_by_seed),
+        claim(f"networks-bound-{network}", page(f"{PAPER}, theorem 1: the converse is not claimed", "claim 2"),
+              study.Equivalence("excess", 0.0, 1e-6),
+              f"The bound of theorem 1, (1 − η)^k, holds on the widest {network} network where the theorem's conditions do "
+              "not.",
+              "Largest excess of ‖r(k)‖²/‖r(0)‖² over (1 − η)^k, for runs that the theorem does not cover.",
+              study.undecided("The conditions are sufficient, not necessary."), at=widest, estimate=study.worst_by_seed),
+        claim(f"networks-rate-{network}", page(f"{PAPER}, theorem 1", "claim 4, derived"),
+              study.Equivalence("rate_ratio", 1.0, 0.1),
+              f"The squared residual of the widest {network} network contracts by (1 − η)² per step.",
+              "Geometric mean over the steps of ‖r(k+1)‖²/‖r(k)‖², over (1 − η)², the mean over activations.",
+              study.undecided("It is the linear prediction, and the networks are not very wide."), at=widest),
+    ]  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:

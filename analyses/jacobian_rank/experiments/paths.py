@@ -3,9 +3,10 @@
 import numpy as np
 from jaxtyping import Float
 
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, experiment
+from analyses.jacobian_rank.points import PAPER, experiment, page
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -48,15 +49,12 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 def _straightness(
     name: str, run: str, rule: study.Equivalence | study.Inequality, statement: str, reason: str
 ) -> study.Claim:
-    return study.Claim(
-        id=f"paths-{name}",
-        statement=statement,
-        rule=rule,
-        source=f"{PAPER}, figure 1 (docs/theory/zhang_martens_grosse_2019.md, published experiments; ratio derived)",
-        measured="Length of a sample's path in output space over the distance of its ends, the mean over samples.",
-        expected=study.supported(reason),
-        estimate=study.among(study.by_seed, run=run),
-    )
+    return claim(
+        f"paths-{name}", page(f"{PAPER}, figure 1", "published experiments; ratio derived"), rule,
+        statement,
+        "Length of a sample's path in output space over the distance of its ends, the mean over samples.",
+        study.supported(reason), estimate=study.among(study.by_seed, run=run),
+    )  # fmt: skip
 
 
 CLAIMS = [

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import curvlab
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
 from analyses.jacobian_rank.networks import NETWORKS, network_of
-from analyses.jacobian_rank.points import PAPER, experiment, seconds
+from analyses.jacobian_rank.points import PAPER, experiment, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -115,31 +116,24 @@ def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activatio
 
 
 def _full_rank(name: str, statement: str, reason: str, at: Mapping[str, object]) -> study.Claim:
-    return study.Claim(
-        id=f"rank-{name}",
-        statement=statement,
-        rule=study.Identity("surprise"),
-        source=f"{PAPER}, condition 1 (docs/theory/zhang_martens_grosse_2019.md, claim 1)",
-        measured="Number of rows missing in the numerical rank, against the number expected.",
-        expected=study.supported(reason),
-        at=at,
-    )
+    return claim(
+        f"rank-{name}", page(f"{PAPER}, condition 1", "claim 1"), study.Identity("surprise"),
+        statement,
+        "Number of rows missing in the numerical rank, against the number expected.",
+        study.supported(reason), at=at,
+    )  # fmt: skip
 
 
 def _near(activation: str) -> study.Claim:
     exponent, reason = NEAR_EXPONENTS[activation]
-    return study.Claim(
-        id=f"rank-near-{activation}",
-        statement=f"Two inputs at a small angle cost no rank with {activation}; λ_min(G) falls as the angle to the power "
-        f"{exponent:g}.",
-        rule=study.Equivalence("near_smallest", exponent, 0.2),
-        source=f"{PAPER}, condition 1 and λ₀ (docs/theory/zhang_martens_grosse_2019.md, claim 1 and traps; exponent derived)",
-        measured=f"Slope of log λ_min(G) against the logarithm of angles from {ANGLES[-1]:g} to {ANGLES[0]:g}, at the "
-        "largest width.",
-        expected=study.supported(reason),
-        at={"inputs": NEAR, "activation": activation},
+    return claim(
+        f"rank-near-{activation}", page(f"{PAPER}, condition 1 and λ₀", "claim 1 and traps; exponent derived"),
+        study.Equivalence("near_smallest", exponent, 0.2),
+        f"Two inputs at a small angle cost no rank with {activation}; λ_min(G) falls as the angle to the power {exponent:g}.",
+        f"Slope of log λ_min(G) against the logarithm of angles from {ANGLES[-1]:g} to {ANGLES[0]:g}, at the largest width.",
+        study.supported(reason), at={"inputs": NEAR, "activation": activation},
         estimate=partial(study.slope_by_seed, against="angle"),
-    )
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
@@ -171,38 +165,21 @@ def _claims(config: Config) -> list[study.Claim]:
             "P is far above the number of rows.",
             networks,
         ),
-        study.Claim(
-            id="rank-layers",
-            statement="Every single layer of these networks has full row rank, less one for a duplicated input.",
-            rule=study.Identity("layer_surprise"),
-            source=f"{PAPER}, condition 1, for layer-wise blocks (derived)",
-            measured="Number of rows missing in the numerical rank of a layer's Jacobian, against the number expected.",
-            expected=study.supported("Its inputs are distinct. Layers with fewer parameters than rows are left out."),
-            at=networks,
-        ),
-        study.Claim(
-            id="rank-limit",
-            statement="λ_min of the kernel at initialisation tends to that of the limit kernel.",
-            rule=study.Equivalence("limit_ratio", 1.0, 0.1),
-            source=f"{PAPER}, section 4 (docs/theory/zhang_martens_grosse_2019.md, setting)",
-            measured="λ_min(G(0))/λ_min(G∞) at the largest width.",
-            expected=study.supported("G is a mean over m units."),
-            at=distinct,
-            estimate=study.at_largest_width(study.by_seed),
-        ),
+        claim("rank-layers", f"{PAPER}, condition 1, for layer-wise blocks (derived)", study.Identity("layer_surprise"),
+              "Every single layer of these networks has full row rank, less one for a duplicated input.",
+              "Number of rows missing in the numerical rank of a layer's Jacobian, against the number expected.",
+              study.supported("Its inputs are distinct. Layers with fewer parameters than rows are left out."), at=networks),
+        claim("rank-limit", page(f"{PAPER}, section 4", "setting"), study.Equivalence("limit_ratio", 1.0, 0.1),
+              "λ_min of the kernel at initialisation tends to that of the limit kernel.",
+              "λ_min(G(0))/λ_min(G∞) at the largest width.",
+              study.supported("G is a mean over m units."), at=distinct, estimate=study.at_largest_width(study.by_seed)),
         *map(_near, config.activation),
-        study.Claim(
-            id="rank-units",
-            statement="The Jacobian of a single ReLU unit lacks row rank where that of the whole network does not.",
-            rule=study.Inequality("unit_rank", "less", 0.9),
-            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
-            measured="Mean over units of the row rank of a unit's block, over the number of rows.",
-            expected=study.supported(
-                "A unit is active on about half of the samples, and only their rows are not zero."
-            ),
-            at={**distinct, "activation": "relu"},
-        ),
-    ]
+        claim("rank-units", f"{PAPER}, condition 1, for unit-wise blocks (derived)", study.Inequality("unit_rank", "less", 0.9),
+              "The Jacobian of a single ReLU unit lacks row rank where that of the whole network does not.",
+              "Mean over units of the row rank of a unit's block, over the number of rows.",
+              study.supported("A unit is active on about half of the samples, and only their rows are not zero."),
+              at={**distinct, "activation": "relu"}),
+    ]  # fmt: skip
 
 
 RANK = experiment(_points, name="rank", measure=_measure, claims=_claims, seconds=seconds(0.01, 0.1))

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 import curvlab
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import DIVERGED, descend, watch
 from analyses.jacobian_rank.networks import TRAINED, network_setting
-from analyses.jacobian_rank.points import PAPER, experiment, worst_decade_by_seed
+from analyses.jacobian_rank.points import PAPER, experiment, page, worst_decade_by_seed
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
 from curvlab.fisher import make
@@ -83,72 +84,45 @@ def _expected(structure: str) -> tuple[study.Expected, study.Expected]:
 
 
 def _claims_of(structure: str) -> list[study.Claim]:
-    claim = partial(study.Claim, at={"structure": structure})
+    row = partial(claim, at={"structure": structure})
     linear, faster = _expected(structure)
+    linear_limit = page(f"{PAPER}, theorem 1 in the linear limit", "claim 4, for approximations")
     return [
-        claim(
-            id=f"response-rank-{structure}",
-            statement=f"The {structure} step can move the outputs {ON} in every direction.",
-            rule=study.Identity("missing"),
-            source=f"{PAPER}, condition 1, for approximations (derived)",
-            measured="Dimensions missing in the rank of J F⁺ Jᵀ.",
-            expected=study.supported("F⁺ is positive on the range of Jᵀ."),
-        ),
-        claim(
-            id=f"kept-{structure}",
-            statement=f"The Jacobian {ON} keeps full row rank along {structure} steps.",
-            rule=study.Identity("lost"),
-            source=f"{PAPER}, conditions 1 and 2, for approximations (derived)",
-            measured=f"Share of the rows missing in the rank of J before and after each of {STEPS} steps at η = 1/λ_max.",
-            expected=study.supported(
-                "P is far above the number of rows, and nothing drives the steps to where rows depend on each other."
-            ),
-        ),
-        claim(
-            id=f"stable-{structure}",
-            statement=f"Along {structure} steps the Jacobian {ON} changes as little as condition 2 asks.",
-            rule=study.Inequality("constant", "less", log10(0.5)),
-            source=f"{PAPER}, condition 2, for approximations (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
-            measured="log10 of C_emp along the run, the largest of the three networks; condition 2 wants C_emp below ½.",
-            expected=study.refuted("√λ_min(G) is small against ‖J‖, and the networks are narrow."),
-            estimate=worst_decade_by_seed,
-        ),
-        claim(
-            id=f"linearised-{structure}",
-            statement=f"On the linearised network a {structure} step takes the residual r to (I − ηM) r.",
-            rule=study.Identity("linear_error"),
-            source=f"{PAPER}, theorem 1 in the linear limit "
-            "(docs/theory/zhang_martens_grosse_2019.md, claim 4, for approximations)",
-            measured="Distance of the outputs from it after a step at η = 1/λ_max(M), over the length of the move.",
-            expected=study.supported("M = J F⁺ Jᵀ/N, and J does not change."),
-        ),
-        claim(
-            id=f"linear-{structure}",
-            statement=f"The outputs {ON} follow the linear prediction of the {structure} response, r ← (I − ηM) r.",
-            rule=study.Inequality("distance", "less", log10(NEAR)),
-            source=f"{PAPER}, theorem 1 in the linear limit "
-            "(docs/theory/zhang_martens_grosse_2019.md, claim 4, for approximations)",
-            measured=f"log10 of the distance of the outputs from it after {STEPS} steps at η = 1/λ_max(M), or where the run "
-            "diverges, over the length of its move; the largest of the three networks.",
-            expected=linear,
-            estimate=worst_decade_by_seed,
-        ),
-        claim(
-            id=f"faster-{structure}",
-            statement=f"The {structure} step contracts the residual {ON} faster than gradient descent, each at its 1/λ_max.",
-            rule=study.Inequality("log_gain", "less", 0.0),
-            source=f"{PAPER}, rates (docs/theory/zhang_martens_grosse_2019.md, claim 6, for approximations)",
-            measured=f"log10 of what {STEPS} steps leave of ‖r‖², less that of gradient descent, the largest of the three.",
-            expected=faster,
-            estimate=study.worst_by_seed,
-        ),
-    ]
+        row(f"response-rank-{structure}", f"{PAPER}, condition 1, for approximations (derived)", study.Identity("missing"),
+            f"The {structure} step can move the outputs {ON} in every direction.",
+            "Dimensions missing in the rank of J F⁺ Jᵀ.",
+            study.supported("F⁺ is positive on the range of Jᵀ.")),
+        row(f"kept-{structure}", f"{PAPER}, conditions 1 and 2, for approximations (derived)", study.Identity("lost"),
+            f"The Jacobian {ON} keeps full row rank along {structure} steps.",
+            f"Share of the rows missing in the rank of J before and after each of {STEPS} steps at η = 1/λ_max.",
+            study.supported("P is far above the number of rows, and nothing drives the steps to where rows depend on each "
+                            "other.")),
+        row(f"stable-{structure}", page(f"{PAPER}, condition 2, for approximations", "claim 2"),
+            study.Inequality("constant", "less", log10(0.5)),
+            f"Along {structure} steps the Jacobian {ON} changes as little as condition 2 asks.",
+            "log10 of C_emp along the run, the largest of the three networks; condition 2 wants C_emp below ½.",
+            study.refuted("√λ_min(G) is small against ‖J‖, and the networks are narrow."), estimate=worst_decade_by_seed),
+        row(f"linearised-{structure}", linear_limit, study.Identity("linear_error"),
+            f"On the linearised network a {structure} step takes the residual r to (I − ηM) r.",
+            "Distance of the outputs from it after a step at η = 1/λ_max(M), over the length of the move.",
+            study.supported("M = J F⁺ Jᵀ/N, and J does not change.")),
+        row(f"linear-{structure}", linear_limit, study.Inequality("distance", "less", log10(NEAR)),
+            f"The outputs {ON} follow the linear prediction of the {structure} response, r ← (I − ηM) r.",
+            f"log10 of the distance of the outputs from it after {STEPS} steps at η = 1/λ_max(M), or where the run diverges, "
+            "over the length of its move; the largest of the three networks.",
+            linear, estimate=worst_decade_by_seed),
+        row(f"faster-{structure}", page(f"{PAPER}, rates", "claim 6, for approximations"),
+            study.Inequality("log_gain", "less", 0.0),
+            f"The {structure} step contracts the residual {ON} faster than gradient descent, each at its 1/λ_max.",
+            f"log10 of what {STEPS} steps leave of ‖r‖², less that of gradient descent, the largest of the three.",
+            faster, estimate=study.worst_by_seed),
+    ]  # fmt: skip
 
 
 STRUCTURES = experiment(
     _points,
     name="structures",
     measure=_measure,
-    claims=lambda config: [claim for structure in config.structures for claim in _claims_of(structure)],
+    claims=lambda config: [one for structure in config.structures for one in _claims_of(structure)],
     seconds=0.12,
 )

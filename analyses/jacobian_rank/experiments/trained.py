@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import curvlab
+from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.points import PAPER, experiment
 from analyses.jacobian_rank.setting import Setting
@@ -60,33 +61,19 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 CLAIMS = [
-    study.Claim(
-        id="trained-redundant",
-        statement="Under a softmax the rows of the Fisher matrix have one redundant direction a sample and no other, before "
-        "training.",
-        rule=study.Identity(("missing_fisher", "redundant")),
-        source=SOURCE,
-        measured="Rows missing in the numerical rank beyond one a sample.",
-        expected=study.supported("A common shift of the logits changes nothing, and J has full row rank."),
-        estimate=study.among(study.identities, when="initial"),
-    ),
-    study.Claim(
-        id="trained-jacobian",
-        statement="The Jacobian of a network trained on real data with a cross-entropy still has full row rank.",
-        rule=study.Identity("missing_jacobian"),
-        source=SOURCE,
-        measured="Rows missing in the numerical rank of J after training.",
-        expected=study.supported("P is far above the number of rows."),
-        estimate=study.among(study.identities, when="trained"),
-    ),
-    study.Claim(
-        id="trained-condition",
-        statement="Training with a cross-entropy worsens the condition of the Fisher matrix' rows by more than a decade.",
-        rule=study.Inequality("decades", "greater", 1.0),
-        source=SOURCE,
-        measured="log10 of the condition number of S after training over that before.",
-        expected=study.refuted("Fitted samples lose their weight p(1 − p), but an earlier run found 0.8 decades."),
-    ),
-]
+    claim("trained-redundant", SOURCE, study.Identity(("missing_fisher", "redundant")),
+          "Under a softmax the rows of the Fisher matrix have one redundant direction a sample and no other, before training.",
+          "Rows missing in the numerical rank beyond one a sample.",
+          study.supported("A common shift of the logits changes nothing, and J has full row rank."),
+          estimate=study.among(study.identities, when="initial")),
+    claim("trained-jacobian", SOURCE, study.Identity("missing_jacobian"),
+          "The Jacobian of a network trained on real data with a cross-entropy still has full row rank.",
+          "Rows missing in the numerical rank of J after training.",
+          study.supported("P is far above the number of rows."), estimate=study.among(study.identities, when="trained")),
+    claim("trained-condition", SOURCE, study.Inequality("decades", "greater", 1.0),
+          "Training with a cross-entropy worsens the condition of the Fisher matrix' rows by more than a decade.",
+          "log10 of the condition number of S after training over that before.",
+          study.refuted("Fitted samples lose their weight p(1 − p), but an earlier run found 0.8 decades.")),
+]  # fmt: skip
 
 TRAINED = experiment(lambda _: [POINT], name="trained", measure=_measure, claims=CLAIMS, seconds=0.3)

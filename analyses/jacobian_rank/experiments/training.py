@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import curvlab
+from analyses.claims import claim
 from analyses.descent import length
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import contraction, descend, displaced, excess, moved, unit_rank, watch
-from analyses.jacobian_rank.points import DRIFTS, PAPER, experiment, own_and_easy, second_largest, seconds
+from analyses.jacobian_rank.points import DRIFTS, PAPER, experiment, own_and_easy, page, second_largest, seconds
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -114,30 +115,23 @@ def _linearised(setting: Setting, eta: float) -> dict[str, object]:
 
 
 def _bound(id_: str, where: str, measured: str, quantity: str) -> study.Claim:
-    return study.Claim(
-        id=id_,
-        statement=f"Where condition 2 holds {where} and η is allowed, ‖u(k) − y‖² ≤ (1 − η)^k ‖u(0) − y‖² at every step.",
-        rule=study.Identity(quantity),
-        source=f"{PAPER}, theorem 1 (docs/theory/zhang_martens_grosse_2019.md, claim 3)",
-        measured=f"Largest excess of ‖r(k)‖²/‖r(0)‖² over (1 − η)^k; C is the largest C_emp {measured}.",
-        expected=study.supported("It is a theorem."),
-    )
+    return claim(
+        id_, page(f"{PAPER}, theorem 1", "claim 3"), study.Identity(quantity),
+        f"Where condition 2 holds {where} and η is allowed, ‖u(k) − y‖² ≤ (1 − η)^k ‖u(0) − y‖² at every step.",
+        f"Largest excess of ‖r(k)‖²/‖r(0)‖² over (1 − η)^k; C is the largest C_emp {measured}.",
+        study.supported("It is a theorem."),
+    )  # fmt: skip
 
 
 def _slope(id_: str, norm: str, quantity: str, activation: str, expected: study.Expected) -> study.Claim:
     exponent, _ = DRIFTS[activation]
-    return study.Claim(
-        id=f"{id_}-{activation}",
-        statement=f"Along natural gradient {norm} of the change of the Jacobian falls as m^({exponent:g}) with "
-        f"{activation}.",
-        rule=study.Equivalence(quantity, exponent, 0.05),
-        source=f"{PAPER}, section 4 (docs/theory/zhang_martens_grosse_2019.md, claim 9, derived)",
-        measured=f"Slope of the logarithm of its largest value along the run at η = {MIDDLE:g} against log m.",
-        expected=expected,
-        at={"data": "own", "activation": activation, "eta": MIDDLE},
-        estimate=study.slope_by_seed,
+    return claim(
+        f"{id_}-{activation}", page(f"{PAPER}, section 4", "claim 9, derived"), study.Equivalence(quantity, exponent, 0.05),
+        f"Along natural gradient {norm} of the change of the Jacobian falls as m^({exponent:g}) with {activation}.",
+        f"Slope of the logarithm of its largest value along the run at η = {MIDDLE:g} against log m.",
+        expected, at={"data": "own", "activation": activation, "eta": MIDDLE}, estimate=study.slope_by_seed,
         assumptions=study.needs_several_widths,
-    )
+    )  # fmt: skip
 
 
 SPECTRAL = {
@@ -156,34 +150,24 @@ def _drifts(activation: str) -> list[study.Claim]:
     return [
         _slope("drift", constant, "constant_trajectory", activation, SPECTRAL[activation]),
         _slope("drift-frobenius", "the Frobenius norm", "change_frobenius", activation, study.supported(reason)),
-        study.Claim(
-            id=f"drift-ball-{activation}",
-            statement=f"At random points of the ball of condition 2 the change of the Jacobian falls at least as fast as "
-            f"m^({exponent:g}) with {activation}.",
-            rule=study.Inequality("constant_ball_random", "less", exponent + 0.05),
-            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
-            measured="Slope of log C_emp, the largest at random points of the ball's surface, against log m.",
-            expected=study.supported(
-                "The radius is O(1), so a random move changes every pre-activation by O(m^(−1/2)) or less."
-            ),
-            at={"data": "own", "activation": activation, "eta": MIDDLE},
-            estimate=study.slope_by_seed,
-            assumptions=study.needs_several_widths,
-        ),
-    ]
+        claim(f"drift-ball-{activation}", page(f"{PAPER}, condition 2", "claim 2"),
+              study.Inequality("constant_ball_random", "less", exponent + 0.05),
+              "At random points of the ball of condition 2 the change of the Jacobian falls at least as fast as "
+              f"m^({exponent:g}) with {activation}.",
+              "Slope of log C_emp, the largest at random points of the ball's surface, against log m.",
+              study.supported("The radius is O(1), so a random move changes every pre-activation by O(m^(−1/2)) or less."),
+              at={"data": "own", "activation": activation, "eta": MIDDLE}, estimate=study.slope_by_seed,
+              assumptions=study.needs_several_widths),
+    ]  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
     own = {"data": "own", "eta": (0.1, 0.25, 0.5)}
     return [
-        study.Claim(
-            id="rank-training",
-            statement="The Jacobian keeps full row rank along natural gradient.",
-            rule=study.Identity("missing"),
-            source=f"{PAPER}, conditions 1 and 2 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 2)",
-            measured="Share of the rows missing in the rank after any step.",
-            expected=study.supported("The Jacobian changes by less than its least singular value."),
-        ),
+        claim("rank-training", page(f"{PAPER}, conditions 1 and 2", "claims 1 and 2"), study.Identity("missing"),
+              "The Jacobian keeps full row rank along natural gradient.",
+              "Share of the rows missing in the rank after any step.",
+              study.supported("The Jacobian changes by less than its least singular value.")),
         _bound(
             "rate-bound",
             "in the ball",
@@ -193,63 +177,37 @@ def _claims(config: Config) -> list[study.Claim]:
         _bound(
             "rate-bound-path", "on the path", "along the run alone, which is all that the proof uses", "excess_on_path"
         ),
-        study.Claim(
-            id="rank-units-trained",
-            statement="Single ReLU units lack row rank after training, too, where the whole network does not.",
-            rule=study.Inequality("unit_rank", "less", 0.9),
-            source=f"{PAPER}, condition 1, for unit-wise blocks (derived)",
-            measured="Mean over units of the row rank of a unit's block, over the number of rows, after the run.",
-            expected=study.supported("Training flips few activation patterns."),
-            at={"data": "own", "activation": "relu"},
-        ),
-        study.Claim(
-            id="rate-beyond",
-            statement="The bound of theorem 1 holds at η from 0.1 to 0.5 also where its conditions do not.",
-            rule=study.Equivalence("excess", 0.0, 1e-6),
-            source=f"{PAPER}, theorem 1: the converse is not claimed (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
-            measured="The same excess, for runs that the theorem does not cover, the largest of a seed.",
-            expected=study.undecided("The conditions are sufficient, not necessary."),
-            at=own,
-            estimate=study.worst_by_seed,
-        ),
-        study.Claim(
-            id="rate-linear",
-            statement="On the linearised network every residual contracts by 1 − η per step, and at η = 1 one step solves.",
-            rule=study.Identity("linear_error"),
-            source=f"{PAPER}, theorem 1 in the linear limit (docs/theory/zhang_martens_grosse_2019.md, claim 4, derived)",
-            measured="Distance from (1 − η)^k r(0), relative to ‖r(0)‖.",
-            expected=study.supported("J J⁺ = I at full row rank."),
-        ),
-        study.Claim(
-            id="rate-squared",
-            statement="The squared residual of a wide network contracts by (1 − η)² per step, not by the bound's 1 − η.",
-            rule=study.Equivalence("rate_ratio", 1.0, 0.1),
-            source=f"{PAPER}, theorem 1 (docs/theory/zhang_martens_grosse_2019.md, claim 4, derived)",
-            measured="Geometric mean over the steps of ‖r(k+1)‖²/‖r(k)‖², over (1 − η)², at the largest width and η = 0.5.",
-            expected=study.supported("The bound spends the square root on the change of J."),
-            at={"data": "own", "eta": 0.5},
-            estimate=study.at_largest_width(study.by_seed),
-        ),
-        study.Claim(
-            id="movement-closed-form",
-            statement="Natural gradient moves the parameters by √(r(0)ᵀG⁻¹r(0)) in all.",
-            rule=study.Equivalence("movement_ratio", 1.0, 0.05),
-            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 10, derived)",
-            measured=f"‖θ({STEPS}) − θ(0)‖ over (1 − (1 − η)^{STEPS}) √(r(0)ᵀG⁻¹r(0)), at the second largest width.",
-            expected=study.supported("Every step moves along the same Jᵀ(JJᵀ)⁻¹r(0) as long as J stays."),
-            at={**own, "width": second_largest(config)},
-        ),
-        study.Claim(
-            id="movement-bound",
-            statement="The movement stays below ‖r(0)‖/√λ_min(G(0)).",
-            rule=study.Inequality("movement_bound_ratio", "less", 1.0),
-            source=f"{PAPER}, condition 2 (docs/theory/zhang_martens_grosse_2019.md, claim 10)",
-            measured="The movement over that bound, the largest of a seed.",
-            expected=study.supported("The residual is not along the least eigenvector."),
-            estimate=study.worst_by_seed,
-        ),
+        claim("rank-units-trained", f"{PAPER}, condition 1, for unit-wise blocks (derived)",
+              study.Inequality("unit_rank", "less", 0.9),
+              "Single ReLU units lack row rank after training, too, where the whole network does not.",
+              "Mean over units of the row rank of a unit's block, over the number of rows, after the run.",
+              study.supported("Training flips few activation patterns."), at={"data": "own", "activation": "relu"}),
+        claim("rate-beyond", page(f"{PAPER}, theorem 1: the converse is not claimed", "claim 2"),
+              study.Equivalence("excess", 0.0, 1e-6),
+              "The bound of theorem 1 holds at η from 0.1 to 0.5 also where its conditions do not.",
+              "The same excess, for runs that the theorem does not cover, the largest of a seed.",
+              study.undecided("The conditions are sufficient, not necessary."), at=own, estimate=study.worst_by_seed),
+        claim("rate-linear", page(f"{PAPER}, theorem 1 in the linear limit", "claim 4, derived"), study.Identity("linear_error"),
+              "On the linearised network every residual contracts by 1 − η per step, and at η = 1 one step solves.",
+              "Distance from (1 − η)^k r(0), relative to ‖r(0)‖.",
+              study.supported("J J⁺ = I at full row rank.")),
+        claim("rate-squared", page(f"{PAPER}, theorem 1", "claim 4, derived"), study.Equivalence("rate_ratio", 1.0, 0.1),
+              "The squared residual of a wide network contracts by (1 − η)² per step, not by the bound's 1 − η.",
+              "Geometric mean over the steps of ‖r(k+1)‖²/‖r(k)‖², over (1 − η)², at the largest width and η = 0.5.",
+              study.supported("The bound spends the square root on the change of J."), at={"data": "own", "eta": 0.5},
+              estimate=study.at_largest_width(study.by_seed)),
+        claim("movement-closed-form", page(f"{PAPER}, condition 2", "claim 10, derived"),
+              study.Equivalence("movement_ratio", 1.0, 0.05),
+              "Natural gradient moves the parameters by √(r(0)ᵀG⁻¹r(0)) in all.",
+              f"‖θ({STEPS}) − θ(0)‖ over (1 − (1 − η)^{STEPS}) √(r(0)ᵀG⁻¹r(0)), at the second largest width.",
+              study.supported("Every step moves along the same Jᵀ(JJᵀ)⁻¹r(0) as long as J stays."),
+              at={**own, "width": second_largest(config)}),
+        claim("movement-bound", page(f"{PAPER}, condition 2", "claim 10"), study.Inequality("movement_bound_ratio", "less", 1.0),
+              "The movement stays below ‖r(0)‖/√λ_min(G(0)).",
+              "The movement over that bound, the largest of a seed.",
+              study.supported("The residual is not along the least eigenvector."), estimate=study.worst_by_seed),
         *(claim for activation in config.activation for claim in _drifts(activation)),
-    ]
+    ]  # fmt: skip
 
 
 TRAINING = experiment(_points, name="training", measure=_measure, claims=_claims, seconds=seconds(0.2, 0.5))

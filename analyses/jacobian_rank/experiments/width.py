@@ -8,10 +8,11 @@ from math import log2
 import numpy as np
 
 import curvlab
+from analyses.claims import claim
 from analyses.descent import Direction
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment
+from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment, page
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -114,53 +115,36 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 def _order(name: str) -> study.Claim:
     method, order = THEOREMS[name].method, f"n^{THEOREMS[name].power}/λ₀⁴"
-    return study.Claim(
-        id=f"width-order-{name}",
-        statement=f"The width at which {method} reaches the theorem's conclusion grows more slowly than the sufficient order "
-        f"{order}.",
-        rule=study.Inequality("needed", "less", 1.0),
-        source=f"{PAPER}, theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claim 6)",
-        measured=f"Slope of log least width against log {order}, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full row rank, "
-        "and the rate at every step.",
-        expected=study.supported(
-            "The order is sufficient, not necessary: the proof takes union bounds and norms of sums of n terms."
-        ),
+    return claim(
+        f"width-order-{name}", page(f"{PAPER}, theorem 3", "claim 6"), study.Inequality("needed", "less", 1.0),
+        f"The width at which {method} reaches the theorem's conclusion grows more slowly than the sufficient order {order}.",
+        f"Slope of log least width against log {order}, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full row rank, and "
+        "the rate at every step.",
+        study.supported("The order is sufficient, not necessary: the proof takes union bounds and norms of sums of n terms."),
         estimate=study.among(partial(study.slope_by_seed, against="sufficient"), run=name),
-    )
+    )  # fmt: skip
 
 
 CLAIMS = [
     *map(_order, THEOREMS),
-    study.Claim(
-        id="width-proportional",
-        statement="The width at which natural gradient reaches the theorem's conclusion is proportional to n.",
-        rule=study.Equivalence("needed", 1.0, 0.25),
-        source=f"{PAPER}, condition 1 and theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 6; derived)",
-        measured="Slope of log least width against log n.",
-        expected=study.undecided(
-            "P ≥ n needs m ≥ n/d; whether more than a multiple of that is needed, no theorem says."
-        ),
-        estimate=study.among(partial(study.slope_by_seed, against="samples"), run="natural"),
-    ),
-    study.Claim(
-        id="width-rank",
-        statement="Natural gradient reaches the theorem's conclusion at no more than twice the width at which J(0) has full "
-        "row rank.",
-        rule=study.Inequality("doublings", "less", 1.0),
-        source=f"{PAPER}, condition 1 and theorem 3 (docs/theory/zhang_martens_grosse_2019.md, claims 1 and 6; derived)",
-        measured="Doublings from the one width to the other, the mean over n.",
-        expected=study.undecided("Condition 1 is necessary; no theorem says how much more is."),
-        estimate=study.among(study.by_seed, run="natural"),
-    ),
-    study.Claim(
-        id="width-condition",
-        statement="At the least width that reaches the theorem's conclusion, condition 2 fails.",
-        rule=study.Inequality("constant", "greater", 0.5),
-        source=f"{PAPER}, theorem 1: the converse is not claimed (docs/theory/zhang_martens_grosse_2019.md, claim 2)",
-        measured="C_emp along natural gradient at that width, the smallest over n; condition 2 wants it below ½.",
-        expected=study.supported("The conditions are sufficient, not necessary."),
-        estimate=study.among(study.least_by_seed, run="natural"),
-    ),
-]
+    claim("width-proportional", page(f"{PAPER}, condition 1 and theorem 3", "claims 1 and 6; derived"),
+          study.Equivalence("needed", 1.0, 0.25),
+          "The width at which natural gradient reaches the theorem's conclusion is proportional to n.",
+          "Slope of log least width against log n.",
+          study.undecided("P ≥ n needs m ≥ n/d; whether more than a multiple of that is needed, no theorem says."),
+          estimate=study.among(partial(study.slope_by_seed, against="samples"), run="natural")),
+    claim("width-rank", page(f"{PAPER}, condition 1 and theorem 3", "claims 1 and 6; derived"),
+          study.Inequality("doublings", "less", 1.0),
+          "Natural gradient reaches the theorem's conclusion at no more than twice the width at which J(0) has full row rank.",
+          "Doublings from the one width to the other, the mean over n.",
+          study.undecided("Condition 1 is necessary; no theorem says how much more is."),
+          estimate=study.among(study.by_seed, run="natural")),
+    claim("width-condition", page(f"{PAPER}, theorem 1: the converse is not claimed", "claim 2"),
+          study.Inequality("constant", "greater", 0.5),
+          "At the least width that reaches the theorem's conclusion, condition 2 fails.",
+          "C_emp along natural gradient at that width, the smallest over n; condition 2 wants it below ½.",
+          study.supported("The conditions are sufficient, not necessary."),
+          estimate=study.among(study.least_by_seed, run="natural")),
+]  # fmt: skip
 
 WIDTH = experiment(_points, name="width", measure=_measure, claims=CLAIMS, seconds=0.15)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import curvlab
+from analyses.claims import claim
 from analyses.descent import Descent, Direction, flat
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import finite
-from analyses.ntk_isotropy.points import PAPER, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.errors import IllConditioned
@@ -95,29 +96,25 @@ def _claims(config: Config) -> list[study.Claim]:
 
 
 def _falls(outputs: int, eta: float) -> study.Claim:
-    return study.Claim(
-        id=f"cross-entropy-{outputs}-{eta:g}",
-        statement=f"With {outputs} classes and η = {eta:g} the cross-entropy falls by e^(−η) per undamped exact step.",
-        rule=study.Equivalence("final_ratio_quotient", 1.0, 0.05),
-        source=f"derived from {PAPER}, appendix (docs/theory/karakida_osawa_2020.md, claim 13)",
-        measured=f"Mean ratio of the last {LAST} of {STEPS} steps over e^(−η).",
-        expected=study.supported(
-            "HΔf = −η(p − y) is Newton's method per sample; its loss is multiplied by e^(−η) once samples are fitted."
-        ),
+    return claim(
+        f"cross-entropy-{outputs}-{eta:g}", page(f"derived from {PAPER}, appendix", "claim 13"),
+        study.Equivalence("final_ratio_quotient", 1.0, 0.05),
+        f"With {outputs} classes and η = {eta:g} the cross-entropy falls by e^(−η) per undamped exact step.",
+        f"Mean ratio of the last {LAST} of {STEPS} steps over e^(−η).",
+        study.supported("HΔf = −η(p − y) is Newton's method per sample; its loss is multiplied by e^(−η) once samples are "
+                        "fitted."),
         at={"outputs": outputs, "eta": eta, "fisher": "exact"},
-    )
+    )  # fmt: skip
 
 
 def _falls_more_slowly(fisher: str, expected: study.Expected) -> study.Claim:
-    return study.Claim(
-        id=f"cross-entropy-{fisher}",
-        statement=f"At η = 1 the loss ratio of the {fisher} Fisher stays above e^(−1).",
-        rule=study.Inequality("final_ratio_quotient", "greater", 1.1),
-        source=f"derived from {PAPER}, appendix (docs/theory/karakida_osawa_2020.md, claim 13)",
-        measured=f"Mean ratio of the last {LAST} of {STEPS} steps over e^(−1), over all numbers of classes.",
-        expected=expected,
-        at={"fisher": fisher},
-    )
+    return claim(
+        f"cross-entropy-{fisher}", page(f"derived from {PAPER}, appendix", "claim 13"),
+        study.Inequality("final_ratio_quotient", "greater", 1.1),
+        f"At η = 1 the loss ratio of the {fisher} Fisher stays above e^(−1).",
+        f"Mean ratio of the last {LAST} of {STEPS} steps over e^(−1), over all numbers of classes.",
+        expected, at={"fisher": fisher},
+    )  # fmt: skip
 
 
 CROSS_ENTROPY = experiment(_points, name="cross-entropy", measure=_measure, claims=_claims, seconds=seconds(0.2, 3.0))

@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from analyses.claims import claim
 from analyses.descent import move, outputs
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import BlockDiagonal, Full
@@ -49,32 +50,19 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 CLAIMS = [
-    study.Claim(
-        id="damping-linear",
-        statement="After one damped step at η = 1 the loss ratio is Σ g_i² (ρ/(λ_i+ρ))²/Σ g_i² on the linearised network.",
-        rule=study.Identity("loss_ratio_error_linearised"),
-        source=f"derived from {PAPER}, section 2 (docs/theory/karakida_osawa_2020.md, claim 10)",
-        measured="Measured minus predicted ratio for ρ from 1e-6 to 100 λ_max(Θ).",
-        expected=study.supported("Mode i contracts by 1 − λ_i/(λ_i + ρ)."),
-    ),
-    study.Claim(
-        id="damping-network",
-        statement="A network of the middle width obeys the same law where the damping is at least λ_max/10.",
-        rule=study.Equivalence("loss_ratio_quotient_network", 1.0, 0.05),
-        source=f"derived from {PAPER}, section 2 (docs/theory/karakida_osawa_2020.md, claim 10)",
-        measured="Mean quotient of measured and predicted ratio over ρ ≥ 0.1 λ_max(Θ).",
-        expected=study.supported(
-            "A damped step is short, so J hardly changes; undamped, what is left is the change of J alone."
-        ),
-    ),
-    study.Claim(
-        id="damping-block-diagonal",
-        statement="The damped block-diagonal response is Σ_l Θ_l (Θ_l + ρI)⁻¹.",
-        rule=study.Identity("block_response_error"),
-        source=f"derived from {PAPER}, section 3 (docs/theory/karakida_osawa_2020.md, claim 10)",
-        measured="Relative Frobenius distance, for ρ from 1e-6 to 100 λ_max(Θ).",
-        expected=study.supported("The push-through identity, layer by layer."),
-    ),
-]
+    claim("damping-linear", page(f"derived from {PAPER}, section 2", "claim 10"), study.Identity("loss_ratio_error_linearised"),
+          "After one damped step at η = 1 the loss ratio is Σ g_i² (ρ/(λ_i+ρ))²/Σ g_i² on the linearised network.",
+          "Measured minus predicted ratio for ρ from 1e-6 to 100 λ_max(Θ).",
+          study.supported("Mode i contracts by 1 − λ_i/(λ_i + ρ).")),
+    claim("damping-network", page(f"derived from {PAPER}, section 2", "claim 10"),
+          study.Equivalence("loss_ratio_quotient_network", 1.0, 0.05),
+          "A network of the middle width obeys the same law where the damping is at least λ_max/10.",
+          "Mean quotient of measured and predicted ratio over ρ ≥ 0.1 λ_max(Θ).",
+          study.supported("A damped step is short, so J hardly changes; undamped, what is left is the change of J alone.")),
+    claim("damping-block-diagonal", page(f"derived from {PAPER}, section 3", "claim 10"), study.Identity("block_response_error"),
+          "The damped block-diagonal response is Σ_l Θ_l (Θ_l + ρI)⁻¹.",
+          "Relative Frobenius distance, for ρ from 1e-6 to 100 λ_max(Θ).",
+          study.supported("The push-through identity, layer by layer.")),
+]  # fmt: skip
 
 DAMPING = experiment(lambda _: [{}], name="damping", measure=_measure, claims=CLAIMS, seconds=seconds(0.1, 1.0))

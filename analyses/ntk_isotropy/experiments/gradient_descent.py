@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from analyses.claims import claim
 from analyses.descent import gradient
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import train
-from analyses.ntk_isotropy.points import PAPER, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.responses import anisotropy
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
@@ -55,33 +56,20 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 CLAIMS = [
-    study.Claim(
-        id="gradient-descent-anisotropic",
-        statement="The response of gradient descent, the kernel Θ, is not isotropic.",
-        rule=study.Inequality("anisotropy", "greater", 0.1),
-        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 9)",
-        measured="‖Θ − ᾱI‖_F/‖ᾱI‖_F, smallest over the widths.",
-        expected=study.supported("Similar inputs have similar gradients."),
-        estimate=study.least_by_seed,
-    ),
-    study.Claim(
-        id="gradient-descent-linear",
-        statement="On the linearised network mode i of the residual contracts by 1 − ηλ_i per step.",
-        rule=study.Identity("train_error_linearised"),
-        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 9)",
-        measured=f"Distance of the training outputs from f_0 + (I − (I − ηΘ)^t)(y − f_0) after {STEPS} steps at η = 1/λ_max.",
-        expected=study.supported("Without change of J the dynamics is linear."),
-    ),
-    study.Claim(
-        id="gradient-descent-network",
-        statement="A wide network follows the linear gradient-descent dynamics of its initial kernel.",
-        rule=study.Inequality("train_error_network", "less", 0.05),
-        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 9)",
-        measured="The same distance for the network itself, relative to ‖f_0 − y‖, at the largest width.",
-        expected=study.supported("The change of J is O(M^(−1/2))."),
-        estimate=study.at_largest_width(study.by_seed),
-    ),
-]
+    claim("gradient-descent-anisotropic", page(f"{PAPER}, section 4", "claim 9"), study.Inequality("anisotropy", "greater", 0.1),
+          "The response of gradient descent, the kernel Θ, is not isotropic.",
+          "‖Θ − ᾱI‖_F/‖ᾱI‖_F, smallest over the widths.",
+          study.supported("Similar inputs have similar gradients."), estimate=study.least_by_seed),
+    claim("gradient-descent-linear", page(f"{PAPER}, section 4", "claim 9"), study.Identity("train_error_linearised"),
+          "On the linearised network mode i of the residual contracts by 1 − ηλ_i per step.",
+          f"Distance of the training outputs from f_0 + (I − (I − ηΘ)^t)(y − f_0) after {STEPS} steps at η = 1/λ_max.",
+          study.supported("Without change of J the dynamics is linear.")),
+    claim("gradient-descent-network", page(f"{PAPER}, section 4", "claim 9"),
+          study.Inequality("train_error_network", "less", 0.05),
+          "A wide network follows the linear gradient-descent dynamics of its initial kernel.",
+          "The same distance for the network itself, relative to ‖f_0 − y‖, at the largest width.",
+          study.supported("The change of J is O(M^(−1/2))."), estimate=study.at_largest_width(study.by_seed)),
+]  # fmt: skip
 
 GRADIENT_DESCENT = experiment(
     _points, name="gradient-descent", measure=_measure, claims=CLAIMS, seconds=seconds(0.05, 1.5)

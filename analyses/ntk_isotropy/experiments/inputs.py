@@ -2,8 +2,9 @@
 
 import torch
 
+from analyses.claims import claim
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, measured_response
 from analyses.ntk_isotropy.setting import SHORT_OF_RANK, Setting, factors, independent, on_inputs
 from analyses.specs import classifies_nodes
@@ -53,38 +54,23 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 CLAIMS = [
-    study.Claim(
-        id="kfac-leverage",
-        statement="With fewer inputs than samples, K-FAC's first layer responds by diag(N × leverage).",
-        rule=study.Identity("first_layer_raw"),
-        source=f"derived from {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 5)",
-        measured="Relative distance of the first layer's response from diag(N h_n), inputs reduced to N/2 dimensions.",
-        expected=study.supported(
-            "The h-part is N xᵀ(XᵀX)⁻¹x', the δ-part is N·I, and the product is element-wise. Networks where δ is short "
-            "of rank on the samples are outside the assumptions and left out."
-        ),
-        at={"inputs": "raw"},
-    ),
-    study.Claim(
-        id="kfac-forster",
-        statement="After a Forster transform of the inputs K-FAC's first layer responds by M_0 I.",
-        rule=study.Identity("first_layer_forster"),
-        source=f"{PAPER}, section 3.2 and published code (docs/theory/karakida_osawa_2020.md, claim 5)",
-        measured="Relative distance of the first layer's response from M_0 I.",
-        expected=study.supported(
-            "In radial isotropic position all leverages are M_0/N. Networks where δ is short of rank are left out as above."
-        ),
-        at={"inputs": "forster"},
-    ),
-    study.Claim(
-        id="kfac-narrow",
-        statement="With N above the width of the hidden layers the K-FAC response is not isotropic.",
-        rule=study.Inequality("total_anisotropy", "greater", 0.1),
-        source=f"the negative case of {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 4)",
-        measured="‖M − ᾱI‖_F/‖ᾱI‖_F at width N/2.",
-        expected=study.supported("Neither factor has full rank on the samples."),
-        at={"inputs": "narrow"},
-    ),
-]
+    claim("kfac-leverage", page(f"derived from {PAPER}, section 3.2", "claim 5"), study.Identity("first_layer_raw"),
+          "With fewer inputs than samples, K-FAC's first layer responds by diag(N × leverage).",
+          "Relative distance of the first layer's response from diag(N h_n), inputs reduced to N/2 dimensions.",
+          study.supported("The h-part is N xᵀ(XᵀX)⁻¹x', the δ-part is N·I, and the product is element-wise. Networks where "
+                          "δ is short of rank on the samples are outside the assumptions and left out."),
+          at={"inputs": "raw"}),
+    claim("kfac-forster", page(f"{PAPER}, section 3.2 and published code", "claim 5"), study.Identity("first_layer_forster"),
+          "After a Forster transform of the inputs K-FAC's first layer responds by M_0 I.",
+          "Relative distance of the first layer's response from M_0 I.",
+          study.supported("In radial isotropic position all leverages are M_0/N. Networks where δ is short of rank are left "
+                          "out as above."),
+          at={"inputs": "forster"}),
+    claim("kfac-narrow", page(f"the negative case of {PAPER}, section 3.2", "claim 4"),
+          study.Inequality("total_anisotropy", "greater", 0.1),
+          "With N above the width of the hidden layers the K-FAC response is not isotropic.",
+          "‖M − ᾱI‖_F/‖ᾱI‖_F at width N/2.",
+          study.supported("Neither factor has full rank on the samples."), at={"inputs": "narrow"}),
+]  # fmt: skip
 
 INPUTS = experiment(_points, name="inputs", measure=_measure, claims=CLAIMS, seconds=seconds(0.05, 0.3))

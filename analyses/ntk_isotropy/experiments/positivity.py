@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 import curvlab
+from analyses.claims import claim
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.setting import Setting, on_inputs
 from analyses.specs import classifies_nodes
 from curvlab import study
@@ -41,36 +42,21 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 CLAIMS = [
-    study.Claim(
-        id="positive-kernels",
-        statement="For distinct inputs every layer's kernel is positive definite.",
-        rule=study.Inequality(("decades", "decades_last"), "greater", 1.0),
-        source=f"{PAPER}, section 2 (recalled; docs/theory/karakida_osawa_2020.md, claim 12)",
-        measured="log10 of λ_min(Θ_l) over R·ε·λ_max(Θ_l), smallest over layers and widths.",
-        expected=study.supported("Non-polynomial activation, distinct unit-norm inputs, widths above N."),
-        at={"inputs": "distinct"},
-        estimate=study.least_by_seed,
-    ),
-    study.Claim(
-        id="duplicates-break-positivity",
-        statement="A duplicated input makes every layer's kernel singular.",
-        rule=study.Inequality(("decades", "decades_last"), "less", 1.0),
-        source="derived (docs/theory/karakida_osawa_2020.md, claim 12)",
-        measured="log10 of λ_min(Θ_l) over R·ε·λ_max(Θ_l), largest over the layers.",
-        expected=study.supported("Two rows of every layer's Jacobian are equal."),
-        at={"inputs": "duplicated"},
-        estimate=study.worst_by_seed,
-    ),
-    study.Claim(
-        id="narrow-last-layer",
-        statement="The last layer's kernel is singular where the last hidden layer has fewer units than samples.",
-        rule=study.Inequality("decades_last", "less", 1.0),
-        source="derived (docs/theory/karakida_osawa_2020.md, claim 12)",
-        measured="log10 of λ_min(Θ_L) over R·ε·λ_max(Θ_L) at width N/2.",
-        expected=study.supported("Θ_L has rank at most M_{L−1}."),
-        at={"inputs": "narrow"},
-        estimate=study.worst_by_seed,
-    ),
-]
+    claim("positive-kernels", f"{PAPER}, section 2 (recalled; docs/theory/karakida_osawa_2020.md, claim 12)",
+          study.Inequality(("decades", "decades_last"), "greater", 1.0),
+          "For distinct inputs every layer's kernel is positive definite.",
+          "log10 of λ_min(Θ_l) over R·ε·λ_max(Θ_l), smallest over layers and widths.",
+          study.supported("Non-polynomial activation, distinct unit-norm inputs, widths above N."), at={"inputs": "distinct"},
+          estimate=study.least_by_seed),
+    claim("duplicates-break-positivity", page("derived", "claim 12"), study.Inequality(("decades", "decades_last"), "less", 1.0),
+          "A duplicated input makes every layer's kernel singular.",
+          "log10 of λ_min(Θ_l) over R·ε·λ_max(Θ_l), largest over the layers.",
+          study.supported("Two rows of every layer's Jacobian are equal."), at={"inputs": "duplicated"},
+          estimate=study.worst_by_seed),
+    claim("narrow-last-layer", page("derived", "claim 12"), study.Inequality("decades_last", "less", 1.0),
+          "The last layer's kernel is singular where the last hidden layer has fewer units than samples.",
+          "log10 of λ_min(Θ_L) over R·ε·λ_max(Θ_L) at width N/2.",
+          study.supported("Θ_L has rank at most M_{L−1}."), at={"inputs": "narrow"}, estimate=study.worst_by_seed),
+]  # fmt: skip
 
 POSITIVITY = experiment(_points, name="positivity", measure=_measure, claims=CLAIMS, seconds=seconds(0.03, 0.3))

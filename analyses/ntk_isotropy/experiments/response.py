@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 
 import curvlab
+from analyses.claims import claim
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, base, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, base, experiment, page, seconds
 from analyses.ntk_isotropy.responses import anisotropy, distance, finite_step, measured_response, probes
 from analyses.ntk_isotropy.setting import SHORT_OF_RANK, SIGMAS, SMOOTH, Setting, make
 from curvlab import study
@@ -102,14 +103,10 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 def _claims(config: Config) -> list[study.Claim]:
     return [
         *(_isotropic(structure) for structure in SIGMAS),
-        study.Claim(
-            id="response-two-ways",
-            statement="The response by Jᵀ → solve → J and that by row-side algebra are the same.",
-            rule=study.Identity("two_ways"),
-            source="checks the measurement itself",
-            measured="Relative distance of the two for random directions, every structure and kind.",
-            expected=study.supported("Push-through identity."),
-        ),
+        claim("response-two-ways", "checks the measurement itself", study.Identity("two_ways"),
+              "The response by Jᵀ → solve → J and that by row-side algebra are the same.",
+              "Relative distance of the two for random directions, every structure and kind.",
+              study.supported("Push-through identity.")),
         _finite_step(
             "smooth", 1e-6, study.supported("A central difference at a relative step of 1e-5 errs by its square.")
         ),
@@ -122,62 +119,46 @@ def _claims(config: Config) -> list[study.Claim]:
         *_unit_wise(config),
         *(_off_training(structure) for structure in (*SIGMAS, "kfac", "unit-wise")),
         *(_anisotropic(*case) for case in UNCOVERED),
-    ]
+    ]  # fmt: skip
 
 
 def _isotropic(structure: str) -> study.Claim:
-    return study.Claim(
-        id=f"isotropic-{structure}",
-        statement=f"At zero damping the {structure} response is αI, at every width, depth, activation and output count.",
-        rule=study.Identity("distance"),
-        source=f"{PAPER}, Condition 1 and section 3 (docs/theory/karakida_osawa_2020.md, claims 1 and 2)",
-        measured="‖(M − αI)U‖_F/‖αU‖_F for random directions U, with the derived α, by Jᵀ → solve → J.",
-        expected=study.supported(
-            "Σ_l J_l F⁺ J_lᵀ = 1ᵀΣ⁺1 · I holds at every finite width where all Θ_l are positive definite."
-        ),
+    return claim(
+        f"isotropic-{structure}", page(f"{PAPER}, Condition 1 and section 3", "claims 1 and 2"), study.Identity("distance"),
+        f"At zero damping the {structure} response is αI, at every width, depth, activation and output count.",
+        "‖(M − αI)U‖_F/‖αU‖_F for random directions U, with the derived α, by Jᵀ → solve → J.",
+        study.supported("Σ_l J_l F⁺ J_lᵀ = 1ᵀΣ⁺1 · I holds at every finite width where all Θ_l are positive definite."),
         at={"structure": structure, "kind": "exact"},
-    )
+    )  # fmt: skip
 
 
 def _finite_step(sort: Literal["smooth", "kinked"], bound: float, expected: study.Expected) -> study.Claim:
     activations = tuple(name for name in ACTIVATIONS if (name in SMOOTH) == (sort == "smooth"))
-    return study.Claim(
-        id=f"finite-step-{sort}",
-        statement="A finite parameter step through the real forward pass moves the outputs as the response says.",
-        rule=study.Inequality("finite_step", "less", bound),
-        source=f"{PAPER}, Condition 1; checks the measurement itself, {sort} activations",
-        measured="Relative distance of a central difference along F⁺Jᵀr from M r, largest over the cells of a seed.",
-        expected=expected,
-        at={"kind": "exact", "activation": activations},
-        estimate=study.worst_by_seed,
-    )
+    return claim(
+        f"finite-step-{sort}", f"{PAPER}, Condition 1; checks the measurement itself, {sort} activations",
+        study.Inequality("finite_step", "less", bound),
+        "A finite parameter step through the real forward pass moves the outputs as the response says.",
+        "Relative distance of a central difference along F⁺Jᵀr from M r, largest over the cells of a seed.",
+        expected, at={"kind": "exact", "activation": activations}, estimate=study.worst_by_seed,
+    )  # fmt: skip
 
 
 def _kfac() -> list[study.Claim]:
     at = {"structure": "kfac", "kind": "exact"}
     return [
-        study.Claim(
-            id="kfac-layers",
-            statement="Literal K-FAC is isotropic layer by layer, with N in every hidden layer and 1 in the last.",
-            rule=study.Identity("layer_distance"),
-            source=f"derived from {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 4)",
-            measured="‖(M_l − α_l I)U‖_F/‖α_l U‖_F of every layer, for random directions U.",
-            expected=study.supported(
-                "B and A are Gram matrices over the samples; the last layer's δ is the same for all, so it carries no N. "
-                "Layers where a factor is short of rank on the samples are outside the assumptions and left out."
-            ),
-            at=at,
-        ),
-        study.Claim(
-            id="kfac-published-alpha",
-            statement="The scale of the K-FAC response is α = N·L.",
-            rule=study.Equivalence("alpha_over_published", 1.0, 0.01),
-            source=f"{PAPER}, section 3.2 and published code",
-            measured="tr M/(R·N·L).",
-            expected=study.refuted("Literal K-FAC has α = N(L−1) + 1: the last layer contributes 1, not N."),
-            at=at,
-        ),
-    ]
+        claim("kfac-layers", page(f"derived from {PAPER}, section 3.2", "claim 4"), study.Identity("layer_distance"),
+              "Literal K-FAC is isotropic layer by layer, with N in every hidden layer and 1 in the last.",
+              "‖(M_l − α_l I)U‖_F/‖α_l U‖_F of every layer, for random directions U.",
+              study.supported("B and A are Gram matrices over the samples; the last layer's δ is the same for all, so it "
+                              "carries no N. Layers where a factor is short of rank on the samples are outside the "
+                              "assumptions and left out."),
+              at=at),
+        claim("kfac-published-alpha", f"{PAPER}, section 3.2 and published code",
+              study.Equivalence("alpha_over_published", 1.0, 0.01),
+              "The scale of the K-FAC response is α = N·L.",
+              "tr M/(R·N·L).",
+              study.refuted("Literal K-FAC has α = N(L−1) + 1: the last layer contributes 1, not N."), at=at),
+    ]  # fmt: skip
 
 
 def _unit_wise(config: Config) -> list[study.Claim]:
@@ -185,90 +166,56 @@ def _unit_wise(config: Config) -> list[study.Claim]:
     one_relu = {**at, "outputs": (0, 1), "activation": ("relu", "")}
     several = {**at, "outputs": config.other_outputs}
     return [
-        study.Claim(
-            id="unit-wise-diagonal",
-            statement="With one output the unit-wise response is diagonal.",
-            rule=study.Identity("off_diagonal"),
-            source=f"derived from {PAPER}, section 3.3 (docs/theory/karakida_osawa_2020.md, claim 6)",
-            measured="‖off-diagonal part‖_F/‖diagonal‖_F.",
-            expected=study.supported(
-                "K⁺K of a unit projects on the samples that are active at it, if their inputs are independent."
-            ),
-            at=one_relu,
-        ),
-        study.Claim(
-            id="unit-wise-alpha",
-            statement="The unit-wise response has the scale α = γ(L−1)M in wide networks.",
-            rule=study.Equivalence("alpha_over_published", 1.0, 0.02),
-            source=f"{PAPER}, section 3.3",
-            measured="mean diag(M)/(γ(L−1)M) at the largest width, one output.",
-            expected=study.supported(
-                "About half of the ReLU units are active for each sample; the last layer adds 1, negligible here."
-            ),
-            at=one_relu,
-            estimate=study.at_largest_width(study.by_seed),
-        ),
-        study.Claim(
-            id="unit-wise-spread",
-            statement="The relative spread of the unit-wise response over samples falls like M^(−1/2).",
-            rule=study.Equivalence("spread", -0.5, 0.15),
-            source=f"derived from {PAPER}, section 3.3 (docs/theory/karakida_osawa_2020.md, claim 6)",
-            measured="Slope of log(std/mean of diag M) against log width.",
-            expected=study.supported(
-                "The number of active units of a sample is a sum over units; shared inputs correlate samples, not units."
-            ),
-            at={**at, "outputs": (0, 1), "activation": base(config)["activation"]},
-            estimate=study.slope_by_seed,
-            assumptions=study.needs_several_widths,
-        ),
-        study.Claim(
-            id="unit-wise-outputs",
-            statement="With C > 1 outputs the unit-wise response has the scale γM(L−1), as published for C = 1.",
-            rule=study.Equivalence("alpha_over_published", 1.0, 0.05),
-            source=f"{PAPER}, section 3.3, read literally for C > 1",
-            measured="mean diag(M)/(γ(L−1)M) with several outputs.",
-            expected=study.refuted(
-                "The Jacobian of a hidden unit has rank N, not NC, so its scale is divided by C (derived)."
-            ),
-            at=several,
-        ),
-        study.Claim(
-            id="unit-wise-outputs-derived",
-            statement="With C > 1 outputs the unit-wise response has the mean α = γM(L−1)/C + 1.",
-            rule=study.Equivalence("alpha_ratio", 1.0, 0.05),
-            source="derived (docs/theory/karakida_osawa_2020.md, claim 6)",
-            measured="mean diag(M)/α with several outputs.",
-            expected=study.supported("The directions of many units average to I/C; the last layer adds I."),
-            at=several,
-        ),
-    ]
+        claim("unit-wise-diagonal", page(f"derived from {PAPER}, section 3.3", "claim 6"), study.Identity("off_diagonal"),
+              "With one output the unit-wise response is diagonal.",
+              "‖off-diagonal part‖_F/‖diagonal‖_F.",
+              study.supported("K⁺K of a unit projects on the samples that are active at it, if their inputs are independent."),
+              at=one_relu),
+        claim("unit-wise-alpha", f"{PAPER}, section 3.3", study.Equivalence("alpha_over_published", 1.0, 0.02),
+              "The unit-wise response has the scale α = γ(L−1)M in wide networks.",
+              "mean diag(M)/(γ(L−1)M) at the largest width, one output.",
+              study.supported("About half of the ReLU units are active for each sample; the last layer adds 1, negligible "
+                              "here."),
+              at=one_relu, estimate=study.at_largest_width(study.by_seed)),
+        claim("unit-wise-spread", page(f"derived from {PAPER}, section 3.3", "claim 6"), study.Equivalence("spread", -0.5, 0.15),
+              "The relative spread of the unit-wise response over samples falls like M^(−1/2).",
+              "Slope of log(std/mean of diag M) against log width.",
+              study.supported("The number of active units of a sample is a sum over units; shared inputs correlate samples, "
+                              "not units."),
+              at={**at, "outputs": (0, 1), "activation": base(config)["activation"]}, estimate=study.slope_by_seed,
+              assumptions=study.needs_several_widths),
+        claim("unit-wise-outputs", f"{PAPER}, section 3.3, read literally for C > 1",
+              study.Equivalence("alpha_over_published", 1.0, 0.05),
+              "With C > 1 outputs the unit-wise response has the scale γM(L−1), as published for C = 1.",
+              "mean diag(M)/(γ(L−1)M) with several outputs.",
+              study.refuted("The Jacobian of a hidden unit has rank N, not NC, so its scale is divided by C (derived)."),
+              at=several),
+        claim("unit-wise-outputs-derived", page("derived", "claim 6"), study.Equivalence("alpha_ratio", 1.0, 0.05),
+              "With C > 1 outputs the unit-wise response has the mean α = γM(L−1)/C + 1.",
+              "mean diag(M)/α with several outputs.",
+              study.supported("The directions of many units average to I/C; the last layer adds I."), at=several),
+    ]  # fmt: skip
 
 
 def _off_training(structure: str) -> study.Claim:
-    return study.Claim(
-        id=f"test-response-{structure}",
-        statement=f"Off the training set the {structure} response is the formula of its structure.",
-        rule=study.Identity("test_response_error"),
-        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 8)",
-        measured="‖(K − K_formula)U‖_F/‖K_formula U‖_F at the test inputs, for random directions U.",
-        expected=study.supported(
-            "Exact at finite width with the kernels, or the back-propagated rows, of the actual network."
-        ),
+    return claim(
+        f"test-response-{structure}", page(f"{PAPER}, section 4", "claim 8"), study.Identity("test_response_error"),
+        f"Off the training set the {structure} response is the formula of its structure.",
+        "‖(K − K_formula)U‖_F/‖K_formula U‖_F at the test inputs, for random directions U.",
+        study.supported("Exact at finite width with the kernels, or the back-propagated rows, of the actual network."),
         at={"structure": structure, "kind": "exact"},
-    )
+    )  # fmt: skip
 
 
 def _anisotropic(structure: str, kind: str, expected: study.Expected) -> study.Claim:
-    return study.Claim(
-        id=f"anisotropic-{structure}" if kind == "exact" else f"anisotropic-{structure}-{kind}",
-        statement=f"The {structure} response of the {kind} Fisher is not isotropic.",
-        rule=study.Inequality("anisotropy", "greater", 0.1),
-        source="no theorem covers it (docs/theory/karakida_osawa_2020.md, claim 14)",
-        measured="‖M − ᾱI‖_F/‖ᾱI‖_F with ᾱ = tr M/R, smallest over the widths.",
-        expected=expected,
-        at={"structure": structure, "kind": kind, "outputs": (0, 1)},
-        estimate=study.least_by_seed,
-    )
+    return claim(
+        f"anisotropic-{structure}" if kind == "exact" else f"anisotropic-{structure}-{kind}",
+        page("no theorem covers it", "claim 14"),
+        study.Inequality("anisotropy", "greater", 0.1),
+        f"The {structure} response of the {kind} Fisher is not isotropic.",
+        "‖M − ᾱI‖_F/‖ᾱI‖_F with ᾱ = tr M/R, smallest over the widths.",
+        expected, at={"structure": structure, "kind": kind, "outputs": (0, 1)}, estimate=study.least_by_seed,
+    )  # fmt: skip
 
 
 RESPONSE = experiment(_points, name="response", measure=_measure, claims=_claims, seconds=seconds(0.03, 0.5))

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import curvlab
+from analyses.claims import claim
 from analyses.descent import Descent, outputs
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import both_outputs, frozen, train
-from analyses.ntk_isotropy.points import experiment, seconds
+from analyses.ntk_isotropy.points import experiment, page, seconds
 from analyses.ntk_isotropy.setting import Setting, make
 from curvlab import study, theory
 from curvlab.rows.layer import LayerRows
@@ -88,28 +89,26 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 def _sharpness(structure: str) -> study.Claim:
-    return study.Claim(
-        id=f"preconditioned-sharpness-{structure}",
-        statement=f"Near interpolation λ_max(F⁻¹H) of the {structure} Fisher is α.",
-        rule=study.Equivalence("hessian_top_over_alpha", 1.0, 0.02),
-        source="derived (docs/theory/karakida_osawa_2020.md, claim 15)",
-        measured=f"λ_max(F⁻¹H)/α on range(F), once exact natural gradient has shrunk the residual to {NEAR:g}.",
-        expected=study.supported("H is the Gauss-Newton matrix up to the residual times the curvature of f."),
+    return claim(
+        f"preconditioned-sharpness-{structure}", page("derived", "claim 15"),
+        study.Equivalence("hessian_top_over_alpha", 1.0, 0.02),
+        f"Near interpolation λ_max(F⁻¹H) of the {structure} Fisher is α.",
+        f"λ_max(F⁻¹H)/α on range(F), once exact natural gradient has shrunk the residual to {NEAR:g}.",
+        study.supported("H is the Gauss-Newton matrix up to the residual times the curvature of f."),
         at={"structure": structure},
-    )
+    )  # fmt: skip
 
 
 def _edge(structure: str, factor: float) -> study.Claim:
     below = factor < 1
-    return study.Claim(
-        id=f"edge-{structure}-{'below' if below else 'above'}",
-        statement=f"At η = {factor:g} · 2/λ_max(F⁻¹H) the residual {'shrinks' if below else 'grows'}.",
-        rule=study.Inequality("growth", "less" if below else "greater", 1.0),
-        source="derived (docs/theory/karakida_osawa_2020.md, claim 15)",
-        measured=f"Geometric mean growth of the training residual over {STEPS} steps.",
-        expected=study.supported(f"The predicted factor per step is {abs(1 - 2 * factor):g}."),
+    return claim(
+        f"edge-{structure}-{'below' if below else 'above'}", page("derived", "claim 15"),
+        study.Inequality("growth", "less" if below else "greater", 1.0),
+        f"At η = {factor:g} · 2/λ_max(F⁻¹H) the residual {'shrinks' if below else 'grows'}.",
+        f"Geometric mean growth of the training residual over {STEPS} steps.",
+        study.supported(f"The predicted factor per step is {abs(1 - 2 * factor):g}."),
         at={"structure": structure, "factor": factor},
-    )
+    )  # fmt: skip
 
 
 CLAIMS = [claim for name in STRUCTURES for claim in (_sharpness(name), *(_edge(name, factor) for factor in FACTORS))]

@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import nn
 
 import curvlab
+from analyses.claims import claim
 from analyses.descent import Direction, flat, outputs
 from analyses.ntk_isotropy.config import Config
 from analyses.ntk_isotropy.descent import frozen, train
-from analyses.ntk_isotropy.points import PAPER, base, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, base, experiment, page, seconds
 from analyses.ntk_isotropy.setting import PUBLISHED, SHORT_OF_RANK, Setting, make
 from curvlab import study, theory
 from curvlab.nn import linearize
@@ -121,80 +122,55 @@ def _linear_training(structure: str) -> study.Claim:
     reason = "Without change of J the dynamics is that of the response."
     if structure == "kfac":
         reason += " Networks where a factor of a layer is short of rank on the samples are outside the assumptions and left out."
-    return study.Claim(
-        id=f"linear-training-{structure}",
-        statement=f"On the linearised network {structure} training follows f_0 + (1 − (1 − αη)^t)(y − f_0).",
-        rule=study.Identity(("train_error_linearised", "test_error_linearised")),
-        source=f"{PAPER}, Theorem on dynamics (docs/theory/karakida_osawa_2020.md, claims 7 and 8)",
-        measured="Distance of training and test outputs from the prediction, every αη and step.",
-        expected=study.supported(reason),
-        at={"structure": structure},
-    )
+    return claim(
+        f"linear-training-{structure}", page(f"{PAPER}, Theorem on dynamics", "claims 7 and 8"),
+        study.Identity(("train_error_linearised", "test_error_linearised")),
+        f"On the linearised network {structure} training follows f_0 + (1 − (1 − αη)^t)(y − f_0).",
+        "Distance of training and test outputs from the prediction, every αη and step.",
+        study.supported(reason), at={"structure": structure},
+    )  # fmt: skip
 
 
 def _first_step(structure: str, at: Mapping[str, object]) -> list[study.Claim]:
     expected = study.undecided if _slow(structure) else study.supported
-    claim = partial(study.Claim, at=at)
+    row = partial(claim, at=at)
     return [
-        claim(
-            id=f"training-{structure}",
-            statement=f"One {structure} step at η = 1/α brings the training outputs of a wide network to the targets.",
-            rule=study.Inequality("residual", "less", 0.1),
-            source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 7)",
-            measured="‖f_1 − y‖/‖f_0 − y‖ after one real step at the largest width.",
-            expected=expected(
-                "The residual is left by the change of J, O(M^(−1/2)); the paper reports 0.04 at M = 4096 for exact natural "
-                "gradient and slow convergence in the width for K-FAC."
-            ),
-            estimate=study.at_largest_width(_first(study.by_seed)),
-        ),
-        claim(
-            id=f"test-{structure}",
-            statement=f"After one {structure} step the test outputs of a wide network are those predicted for {structure}.",
-            rule=study.Inequality("test_error_network", "less", 0.1),
-            source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 8)",
-            measured="‖f_1(x') − prediction‖/‖prediction − f_0(x')‖ at the largest width.",
-            expected=expected("As for the training outputs."),
-            estimate=study.at_largest_width(_first(study.by_seed)),
-        ),
-        claim(
-            id=f"convergence-{structure}",
-            statement=f"The {structure} step approaches its prediction like M^(−1/2).",
-            rule=study.Equivalence("train_error_network", -0.5, 0.2),
-            source=f"{PAPER}, Condition 2 (docs/theory/karakida_osawa_2020.md, claim 11)",
-            measured="Slope of log ‖f_1 − prediction‖ against log width.",
-            expected=study.undecided("M^(−1/2) is an upper bound from the literature on the tangent kernel."),
-            estimate=_first(study.slope_by_seed),
-            assumptions=study.needs_several_widths,
-        ),
-        claim(
-            id=f"jacobian-{structure}",
-            statement=f"The relative change of J over {STEPS} {structure} steps falls at least like M^(−1/4) with the width.",
-            rule=study.Inequality("jacobian_change", "less", -0.25),
-            source=f"{PAPER}, Condition 2 (docs/theory/karakida_osawa_2020.md, claim 11)",
-            measured="Slope of log ‖J_t − J_0‖_F/‖J_0‖_F against log width.",
-            expected=expected("The usual bound is M^(−1/2); for ReLU the patterns that flip add a slower part."),
-            estimate=study.slope_by_seed,
-            assumptions=study.needs_several_widths,
-        ),
-    ]
+        row(f"training-{structure}", page(f"{PAPER}, section 4", "claim 7"), study.Inequality("residual", "less", 0.1),
+            f"One {structure} step at η = 1/α brings the training outputs of a wide network to the targets.",
+            "‖f_1 − y‖/‖f_0 − y‖ after one real step at the largest width.",
+            expected("The residual is left by the change of J, O(M^(−1/2)); the paper reports 0.04 at M = 4096 for exact "
+                     "natural gradient and slow convergence in the width for K-FAC."),
+            estimate=study.at_largest_width(_first(study.by_seed))),
+        row(f"test-{structure}", page(f"{PAPER}, section 4", "claim 8"), study.Inequality("test_error_network", "less", 0.1),
+            f"After one {structure} step the test outputs of a wide network are those predicted for {structure}.",
+            "‖f_1(x') − prediction‖/‖prediction − f_0(x')‖ at the largest width.",
+            expected("As for the training outputs."), estimate=study.at_largest_width(_first(study.by_seed))),
+        row(f"convergence-{structure}", page(f"{PAPER}, Condition 2", "claim 11"),
+            study.Equivalence("train_error_network", -0.5, 0.2),
+            f"The {structure} step approaches its prediction like M^(−1/2).",
+            "Slope of log ‖f_1 − prediction‖ against log width.",
+            study.undecided("M^(−1/2) is an upper bound from the literature on the tangent kernel."),
+            estimate=_first(study.slope_by_seed), assumptions=study.needs_several_widths),
+        row(f"jacobian-{structure}", page(f"{PAPER}, Condition 2", "claim 11"),
+            study.Inequality("jacobian_change", "less", -0.25),
+            f"The relative change of J over {STEPS} {structure} steps falls at least like M^(−1/4) with the width.",
+            "Slope of log ‖J_t − J_0‖_F/‖J_0‖_F against log width.",
+            expected("The usual bound is M^(−1/2); for ReLU the patterns that flip add a slower part."),
+            estimate=study.slope_by_seed, assumptions=study.needs_several_widths),
+    ]  # fmt: skip
 
 
 def _stability(structure: str, scale: float) -> study.Claim:
-    side = STABILITY[scale]
-    return study.Claim(
-        id=f"stability-{structure}-{scale:g}",
-        statement=f"At αη = {scale:g} the {structure} training residual {'shrinks' if side == 'less' else 'grows'}.",
-        rule=study.Inequality("residual", side, 1.0),
-        source=f"{PAPER}, section 4: stable iff η < 2/α (docs/theory/karakida_osawa_2020.md, claim 7)",
-        measured="‖f_1 − y‖/‖f_0 − y‖ after the first real step at the middle width.",
-        expected=(study.undecided if scale > 2 or _slow(structure) else study.supported)(
-            f"The predicted factor is {abs(1 - scale):g}; an earlier run at width 512 saw long first steps bent back by the "
-            "curvature of f."
-        ),
-        at={"structure": structure, "scale": scale},
-        estimate=_first(study.by_seed),
-    )
+    side, expected = STABILITY[scale], study.undecided if scale > 2 or _slow(structure) else study.supported
+    return claim(
+        f"stability-{structure}-{scale:g}", page(f"{PAPER}, section 4: stable iff η < 2/α", "claim 7"),
+        study.Inequality("residual", side, 1.0),
+        f"At αη = {scale:g} the {structure} training residual {'shrinks' if side == 'less' else 'grows'}.",
+        "‖f_1 − y‖/‖f_0 − y‖ after the first real step at the middle width.",
+        expected(f"The predicted factor is {abs(1 - scale):g}; an earlier run at width 512 saw long first steps bent back by the "
+                 "curvature of f."),
+        at={"structure": structure, "scale": scale}, estimate=_first(study.by_seed),
+    )  # fmt: skip
 
 
 PARAMETER_STEPS = experiment(_points, name="steps", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.8))

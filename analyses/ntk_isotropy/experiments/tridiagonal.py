@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
+from analyses.claims import claim
 from analyses.descent import length
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, experiment, seconds
+from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.responses import anisotropy
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
@@ -73,45 +74,28 @@ def _moved(setting: Setting, step: dict[str, torch.Tensor], tolerance: float) ->
 def _claims(config: Config) -> list[study.Claim]:
     excluded = {"depth": tuple(depth for depth in _depths(config) if not theory.tridiagonal_covered(depth))}
     return [
-        study.Claim(
-            id="tridiagonal-still-layers",
-            statement="Undamped block-tridiagonal natural gradient moves only the layers with c_l = 1.",
-            rule=study.Identity("moved_though_still"),
-            source=f"derived from {PAPER}, section 3.2 (docs/theory/karakida_osawa_2020.md, claim 3)",
-            measured="Norm of the step in the layers with c_l = 0, relative to the largest layer.",
-            expected=study.supported("Δθ_l = −(η/N) c_l J_lᵀ Θ_l⁻¹ r where Σ is invertible."),
-        ),
-        study.Claim(
-            id="tridiagonal-excluded",
-            statement="At the excluded depths L = 3s+2 the damped response has the isotropic limit α = s+1 as ρ → 0.",
-            rule=study.Equivalence("damped_alpha_ratio", 1.0, 0.01),
-            source="derived; the paper excludes these depths because Σ is singular (docs/theory/karakida_osawa_2020.md, claim 3)",
-            measured=f"mean diag(M)/(s+1) at ρ = {RELATIVE_DAMPINGS[-1]:g} λ_max(Θ).",
-            expected=study.supported("1 lies in the range of the singular Σ, so 1ᵀΣ⁺1 exists and no 1/ρ term arises."),
-            at=excluded,
-            estimate=study.among(study.by_seed, rho_relative=RELATIVE_DAMPINGS[-1]),
-        ),
-        study.Claim(
-            id="tridiagonal-excluded-anisotropy",
-            statement="At the excluded depths the response at small damping is as isotropic as its limit.",
-            rule=study.Inequality("damped_anisotropy", "less", 0.05),
-            source="derived (docs/theory/karakida_osawa_2020.md, claim 3)",
-            measured=f"‖M − αI‖_F/‖αI‖_F at ρ = {RELATIVE_DAMPINGS[-1]:g} λ_max(Θ), largest of a seed.",
-            expected=study.supported("The distance from the limit is of the order of ρ/λ_min of the layers' kernels."),
-            at=excluded,
-            estimate=study.among(study.worst_by_seed, rho_relative=RELATIVE_DAMPINGS[-1]),
-        ),
-        study.Claim(
-            id="tridiagonal-damped-test",
-            statement="The damped block-tridiagonal response off the training set is Σ_l Θ_l(x', X) Z_l.",
-            rule=study.Identity("damped_test_error"),
-            source=f"{PAPER}, section 3 with damping, derived (docs/theory/karakida_osawa_2020.md, claims 2 and 10)",
-            measured="Relative Frobenius distance from the dual formula, all dampings and depths.",
-            expected=study.supported(
-                "The push-through identity of the family holds for any symmetric Σ where F + ρI is invertible."
-            ),
-        ),
-    ]
+        claim("tridiagonal-still-layers", page(f"derived from {PAPER}, section 3.2", "claim 3"),
+              study.Identity("moved_though_still"),
+              "Undamped block-tridiagonal natural gradient moves only the layers with c_l = 1.",
+              "Norm of the step in the layers with c_l = 0, relative to the largest layer.",
+              study.supported("Δθ_l = −(η/N) c_l J_lᵀ Θ_l⁻¹ r where Σ is invertible.")),
+        claim("tridiagonal-excluded", page("derived; the paper excludes these depths because Σ is singular", "claim 3"),
+              study.Equivalence("damped_alpha_ratio", 1.0, 0.01),
+              "At the excluded depths L = 3s+2 the damped response has the isotropic limit α = s+1 as ρ → 0.",
+              f"mean diag(M)/(s+1) at ρ = {RELATIVE_DAMPINGS[-1]:g} λ_max(Θ).",
+              study.supported("1 lies in the range of the singular Σ, so 1ᵀΣ⁺1 exists and no 1/ρ term arises."), at=excluded,
+              estimate=study.among(study.by_seed, rho_relative=RELATIVE_DAMPINGS[-1])),
+        claim("tridiagonal-excluded-anisotropy", page("derived", "claim 3"), study.Inequality("damped_anisotropy", "less", 0.05),
+              "At the excluded depths the response at small damping is as isotropic as its limit.",
+              f"‖M − αI‖_F/‖αI‖_F at ρ = {RELATIVE_DAMPINGS[-1]:g} λ_max(Θ), largest of a seed.",
+              study.supported("The distance from the limit is of the order of ρ/λ_min of the layers' kernels."), at=excluded,
+              estimate=study.among(study.worst_by_seed, rho_relative=RELATIVE_DAMPINGS[-1])),
+        claim("tridiagonal-damped-test", page(f"{PAPER}, section 3 with damping, derived", "claims 2 and 10"),
+              study.Identity("damped_test_error"),
+              "The damped block-tridiagonal response off the training set is Σ_l Θ_l(x', X) Z_l.",
+              "Relative Frobenius distance from the dual formula, all dampings and depths.",
+              study.supported("The push-through identity of the family holds for any symmetric Σ where F + ρI is invertible.")),
+    ]  # fmt: skip
 
 
 TRIDIAGONAL = experiment(_points, name="tridiagonal", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.3))

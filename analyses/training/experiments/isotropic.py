@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from analyses.claims import claim
 from analyses.ntk_isotropy.setting import Setting
 from analyses.training.config import Config
 from analyses.training.run import FullBatch
@@ -51,33 +52,27 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
 
 def _reaches(structure: str) -> study.Claim:
-    return study.Claim(
-        id=f"rate-{structure}",
-        statement=f"At η = 1/α one step of {structure} natural gradient brings a wide network to its targets.",
-        rule=study.Inequality("rate", "less", LEFT),
-        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 7)",
-        measured=f"‖f − y‖ after one undamped step over that before, width {WIDTH}, N = {SAMPLES}; 0 in the limit.",
-        expected=EXPECTED[structure](
-            "The response is αI up to the change of J; K-FAC's undamped steps are long, and a unit's rank is that of its active "
-            "samples."
-        ),
-        at={"structure": structure},
-        estimate=study.among(study.by_seed, scale=1.0),
-    )
+    return claim(
+        f"rate-{structure}", f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 7)",
+        study.Inequality("rate", "less", LEFT),
+        f"At η = 1/α one step of {structure} natural gradient brings a wide network to its targets.",
+        f"‖f − y‖ after one undamped step over that before, width {WIDTH}, N = {SAMPLES}; 0 in the limit.",
+        EXPECTED[structure]("The response is αI up to the change of J; K-FAC's undamped steps are long, and a unit's rank "
+                            "is that of its active samples."),
+        at={"structure": structure}, estimate=study.among(study.by_seed, scale=1.0),
+    )  # fmt: skip
 
 
 def _halves(structure: str) -> study.Claim:
-    return study.Claim(
-        id=f"equal-rate-{structure}",
-        statement=f"At η = 1/(2α) one step of {structure} natural gradient leaves half of the residual, as with every "
-        "isotropic structure.",
-        rule=study.Equivalence("rate", 0.5, MARGIN),
-        source=f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 7)",
-        measured="The same ratio at half the step.",
-        expected=EXPECTED[structure]("(1 − αη) = 1/2 in the limit, and a shorter step is nearer to it."),
-        at={"structure": structure},
+    return claim(
+        f"equal-rate-{structure}", f"{PAPER}, section 4 (docs/theory/karakida_osawa_2020.md, claim 7)",
+        study.Equivalence("rate", 0.5, MARGIN),
+        f"At η = 1/(2α) one step of {structure} natural gradient leaves half of the residual, as with every isotropic "
+        "structure.",
+        "The same ratio at half the step.",
+        EXPECTED[structure]("(1 − αη) = 1/2 in the limit, and a shorter step is nearer to it."), at={"structure": structure},
         estimate=study.among(study.by_seed, scale=0.5),
-    )
+    )  # fmt: skip
 
 
 CLAIMS = [claim(structure) for structure in EXPECTED for claim in (_reaches, _halves)]

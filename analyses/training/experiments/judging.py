@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from analyses.claims import claim
 from analyses.training.comparison import Comparison, against_rivals
 from analyses.training.config import Config
 from analyses.training.entrants import TUNING, chosen, entrants, final_loss, run, seconds, steps_to
@@ -41,36 +42,26 @@ EXPECTED: Mapping[str, study.Expected] = {
 
 
 def _fewer_steps(versus: Comparison, target: Target, config: Config) -> study.Claim:
-    return study.Claim(
-        id=f"steps-{target}-{versus.method}",
-        statement=f"{versus.method} natural gradient needs fewer steps to {config.race.described(target)} than the best tuned "
+    return claim(
+        f"steps-{target}-{versus.method}", f"{PRACTICE}, for every structure",
+        study.Inequality(f"steps_to_{target}", "less", 0.0),
+        f"{versus.method} natural gradient needs fewer steps to {config.race.described(target)} than the best tuned "
         "first-order method.",
-        rule=study.Inequality(f"steps_to_{target}", "less", 0.0),
-        source=f"{PRACTICE}, for every structure",
-        measured="log10 of its steps over those of the rival that is best on the same seeds.",
-        expected=EXPECTED.get(
-            versus.method, study.undecided("Its curvature leaves out much, or is that of one batch.")
-        ),
-        at={"method": versus.methods},
-        estimate=versus.steps,
-        assumptions=versus.outside,
-    )
+        "log10 of its steps over those of the rival that is best on the same seeds.",
+        EXPECTED.get(versus.method, study.undecided("Its curvature leaves out much, or is that of one batch.")),
+        at={"method": versus.methods}, estimate=versus.steps, assumptions=versus.outside,
+    )  # fmt: skip
 
 
 def _gain(ingredient: Ingredient, config: Config) -> study.Claim:
     versus = ingredient.versus
-    return study.Claim(
-        id=f"ingredient-{ingredient.name}",
-        statement=ingredient.statement,
-        rule=study.Inequality("steps_to_loss", "less", ingredient.bound),
-        source=ingredient.source,
-        measured=f"log10 of the steps of {ingredient.method} to {config.race.described('loss')} over those of "
-        f"{ingredient.without}, each tuned over as many configurations.",
-        expected=ingredient.expected,
-        at={"method": versus.methods},
-        estimate=versus.steps,
-        assumptions=versus.outside,
-    )
+    return claim(
+        f"ingredient-{ingredient.name}", ingredient.source, study.Inequality("steps_to_loss", "less", ingredient.bound),
+        ingredient.statement,
+        f"log10 of the steps of {ingredient.method} to {config.race.described('loss')} over those of {ingredient.without}, "
+        "each tuned over as many configurations.",
+        ingredient.expected, at={"method": versus.methods}, estimate=versus.steps, assumptions=versus.outside,
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:

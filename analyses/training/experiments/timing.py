@@ -6,6 +6,7 @@ process, in turn; as many at once as there are between rare inversions, so that 
 
 from collections.abc import Callable
 
+from analyses.claims import claim
 from analyses.clock import now, seconds_per_step
 from analyses.training.comparison import SECONDS, Comparison, against_rivals
 from analyses.training.config import Config
@@ -46,33 +47,24 @@ def _measure(cell: Cell, context: Context[Config]) -> Observations:
 
 def _less_time(versus: Comparison, target: Target, config: Config) -> Claim:
     steps = f"steps_to_{target}"
-    return Claim(
-        id=f"time-{target}-{versus.method}",
-        statement=f"{versus.method} natural gradient needs less time to {config.race.described(target)} than the best tuned "
+    return claim(
+        f"time-{target}-{versus.method}", f"{PRACTICE}, for every structure", Inequality((steps, SECONDS), "less", 0.0),
+        f"{versus.method} natural gradient needs less time to {config.race.described(target)} than the best tuned "
         "first-order method.",
-        rule=Inequality((steps, SECONDS), "less", 0.0),
-        source=f"{PRACTICE}, for every structure",
-        measured="log10 of its seconds, steps times the seconds of a step, over those of the rival that is best in time.",
-        expected=undecided("Its steps are fewer and dearer."),
-        at={
-            "experiment": (JUDGING.name, "timing"),
-            "method": (*versus.methods, None),
-        },  # a cell that times has them all
-        estimate=versus.seconds(steps),
+        "log10 of its seconds, steps times the seconds of a step, over those of the rival that is best in time.",
+        undecided("Its steps are fewer and dearer."),
+        at={"experiment": (JUDGING.name, "timing"), "method": (*versus.methods, None)}, estimate=versus.seconds(steps),
         assumptions=versus.outside,
-    )
+    )  # fmt: skip
 
 
 def _faster(ingredient: Ingredient, expected: Expected) -> Claim:
-    return Claim(
-        id=f"time-step-{ingredient.name}",
-        statement=ingredient.faster,
-        rule=Inequality(SECONDS, "less", 0.0),
-        source=ingredient.source,
-        measured=f"log10 of the seconds of a step of {ingredient.method} over those of {ingredient.without}.",
-        expected=expected,
-        estimate=ingredient.versus.steps,
-    )
+    return claim(
+        f"time-step-{ingredient.name}", ingredient.source, Inequality(SECONDS, "less", 0.0),
+        ingredient.faster,
+        f"log10 of the seconds of a step of {ingredient.method} over those of {ingredient.without}.",
+        expected, estimate=ingredient.versus.steps,
+    )  # fmt: skip
 
 
 def _claims(config: Config) -> list[Claim]:
