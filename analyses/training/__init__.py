@@ -2,8 +2,8 @@
 
 Every structure against SGD with momentum, Adam, AdamW and Muon, each tuned over as many configurations, and judged on fresh
 seeds; what single ingredients of K-FAC add; and the theory's rates through the same optimiser. Modules: `config` (options),
-`tasks` (what is to be reached), `methods` and `optimisers` (what is compared), `run` (one training run), `race` (who takes
-part, and in which configuration), `comparison` and `ingredients` (what is claimed of whom), `experiments`, `panels`.
+`races` (what is to be reached), `methods` (what is compared), `run` (one training run), `entrants` (who takes part, and in
+which configuration), `comparison` and `ingredients` (what is claimed of whom), `experiments`, `panels`.
 """
 
 from analyses.training.analysis import ANALYSIS
