@@ -3,7 +3,7 @@
 from typing import Any
 
 from curvlab.study import Claim, Expected
-from curvlab.study.claims import Rule
+from curvlab.study.statistics.rules import Rule
 
 
 def claim(

@@ -37,6 +37,19 @@ def graph_of(name: str, split: str) -> LabelledGraph:
     return load_graph(name, split)  # type: ignore[arg-type]  # the options were checked
 
 
+def described(config: GraphOptions) -> dict[str, object]:
+    """Return what the graph of the options is, for the reports of what is measured on it."""
+    graph = graph_of(config.problem, config.splits[0])
+    nodes, features = graph.features.shape
+    parts = {"training": graph.train, "validation": graph.validation, "test": graph.test}
+    return {
+        "graph": f"{config.problem}, {nodes} nodes, {graph.edge_index.shape[1] // 2} edges, {graph.classes} classes",
+        "features": f"{features} a node, rows of sum one",
+        "splits": config.splits,
+        "nodes": ", ".join(f"{len(indices)} {part}" for part, indices in parts.items()),
+    }
+
+
 def digest_of(graphs: Iterable[LabelledGraph]) -> str:
     """Return a digest of graphs, with their features, classes and splits."""
     digest = hashlib.sha256()

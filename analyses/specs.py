@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from curvlab.fisher import STRUCTURES, LayerWise
-from curvlab.problems import GRAPHS, swept_arguments
+from curvlab.problems import GRAPHS, Problem, swept_arguments
 
 
 def members() -> tuple[str, ...]:
@@ -28,6 +28,27 @@ def check_structures(names: Collection[str], *, families: bool = True) -> None:
 def classifies_nodes(spec: str) -> bool:
     """Whether the inputs of a problem are nodes of a graph, so that no other network can be built on them."""
     return spec.removesuffix("-gcn") in GRAPHS
+
+
+def described(problem: Problem, **swept: object) -> dict[str, object]:
+    """What a problem is, by name, for the reports of what is measured on it: samples, network and loss.
+
+    Args:
+        problem: The problem.
+        swept: What the analysis varies, instead of what the problem has; empty entries are left out.
+    """
+    (inputs, targets), tested = problem.train, len(problem.test[0])
+    nodes = classifies_nodes(problem.name)
+    parameters = sum(parameter.numel() for parameter in problem.model.parameters())
+    entries = {
+        "problem": problem.name,
+        "N": f"{len(inputs)} {'nodes of one graph' if nodes else 'training samples'}, {tested} for testing",
+        "input": " × ".join(map(str, inputs.shape[1:])) or "1",
+        "target": " × ".join(map(str, targets.shape[1:])) or "a class",
+        "network": f"{type(problem.model).__name__} with {parameters} parameters",
+        "loss": str(problem.loss).removesuffix("()"),
+    }
+    return {name: entry for name, entry in (entries | swept).items() if entry not in ("", ())}
 
 
 def squared(spec: str) -> dict[str, Any]:

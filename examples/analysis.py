@@ -48,7 +48,8 @@ def claims(config: Options) -> list[study.Claim]:
         study.Claim(
             id="diagonal-nearer",
             statement="The diagonal structure turns the gradient less than K-FAC does.",
-            rule=study.Inequality("cosine", "greater", 0.0),
+            rule=study.Wins("cosine", "greater"),
+            group="exploration",
             source=source,
             measured=f"{measured} Difference between the two structures.",
             expected=study.undecided("No theorem covers it."),
@@ -58,7 +59,8 @@ def claims(config: Options) -> list[study.Claim]:
         study.Claim(
             id="uphill",
             statement="A natural gradient is a direction of ascent.",
-            rule=study.Inequality("cosine", "greater", 0.0),
+            rule=study.Always("cosine", "greater", 0.0),
+            group="derived",
             source=source,
             measured=measured,
             expected=study.supported("(F + ρI)⁻¹ is positive definite."),
@@ -83,6 +85,7 @@ ANALYSIS = study.Analysis(
             name="cosine",
             cells=lambda config: [{"structure": s, "width": w} for s in ("kfac", "diagonal") for w in config.widths],
             measure=cosine,
+            varies=("initialisation",),
             claims=claims,
             seconds=0.1,
         ),

@@ -13,9 +13,9 @@ from paper_figures import Paper, interval
 
 
 def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Crossing and mean sharpness after it, by run on the full batch: mean ± half the 95 % t-interval over seeds, in LaTeX."""
-    table = take(measurements, "training", "plateau_ratio", batch=0)
-    crossings = take(measurements, "training", "crossing", batch=0)
+    """Crossing and sharpness at the edge, by run: mean ± half the 95 % t-interval over seeds, in LaTeX."""
+    table = take(measurements, "training", "plateau_ratio")
+    crossings = take(measurements, "training", "crossing")
     rows = []
     for optimiser in dict.fromkeys(table["optimiser"]):
         for eta in sorted(table.loc[table["optimiser"] == optimiser, "eta"].unique()):

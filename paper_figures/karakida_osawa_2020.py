@@ -71,7 +71,7 @@ PAPER = Paper(
         "contraction": PanelGrid(
             ANALYSIS.command,
             [[panels.residual_against_rate, panels.modes]],
-            claims=("stability-", "gradient-descent-"),
+            claims=("contraction-", "gradient-descent-"),
             height=2.6,
         ),
     },

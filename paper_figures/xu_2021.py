@@ -14,7 +14,7 @@ from paper_figures import Paper, interval
 def floors(measurements: pd.DataFrame) -> pd.DataFrame:
     """λ at the start and the least along the flow by aggregation, start and depth, means over seeds, in LaTeX."""
     tables = {"$\\lambda(0)$": "floor_start", r"$\lambda_T$": "floor"}
-    taken = {title: take(measurements, "flows", name, model="single") for title, name in tables.items()}
+    taken = {title: take(measurements, "flows", name, model="single", features="all") for title, name in tables.items()}
     keys = ["aggregation", "start", "depth"]
     rows = []
     for key, _ in next(iter(taken.values())).groupby(keys):

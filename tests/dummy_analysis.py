@@ -42,6 +42,7 @@ TRUTH = {"full": 1.0, "block-diagonal": 3.0}
 class Options(CommonOptions):
     """Options of the dummy."""
 
+    first_seed: int = 0
     problem: str = "noise"
     """What goes wrong: noise (nothing), failing, nan, diverging, memory, tensor, huge, absent or killed."""
     offsets: tuple[float, ...] = (0.0, 1.0)
@@ -55,18 +56,18 @@ def claims(config: Options) -> Sequence[Claim]:
         return rows.assign(tolerance=1e-12)
 
     full, blocks = ({"structure": structure, "offset": 0.0} for structure in TRUTH)
-    shared = {"source": "nowhere, Theorem 1", "measured": "the noisy number"}
+    shared = {"source": "nowhere, Theorem 1", "measured": "the noisy number", "group": "paper"}
     made, off = "it was made so", {"structure": "full", "offset": 1.0}
     return [
-        Claim(id="D-1", statement="The full number is 1.", rule=Equivalence("alpha", 1.0, 0.5),
+        Claim(id="D-1", statement="The full number is 1.", rule=Equivalence("alpha", 1.0, 0.5, centre="mean"),
               expected=supported(made), at=full, **shared),
-        Claim(id="D-2", statement="The block-diagonal number is above 2.", rule=Inequality("alpha", "greater", 2.0),
+        Claim(id="D-2", statement="The block-diagonal number is above 2.", rule=Inequality("alpha", "greater", 2.0, centre="mean"),
               expected=supported(made), at=blocks, **shared),
-        Claim(id="D-3", statement="The block-diagonal number is below 2.", rule=Inequality("alpha", "less", 2.0),
+        Claim(id="D-3", statement="The block-diagonal number is below 2.", rule=Inequality("alpha", "less", 2.0, centre="mean"),
               expected=refuted(made), at=blocks, **shared),
         Claim(id="D-4", statement="The residual vanishes.", rule=Identity("residual"), estimate=residual,
               expected=supported(made), **shared),
-        Claim(id="D-5", statement="An offset of 1 does not matter.", rule=Equivalence("alpha", 1.0, 0.5),
+        Claim(id="D-5", statement="An offset of 1 does not matter.", rule=Equivalence("alpha", 1.0, 0.5, centre="mean"),
               expected=(undecided if config.scale < 1 else supported)(made), at=off, **shared),
     ]  # fmt: skip
 
@@ -129,7 +130,7 @@ def alphas(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
         style.measured(axes[0, 0], table[table["structure"] == structure], "offset", structure)
     axes[0, 0].set(xlabel="offset", ylabel="number")
     axes[0, 0].legend()
-    style.caption(figure, verdicts, ["D-1", "D-2"])
+    style.caption(figure, "The number against the offset, of each structure.", measurements)
     return figure
 
 
@@ -140,7 +141,15 @@ def spoilt(measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
     return figure
 
 
-NUMBERS = Experiment(name="numbers", cells=points, measure=measure, claims=claims, seconds=seconds, memory=memory)
+NUMBERS = Experiment(
+    name="numbers",
+    cells=points,
+    measure=measure,
+    varies=("draws",),
+    claims=claims,
+    seconds=seconds,
+    memory=memory,
+)
 
 ANALYSIS = Analysis(
     name="dummy",

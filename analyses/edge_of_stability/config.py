@@ -13,8 +13,6 @@ from curvlab.study import CommonOptions, check_bounds, check_names, check_positi
 class Config(CommonOptions):
     """Options of the edge-of-stability analysis."""
 
-    seeds: int = 10
-    """How many random seeds to run; intervals and p-values are taken over them (unit: seeds)."""
     problem: str = "digits"
     """An image set, such as cifar10-5k, with the network of --network; or module:function that returns a Problem."""
     network: str = "fc-tanh"
@@ -29,7 +27,7 @@ class Config(CommonOptions):
     """Inputs of norm 1, or pixels standardised one by one as in the paper."""
     loss: Literal["half-squared", "cross-entropy"] = "half-squared"
     """Loss of all runs but those that compare the losses."""
-    etas: tuple[float, ...] = (0.3, 0.4, 0.5)
+    etas: tuple[float, ...] = (0.2, 0.3, 0.5)
     """Step sizes of gradient descent; the middle one is the run that flow and approximations are compared with."""
     heavy_ball: tuple[float, ...] = (0.2,)
     """Step sizes of Polyak's momentum."""
@@ -51,7 +49,7 @@ class Config(CommonOptions):
     """Approximations whose largest eigenvalue is followed along gradient descent: keys, or module:Class."""
     preconditioners: tuple[str, ...] = ("full", "block-diagonal", "kfac")
     """Structures that precondition training, renewed at every step and frozen."""
-    steps: int = 800
+    steps: int = 1200
     """Steps of a run (unit: steps)."""
     every: int = 35
     """Steps between measurements; an odd number sees both phases of an oscillation of period 2 (unit: steps)."""
@@ -60,6 +58,8 @@ class Config(CommonOptions):
     published: bool = False
     """Repeat the run that the published code's README shows (cifar10-5k, 3072-200-200-10 tanh, η = 0.01, float32), about an
     hour on a CPU, and compare its milestones."""
+    published_seeds: int = 1
+    """At how many of the seeds; from two on the milestones have a prediction interval (unit: seeds)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ class Config(CommonOptions):
         check_names("loss", (self.loss,), LOSSES)
         check_some(self, "etas")
         check_positive(self, "etas", "heavy_ball", "nesterov", "adam")
-        check_bounds(self, width=1, depth=1, samples=1, every=1, top=1)
+        check_bounds(self, width=1, depth=1, samples=1, every=1, top=1, published_seeds=1)
         check_bounds(self, batch_size=1, sweep_depths=1, sweep_widths=1, sweep_samples=1)
         if self.steps < 4 * self.every:
             raise ValueError(f"--steps must be at least 4 times --every, got {self.steps} and {self.every}.")

@@ -1,18 +1,29 @@
 """What a run says about the edge, over windows that are fixed beforehand."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import kendalltau
 
-from curvlab.study import Trace, observed
+from curvlab.study import Trace, observed, outside
 from curvlab.study.loop import Seen
 
-LONG = 200
-"""Steps of a window over which the loss is to fall, "on long time scales"."""
+SETTLING = 200
+"""Steps after the first crossing that no claim about the edge looks at, because the sharpness overshoots until the oscillation
+along the top eigenvector has grown: by e^L after √(L/r) steps, where sharpness over threshold rises by r a step. For L = 15
+that is 70 to 120 steps at the default step sizes and 250 in the README's run."""
+FEWEST = 3
+"""Measurements below the threshold that a trend needs."""
 COURSE = ("sharpness", "second", "ratio", "loss", "gradient_alignment", "step_alignment")
 """Quantities of a measurement."""
+AT_EDGE = ("plateau_ratio", "plateau_sharpness", "increase_after", "long_change", "lemma_broken", "step_share")
+"""Quantities of the time at the edge: geometric means of the sharpness over the threshold and of the sharpness, the share of
+steps with a loss that rises, the mean loss in the second half of that time over the first, the share of steps without the
+descent lemma's decrease, and of the step in the top eigenspace."""
+NEVER = "the run did not reach its threshold"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +76,28 @@ class Edge:
         """Sharpness at the end over its maximum."""
         return float(self.sharpness[-1] / self.sharpness.max())
 
+    @property
+    def below(self) -> int:
+        """The number of measurements before the crossing."""
+        return len(self.steps) if self.crossing is None else int(np.sum(self.steps < self.crossing))
+
+    @property
+    def unsettled(self) -> str:
+        """Why the run says nothing of the time at the edge; empty if it does."""
+        if self.crossing is None:
+            return NEVER
+        if self.trace.diverged is not None:
+            return "the run diverged"
+        return "" if self.steps[-1] > self.start else f"the run ended within {SETTLING} steps of reaching its threshold"
+
+    @property
+    def start(self) -> int:
+        """The step from which the run counts as at the edge, if it gets there."""
+        return (self.crossing or 0) + SETTLING
+
     def rows(self) -> list[dict[str, object]]:
         """Observations: what claims decide on, and the course."""
-        return [observed(name, value) for name, value in self.quantities().items()] + self.course()
+        return [*self.before(), *self.reached(), *self.at_edge(), *self.course()]
 
     def course(self) -> list[dict[str, object]]:
         """Observations of every measurement, and of the divergence."""
@@ -77,46 +107,43 @@ class Edge:
             rows += [observed(name, found[name], **at, threshold=self.threshold) for name in COURSE if name in found]
         return rows
 
-    def quantities(self) -> dict[str, float]:
-        """What claims decide on, by name; what does not exist for this run is left out."""
-        return {"reached": float(self.crossing is not None), **self._below(), **self._after()}
+    def before(self) -> list[dict[str, object]]:
+        """Observations of the time below the threshold: does the sharpness rise, and does the loss at every step?"""
+        if self.below < FEWEST:
+            few = f"it was measured fewer than {FEWEST} times below its threshold"
+            return _told(dict.fromkeys(("trend", "increase_before"), np.nan), few)
+        steps, sharpness = self.steps[: self.below], self.sharpness[: self.below]
+        losses = self.losses[: int(steps[-1]) + 1]
+        return _told({"trend": kendalltau(steps, sharpness).statistic, "increase_before": _share(np.diff(losses) > 0)})
 
-    def _below(self) -> dict[str, float]:
-        """Before the crossing: does the sharpness rise, and is the loss monotone?"""
-        if not self.measured:
-            return {}
-        end = self.crossing if self.crossing is not None else int(self.steps[-1]) + 1
-        losses = self.losses[: end + 1]
-        found = {"increase_before": _share(np.diff(losses) > 0)} if len(losses) > 1 else {}
-        sharpness = self.sharpness[self.steps <= end]
-        if len(sharpness) > 1:
-            found["rising_share"] = _share(np.diff(sharpness) > 0)
-        return found
-
-    def _after(self) -> dict[str, float]:
-        """From the crossing to the end."""
+    def reached(self) -> list[dict[str, object]]:
+        """Observations of the crossing: when it is, and whether the run outlives it."""
         if self.crossing is None:
-            return {}
-        there = self.steps >= self.crossing
-        ratio = self.ratio[there]
-        losses = self.losses[self.crossing :]
-        found = {
-            "crossing": float(self.crossing),
-            "survived": float(self.trace.diverged is None),
-            "plateau_ratio": float(ratio.mean()),
-            "plateau_maximum": float(ratio.max()),
-            "plateau_spread": float(ratio.std()),
-            "plateau_sharpness": float(self.sharpness[there].mean()),
-            "increase_after": _share(np.diff(losses) > 0) if len(losses) > 1 else 0.0,
-            "above_inverse": _share(self.eta * self.sharpness > 1.0),
-            "step_share": float(np.array([seen["step_alignment"] for seen in self.measured])[there].mean()),
-        }
-        if len(losses) >= 2 * LONG and self.trace.diverged is None:
-            windows = losses[: len(losses) // LONG * LONG].reshape(-1, LONG).mean(axis=1)
-            found["long_change"] = float(np.log(windows[-1] / windows[0]))
-            squares = self.trace.series("square")[self.crossing :]
-            found["lemma_broken"] = _share(np.diff(losses) > -self.eta / 2 * squares[:-1])
-        return found
+            return _told(dict.fromkeys(("crossing", "survived"), np.nan), NEVER)
+        return _told({"crossing": self.crossing, "survived": self.trace.diverged is None})
+
+    def at_edge(self) -> list[dict[str, object]]:
+        """Observations of the time at the edge, which begins `SETTLING` steps after the crossing."""
+        if self.unsettled:
+            return _told(dict.fromkeys(AT_EDGE, np.nan), self.unsettled)
+        there, losses = self.steps >= self.start, self.losses[self.start :]
+        squares, shares = self.trace.series("square")[self.start : -1], self.trace.series("step_alignment")
+        ratio = float(np.exp(np.log(self.ratio[there]).mean()))
+        first, second = np.array_split(losses, 2)
+        values = (
+            ratio,
+            ratio * self.threshold,
+            _share(np.diff(losses) > 0),
+            float(second.mean() / first.mean()),
+            _share(np.diff(losses) > -self.eta / 2 * squares),
+            float(shares[there].mean()),
+        )
+        return _told(dict(zip(AT_EDGE, values, strict=True)))
+
+
+def _told(found: Mapping[str, float], apart: str = "") -> list[dict[str, object]]:
+    """Observations by name, outside the assumptions for a reason if there is one."""
+    return [observed(name, float(value), **(outside(apart) if apart else {})) for name, value in found.items()]
 
 
 def divergence(trace: Trace) -> list[dict[str, object]]:

@@ -10,9 +10,16 @@ from analyses.gnn_acceleration.experiments.identities import IDENTITIES
 from analyses.gnn_acceleration.experiments.labels import LABELS
 from analyses.gnn_acceleration.experiments.relu import RELU
 from analyses.gnn_acceleration.experiments.search import SEARCH
-from analyses.graphs import digest_of, graph_of
+from analyses.graphs import described, digest_of, graph_of
 from curvlab.study import Analysis
 from curvlab.study.panels import PanelGrid
+
+
+def _subject(config: Config) -> dict[str, object]:
+    drawn = {"nodes": f"{config.drawn_nodes} training nodes, drawn for each seed"} if config.drawn_nodes else {}
+    swept = {"aggregation": config.aggregation, "depths": config.swept_depths}
+    return {**described(config), **drawn, **swept, "hidden width": "that of the features; 32 of ReLU networks"}
+
 
 _layout = partial(PanelGrid, "python -m analyses.gnn_acceleration")
 
@@ -22,7 +29,7 @@ FIGURES = {
         claims=("conditioning-", "rank-"),
         height=2.6,
     ),
-    "bounds": _layout([[panels.looseness, panels.floors]], claims=("bound-", "floor-", "flow-", "margin-"), height=2.7),
+    "bounds": _layout([[panels.looseness, panels.floors]], claims=("bound-", "floor-", "flow-"), height=2.7),
     "acceleration": _layout(
         [
             [partial(panels.acceleration, experiment="flows", change=change) for change in ("skip", "depth")],
@@ -45,7 +52,7 @@ FIGURES = {
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="gnn_acceleration",
-    version=3,
+    version=4,
     question="Do skip connections, depth and labels that fit the graph make graph networks train faster, and do the bounds on "
     "the loss along gradient flow hold?",
     paper="Xu, Zhang, Jegelka & Kawaguchi 2021, Optimization of Graph Neural Networks: Implicit Acceleration by Skip "
@@ -58,6 +65,7 @@ ANALYSIS: Analysis[Config] = Analysis(
     "cores, and 0.5 GiB a process.",
     config=Config,
     experiments=(IDENTITIES, FLOWS, SEARCH, CONDITIONING, LABELS, RELU),
+    subject=_subject,
     data_hash=lambda config: digest_of(graph_of(config.problem, split) for split in config.splits),
     figures=FIGURES,
     together=("aggregation", "form", "split"),

@@ -15,7 +15,7 @@ from scipy.integrate import solve_ivp
 
 from curvlab.theory import graph_dynamics as theory
 
-RTOL = 1e-8
+RTOL = 1e-11
 """Relative tolerance of a step of the flow."""
 
 Heads = dict[int, Float[np.ndarray, "C _"]]
@@ -102,7 +102,7 @@ class Model:
         heads = {scale: signal @ products[scale].T for scale, signal in signals.items()}
         layers: Layers = []
         # Σ_{l ≥ i} (W_l B_l ⋯ B_{i+1})ᵀ V G_lᵀ, from the last layer down.
-        above = np.zeros_like(products[0])
+        above = np.zeros_like(products[-1])
         for i in range(len(self.layers), 0, -1):
             if i in signals:
                 above = above + self.heads[i].T @ signals[i]

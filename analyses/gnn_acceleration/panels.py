@@ -1,5 +1,6 @@
 """The panels of the acceleration analysis' figures, each one relation between stored measurements and its prediction."""
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -13,14 +14,16 @@ LOOKS = {"single": SINGLE, "multi": MULTI}
 NAMES = {"single": "single-scale", "multi": "multiscale"}
 ZERO = 1e-30
 """Squares of singular values that are zero to round-off are drawn here."""
-SHADES = {1: "unit-wise", 2: "block-diagonal", 3: "block-tridiagonal", 4: "diagonal"}
+SHADES = {1: "unit-wise", 2: "block-diagonal", 4: "block-tridiagonal", 6: "diagonal"}
 """Looks of depths in the search for counter-examples."""
 
 
-def _by_aggregation(axes: Axes, table: pd.DataFrame, x: str, look: str) -> None:
-    """Draw the measurements of each aggregation side by side."""
+def _by_aggregation(axes: Axes, table: pd.DataFrame, x: str, look: str, where: str = "") -> None:
+    """Draw the measurements of each aggregation side by side; where they were made enters the legend."""
     of = table["aggregation"]
-    side_by_side(axes, x, ((table[of == name], look, name.upper(), name == "gin") for name in AGGREGATIONS), 4.0)
+    side_by_side(
+        axes, x, ((table[of == name], look, name.upper() + where, name == "gin") for name in AGGREGATIONS), 4.0
+    )
 
 
 def _depth_axis(axes: Axes, table: pd.DataFrame, label: str = "depth $H$") -> None:
@@ -55,21 +58,20 @@ def singular_values(axes: Axes, measurements: pd.DataFrame, *, aggregation: str,
 def looseness(axes: Axes, measurements: pd.DataFrame) -> None:
     """Measured exponent of the decay over the one of the bound, at the end of the flow, against depth."""
     axes.set_yscale("log")
-    table = take(measurements, "flows", "looseness", start="zero")
-    table = table.assign(value=10.0 ** table["value"])
+    table = take(measurements, "flows", "looseness", start="zero", features="all")
     _models(axes, table)
     level(axes, 1.0)
-    note(axes, table["depth"].min(), 1.0, "the bound", va="bottom", xytext=(-4, 1))
+    note(axes, table["depth"].min(), 1.0, "the bound", va="top", xytext=(-4, -1))
     axes.set_ylim(bottom=0.4)
     axes.set(ylabel="decay exponent, measured over bound")
 
 
 def floors(axes: Axes, measurements: pd.DataFrame) -> None:
     """λ_T by the start of the weights, at the depth at which starts are compared; the derived floor as a line."""
-    table = take(measurements, "flows", "floor", model="single")
+    table = take(measurements, "flows", "floor", model="single", features="all")
     depth = table.loc[table["start"] != "zero", "depth"].max()
     table = table[table["depth"] == depth]
-    guaranteed = take(measurements, "flows", "guaranteed", model="single", depth=depth)
+    guaranteed = take(measurements, "flows", "guaranteed", model="single", depth=depth, features="all")
     starts = [start for start in ("zero", "orthogonal", "glorot", "uniform") if (table["start"] == start).any()]
     axes.set_yscale("log")
     table = table.assign(place=table["start"].map(starts.index), value=table["value"].clip(lower=1e-12))
@@ -95,13 +97,15 @@ def _models(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def acceleration(axes: Axes, measurements: pd.DataFrame, *, experiment: str, change: str) -> None:
-    """Factor between the losses left with and without new scales, against depth."""
-    table = take(measurements, experiment, f"{change}_log_ratio")
-    if table["value"].min() < -1:
-        axes.set_yscale("log")
-    table = table.groupby(["aggregation", "depth", "seed"])["value"].mean().reset_index()
-    table["value"] = 10.0 ** table["value"]
-    _by_aggregation(axes, table, "depth", MULTI)
+    """Loss left with new scales over that without, against depth; of flows also each at its own horizon."""
+    axes.set_yscale("log")
+    where = {"features": "all"} if experiment == "flows" else {}
+    shown = (("ratio", MULTI, ""), ("own_ratio", SINGLE, ", own horizon"))[: 1 + len(where)]
+    for quantity, look, label in shown:
+        table = take(measurements, experiment, f"{change}_{quantity}", **where)
+        keys = [table[key] for key in ("aggregation", "depth", "seed")]
+        table = np.exp(np.log(table["value"]).groupby(keys).mean()).reset_index()
+        _by_aggregation(axes, table, "depth", look, label)
     level(axes, 1.0)
     _depth_axis(axes, table)
     titles = {"skip": "skip connections", "depth": "the last layer", "labels": "true labels"}
@@ -118,7 +122,7 @@ def slower(axes: Axes, measurements: pd.DataFrame, *, change: str) -> None:
     axes.margins(x=0.12)
     depths = ((int(depth), rows) for depth, rows in groups(table, "depth"))
     side_by_side(axes, "heads", ((rows, SHADES[depth], f"$H={depth}$", False) for depth, rows in depths))
-    level(axes, 0.0)
+    axes.set_ylim(bottom=-0.01)
     axes.set(
         xlabel=r"size of the heads, times width$^{-1/2}$",
         ylabel="share of models made slower",
@@ -127,9 +131,10 @@ def slower(axes: Axes, measurements: pd.DataFrame, *, change: str) -> None:
 
 
 def permutation(axes: Axes, measurements: pd.DataFrame, *, targets: str) -> None:
-    """Initial speed of each scale with true labels over the mean of permutations."""
-    table = take(measurements, "labels", "log_ratio", targets=targets)
-    _by_aggregation(axes, table.assign(value=10.0 ** table["value"]), "depth", MULTI)
+    """Initial speed of each scale with true labels over the geometric mean of permutations."""
+    axes.set_yscale("log")
+    table = take(measurements, "labels", "speed_ratio", targets=targets)
+    _by_aggregation(axes, table, "depth", MULTI)
     level(axes, 1.0)
     _depth_axis(axes, table, "scale $l$")
     axes.set(ylabel="initial speed, true / permuted", title=f"{targets} targets")

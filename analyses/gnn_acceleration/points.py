@@ -1,7 +1,11 @@
-"""What experiments share: their source, the points of those that a depth does not tell apart, and their memory."""
+"""What experiments share: their source, the points of those that a depth does not tell apart, an estimate, their memory."""
+
+import numpy as np
+import pandas as pd
 
 from analyses.gnn_acceleration.config import Config
 from curvlab.study import Cell, Point
+from curvlab.study.experiment import Varied
 
 PAPER = "Xu, Zhang, Jegelka & Kawaguchi 2021"
 
@@ -9,6 +13,17 @@ PAPER = "Xu, Zhang, Jegelka & Kawaguchi 2021"
 def page(part: str, place: str) -> str:
     """Return a part of the paper as a source, with a place on its page of theory."""
     return f"{PAPER}, {part} (docs/theory/xu_zhang_jegelka_kawaguchi_2021.md, {place})"
+
+
+def varies(config: Config) -> tuple[Varied, ...]:
+    """Return what a seed varies: the split only where it draws nodes."""
+    return ("initialisation", *(("split",) if config.drawn_nodes else ()), "draws")
+
+
+def geometric(table: pd.DataFrame) -> pd.DataFrame:
+    """Estimate by the geometric mean of a seed's observations."""
+    means = table.assign(value=np.log(table["value"])).groupby("seed")["value"].mean().reset_index()
+    return means.assign(value=np.exp(means["value"]))
 
 
 def by_aggregation(config: Config) -> list[Point]:

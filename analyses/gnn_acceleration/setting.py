@@ -14,7 +14,7 @@ from curvlab.nn import Propagation
 from curvlab.problems import LabelledGraph, data_folder
 from curvlab.problems.files import fetch
 from curvlab.problems.graphs import PLANETOID
-from curvlab.study import Cell
+from curvlab.study import Cell, generator, stream
 
 FORMS = ("normalised", "raw")
 """Features with rows of sum one, as graphs are loaded, and as published; karate's identity is both."""
@@ -50,24 +50,35 @@ class Setting:
 
 
 def setting_of(cell: Cell, config: Config) -> Setting:
-    """Return the setting of a cell: its aggregation, and a `split` and `form` of features if it names them."""
+    """Return the setting of a cell: its aggregation, and a `split`, `form` and number of features if it names them."""
     split = str(cell.coordinates.get("split", config.splits[0]))
     form = str(cell.coordinates.get("form", "normalised"))
     graph = graph_of(config.problem, split)
     features = features_of(config.problem, form)
     if "form" not in cell.coordinates:
         features = principal(features, config.components)
-    return Setting(graph, features, _propagation(config.problem, str(cell["aggregation"])), _nodes(cell, config, graph))
+    nodes = _nodes(cell, config, graph)
+    if cell.coordinates.get("features") == "few":
+        features = features @ torch.from_numpy(few(features.shape[1], len(nodes), int(cell["seed"])))
+    return Setting(graph, features, _propagation(config.problem, str(cell["aggregation"])), nodes)
+
+
+def few(features: int, nodes: int, seed: int) -> Float[np.ndarray, "F K"]:
+    """Random orthogonal combinations of the features, a quarter as many as nodes, which keep the norm of random features."""
+    kept = max(1, min(features, nodes // 4))
+    rng = np.random.default_rng(stream(seed, "features"))
+    Q, _ = np.linalg.qr(rng.normal(size=(features, kept)))
+    return np.asarray(Q * (features / kept) ** 0.5)
 
 
 def _nodes(cell: Cell, config: Config, graph: LabelledGraph) -> Int[Tensor, " n"]:
     """The training nodes of the split, or as many of all nodes drawn by the cell's seed."""
     if not config.drawn_nodes:
         return graph.train
-    generator = torch.Generator().manual_seed(int(cell["seed"]))
     if config.drawn_nodes > len(graph.labels):
         raise ValueError(f"--nodes {config.drawn_nodes}: {config.problem} has {len(graph.labels)} nodes.")
-    return torch.randperm(len(graph.labels), generator=generator)[: config.drawn_nodes].sort().values
+    order = torch.randperm(len(graph.labels), generator=generator(int(cell["seed"]), "nodes"))
+    return order[: config.drawn_nodes].sort().values
 
 
 def named(nodes: Int[np.ndarray, " K"]) -> str:
@@ -105,8 +116,8 @@ def _aggregating(edges: Int[Tensor, "2 E"], nodes: int, aggregation: str) -> Pro
 
 
 def random_propagation(rng: np.random.Generator, nodes: int, aggregation: str) -> Propagation:
-    """S of a random graph with two undirected edges a node."""
-    edges = torch.from_numpy(rng.integers(0, nodes, size=(2, 2 * nodes)))
+    """S of a random graph with one to three undirected edges a node."""
+    edges = torch.from_numpy(rng.integers(0, nodes, size=(2, int(rng.integers(1, 4)) * nodes)))
     return _aggregating(torch.cat([edges, edges.flip(0)], 1), nodes, aggregation)
 
 

@@ -4,15 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import nan
+from operator import attrgetter
 
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.recipe import Recipe
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS, GraphTraining, setting_of
-from curvlab.study import Cell, Claim, Context, Experiment, Observations, Point, Trace, follow, observed
+from curvlab.study import Cell, Claim, Context, Experiment, Observations, Point, Trace, follow, observed, stream
 
 BEST_EPOCH = "best_epoch"
 JUDGED = (ACCURACY, VALIDATION, VALIDATION_LOSS)
 """What a run is judged by, at the epoch of its lowest validation loss."""
+VARIES = attrgetter("varies")
+"""What a seed varies, by configuration."""
 MEMORY = 1.5e9
 """Peak bytes of a run on the largest graph."""
 
@@ -40,13 +43,12 @@ def seconds(_: Cell, config: Config) -> float:
     return 0.004 * config.epochs
 
 
-def train(recipe: Recipe, cell: Cell, context: Context[Config]) -> Trace:
-    """Train by a recipe on the split and from the seed of a cell."""
-    config = context.config
-    setting = setting_of(config.problem, str(cell["split"]), config.device, config.dtype)
-    return follow(
-        GraphTraining(setting, recipe, int(cell["seed"]), config.epochs), config.epochs, checkpoint=context.checkpoint
-    )
+def train(recipe: Recipe, cell: Cell, context: Context[Config], *role: str) -> Trace:
+    """Train by a recipe on the split and from the seed of a cell, or from a stream of its own if the run has a role."""
+    config, seed = context.config, int(cell["seed"])
+    seed = stream(seed, *role) if role else seed
+    setting = setting_of(config.problem, str(cell["split"]), config.device, config.dtype, seed)
+    return follow(GraphTraining(setting, recipe, seed, config.epochs), config.epochs, checkpoint=context.checkpoint)
 
 
 def reduced(trace: Trace, recipe: Recipe) -> list[dict[str, object]]:
@@ -63,6 +65,7 @@ def experiment_of(name: str, arms: Arms, claims: Callable[[Config], list[Claim]]
         name=name,
         cells=partial(_points, arms=arms),
         measure=partial(_measure, arms=arms),
+        varies=VARIES,
         claims=claims,
         seconds=seconds,
         memory=MEMORY,

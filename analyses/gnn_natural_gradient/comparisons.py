@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analyses.claims import claim
-from analyses.gnn_natural_gradient.arms import JUDGED
-from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION, VALIDATION_LOSS
-from curvlab.study import Claim, Expected, Inequality, difference_by_seed
+from analyses.gnn_natural_gradient.config import Config
+from analyses.gnn_natural_gradient.training import ACCURACY
+from curvlab.study import Claim, Expected, Inequality, by_seed, difference_by_seed
+from curvlab.study.claims import Group
 
 PAPER = "Izadi, Fang, Stevenson & Lin 2020"
 
@@ -17,46 +18,44 @@ def runs(arms: Sequence[str], split: str) -> dict[str, object]:
     return {"experiment": lambda _: True, "arm": tuple(arms), "split": split}
 
 
-def values(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return a quantity, a row per seed and a column per arm."""
-    return table[table["quantity"] == quantity].pivot_table("value", "seed", "arm")
-
-
-def ranked(table: pd.DataFrame, arms: Sequence[str], quantity: str = VALIDATION) -> list[str]:
-    """Return arms from the highest mean accuracy, of the nodes that validate unless said otherwise, to the lowest.
-
-    Of several with the same, the one with the lowest mean validation loss comes first.
-    """
-    accuracy, loss = values(table, quantity).mean(), values(table, VALIDATION_LOSS).mean()
-    return sorted(arms, key=lambda arm: (-round(float(accuracy[arm]), 9), float(loss[arm])))
-
-
 def difference(table: pd.DataFrame, first: str, second: str, quantity: str = ACCURACY) -> pd.DataFrame:
     """Return a quantity of an arm minus that of another, seed by seed."""
     return difference_by_seed(table[table["quantity"] == quantity], "arm", first, second)
 
 
 def gain(
-    id_: str, statement: str, number: str, first: Sequence[str], second: Sequence[str], split: str, expected: Expected
+    id_: str,
+    statement: str,
+    number: str,
+    pairs: Sequence[tuple[str, str]],
+    config: Config,
+    expected: Expected,
+    group: Group,
+    split: str = "",
 ) -> Claim:
-    """Return the claim that one arm has a higher test accuracy than another, each the best on validation data of several.
+    """Return the claim that one arm has a higher test accuracy than another, on average over pairs of arms.
 
     Args:
         id_: Of the claim.
         statement: Of the claim.
         number: Of the paper's claim.
-        first: The arms of which one should have the higher accuracy; without any there is nothing to measure.
-        second: Those of which one should have the lower.
-        split: On which they are compared.
+        pairs: The arm that should have the higher accuracy and the other; without any there is nothing to measure.
+        config: Of the run.
         expected: By its author.
+        group: Of the claim.
+        split: On which arms are compared; the first of the run if empty.
     """
-    chosen = " Each is the one of its kind with the highest mean validation accuracy." if len(first) > 1 else ""
+    split = split or config.splits[0]
+
+    def mean_difference(table: pd.DataFrame) -> pd.DataFrame:
+        return by_seed(pd.concat([difference(table, *pair) for pair in pairs]))
+
     return claim(
-        id_, f"{PAPER}, {number}", Inequality(JUDGED, "greater", 0.0),
+        id_, f"{PAPER}, {number}", Inequality(ACCURACY, "greater", 0.0, centre="mean"),
         statement,
-        "Difference of test accuracies at the lowest validation loss, in percentage points, between "
-        f"{' or '.join(first)} and {' or '.join(second)}, seed by seed, on the {split} split.{chosen}",
+        "Difference of test accuracies at the lowest validation loss, in percentage points, seed by seed, "
+        f"{' and '.join(f'{first} minus {second}' for first, second in pairs)}{', averaged' if len(pairs) > 1 else ''}; "
+        f"{config.place(split)}.",
         expected,
-        at=runs([*first, *second] if first and second else (), split),
-        estimate=lambda table: difference(table, ranked(table, first)[0], ranked(table, second)[0]),
+        group=group, at=runs([*dict.fromkeys(arm for pair in pairs for arm in pair)], split), estimate=mean_difference,
     )  # fmt: skip

@@ -58,7 +58,7 @@ def accuracy(axes: Axes, measurements: pd.DataFrame) -> None:
         level(axes, headline)
         note(axes, -0.45, headline, f"published {headline:g}", xytext=(0, 1))
     axes.margins(y=0.15)
-    axes.set(ylabel=TEST, title=f"{split} split; hollow: selected")
+    axes.set(ylabel=TEST, title="hollow: selected" if stored.empty else f"{split} split; hollow: selected")
 
 
 def epochs(axes: Axes, measurements: pd.DataFrame, *, seconds: bool = False) -> None:
@@ -145,24 +145,31 @@ def joint(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 CHANGES: Mapping[str, tuple[str, str]] = {
-    "adam wide": ("adam published", "64 units, Adam"),
-    "adam-kfac wide": ("adam-kfac published", "64 units, K-FAC"),
-    "not aggregated": ("adam-kfac published", "factor of $X$, not $\\hat{A}X$"),
-    "drawn labels": ("adam-kfac published", "labels drawn from the model"),
+    **{
+        f"K-FAC, {METHODS[method].title}, {choice}": (f"{method}-kfac {choice}", f"{method} {choice}")
+        for method in ("adam", "sgd")
+        for choice in CHOICES
+    },
+    "64 units, Adam": ("adam wide", "adam published"),
+    "64 units, K-FAC": ("adam-kfac wide", "adam-kfac published"),
+    "K-FAC, Adam, 64 units": ("adam-kfac wide", "adam wide"),
+    "factor of $\\hat{A}X$, not $X$": ("adam-kfac published", "not aggregated"),
+    "given labels, not drawn ones": ("adam-kfac published", "drawn labels"),
 }
-"""Arms that change one thing, what they are compared with, and their names."""
+"""What changes, and the arms with and without it."""
 
 
-def ablations(axes: Axes, measurements: pd.DataFrame) -> None:
-    """Change of the test accuracy by one change of the recipe."""
-    table = take(measurements, "ablations", ACCURACY)
-    base = take(measurements, "accuracy", ACCURACY, choice="published", split=table["split"].iloc[0])
-    wide = pd.concat([table, base]).pivot_table("value", "seed", "arm")
-    present = [arm for arm, (other, _) in CHANGES.items() if {arm, other} <= set(wide.columns)]
-    for place, arm in enumerate(reversed(present)):
-        style.across(axes, wide[arm] - wide[CHANGES[arm][0]], place, style.look("kfac"))
+def changes(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Change of the test accuracy by one change of the recipe, seed by seed."""
+    table = _first_split(take(measurements, "accuracy", ACCURACY))
+    split = table["split"].iloc[0]
+    others = measurements[(measurements["experiment"] == "ablations") & (measurements["quantity"] == ACCURACY)]
+    wide = pd.concat([table, others[others["split"] == split]]).pivot_table("value", "seed", "arm")
+    present = [(label, arms) for label, arms in CHANGES.items() if {*arms} <= set(wide.columns)]
+    for place, (_, (first, second)) in enumerate(reversed(present)):
+        style.across(axes, wide[first] - wide[second], place, style.look("kfac"))
     axes.axvline(0.0, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
-    axes.set_yticks(range(len(present)), [CHANGES[arm][1] for arm in reversed(present)])
+    axes.set_yticks(range(len(present)), [label for label, _ in reversed(present)])
     axes.set_ylim(-0.6, len(present) - 0.4)
     axes.margins(x=0.15)
     axes.set(xlabel="change of test accuracy (points)")

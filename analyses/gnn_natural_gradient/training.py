@@ -7,7 +7,7 @@ the network predicts in the same pass. It is a weighted cross-entropy: training 
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isfinite
 from typing import Any
@@ -22,7 +22,7 @@ from curvlab.fisher import KFAC
 from curvlab.nn import GraphNetwork, Propagation, WeightedCrossEntropy, gcn
 from curvlab.optim import Preconditioner
 from curvlab.problems import LabelledGraph
-from curvlab.study import Diverged
+from curvlab.study import Diverged, generator, stream
 
 DROPOUT = 0.5
 MOMENTUM = 0.9
@@ -39,6 +39,20 @@ class Setting:
     aggregated: Float[Tensor, "N F"]
     labels: Int[Tensor, " N"]
     trains: Bool[Tensor, " N"]
+
+    def drawn(self, seed: int) -> "Setting":
+        """Return the graph with nodes drawn by a seed: as many of each class for training, and to validate and test."""
+        graph = self.graph
+        order = torch.randperm(len(graph.labels), generator=generator(seed, "split"))
+        counts = graph.labels[graph.train].bincount(minlength=graph.classes).tolist()
+        train = torch.cat([order[graph.labels[order] == label][:count] for label, count in enumerate(counts)])
+        rest = order[~torch.isin(order, train)]
+        validation, test = rest[: len(graph.validation)], rest[len(graph.validation) :]
+        return replace(
+            self,
+            graph=replace(graph, train=train, validation=validation, test=test),
+            trains=torch.zeros_like(self.trains).index_fill_(0, train.to(self.trains.device), value=True),
+        )
 
     @property
     def others(self) -> float:
@@ -64,9 +78,14 @@ class Setting:
         return GraphNetwork(self.features, nn.Sequential(*chain))
 
 
+def setting_of(problem: str, split: str, device: str, dtype: str, seed: int) -> Setting:
+    """Return a graph on a device, with nodes drawn by the seed if it has no published split."""
+    setting = _published(problem, split, device, dtype)
+    return setting.drawn(seed) if problem == "karate" else setting
+
+
 @lru_cache(maxsize=3)
-def setting_of(problem: str, split: str, device: str, dtype: str) -> Setting:
-    """Return a graph on a device."""
+def _published(problem: str, split: str, device: str, dtype: str) -> Setting:
     graph = graph_of(problem, split)
     features = graph.features.to(device, getattr(torch, dtype))
     propagation = Propagation(graph.edge_index.to(device), len(features), dtype=features.dtype).to(device)
@@ -155,18 +174,19 @@ class TorchDraws:
 class GraphTraining:
     """A network, its optimiser and its preconditioner: a process whose steps are epochs.
 
-    Dropout is drawn by the seed, whatever other random numbers are drawn meanwhile.
+    Dropout has a stream of its own, whatever other random numbers are drawn meanwhile.
     """
 
     def __init__(self, setting: Setting, recipe: Recipe, seed: int, epochs: int) -> None:
-        self._draws = TorchDraws(seed, setting.features.device)
-        with self._draws():
-            self.setting, self.model = setting, setting.network(recipe, seed)
+        self._draws = TorchDraws(stream(seed, "dropout"), setting.features.device)
+        self.setting, self.model = setting, setting.network(recipe, seed)
         self._all = torch.arange(len(setting.labels), device=setting.labels.device)
         self._loss = WeightedCrossEntropy(setting.trains.to(setting.features.dtype))
         self._schedule = Schedule(recipe, epochs, setting.others)
         self._natural = (
-            IzadiPreconditioner(self.model, self._loss, recipe, self._schedule, seed) if recipe.kfac else None
+            IzadiPreconditioner(self.model, self._loss, recipe, self._schedule, stream(seed, "labels"))
+            if recipe.kfac
+            else None
         )
         self._optimiser: torch.optim.Optimizer = (
             torch.optim.Adam(self.model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)

@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import curvlab
 from analyses.descent import Descent, Direction, length
 from analyses.jacobian_rank.setting import Setting
+from curvlab import theory
 from curvlab.fisher import Structure
 from curvlab.rows import Rows
-from curvlab.study import follow
+from curvlab.study import follow, observed
 
 UNITS = 64
 """Units whose blocks are looked at one by one."""
@@ -74,12 +75,21 @@ def excess(squared: Float[np.ndarray, " T"], rate: float) -> float:
     return max(0.0, float(np.max(squared / squared[0] - rate ** np.arange(len(squared)))))
 
 
-def unit_rank(rows: Rows) -> float:
-    """Row rank of single units of the first layer, the mean over some of them, over the number of rows."""
+def unit_rank(rows: Rows) -> list[dict[str, object]]:
+    """Row rank of some units of the first layer: the mean over the number of rows, and its distance from `ranks_and_active`."""
     a, g = rows.layers[0].factors
     units = torch.linspace(0, g.shape[-1] - 1, min(UNITS, g.shape[-1])).long()
-    blocks = torch.einsum("nu,ni->uni", g[0, :, 0, 0][:, units], a[:, 0, 0])
-    return float(torch.linalg.matrix_rank(blocks).double().mean()) / rows.R
+    ranks, active = ranks_and_active(torch.einsum("nu,ni->uni", g[0, :, 0, 0][:, units], a[:, 0, 0]))
+    return [
+        observed("unit_rank", ranks.mean() / rows.R),
+        observed("unit_surprise", int(np.abs(ranks - active).max()), tolerance=0.0),
+    ]
+
+
+def ranks_and_active(blocks: Float[Tensor, "U R width"]) -> tuple[Int[np.ndarray, " U"], Int[np.ndarray, " U"]]:
+    """Ranks of units' blocks, and the samples on which these are active, at most the unit's parameters."""
+    active = (blocks != 0).any(-1).sum(-1).clamp_max(blocks.shape[-1])
+    return torch.linalg.matrix_rank(blocks).numpy(force=True), active.numpy(force=True)
 
 
 def moved(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
@@ -96,3 +106,10 @@ def displaced(setting: Setting, radius: float, towards: Mapping[str, Tensor]) ->
             if name in towards:
                 parameter.add_(scale * towards[name])
     return model
+
+
+def on_surface(setting: Setting, direction: Mapping[str, Tensor]) -> float:
+    """C_emp where a direction meets the surface of the ball of condition 2."""
+    radius = theory.condition_radius(float(setting.residual.norm()), float(setting.eigenvalues[0]))
+    rows = curvlab.jacobian(displaced(setting, radius, direction), setting.inputs)
+    return setting.stability_constant([setting.inspect(rows)])

@@ -7,10 +7,21 @@ from matplotlib.axes import Axes
 
 from analyses.jacobian_rank.experiments.structures import NEAR
 from analyses.jacobian_rank.experiments.width import THEOREMS
-from analyses.jacobian_rank.networks import TRAINED
+from analyses.jacobian_rank.networks import TRAINED, UNITS
 from analyses.jacobian_rank.points import DRIFTS
 from curvlab.study import style
-from curvlab.study.panels import DASHED, NEUTRAL, at_base, groups, level, note, structures_of, take, width_axis
+from curvlab.study.panels import (
+    DASHED,
+    NEUTRAL,
+    at_base,
+    groups,
+    level,
+    note,
+    predicted,
+    structures_of,
+    take,
+    width_axis,
+)
 
 NATURAL, DESCENT, KFAC = "full", "gradient-descent", "kfac"
 """Looks of natural gradient, gradient descent and K-FAC."""
@@ -50,7 +61,7 @@ def unit_rank(axes: Axes, measurements: pd.DataFrame) -> None:
     width_axis(axes, table)
     _activations(axes, table, "width", "unit-wise")
     axes.set_ylim(0, 1.1)
-    level(axes, 1.0)
+    level(axes, 0.5)
     axes.set(xlabel=WIDTH, ylabel="row rank of a unit's block / rows")
 
 
@@ -64,6 +75,17 @@ def drift(axes: Axes, measurements: pd.DataFrame, *, at: str, title: str) -> Non
     note(axes, widths[0], 0.5, "condition 2: below", va="top", xytext=(-6, -2))
     axes.set_ylim(bottom=0.3)
     axes.set(xlabel=WIDTH, ylabel=r"$3\|J-J_0\|_2\,/\,\sqrt{\lambda_{\min}(G_0)}$", title=title)
+
+
+def worst_point(axes: Axes, measurements: pd.DataFrame) -> None:
+    """C_emp at the worst point found in the ball against width, on few random inputs, and a bound on all points for erf (line)."""
+    axes.set_yscale("log")
+    table = take(measurements, "ball", "constant_worst")
+    width_axis(axes, table)
+    if "erf" in _activations(axes, table, "width"):
+        predicted(axes, take(measurements, "ball", "constant_bound"), "width", NATURAL, label="bound, erf")
+    level(axes, 0.5)
+    axes.set(xlabel=WIDTH, ylabel=r"$3\|J-J_0\|_2\,/\,\sqrt{\lambda_{\min}(G_0)}$", title="in the ball, worst")
 
 
 def _against_slopes(axes: Axes, table: pd.DataFrame, x: str, widths: Float[np.ndarray, " K"]) -> None:
@@ -153,9 +175,10 @@ def movement_ratio(axes: Axes, measurements: pd.DataFrame) -> None:
 
 def remaining_by_structure(axes: Axes, measurements: pd.DataFrame) -> None:
     """What five steps at η = 1/λ_max leave, by structure, over what gradient descent leaves."""
-    _by_structure(axes, take(measurements, "structures", "log_gain"))
-    level(axes, 0.0)
-    axes.set(ylabel=r"$\log_{10}$ of $\|r_5\|^2$ over" "\nthat of gradient descent")
+    axes.set_yscale("log")
+    _by_structure(axes, take(measurements, "structures", "left"))
+    level(axes, 1.0)
+    axes.set(ylabel=r"$\|r_5\|^2$ over that of gradient descent")
 
 
 def constant_by_structure(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -192,6 +215,7 @@ def change_of_networks(axes: Axes, measurements: pd.DataFrame, *, network: str) 
     """Relative change of the Jacobian along natural gradient against hidden units, with the derived slopes."""
     axes.set_yscale("log")
     table = take(measurements, "networks", "change_share", network=network)
+    table = table[table["units"] >= UNITS[network]]
     units = np.array(sorted(table["units"].unique()))
     style.log_ticks(axes, [int(number) for number in units])
     axes.margins(x=0.2)
@@ -216,9 +240,9 @@ def needed_width(axes: Axes, measurements: pd.DataFrame) -> None:
 
 def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str) -> None:
     """Paths of single samples in the plane of two outputs, of the first seed, and their targets."""
-    first = take(measurements, "paths", "output_1", run=run)
+    first = take(measurements, "paths", "output_1", run=run, problem="digits")
     seed = first["seed"].min()
-    second = take(measurements, "paths", "output_2", run=run, seed=seed)
+    second = take(measurements, "paths", "output_2", run=run, seed=seed, problem="digits")
     first = first[first["seed"] == seed]
     structure, label = PATHS[run]
     look = style.look(structure)

@@ -1,21 +1,16 @@
 """What experiments share: their points, what cells at them cost, and how fast the Jacobian is to change."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analyses.jacobian_rank.config import Config
-from curvlab.study import Cell, Experiment, Point, worst_by_seed
+from curvlab.study import Cell, Experiment, Point
+from curvlab.study.experiment import Varied
 
 PAPER = "Zhang, Martens & Grosse 2019"
-
-
-def page(source: str, claims: str) -> str:
-    """Return a source with the claims of the page of theory that hold what is claimed, or derive it."""
-    return f"{source} (docs/theory/zhang_martens_grosse_2019.md, {claims})"
-
 
 DRIFTS = {
     "relu": (
@@ -29,11 +24,19 @@ DRIFTS = {
 SYNTHETIC = "synthetic-two-layer"
 """Random inputs, more samples than dimensions, and a similarity that sets λ_min of the kernel."""
 
-EASY: Mapping[str, object] = {"problem": SYNTHETIC, "similarity": 0.0, "samples": 6}
-"""Few random samples, for which condition 2 holds at widths that fit into memory."""
+BOTH: tuple[Varied, ...] = ("initialisation", "data")
+"""What a seed varies of random data, or random targets, and a network for them."""
+
+FEW = 4
+"""Samples for which condition 2 holds along runs at widths that fit into memory."""
 
 WIDEST = 16384
 """Width at which `seconds` are given."""
+
+
+def page(part: str, place: str) -> str:
+    """Return a part of the paper as a source, with a place on its page of theory."""
+    return f"{PAPER}, {part} (docs/theory/zhang_martens_grosse_2019.md, {place})"
 
 
 def second_largest(config: Config) -> int:
@@ -55,17 +58,20 @@ def admitted(config: Config, points: Iterable[Point]) -> list[Point]:
     return list(map(complete, points))
 
 
-def own_and_easy(config: Config) -> list[Point]:
-    """Every activation, on the problem's own data at every width and, where widths are free, on easy data at the largest."""
+def own_and_few(config: Config) -> list[Point]:
+    """Every activation, on the problem's own data at every width and, where both are free, on few of them at the largest."""
     points: list[Point] = [{"data": "own", "width": width} for width in config.swept_widths]
-    if config.swept_widths != (0,):
-        points.append({**EASY, "data": "easy", "width": config.swept_widths[-1]})
+    if {"width", "samples"} <= config.takes.keys():
+        points.append({"data": "few", "samples": min(FEW, config.samples), "width": config.swept_widths[-1]})
     return [{**point, "activation": activation} for point in points for activation in config.activation]
 
 
-def experiment(points: Callable[[Config], Iterable[Point]], **description: Any) -> Experiment[Config]:
-    """Return an experiment at `admitted` points."""
-    return Experiment(cells=lambda config: admitted(config, points(config)), memory=memory, **description)
+def experiment(
+    points: Callable[[Config], Iterable[Point]], *, varies: tuple[Varied, ...] = ("initialisation",), **description: Any
+) -> Experiment[Config]:
+    """Return an experiment at `admitted` points, whose data are the same at every seed unless it says otherwise."""
+    described: dict[str, Any] = {"varies": varies, "memory": memory} | description
+    return Experiment(cells=lambda config: admitted(config, points(config)), **described)
 
 
 def _width(cell: Cell) -> int:
@@ -82,6 +88,7 @@ def memory(cell: Cell, config: Config) -> float:
     return 4e8 + 8.0 * _width(cell) * (10 * config.samples + 1500)
 
 
-def worst_decade_by_seed(table: pd.DataFrame) -> pd.DataFrame:
-    """Estimate by log10 of the largest of a seed's observations, for values that spread over decades."""
-    return worst_by_seed(table.assign(value=np.log10(table["value"])))
+def geometric_by_seed(table: pd.DataFrame) -> pd.DataFrame:
+    """Estimate by the geometric mean over a seed's observations."""
+    means: pd.Series = np.exp(np.log(table["value"]).groupby(table["seed"]).mean())
+    return means.reset_index()

@@ -16,17 +16,28 @@ from analyses.ntk_isotropy.experiments.response import RESPONSE
 from analyses.ntk_isotropy.experiments.stability import STABILITY
 from analyses.ntk_isotropy.experiments.steps import PARAMETER_STEPS
 from analyses.ntk_isotropy.experiments.tridiagonal import TRIDIAGONAL
-from analyses.specs import classifies_nodes, squared
+from analyses.specs import classifies_nodes, described, squared
 from curvlab.problems import ARGUMENTS, Problem, digest_of, instance
 from curvlab.study import Analysis, UsageError
 from curvlab.study.panels import PanelGrid
 
 
-def _data_hash(config: Config) -> str:
+def _problem(config: Config) -> Problem:
+    """The problem at the middle width."""
     wanted: dict[str, Any] = squared(config.problem)
     if not isinstance(config.takes.get("width"), int):
         wanted["width"] = config.middle_width or 1
-    problem = instance(config.problem, **wanted)
+    return instance(config.problem, **wanted)
+
+
+def _subject(config: Config) -> dict[str, object]:
+    widths = config.swept_widths
+    swept: dict[str, object] = {"widths": widths, "depth": config.depth, "activation": config.activation}
+    return described(_problem(config), **({} if widths == (0,) else {"network": ""} | swept))
+
+
+def _data_hash(config: Config) -> str:
+    problem = _problem(config)
     digest = digest_of(problem)
     _check_loss(config.problem, problem)
     return digest
@@ -86,12 +97,12 @@ TEST_LOSS = partial(
 FIGURES = {
     "isotropy": _layout(
         [[panels.scale_against_depth, panels.anisotropy_against_width]],
-        claims=("isotropic-", "kfac-published", "anisotropic-diagonal", "anisotropic-ekfac", "gradient-descent-anis"),
+        claims=("isotropic-", "kfac-published", "anisotropic-diagonal", "anisotropic-ekfac"),
         height=3.1,
     ),
     "training": _layout(
         [[panels.residual_against_rate, *(partial(_training_loss, scale=scale) for scale in (0.5, 1.0))]],
-        claims=("stability-",),
+        claims=("contraction-",),
         height=2.9,
         columns=6,
     ),
@@ -117,7 +128,7 @@ FIGURES = {
     ),
     "gradient_descent": _layout([[panels.modes, TENTH]], claims=("gradient-descent-",), height=2.4),
     "stability": _layout(
-        [[panels.edge_of_stability, panels.sharpness]], claims=("preconditioned-", "edge-"), height=2.6
+        [[panels.edge_of_stability, panels.sharpness]], claims=("preconditioned-", "stability-"), height=2.6
     ),
     "positivity": _layout(
         [[panels.positivity]], claims=("positive-", "duplicates-", "narrow-"), width="column", height=2.5
@@ -126,7 +137,7 @@ FIGURES = {
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="ntk_isotropy",
-    version=3,
+    version=4,
     question=(
         "Does one step of natural gradient with an approximate Fisher move the outputs of a wide network by the same "
         "factor in every direction, so that approximate and exact natural gradient train alike?"
@@ -137,12 +148,13 @@ ANALYSIS: Analysis[Config] = Analysis(
         "--widths 128 512 --seeds 5    # a quick look at two widths",
         "--problem karakida-osawa      # the paper's own setting: MNIST 0/1, N = 100, width 4096",
     ),
-    cost="digits 0 and 1, N = 40, widths 128, 512 and 2048, 12 seeds: under 3 minutes on 2 cores (5 of processor time), "
+    cost="digits 0 and 1, N = 40, widths 128, 512 and 2048, 12 seeds: under 5 minutes on 2 cores (8 of processor time), "
     "and 1 GiB a process.",
     config=Config,
     experiments=(
         RESPONSE, TRIDIAGONAL, INPUTS, PARAMETER_STEPS, GRADIENT_DESCENT, DAMPING, POSITIVITY, CROSS_ENTROPY, STABILITY,
     ),
+    subject=_subject,
     data_hash=_data_hash,
     figures=FIGURES,
     axes=(

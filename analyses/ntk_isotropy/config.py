@@ -34,11 +34,11 @@ class Config(CommonOptions):
     other_depths: tuple[int, ...] = (2, 4, 5, 6, 7)
     """Depths tried besides, at the smallest width (unit: weight layers)."""
     other_activations: tuple[str, ...] = ("erf", "tanh")
-    """Activations tried besides, at the smallest width."""
+    """Activations tried besides, at the smallest width; in steps of exact natural gradient at every width."""
     other_kinds: tuple[Kind, ...] = ("mc", "empirical")
     """Fisher kinds tried besides the exact one, at the smallest width."""
     other_outputs: tuple[int, ...] = (3,)
-    """Numbers of outputs tried besides one, at the smallest width (unit: classes)."""
+    """Numbers of outputs tried besides one, at the smallest width, of K-FAC at the middle one (unit: classes)."""
     step_scales: tuple[float, ...] = (0.1, 0.5, 1.5, 2.2)
     """Step sizes tried besides 1, in units of 1/α, at the middle width."""
 

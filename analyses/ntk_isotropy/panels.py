@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from analyses.ntk_isotropy.points import LEFT
 from analyses.ntk_isotropy.setting import SIGMAS
 from curvlab.study import style
 from curvlab.study.panels import (
@@ -59,7 +60,7 @@ def scale_against_depth(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 def anisotropy_against_width(axes: Axes, measurements: pd.DataFrame) -> None:
-    """‖M − ᾱI‖_F/‖ᾱI‖_F against width; the band is what round-off can do to the layer-wise family."""
+    """‖M − ᾱI‖_F/‖ᾱI‖_F against width; band: what round-off does to the layer-wise family; dashed: what width 4096 leaves."""
     axes.set_yscale("log")
     table = at_base(take(measurements, "response", "anisotropy", kind="exact"))
     with contextlib.suppress(NotStored):
@@ -68,6 +69,7 @@ def anisotropy_against_width(axes: Axes, measurements: pd.DataFrame) -> None:
     widths = width_axis(axes, table)
     table = table.assign(value=table["value"].clip(lower=LOWEST))
     by_structure(axes, table, "width")
+    level(axes, LEFT)
     with contextlib.suppress(NotStored):
         bound = at_base(take(measurements, "response", "distance", structure=tuple(SIGMAS)))["tolerance"].max()
         bottom = table["value"].min() / 10
@@ -245,12 +247,11 @@ def moved_layers(axes: Axes, measurements: pd.DataFrame) -> None:
 def kfac_layers(axes: Axes, measurements: pd.DataFrame) -> None:
     """Scale of every layer's K-FAC response: derived N, …, N, 1 (line), published N throughout (dashed).
 
-    At the greatest depth with one output, and with several outputs (hollow).
+    At the greatest depth with one output and the smallest width, and with several outputs (hollow) and a width above NC.
     """
     axes.set_yscale("log")
-    table = take(measurements, "response", "layer_alpha", structure="kfac", kind="exact")
-    table = at_base(table[table["width"] == table["width"].min()], "activation")
-    one = at_base(table, "outputs")
+    table = at_base(take(measurements, "response", "layer_alpha", structure="kfac", kind="exact"), "activation")
+    one = at_base(table[table["width"] == table["width"].min()], "outputs")
     one = one[one["depth"] == one["depth"].max()]
     layers = sorted(one["layer"].unique())
     if len(layers) < 2:
@@ -303,8 +304,9 @@ def kfac_inputs(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 def _cross_entropy(measurements: pd.DataFrame, quantity: str, rank: int) -> tuple[int, pd.DataFrame]:
-    """The rank-th number of classes and its rows."""
+    """The rank-th number of classes and its rows, at the smallest width."""
     table = take(measurements, "cross-entropy", quantity)
+    table = table[table["width"] == table["width"].min()]
     classes = sorted(table["outputs"].unique())
     if rank >= len(classes):
         raise NotStored("Cross-entropy with more classes")
@@ -358,17 +360,18 @@ def modes(axes: Axes, measurements: pd.DataFrame) -> None:
 
 
 def edge_of_stability(axes: Axes, measurements: pd.DataFrame) -> None:
-    """Training residual against steps at η just below and just above 2/λ_max(F⁻¹H)."""
+    """Training residual against steps near interpolation, at αη on both sides of 2 (lines: |1 − αη|^t)."""
     axes.set_yscale("log")
     table = take(measurements, "stability", "residual")
-    start = table[table["step"] == 0].set_index("cell")["value"]
+    start = table[table["step"] == 0].groupby("cell")["value"].mean()
     table = table.assign(value=(table["value"] / table["cell"].map(start)).clip(lower=LOWEST))
     steps = np.unique(table["step"])
-    for factor, rows in groups(table, "factor"):
-        axes.plot(steps, abs(1 - 2 * factor) ** steps, color=NEUTRAL, zorder=2)
-        note(axes, steps[-1], abs(1 - 2 * factor) ** steps[-1], f"{factor:g}", va="center", xytext=(8, 0))
-        by_structure(axes, rows, "step", hollow=factor < 1)
-    title = r"$\eta\lambda_{\max}(F^{-1}H)/2$: filled above 1, empty below"
+    for rate, rows in groups(table[table["rate"] > 1.5], "rate"):
+        law = abs(1 - rate) ** steps
+        axes.plot(steps, law, color=NEUTRAL, zorder=2)
+        note(axes, steps[-1], law[-1], f"{rate:g}", va="center", xytext=(8, 0))
+        by_structure(axes, rows, "step", hollow=rate < 2)
+    title = r"$\alpha\eta$: filled above 2, empty below"
     axes.set(xlabel="step $t$", ylabel=r"residual  $\|f_t-y\|\,/\,\|f_0-y\|$")
     axes.set_title(title, fontsize=7)
 
@@ -378,11 +381,11 @@ def sharpness(axes: Axes, measurements: pd.DataFrame) -> None:
     names = {"fisher_top_over_alpha": r"$F^{-1}F$", "hessian_top_over_alpha": r"$F^{-1}H$"}
     for position, quantity in enumerate(names):
         table = take(measurements, "stability", quantity)
-        table = table[table["factor"] == table["factor"].min()]
         by_structure(axes, table.assign(position=position), "position", separation=6.4)
     level(axes, 1.0)
     axes.set_xticks(range(len(names)), list(names.values()))
-    axes.set(ylabel=r"$\lambda_{\max}/\alpha$", xlim=(-0.5, len(names) - 0.5))
+    low, high = axes.get_ylim()
+    axes.set(ylabel=r"$\lambda_{\max}/\alpha$", xlim=(-0.5, len(names) - 0.5), ylim=(min(low, 0.97), max(high, 1.03)))
 
 
 def positivity(axes: Axes, measurements: pd.DataFrame) -> None:

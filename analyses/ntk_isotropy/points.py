@@ -7,6 +7,12 @@ from analyses.ntk_isotropy.config import Config
 from curvlab.study import Cell, Experiment, Point
 
 PAPER = "Karakida & Osawa 2020"
+LEFT = 0.0389
+"""√(2.03e-4/0.134341): the share of the residual that the first exact step of the published run leaves.
+
+The anisotropy of a response is the same of a linear step at η = 1/ᾱ, as a root mean square over directions of the residual.
+"""
+LEFT_FROM = "what finite width leaves of the residual in the README's run, √(2.03e-4/0.134341)"
 
 
 def page(source: str, claims: str) -> str:
@@ -36,7 +42,8 @@ def points(config: Config, wanted: Iterable[Point]) -> list[Point]:
 
 def experiment(wanted: Callable[[Config], Iterable[Point]], **description: Any) -> Experiment[Config]:
     """Return an experiment at those of the wanted points that the problem admits."""
-    return Experiment(cells=lambda config: points(config, wanted(config)), memory=memory, **description)
+    varied = {"varies": ("initialisation",), **description}
+    return Experiment(cells=lambda config: points(config, wanted(config)), memory=memory, **varied)
 
 
 def seconds(least: float, more: float) -> Callable[[Cell, Config], float]:

@@ -12,6 +12,7 @@ from analyses.descent import flat, length
 from analyses.ntk_isotropy.setting import Setting
 from curvlab.fisher import Structure
 from curvlab.nn.functional import called_with
+from curvlab.study import generator
 
 PROBES = 2
 """Random directions of the outputs that are sent through the parameters."""
@@ -30,8 +31,7 @@ def pull(structure: Structure, setting: Setting, u: Float[Tensor, "K R"]) -> dic
 def probes(setting: Setting, seed: int) -> Float[Tensor, "K R"]:
     """Return orthonormal random directions of the outputs."""
     J = setting.jacobian
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(J.R, min(PROBES, J.R), generator=generator, dtype=torch.float64)
+    drawn = torch.randn(J.R, min(PROBES, J.R), generator=generator(seed, "probes"), dtype=torch.float64)
     orthonormal: Tensor = torch.linalg.qr(drawn).Q
     return orthonormal.T.to(J.dtype).to(J.device)
 

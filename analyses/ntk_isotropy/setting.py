@@ -20,7 +20,7 @@ from curvlab.rows import Rows
 from curvlab.rows.factored import KroneckerRows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.rows import gram
-from curvlab.study import round_off
+from curvlab.study import generator, round_off
 
 SMOOTH = frozenset(ACTIVATIONS) - {"relu"}
 """Activations whose derivative is almost nowhere zero, γ = 1; γ = ½ for ReLU."""
@@ -191,9 +191,10 @@ def make(structure: str) -> Structure:
 
 def on_inputs(setting: Setting, inputs: Float[Tensor, "N d"], width: int, seed: int) -> Setting:
     """Return the setting of a perceptron of the same depth and activation on other inputs of the training samples."""
-    generator = torch.Generator().manual_seed(seed)
     targets = setting.problem.train[1]
     sizes = (inputs.shape[1], *(width,) * max(setting.depth - 1, 1), targets.shape[1])
-    model = ntk_mlp(sizes, setting.activation, generator=generator, dtype=inputs.dtype, device=inputs.device)
+    model = ntk_mlp(
+        sizes, setting.activation, generator=generator(seed, "perceptron"), dtype=inputs.dtype, device=inputs.device
+    )
     data = (inputs, targets)
     return Setting(Problem("perceptron", model, HalfSquaredError(), data, data), setting.arguments)

@@ -15,8 +15,6 @@ class Config(CommonOptions):
 
     problem: str = "digits"
     """Data set and model: a name, or module:function that returns a Problem."""
-    seeds: int = 6
-    """How many random seeds to run; intervals and p-values are taken over them (unit: seeds)."""
     width: int = 64
     """Hidden width, where the problem takes one (unit: neurons)."""
     activation: str = "tanh"

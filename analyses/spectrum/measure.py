@@ -15,7 +15,7 @@ from curvlab.problems import Problem, resolve
 from curvlab.rows import sqrt_fisher
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.spectrum import Operator, StructureOperator
-from curvlab.study import Cell, Context, Observations, follow, observed
+from curvlab.study import Cell, Context, Observations, follow, generator, observed
 
 WHOLE = "all"
 """The layer that stands for all parameters."""
@@ -25,6 +25,8 @@ GRID = 120
 LINEAR = 1e-3
 """δ over the largest modulus: below it the axis of a density is linear, above logarithmic."""
 TRACE_PRODUCTS = 64
+ROUND_OFF = 1e-9
+"""Part of the largest modulus up to which a negative eigenvalue counts as none."""
 
 
 class Restricted(Operator):
@@ -86,18 +88,21 @@ def _parts(operator: Operator) -> Iterator[tuple[str, Operator]]:
 
 
 def measure(cell: Cell, context: Context[Config]) -> Observations:
-    """Return top eigenvalues, trace and density of a cell's matrix, whole and per layer; densities of the whole only."""
-    config = context.config
-    problem = problem_of(config, int(cell["seed"]))
+    """Return top eigenvalues, trace and density of a cell's matrix, whole and per layer; densities of the whole only.
+
+    At a seed all matrices see the same probes, so that what they differ in is not the probes' doing.
+    """
+    config, seed = context.config, int(cell["seed"])
+    problem = problem_of(config, seed)
     whole = operator_of(str(cell["matrix"]), problem)
     rows = []
     for layer, operator in _parts(whole):
         found = spectrum.eigenpairs(operator, min(config.top, operator.size), tolerance=TOLERANCE)
         for index, value in enumerate(found.values.tolist()):
             rows.append(observed("eigenvalue", value, index=index + 1, layer=layer))
-        estimate = spectrum.trace(operator, products=TRACE_PRODUCTS)
+        estimate = spectrum.trace(operator, products=TRACE_PRODUCTS, generator=generator(seed, "trace", layer))
         rows.append(observed("trace", estimate.value, error=estimate.standard_error, layer=layer))
-    density = spectrum.density(whole, probes=config.probes, steps=config.lanczos)
+    density = spectrum.density(whole, probes=config.probes, steps=config.lanczos, generator=generator(seed, "density"))
     rows += _density_rows(density)
     rows.append(observed("negative_share", float(density.weights[density.nodes < -_scale(density)].sum())))
     return rows
@@ -108,13 +113,18 @@ def _scale(density: spectrum.Density) -> float:
 
 
 def _density_rows(density: spectrum.Density) -> list[dict[str, object]]:
-    """Return the share of eigenvalues a unit of asinh(λ/δ), on an even grid of it, with Gaussian kernels there."""
+    """Return the share of eigenvalues a unit of asinh(λ/δ), on an even grid of it, with Gaussian kernels there.
+
+    Of a matrix without negative eigenvalues, but for round-off, nothing is put below 0: what a kernel has there is folded back.
+    """
     scale = _scale(density)
     at, weights = np.arcsinh(density.nodes.numpy() / scale), density.weights.numpy()
-    low, high = float(at.min()), float(at.max())
-    grid = np.linspace(low - 0.5, high + 0.5, GRID)
-    sigma = (grid[-1] - grid[0]) / 60
-    kernel = np.exp(-0.5 * ((grid[:, None] - at) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+    positive = float(density.nodes.min()) > -ROUND_OFF * float(density.nodes.abs().max())
+    low, high = 0.0 if positive else float(at.min()) - 0.5, float(at.max()) + 0.5
+    grid = np.linspace(low, high, GRID)
+    sigma = (high - low) / 60
+    places, weights = (np.append(at, -at), np.tile(weights, 2)) if positive else (at, weights)
+    kernel = np.exp(-0.5 * ((grid[:, None] - places) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
     shares = kernel @ weights
     return [
         observed("density", float(share), eigenvalue=float(scale * np.sinh(x)), place=index)

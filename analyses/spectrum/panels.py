@@ -45,11 +45,11 @@ def top_eigenvalues(axes: Axes, measurements: pd.DataFrame) -> None:
 
 def traces(axes: Axes, measurements: pd.DataFrame) -> None:
     """The trace of every matrix."""
+    axes.set_yscale("log")
     table = take(measurements, "spectra", "trace", layer=WHOLE)
     names = _present(table)
     for place, name in enumerate(names):
         style.measured(axes, table[table["matrix"] == name].assign(place=place), "place", look(name), label="")
-    axes.set_ylim(bottom=0)
     axes.set_xticks(range(len(names)), [look(name).label for name in names], rotation=35, ha="right")
     axes.set(ylabel="trace")
 
@@ -73,7 +73,7 @@ def densities(measurements: pd.DataFrame) -> Rows:
 
 
 def density(axes: Axes, measurements: pd.DataFrame, *, matrix: str) -> None:
-    """Spectral density of one matrix over the symmetric logarithm of λ, of every seed and the mean."""
+    """Spectral density of one matrix over the symmetric logarithm of λ, of every seed."""
     table = take(measurements, "spectra", "density", matrix=matrix)
     for _, group in table.groupby("seed"):
         ordered = group.sort_values("place")

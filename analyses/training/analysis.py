@@ -39,32 +39,35 @@ FIGURES = {
     ),
     "targets": _layout(
         [[partial(panels.targets, seconds=seconds, named=not seconds) for seconds in (False, True)]],
-        claims=("steps-", "time-loss", "time-accuracy"),
+        claims=(),
         height=3.2,
+    ),
+    "wins": _layout(
+        [[partial(panels.wins, seconds=seconds, named=not seconds) for seconds in (False, True)]],
+        claims=("steps-", "time-loss", "time-accuracy"),
+        height=2.6,
     ),
     "ingredients": _layout(
         [[partial(panels.ingredients, seconds=seconds, named=not seconds) for seconds in (False, True)]],
         claims=("ingredient-", "time-step"),
         height=2.2,
     ),
-    "rates": _layout(
-        [[panels.equal_rates, panels.contraction]], claims=("rate-", "equal-rate-", "contraction-"), height=2.6
-    ),
+    "rates": _layout([[panels.rates, panels.contraction]], claims=("rate-", "contraction-"), height=2.6),
 }
 
 ANALYSIS: Analysis[Config] = Analysis(
     name="training",
-    version=4,
+    version=5,
     question=(
         "Does natural gradient with a structure of the Fisher matrix need fewer steps than tuned first-order methods, and less "
-        "time? What do single ingredients of K-FAC add, and does the optimiser keep the rates that the theory gives?"
+        "time? What do single ingredients of K-FAC add?"
     ),
-    paper="Martens & Grosse 2015 (K-FAC), Karakida & Osawa 2020 (equal rates), Zhang, Martens & Grosse 2019 (contraction)",
+    paper="Martens & Grosse 2015 (K-FAC)",
     examples=(
         "--seeds 5 --structures full kfac --ingredients   # a quick look at two structures",
-        "--problem fashion-lenet --races 5                # LeNet on Fashion-MNIST",
+        "--problem fashion-lenet --seeds 5                # LeNet on Fashion-MNIST",
     ),
-    cost="MLP on the ten digits, 22 methods, 4 configurations each, 8 fresh seeds to race on: about 3 minutes on 2 cores.",
+    cost="MLP on the ten digits, 22 methods, 4 configurations each on 3 seeds, 12 fresh ones to judge: about 5 minutes on 2 cores.",
     config=Config,
     experiments=(TUNE, JUDGING, TIMING, ISOTROPIC, CONTRACTION),
     data_hash=_data_hash,

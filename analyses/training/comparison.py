@@ -1,7 +1,7 @@
-"""Numbers of steps and of seconds of one method against those of others, seed by seed.
+"""Numbers of steps and of seconds of one method against those of another, seed by seed.
 
-A run that does not reach its target counts with the whole budget, so a ratio of two runs is bounded from the side of the one
-that fails.
+A run that does not reach its target counts with the whole budget: at a seed where only one of the two reaches it, that one
+wins, and where neither does, nobody.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import pandas as pd
 from analyses.clock import priced
 from analyses.training.config import Config
 from analyses.training.entrants import entrants
+from curvlab.study import difference_by_seed
 from curvlab.study.estimates import Estimate
 
 SECONDS = "seconds_per_step"
@@ -25,42 +26,41 @@ def seconds_to(table: pd.DataFrame, steps: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against others.
-
-    Attributes:
-        method: the method.
-        others: those that it is compared with; of several, the one with the least mean logarithm over the seeds that are
-            judged, which favours them.
-    """
+    """A method against another."""
 
     method: str
-    others: tuple[str, ...]
+    other: str
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        """All of them."""
-        return (self.method, *self.others)
+    def methods(self) -> tuple[str, str]:
+        """Both of them."""
+        return self.method, self.other
 
-    def steps(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Estimate by log10 of the values over those of the best other."""
-        logs = table.assign(value=np.log10(table["value"])).pivot_table("value", "seed", "method")
-        best = logs[list(self.others)].mean().idxmin()
-        return (logs[self.method] - logs[best]).rename("value").reset_index()
+    def difference(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Estimate by the values of the method minus those of the other."""
+        return difference_by_seed(table, "method", *self.methods)
+
+    def ratio(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Estimate by the values of the method over those of the other."""
+        logs = self.difference(table.assign(value=np.log(table["value"])))
+        return logs.assign(value=np.exp(logs["value"]))
 
     def seconds(self, steps: str) -> Estimate:
-        """Return the estimate by log10 of the seconds that some steps take over those of the best other."""
-        return lambda table: self.steps(seconds_to(table, steps))
+        """Return the estimate by the seconds that some steps take minus those of the other."""
+        return lambda table: self.difference(seconds_to(table, steps))
 
     def outside(self, table: pd.DataFrame) -> str | None:
-        """Say that no run of any of these methods reached the target."""
+        """Say that no run of either method reached the target."""
         runs = table[(table["quantity"] != SECONDS) & table["method"].isin(self.methods)]
         if (runs["status"] == "ok").any():
             return None
-        return f"Neither {self.method} nor what it is compared with reached the target within the budget."
+        return f"Neither {self.method} nor {self.other} reached the target within the budget."
 
 
 def against_rivals(config: Config) -> list[Comparison]:
-    """Return every structure that takes part against all rivals; none where there is no rival."""
+    """Return every structure that takes part against every rival, one by one."""
     present = entrants(config)
-    rivals = tuple(method.name for method in present if method.family == "first order")
-    return [Comparison(method.name, rivals) for method in present if rivals and method.name in config.structures]
+    rivals = [method.name for method in present if method.family == "first order"]
+    return [
+        Comparison(method.name, rival) for method in present if method.name in config.structures for rival in rivals
+    ]

@@ -14,14 +14,16 @@ from curvlab.study import CommonOptions, check_bounds, check_names
 class Config(CommonOptions):
     """Options of the training analysis; a race's own are fixed by the problem unless said otherwise."""
 
-    races: int = 8
-    """Of the seeds, how many to race on: races take almost all of the time (unit: seeds)."""
+    first_seed: int = 1001
+    """The first of them; configurations were laid around the run from seed 1000 (unit: seeds)."""
     problem: str = "digits-mlp"
     """Data set and model: a name, or module:function that returns a Problem whose targets are classes."""
     dtype: Literal["float64", "float32"] = "float32"
     """Floating-point precision of the races; the theory's rates are measured in float64."""
     configurations: int = 4
     """Configurations that every method is tuned over, the first of its list (unit: configurations)."""
+    starts: int = 3
+    """Runs of each configuration, with streams that no judged run has, by which one is chosen (unit: runs)."""
     rivals: tuple[str, ...] = tuple(RIVALS)
     """First-order methods to run."""
     structures: tuple[str, ...] = field(default_factory=lambda: tuple(STRUCTURES))
@@ -42,13 +44,8 @@ class Config(CommonOptions):
         check_names("name in --rivals", self.rivals, RIVALS)
         check_names("name in --ingredients", self.ingredients, VARIANTS)
         check_structures(self.structures)
-        check_bounds(self, races=1, configurations=(1, CONFIGURATIONS), steps=0, batch=0, target_loss=0)
+        check_bounds(self, starts=1, configurations=(1, CONFIGURATIONS), steps=0, batch=0, target_loss=0)
         check_bounds(self, target_accuracy=(0, 1))
-
-    @property
-    def raced(self) -> int:
-        """Number of fresh seeds that races are judged on."""
-        return min(self.races, self.seeds)
 
     @property
     def race(self) -> Race:

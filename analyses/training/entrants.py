@@ -1,9 +1,11 @@
 """The race on the problem of a configuration: who takes part, one run of a method, and the choice of its configuration."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -15,12 +17,12 @@ from analyses.training.races import Race, Target
 from analyses.training.run import Run
 from curvlab.problems import Problem, resolve
 from curvlab.rows.loss import Kind
-from curvlab.study import Cell, Context, Trace, follow, observed
+from curvlab.study import Cell, Context, Trace, follow, observed, stream
 
 TUNING = "tuning"
 """The experiment by which configurations are chosen."""
-TUNING_SEED = 1000
-"""Seed of network, batches and draws while configurations are chosen; judged runs have seeds from 0."""
+VARIES: tuple[Literal["initialisation", "batches", "draws"], ...] = ("initialisation", "batches", "draws")
+"""What a seed of a run varies: the weights, the order of the batches, and the labels that rows of one sample draw."""
 
 
 def problem_of(config: Config, seed: int) -> Problem:
@@ -41,7 +43,7 @@ def entered(method: Entrant, index: int, start: Problem, config: Config, seed: i
     problem, point = replace(start, model=copy.deepcopy(start.model)), method.points[index]
     kind: Kind = "exact" if method.name in config.race.exact else "mc"
     optimisers, label = (
-        method.build(problem.model, problem.loss, point, kind, seed),
+        method.build(problem.model, problem.loss, point, kind, stream(seed, "labels")),
         f"{method.name}, {described(point)}",
     )
     return Run(problem, optimisers, label, config.race, seed, method.passes, autocast=method.autocast)
@@ -69,27 +71,25 @@ def final_loss(trace: Trace, quantity: str) -> Mapping[str, object]:
 
 
 def chosen(method: Entrant, context: Context[Config]) -> int:
-    """Return the index of the configuration in which a method is judged: the one that did best from the tuning seed."""
+    """Return the index of the configuration in which a method is judged: the one that did best while it was tuned."""
     return best(context.rows(TUNING, method=method.name))
 
 
 def best(tuned: pd.DataFrame) -> int:
-    """Return the index of the configuration that comes first.
+    """Return the index of the configuration that comes first, over the seeds that it was tuned on.
 
-    Those that reached the loss and did not diverge afterwards come first, by their number of steps; then those that reached
-    it and diverged; then by the final loss.
+    The one that misses the loss at the fewest seeds comes first; of equal ones the one that diverges at the fewest, then by
+    the geometric mean of the steps, then by the mean of the final losses.
 
     Args:
         tuned: what the tuning of one method measured.
     """
-    steps, losses = (
-        tuned[tuned["quantity"] == quantity].set_index("configuration") for quantity in ("tuning_steps", "tuning_loss")
-    )
+    steps, losses = (tuned[tuned["quantity"] == quantity] for quantity in ("tuning_steps", "tuning_loss"))
     order = {
-        "missed": steps["status"] != "ok",
-        "diverged": losses["status"] != "ok",
-        "steps": steps["value"],
-        "loss": losses["value"],
+        "missed": (steps["status"] != "ok").groupby(steps["configuration"]).sum(),
+        "diverged": (losses["status"] != "ok").groupby(losses["configuration"]).sum(),
+        "steps": steps["value"].map(math.log).groupby(steps["configuration"]).sum().round(9),
+        "loss": losses["value"].groupby(losses["configuration"]).mean(),
     }
     return int(pd.DataFrame(order).sort_values(list(order)).index[0])
 

@@ -1,7 +1,6 @@
 """What single ingredients add to K-FAC: the one table of what is claimed of them."""
 
 from dataclasses import dataclass
-from math import log10
 
 from analyses.training.comparison import Comparison
 from analyses.training.config import Config
@@ -9,11 +8,12 @@ from analyses.training.entrants import entrants
 from analyses.training.methods import INVERT_EVERY, KL_CLIP, METHODS, PASSES
 from curvlab.fisher import KFAC
 from curvlab.study import Expected, supported, undecided
+from curvlab.study.claims import Group
 
 KFAC_PAPER = "Martens & Grosse 2015"
 
-SLIGHT = log10(1.1)
-"""More steps, as log10 of the ratio, that count as no loss."""
+SLIGHT = 1.1
+"""The ratio of steps up to which more of them count as no loss."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Ingredient:
         statement: Its gain in steps.
         source: Paper and section.
         expected: What is expected of that.
-        bound: The largest log10 of the ratio of steps that counts as a gain.
+        bound: The largest ratio of steps that counts as a gain.
         faster: The claim that its steps take less time, if that is what it is for.
         expected_faster: What is expected of that.
         lacking: The method that lacks it, where K-FAC itself has it; else `kfac-<name>` has it, and lacks it in its base.
+        group: Of both claims; what a paper says of it on other problems is derived.
     """
 
     name: str
@@ -37,10 +38,16 @@ class Ingredient:
     statement: str
     source: str
     expected: Expected
-    bound: float = 0.0
+    bound: float = 1.0
     faster: str = ""
     expected_faster: Expected | None = None
     lacking: str = ""
+    group: Group = "derived"
+
+    @property
+    def bound_from(self) -> str:
+        """Where the bound comes from; that of a slight loss is by hand."""
+        return "" if self.bound == SLIGHT else "1: no difference"
 
     @property
     def method(self) -> str:
@@ -55,7 +62,7 @@ class Ingredient:
     @property
     def versus(self) -> Comparison:
         """K-FAC with it against K-FAC without it."""
-        return Comparison(self.method, (self.without,))
+        return Comparison(self.method, self.without)
 
 
 INGREDIENTS = (
@@ -136,6 +143,7 @@ INGREDIENTS = (
         SLIGHT,
         "A step of K-FAC that leaves the output layer to the plain gradient takes less time than one on all layers.",
         supported("It makes no factors and inverses there."),
+        group="exploration",
     ),
 )
 

@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analyses.jacobian_rank import panels as jacobian_rank
-from analyses.training.comparison import SECONDS, seconds_to
+from analyses.training.comparison import SECONDS, Comparison, seconds_to
 from analyses.training.experiments import isotropic
 from analyses.training.ingredients import INGREDIENTS
 from analyses.training.methods import METHODS, VARIANTS, in_order
 from curvlab.study import style
 from curvlab.study.inference import Summary
-from curvlab.study.panels import DASHED, NEUTRAL, NotStored, level, note, plain_ticks, take
+from curvlab.study.panels import DASHED, NEUTRAL, SMALL, NotStored, note, plain_ticks, take
 from curvlab.tools.errors import CommandError
 
 RIVALS: Mapping[str, style.Look] = {
@@ -95,6 +95,32 @@ def targets(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named: boo
     axes.set_title("filled: loss, hollow: accuracy")
 
 
+def wins(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named: bool) -> None:
+    """Seeds at which a structure took fewer steps, or less time, to the loss than a rival, and those at which it took more.
+
+    A square is blue where the structure wins at all seeds, red where it loses at all.
+    """
+    table = take(measurements, "judging", "steps_to_loss")
+    if seconds:
+        table = seconds_to(pd.concat([table, take(measurements, "timing", SECONDS)]), "steps_to_loss")
+    present = [name for name, _ in _judged(measurements, "steps_to_loss")]
+    rivals = [name for name in present if name in RIVALS]
+    structures = [name for name in present if name not in RIVALS]
+    if not (rivals and structures):
+        raise NotStored("structures and rivals")
+    found = [[Comparison(one, rival).difference(table)["value"] for rival in rivals] for one in structures]
+    balance = [[-float(np.sign(differences).mean()) for differences in row] for row in found]
+    axes.imshow(balance, cmap="RdBu", vmin=-1.5, vmax=1.5, aspect="auto")
+    for y, row in enumerate(found):
+        for x, differences in enumerate(row):
+            won, lost = int((differences < 0).sum()), int((differences > 0).sum())
+            axes.text(x, y, f"{won}:{lost}", ha="center", va="center", fontsize=SMALL)
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(rivals)), [_look(name).label for name in rivals], rotation=20, ha="right")
+    axes.set_yticks(range(len(structures)), [_look(name).label if named else "" for name in structures])
+    axes.set_title(f"seeds with {'less : more time' if seconds else 'fewer : more steps'} to the loss")
+
+
 def ingredients(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named: bool) -> None:
     """Steps to the loss, or seconds of a step, with an ingredient over those without it, left of 1 a gain."""
     axes.set_xscale("log")
@@ -113,20 +139,25 @@ def ingredients(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named:
     axes.set_xlabel("seconds of a step, with / without" if seconds else "steps to the loss, with / without")
 
 
-def equal_rates(axes: Axes, measurements: pd.DataFrame) -> None:
-    """Share of the residual that one step leaves at η = 1/α and 1/(2α), by structure, and the limits (dashed)."""
+def rates(axes: Axes, measurements: pd.DataFrame) -> None:
+    """Share of the residual that one step of the optimiser leaves, filled at η = 1/α and hollow at 1/(2α), by structure.
+
+    The dashed line is the limit of the latter at infinite width; that of the former is 0.
+    """
+    axes.set_xscale("log")
     table = take(measurements, "isotropic", "rate")
-    present = [name for name in isotropic.EXPECTED if (table["structure"] == name).any()]
+    present = [name for name in reversed(isotropic.STRUCTURES) if (table["structure"] == name).any()]
     for scale in isotropic.SCALES:
-        level(axes, 1 - scale)
         for place, name in enumerate(present):
             group = table[(table["structure"] == name) & (table["scale"] == scale)]
-            style.measured(axes, group.assign(place=float(place)), "place", name, label="")
-    axes.set_xticks(range(len(present)), [style.look(name).label for name in present], rotation=30, ha="right")
-    axes.set_ylim(bottom=-isotropic.LEFT)
-    note(axes, -0.3, 0.5, r"$\eta=1/(2\alpha)$", xytext=(0, 4))
-    note(axes, -0.3, 0.0, r"$\eta=1/\alpha$", xytext=(0, 6))
-    axes.set_ylabel(r"$\|f_1-y\|\,/\,\|f_0-y\|$")
+            style.across(axes, group["value"], place, style.look(name), hollow=scale < 1)
+    axes.axvline(0.5, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
+    note(axes, 0.5, len(present) - 0.5, "1/2", xytext=(2, 0))
+    axes.set_yticks(range(len(present)), [style.look(name).label for name in present])
+    axes.set_ylim(-0.5, len(present) - 0.1)
+    axes.margins(x=0.15)
+    axes.set_xlabel(r"$\|f_1-y\|\,/\,\|f_0-y\|$")
+    axes.set_title(r"filled: $\eta=1/\alpha$, hollow: $\eta=1/(2\alpha)$")
 
 
 def contraction(axes: Axes, measurements: pd.DataFrame) -> None:

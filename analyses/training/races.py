@@ -42,7 +42,7 @@ class Race:
 
 RACES: Mapping[str, Race] = {
     "digits-mlp": Race(
-        batch=64, steps=100, every=2, loss=0.1, accuracy=0.9, exact=("full", "block-diagonal", "unit-wise")
+        batch=64, steps=100, every=1, loss=0.1, accuracy=0.9, exact=("full", "block-diagonal", "unit-wise")
     ),
     "digits-residual": Race(batch=64, steps=200, every=4, loss=0.05, accuracy=0.95, cost=5.0),
     "fashion-lenet": Race(batch=128, steps=600, every=10, loss=0.45, accuracy=0.83, cost=11.0),

@@ -14,7 +14,7 @@ from torch import Tensor
 from analyses.training.races import Race
 from curvlab.optim import NaturalGradient
 from curvlab.problems import Problem
-from curvlab.study import Diverged
+from curvlab.study import Diverged, generator
 
 EVALUATED = 2000
 """Training samples, the first ones, on which the loss is evaluated."""
@@ -148,8 +148,7 @@ class Run(Training):
 
 def order(samples: int, seed: int, epoch: int) -> Int64[Tensor, " N"]:
     """Return the order of the samples in an epoch."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    return torch.randperm(samples, generator=generator)
+    return torch.randperm(samples, generator=generator(seed, "batches", epoch))
 
 
 @torch.no_grad()

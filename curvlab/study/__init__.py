@@ -9,11 +9,8 @@ from curvlab.study.analysis import Analysis
 from curvlab.study.cells import Cell, Scalar
 from curvlab.study.claims import (
     Claim,
-    Equivalence,
     Expected,
     Failure,
-    Identity,
-    Inequality,
     Verdict,
     contradicts,
     refuted,
@@ -41,12 +38,15 @@ from curvlab.study.options import CommonOptions, check_bounds, check_names, chec
 from curvlab.study.registry import ANALYSES
 from curvlab.study.results import Results, latest, load
 from curvlab.study.runner import main
+from curvlab.study.statistics.rules import Always, Equivalence, Identity, Inequality, Share, Spread, Wins
+from curvlab.study.streams import generator, stream
 
 __all__ = [
-    "ANALYSES", "Analysis", "Cell", "Claim", "CommonOptions", "Context", "Diverged", "Equivalence", "Expected",
-    "Experiment", "Failure", "Identity", "Inequality", "MemoryShortage", "Observations", "Point", "Results", "Scalar",
-    "Trace", "UsageError", "Verdict", "among", "at_largest_width", "by_seed", "check_bounds", "check_names",
-    "check_positive", "check_some", "contradicts", "difference_by_seed", "follow", "identities", "judge", "latest",
-    "least_by_seed", "load", "main", "needs_several", "needs_several_widths", "observed", "outside", "refuted",
-    "round_off", "slope_by_seed", "supported", "undecided", "worst_by_seed",
+    "ANALYSES", "Always", "Analysis", "Cell", "Claim", "CommonOptions", "Context", "Diverged", "Equivalence",
+    "Expected", "Experiment", "Failure", "Identity", "Inequality", "MemoryShortage", "Observations", "Point",
+    "Results", "Scalar", "Share", "Spread", "Trace", "UsageError", "Verdict", "Wins", "among", "at_largest_width",
+    "by_seed", "check_bounds", "check_names", "check_positive", "check_some", "contradicts", "difference_by_seed",
+    "follow", "generator", "identities", "judge", "latest", "least_by_seed", "load", "main", "needs_several",
+    "needs_several_widths", "observed", "outside", "refuted", "round_off", "slope_by_seed", "stream", "supported",
+    "undecided", "worst_by_seed",
 ]  # fmt: skip

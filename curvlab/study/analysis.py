@@ -31,6 +31,11 @@ def no_data(config: CommonOptions) -> str:
     return config.problem
 
 
+def its_problem(config: CommonOptions) -> dict[str, object]:
+    """What a run measures on, where the name of its problem says everything about it."""
+    return {"problem": config.problem}
+
+
 def as_estimated(cell: Cell, config: object) -> float:  # noqa: ARG001
     """Cells take as long as their experiment says."""
     return 1.0
@@ -50,6 +55,8 @@ class Analysis(Generic[C]):
         examples: Command lines after the command, each with what it does.
         cost: What the run without options costs, in words.
         version: Raise it when a measurement changes its meaning: cached cells of other versions are not used.
+        subject: Configuration → what it is measured on, by name: data set, number of samples, graph, widths, …; each a
+            number, text or a tuple of them.
         data_hash: Configuration → digest of the data; cells measured on other data are not used.
         axes: Options that only choose which cells there are, such as ``widths``: changing one keeps the
             cached cells. Every other option of the analysis is taken to change each measurement.
@@ -68,6 +75,7 @@ class Analysis(Generic[C]):
     examples: tuple[str, ...] = ()
     cost: str = ""
     version: int = 1
+    subject: Callable[[C], Mapping[str, object]] = its_problem
     data_hash: Callable[[C], str] = no_data
     axes: tuple[str, ...] = ()
     together: tuple[str, ...] = ()

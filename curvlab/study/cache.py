@@ -6,8 +6,9 @@ the measurement depends on. It carries a checksum: an entry that was damaged is 
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from curvlab.study.cells import Cell
@@ -66,6 +67,11 @@ class CellCache:
         key = self._key(cell)
         entry = {"key": key, "run": self.run, "rows": list(rows), "checksum": digest([key, list(rows)])}
         write(self.path(cell), json.dumps(entry, ensure_ascii=False).encode())
+
+    def since(self, cells: Iterable[Cell]) -> str | None:
+        """When the first of some cells was measured, by the date of its file, in ISO format; None if none was."""
+        dates = [path.stat().st_mtime for path in map(self.path, cells) if path.exists()]
+        return datetime.fromtimestamp(min(dates)).astimezone().isoformat(timespec="milliseconds") if dates else None
 
     def _key(self, cell: Cell) -> dict[str, object]:
         return {**self.context, "coordinates": dict(cell.coordinates)}

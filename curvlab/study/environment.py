@@ -29,7 +29,7 @@ PACKAGES = (
 def environment(source: Path, device: str) -> dict[str, object]:
     """Everything that ``environment.json`` records; ``source`` is a file of the code that is run."""
     return {
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -6,8 +6,8 @@ import logging
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic
 from uuid import uuid4
 
@@ -22,6 +22,8 @@ from curvlab.study.faults import MemoryShortage, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
 from curvlab.study.options import C, names_script, recorded, repeats, share
+from curvlab.study.statistics.multiplicity import LOOKS, Looks
+from curvlab.study.statistics.rules import Observed, Tested
 from curvlab.study.task import Attempt, Task
 from curvlab.study.workers import chunked, cores, in_processes
 from curvlab.tools.errors import CommandError
@@ -44,8 +46,10 @@ class Plan(Generic[C]):
     Attributes:
         analysis: The analysis.
         config: The configuration.
-        claims: The claims, those among them that no planned cell serves.
+        claims: The claims that are judged together, those among them that no cell serves.
+        shown: The ids of those that were asked for.
         planned: All cells that they need, in order, and those of the experiments that come before.
+        left_out: Cells that they need, of experiments that were not asked for.
         cells: The cells that this run measures: its share of them under ``--shard``.
         data: Digest of the data.
         cache: Where finished cells are kept.
@@ -54,7 +58,9 @@ class Plan(Generic[C]):
     analysis: Analysis[C]
     config: C
     claims: tuple[Claim, ...]
+    shown: frozenset[str]
     planned: tuple[Cell, ...]
+    left_out: tuple[Cell, ...]
     cells: tuple[Cell, ...]
     data: str
     cache: CellCache
@@ -66,42 +72,60 @@ class Plan(Generic[C]):
         Raises:
             UsageError: an unknown claim, an option that names a value twice, or a device that cannot be used.
             DataUnavailable: from the analysis.
-            ValueError: the analysis has two claims of the same name.
+            ValueError: the analysis has two claims of the same name, or one that is given a claim which there is not.
         """
         check_device(config.device)
         if repeated_values := repeats(config):
             raise UsageError(f"{repeated_values}; name each once")
         claims = tuple(analysis.claims(config))
-        cells = tuple(analysis.cells(config))
         if repeated := sorted(name for name, count in Counter(claim.id for claim in claims).items() if count > 1):
             raise ValueError(f"{analysis.name} has claims that are called the same: {', '.join(repeated)}")
+        known = {claim.id: claim for claim in claims}
+        _check_given(known)
+        _check_known("--claims", "claim", config.claims, known)
+        _check_known("--experiments", "experiment", config.experiments, [e.name for e in analysis.experiments])
+        shown = frozenset(config.claims or known)
+        all_cells = analysis.cells(config)
         if config.claims:
-            known = {claim.id: claim for claim in claims}
-            for name in config.claims:
-                if name not in known:
-                    raise UsageError(f"--claims: {unknown('claim', name, known)}")
-            claims = tuple(claim for claim in claims if claim.id in config.claims)
-            cells = _serving(analysis, cells, claims)
+            claims = _deciding(shown, claims, all_cells if config.seeds == "auto" else ())
+        wanted = _serving(analysis, all_cells, claims if config.claims else None)
+        named = config.experiments or tuple(e.name for e in analysis.experiments)
+        asked = {*named, *(before for name in named for before in analysis.ancestors(name))}
+        cells = tuple(cell for cell in wanted if cell["experiment"] in asked)
+        left_out = tuple(cell for cell in wanted if cell["experiment"] not in asked)
         planned = cells
         if config.shard:
             index, total = share(config.shard)
             cells = cells[index - 1 :: total]
         data = analysis.data_hash(config)
-        left_out = {"seeds", "claims", *analysis.axes}
+        no_matter = {"seeds", "first_seed", "claims", "experiments", *analysis.axes}
         context = {
             "analysis": analysis.name,
             "version": analysis.version,
-            "config": {name: value for name, value in recorded(config).items() if name not in left_out},
+            "config": {name: value for name, value in recorded(config).items() if name not in no_matter},
             "data": data,
         }
         cache = CellCache(config.results / ".cache" / analysis.name, context, uuid4().hex)
-        return cls(analysis, config, claims, planned, cells, data, cache)
+        return cls(analysis, config, claims, shown, planned, left_out, cells, data, cache)
+
+    @property
+    def looks(self) -> Looks | None:
+        """When the run looks; None if it looks once, at all of its seeds."""
+        return Looks(LOOKS, self.config.first_seed) if self.config.seeds == "auto" else None
+
+    def until(self, later: range, claims: Sequence[Claim], planned: Sequence[Cell]) -> "Plan[C]":
+        """The part of a sequential run that comes before later seeds: the cells that some claims need, and aren't planned yet."""
+        cells = _serving(self.analysis, [cell for cell in self.planned if cell["seed"] not in later], claims)
+        known, new = {*planned}, {*cells}.difference(planned)
+        return replace(
+            self,
+            planned=tuple(cell for cell in self.planned if cell in known | new),
+            cells=tuple(cell for cell in cells if cell in new),
+        )
 
     def cached(self) -> dict[Cell, list[Row]]:
-        """The cells that need no work, with their observations; none under ``--fresh``."""
-        if self.config.fresh:
-            return {}
-        loaded = ((cell, self.cache.load(cell)) for cell in self.cells)
+        """The cells that need no work, with their observations; under ``--fresh`` those that this run has measured."""
+        loaded = ((cell, self.cache.load(cell, of_this_run=self.config.fresh)) for cell in self.cells)
         return {cell: rows for cell, rows in loaded if rows is not None}
 
     def task(self) -> Task[C]:
@@ -154,9 +178,51 @@ class Plan(Generic[C]):
         return min(wanted, len(chunked(costs, wanted)))
 
 
-def _serving(analysis: Analysis[C], cells: Sequence[Cell], claims: Sequence[Claim]) -> tuple[Cell, ...]:
-    """The cells that some claims need, and those of the experiments that come before these."""
-    needed = {cell for cell in cells if any(claim.needs(cell) for claim in claims)}
+def _check_known(option: str, what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in (names_known := tuple(known)):
+            raise UsageError(f"{option}: {unknown(what, name, names_known)}")
+
+
+def _check_given(known: Mapping[str, Claim]) -> None:
+    """Make sure that claims are given claims that there are, and not each other."""
+    for claim in known.values():
+        chain = [claim.id]
+        while given := known[chain[-1]].given:
+            if given not in known:
+                raise ValueError(f"claim {chain[-1]} is given {given!r}, which is no claim")
+            if given in chain:
+                raise ValueError(f"claims are given each other: {', '.join(chain)}")
+            chain.append(given)
+
+
+def _deciding(shown: Collection[str], claims: Sequence[Claim], shared: Sequence[Cell]) -> tuple[Claim, ...]:
+    """The claims on which the verdicts that are asked for depend.
+
+    These are the claims themselves, those that give them their meaning, and all that are tested with one of them. In a
+    sequential run a claim about every observation also sees what others measure in cells that it shares with them.
+
+    Args:
+        shown: The ids of the claims that are asked for.
+        claims: All claims.
+        shared: The cells of a sequential run.
+    """
+    found: set[str] = set()
+    more = {*shown}
+    while more != found:
+        found = more
+        inside = [claim for claim in claims if claim.id in found]
+        groups = {claim.group for claim in inside if isinstance(claim.rule, Tested)}
+        observed = [claim for claim in inside if isinstance(claim.rule, Observed)]
+        cells = [cell for cell in shared if any(claim.needs(cell) for claim in observed)]
+        beside = [c for c in claims if isinstance(c.rule, Tested) and (c.group in groups or any(map(c.needs, cells)))]
+        more = found | {claim.given for claim in inside if claim.given} | {claim.id for claim in beside}
+    return tuple(claim for claim in claims if claim.id in found)
+
+
+def _serving(analysis: Analysis[C], cells: Sequence[Cell], claims: Sequence[Claim] | None) -> tuple[Cell, ...]:
+    """The cells that some claims need, and those of the experiments that come before these; all if None."""
+    needed = {cell for cell in cells if claims is None or any(claim.needs(cell) for claim in claims)}
     before = {name for cell in needed for name in analysis.ancestors(str(cell["experiment"]))}
     return tuple(cell for cell in cells if cell in needed or cell["experiment"] in before)
 
@@ -197,12 +263,26 @@ class Measured:
         failures: The cells that were tried in vain.
         shortage: The first failure that more memory or more data would cure.
         interrupted: Whether the run was stopped before every cell had been tried.
+        work: How many cells this run measured, instead of taking them from the cache.
     """
 
     rows: dict[Cell, list[Row]]
     failures: list[Failure] = field(default_factory=list)
     shortage: CommandError | None = None
     interrupted: bool = False
+    work: int = 0
+
+    def extended(self, more: "Measured", cells: Sequence[Cell]) -> "Measured":
+        """What became of these cells in two parts of a run, in their order."""
+        rows = self.rows | more.rows
+        failures = {failure.cell: failure for failure in [*self.failures, *more.failures]}
+        return Measured(
+            {cell: rows[cell] for cell in cells if cell in rows},
+            [failures[cell] for cell in cells if cell in failures],
+            more.shortage,
+            more.interrupted,
+            self.work + more.work,
+        )
 
 
 def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Workload, advance: Advance) -> Measured:
@@ -223,6 +303,7 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Workload, ad
             for outcome in outcomes:
                 replay(outcome.logged)
                 if outcome.rows is not None:
+                    measured.work += 1
                     measured.rows[outcome.cell] = outcome.rows
                 else:
                     measured.failures.append(Failure(outcome.cell, outcome.reason))
@@ -232,10 +313,7 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Workload, ad
         measured.rows |= plan.cached()
         log.warning("interrupted; %d of %d cells are finished", len(measured.rows), len(plan.cells))
         measured.interrupted = True
-    failures = {failure.cell: failure for failure in measured.failures}
-    measured.rows = {cell: measured.rows[cell] for cell in plan.cells if cell in measured.rows}
-    measured.failures = [failures[cell] for cell in plan.cells if cell in failures]
-    return measured
+    return Measured({}).extended(measured, plan.cells)
 
 
 def _outcomes(plan: Plan[C], estimate: Workload) -> Generator[Attempt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Generic, Literal
 
 import pandas as pd
 
@@ -76,6 +76,7 @@ class Context(Generic[C]):
         return self.cache.checkpoint(self.cell)
 
 
+Varied = Literal["initialisation", "data", "split", "batches", "draws"]
 Measure = Callable[[Cell, Context[C]], Observations]
 
 
@@ -88,6 +89,8 @@ class Experiment(Generic[C]):
         cells: The points that it measures, or configuration → these.
         measure: One cell → its observations. It is a function of a module, or a `functools.partial` of one, so that
             processes can be sent it.
+        varies: What a seed varies: the initialisation of the weights, the data, their split, their order in batches, or
+            random draws of the method; or configuration → these. What it does not vary, its claims say nothing of.
         claims: Those that its measurements decide, fixed before anything is measured, or configuration → these.
         seconds: Estimated time of a cell, or a function of cell and configuration.
         memory: Estimated peak bytes of a cell, or a function of cell and configuration.
@@ -97,6 +100,7 @@ class Experiment(Generic[C]):
     name: str
     cells: Iterable[Point] | Callable[[C], Iterable[Point]]
     measure: Measure[C]
+    varies: tuple[Varied, ...] | Callable[[C], tuple[Varied, ...]]
     claims: Sequence[Claim] | Callable[[C], Sequence[Claim]] = ()
     seconds: float | Callable[[Cell, C], float] = 1.0
     memory: float | Callable[[Cell, C], float] = 5e8
@@ -104,7 +108,7 @@ class Experiment(Generic[C]):
 
     def planned(self, config: C) -> list[Cell]:
         """Its cells: each distinct point at every seed of the configuration, unless the point has a seed of its own."""
-        seeds = [{"seed": seed} for seed in range(config.seeds)]
+        seeds = [{"seed": seed} for seed in config.seeds_run]
         found = {
             Cell({"experiment": self.name, **point, **seed}): None
             for point in (self.cells(config) if callable(self.cells) else self.cells)
@@ -114,7 +118,10 @@ class Experiment(Generic[C]):
 
     def claimed(self, config: C) -> list[Claim]:
         """Its claims, each as one of this experiment."""
-        return [claim.of(self.name) for claim in (self.claims(config) if callable(self.claims) else self.claims)]
+        varies = self.varies(config) if callable(self.varies) else self.varies
+        return [
+            claim.of(self.name, varies) for claim in (self.claims(config) if callable(self.claims) else self.claims)
+        ]
 
     def resources(self, cell: Cell, config: C) -> tuple[float, float]:
         """Estimated seconds and peak bytes of a cell."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from curvlab.study.faults import UsageError
+from curvlab.study.statistics.multiplicity import LOOKS
 from curvlab.tools.text import unknown
 
 
@@ -26,8 +27,11 @@ class CommonOptions:
 
     problem: str
     """Data set and model: a name, or module:function that returns a Problem."""
-    seeds: int = 12
-    """How many random seeds to run; intervals and p-values are taken over them (unit: seeds)."""
+    seeds: int | Literal["auto"] = 12
+    """How many random seeds to run, over which intervals and p-values are taken; auto runs 12, then 24 and 48 for the
+    claims that are not decided yet (unit: seeds)."""
+    first_seed: int = 1000
+    """The first of them; seeds below it were used to explore."""
     device: str = "cpu"
     """Torch device that measures, such as cpu, cuda or cuda:1."""
     dtype: Literal["float64", "float32"] = "float64"
@@ -39,7 +43,9 @@ class CommonOptions:
     config: Path | None = None
     """JSON file with options, such as the config.json of an earlier run; the command line overrides it."""
     claims: tuple[str, ...] = ()
-    """Judge only the claims with these ids and run only the cells that they need; none means all."""
+    """Show only the claims with these ids; they are decided with all claims of their groups, as in a run of all."""
+    experiments: tuple[str, ...] = ()
+    """Measure only these experiments and those they come after; all claims of the others count as undecided."""
     list_claims: bool = False
     """List the claims with source, rule and expectation, and stop."""
     dry_run: bool = False
@@ -56,7 +62,9 @@ class CommonOptions:
     """Redraw the figures of this results folder from its stored measurements, and stop."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, seeds=1)
+        check_bounds(self, first_seed=0, **({} if self.seeds == "auto" else {"seeds": 1}))
+        if self.seeds == "auto" and self.shard is not None:
+            raise ValueError("--shard needs a number of seeds: what --seeds auto runs depends on what was measured")
         if self.workers < 0:
             raise ValueError(f"--workers must be at least 1, or 0 for one per core; got {self.workers}")
         if self.shard is not None:
@@ -65,6 +73,11 @@ class CommonOptions:
             for value in _values(self, field.name):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{_option(field.name)} must be finite, got {value}")
+
+    @property
+    def seeds_run(self) -> range:
+        """The seeds that a run comes to at most."""
+        return range(self.first_seed, self.first_seed + (LOOKS[-1] if self.seeds == "auto" else self.seeds))
 
 
 def _values(config: object, name: str) -> tuple[Any, ...]:
@@ -188,8 +201,27 @@ def parse(defaults: C, argv: Sequence[str], *, prog: str, description: str) -> C
 
 def pop_option(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of one option of a command line, None without it, and the command line without the option."""
+    return _popped(name, argv, nargs="?")
+
+
+def pop_names(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names after an option of a command line, none without it, and the command line without the option.
+
+    Raises:
+        UsageError: there is the option without a name, or one name twice.
+    """
+    names, rest = _popped(name, argv, nargs="*", action="extend")
+    if names == []:
+        raise UsageError(f"{_option(name)} needs one name at least")
+    for value, count in Counter(names or []).items():
+        if count > 1:
+            raise UsageError(f"{_option(name)} names {value} {count} times; name each once")
+    return names or [], rest
+
+
+def _popped(name: str, argv: Sequence[str], **kind: Any) -> tuple[Any, list[str]]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument(f"--{name}", nargs="?", dest="value")
+    finder.add_argument(f"--{name}", dest="value", **kind)
     found, rest = finder.parse_known_args(list(argv))
     return found.value, rest
 

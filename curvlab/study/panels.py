@@ -1,5 +1,6 @@
 """What figures share: a layout of panels, selections of measurements, lines and guides."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from curvlab.study import style
 from curvlab.study.cells import Cell, matches
@@ -64,10 +65,12 @@ class PanelGrid:
     Attributes:
         command: The command that measures what it draws.
         panels: Rows of panels, or measurements → these, where what was measured says which there are; see `one_each`.
-        claims: Beginnings of the ids of its claims; those that were judged enter the caption.
+        claims: Beginnings of the ids of its claims; the report leads from these to it.
         width: Of the figure.
-        height: Of a row, in inches, without the caption.
+        height: Of a row, in inches.
         columns: Of the legend.
+        caption: What is shown, in a sentence or more; what the panels say of themselves, in the first paragraphs of their
+            docstrings, if empty.
         failures: Cells without measurements; a panel that lacks those says why.
     """
 
@@ -77,10 +80,11 @@ class PanelGrid:
     width: Literal["column", "double"] = "double"
     height: float = 2.1
     columns: int = 5
+    caption: str = ""
     failures: tuple[Failure, ...] = ()
 
-    def __call__(self, measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
-        """Draw the figure from stored measurements and verdicts; a panel without measurements says so."""
+    def __call__(self, measurements: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:  # noqa: ARG002
+        """Draw the figure from stored measurements; a panel without measurements says so."""
         rows = self._rows(measurements)
         columns = max(len(row) for row in rows)
         figure, grid = style.canvas(len(rows), columns, width=self.width, height=self.height)
@@ -98,8 +102,7 @@ class PanelGrid:
                     plain_ticks(axes.yaxis)
         if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
             style.legend(figure, columns=self.columns)
-        if judged := [claim for claim in verdicts.get("claim", ()) if str(claim).startswith(self.claims)]:
-            style.caption(figure, verdicts, judged)
+        style.caption(figure, self.caption or _described(rows), measurements)
         return figure
 
     def _rows(self, measurements: pd.DataFrame) -> Rows:
@@ -109,6 +112,17 @@ class PanelGrid:
             return self.panels(measurements)
         except NotStored as missing:
             return [[partial(_raise, missing)]]
+
+
+def _described(rows: Rows) -> str:
+    """What panels say of themselves, each kind of panel once."""
+    kinds = dict.fromkeys(_kind(panel) for row in rows for panel in row)
+    described = [" ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split()) for kind in kinds]
+    shown = [words for words in described if words]
+    if len(shown) < 2:
+        return "".join(shown)
+    order = "From left to right" if len(rows) == 1 else "Row by row, from left to right"
+    return f"{order}: {' — '.join(words.rstrip('.') for words in shown)}."
 
 
 def _raise(missing: NotStored, *_: object) -> None:
@@ -121,8 +135,9 @@ def one_each(panels: Sequence[Panel], columns: int = 3) -> Rows:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Label 1, 2 and 5 of every decade of a logarithmic axis as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Label 1, 2 and 5 of every decade of a logarithmic axis as plain numbers, or a few numbers where it has not even one."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(4))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -134,6 +149,14 @@ def _say_missing(axes: Axes, missing: NotStored, failures: Sequence[Failure], co
     text = f"{missing}\nis not among the stored results{'.' if missing.because(failures) else ';'}\n{said}"
     lines = [fill(line, max(20, int(width)), break_on_hyphens=False) for line in text.splitlines()]
     axes.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", fontsize=6, color=NEUTRAL, transform=axes.transAxes)
+
+
+def _kind(panel: Panel) -> Callable[..., object]:
+    """The function of a panel, without the arguments that were given to it."""
+    found: Callable[..., object] = panel
+    while isinstance(found, partial):
+        found = found.func
+    return found
 
 
 def take(measurements: pd.DataFrame, experiment: str, quantity: str, **where: object) -> pd.DataFrame:

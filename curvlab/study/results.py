@@ -9,6 +9,7 @@ name where links cannot be made.
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +18,30 @@ from typing import Any
 
 import pandas as pd
 
-from curvlab.study.cells import Cell
+from curvlab.study.cells import Cell, phrase
 from curvlab.study.claims import Claim, Failure, Verdict
 from curvlab.study.faults import UsageError
 from curvlab.study.measurements import records
-from curvlab.tools.storage import write, write_json, writing
+from curvlab.tools.storage import make_folder, write, write_json, writing
 
 PARTIAL = "-partial"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of a results folder.
+
+    Attributes:
+        name: Its name; the files are ``figures/<name>.png`` and ``.pdf``.
+        caption: What it shows.
+        claims: Ids of the claims that it is about.
+        fault: Why it could not be drawn; empty if it was.
+    """
+
+    name: str
+    caption: str = ""
+    claims: tuple[str, ...] = ()
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Results:
         verdicts: One row per claim: the verdict and the claim's own text.
         failures: Cells without measurements.
         complete: Whether every cell was tried.
+        figures: The figures, as far as they are drawn.
     """
 
     folder: Path
@@ -47,19 +66,37 @@ class Results:
     verdicts: pd.DataFrame
     failures: tuple[Failure, ...]
     complete: bool
+    figures: tuple[Drawn, ...] = ()
+
+    @property
+    def by_claim(self) -> dict[str, dict[str, Any]]:
+        """The rows of the verdicts by claim."""
+        return {str(row["claim"]): row for row in records(self.verdicts)}
 
 
 def verdict_table(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per claim: the verdict's fields, then the claim's statement, source, rule and expectation."""
+    """One row per claim: the verdict's fields, then what the claim says, of what, and how it is decided."""
     rows = [
         asdict(verdict)
         | {
             "statement": claim.statement,
             "source": claim.source,
             "measured": claim.measured,
+            "group": claim.group,
+            "given": claim.given,
+            "experiment": claim.experiment,
+            "varies": list(claim.varies),
+            "cells": phrase(claim.where),
+            "quantities": list(claim.rule.names),
+            "sort": type(claim.rule).__name__,
             "rule": str(claim.rule),
+            "bound_from": claim.bound_from,
+            "estimand": claim.rule.estimand,
+            "region": list(claim.rule.region),
+            "logarithmic": claim.rule.logarithmic,
             "expected": claim.expected.outcome,
             "reason": claim.expected.reason,
+            "explored": claim.expected.explored,
         }
         for claim, verdict in zip(claims, verdicts, strict=True)
     ]
@@ -73,6 +110,23 @@ def write_measurements(folder: Path, measurements: pd.DataFrame) -> None:
     write(folder / "measurements.parquet", buffer.getvalue())
 
 
+def write_rows(folder: Path, claims: Sequence[Claim], measurements: pd.DataFrame) -> None:
+    """Write ``rows/<claim>.csv``, the observations that each claim reads, where there are any."""
+    make_folder(folder / "rows")
+    cells = [Cell.from_key(key) for key in measurements["cell"].unique()]
+    for claim in claims:
+        rows = claim.reads(measurements, cells)
+        if len(rows):
+            text = rows.drop(columns="cell").dropna(axis="columns", how="all").to_csv(index=False)
+            write(rows_of(folder, claim.id), text.encode())
+
+
+def rows_of(folder: Path, claim: str) -> Path:
+    """Where the observations lie that a claim reads."""
+    name = re.sub(r"[^\w.+-]", "_", claim)
+    return folder / "rows" / f"{name}.csv"
+
+
 def write_verdicts(folder: Path, verdicts: pd.DataFrame, failures: Sequence[Failure], complete: bool) -> None:
     """Write ``verdicts.json``; numbers that do not exist become null."""
     content = {
@@ -84,6 +138,8 @@ def write_verdicts(folder: Path, verdicts: pd.DataFrame, failures: Sequence[Fail
 
 
 def _finite(entry: object) -> object:
+    if isinstance(entry, list | tuple):
+        return [_finite(one) for one in entry]
     return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
 
@@ -146,6 +202,18 @@ def load(folder: Path) -> Results:
             verdicts=pd.DataFrame(judged["verdicts"]),
             failures=tuple(Failure(Cell(f["cell"]), f["reason"]) for f in judged["failures"]),
             complete=judged["complete"],
+            figures=_read_figures(folder),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder} is not a readable results folder: {error}") from error
+
+
+def write_figures(folder: Path, figures: Sequence[Drawn]) -> None:
+    """Write ``figures.json``: what the figures show."""
+    write_json(folder / "figures.json", [asdict(figure) for figure in figures])
+
+
+def _read_figures(folder: Path) -> tuple[Drawn, ...]:
+    path = folder / "figures.json"
+    stored = json.loads(path.read_text()) if path.exists() else []
+    return tuple(Drawn(**figure | {"claims": tuple(figure["claims"])}) for figure in stored)

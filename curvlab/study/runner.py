@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -14,13 +15,15 @@ from rich.console import Console
 
 from curvlab.study import report
 from curvlab.study.analysis import Analysis
-from curvlab.study.claims import contradicts
 from curvlab.study.environment import environment
 from curvlab.study.execution import STARTING, Measured, Plan, measure
+from curvlab.study.judging import wants_seeds
 from curvlab.study.logbook import recording
+from curvlab.study.measurements import tabulate
 from curvlab.study.options import C, parse, pop_option
-from curvlab.study.publish import draw, open_folder, publish
-from curvlab.study.results import load, promote
+from curvlab.study.publish import decided, draw, open_folder, publish
+from curvlab.study.results import load, promote, write_figures
+from curvlab.study.statistics.multiplicity import Looks
 from curvlab.tools.errors import CommandError
 from curvlab.tools.progress import progress, say
 from curvlab.tools.storage import WriteError, make_folder
@@ -83,27 +86,49 @@ def _run(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
     partial = open_folder(plan, facts, command)
     with recording(partial / "log.txt"):
         log.info("%s", command)
-        measured = _measure(plan, console)
+        if plan.looks:
+            plan, measured = _measure_until_decided(plan, plan.looks, console)
+        else:
+            measured = _measure(plan, console)
         published = publish(plan, measured, partial)
     if not measured.interrupted:
         promote(partial)
 
-    verdicts = published.verdicts
-    for note in report.notes(verdicts):
+    found = published.findings
+    for note in report.notes(found):
         say(console, note)
-    console.print(report.console_table(plan.claims, verdicts))
-    say(console, report.summary(plan.claims, verdicts))
+    console.print(report.console_table(found))
+    say(console, report.summary(found))
     if measured.interrupted:
         say(console, "Interrupted: every finished cell is kept; the same command goes on.")
     if published.failures:
         count = len(published.failures)
-        say(console, f"Cells without measurements: {count}, named in {published.folder / 'report.md'}")
+        say(console, f"Cells without measurements: {count}, named in {published.folder / 'report.html'}")
     for figure in published.spoilt:
-        say(console, f"Figure failed: {figure} (traceback in log.txt)")
+        say(console, f"Figure failed: {figure.name}: {figure.fault} (traceback in log.txt)")
+    say(console, f"Report:  {published.folder / 'report.html'}")
     say(console, f"Results: {published.folder}")
     say(console, f"Redraw:  {published.redraw}")
-    contradicted = any(contradicts(claim, verdict) for claim, verdict in zip(plan.claims, verdicts, strict=True))
-    return _exit_code(measured, config.strict and contradicted)
+    return _exit_code(measured, config.strict and any(finding.contradicted for finding in found))
+
+
+def _measure_until_decided(plan: Plan[C], looks: Looks, console: Console) -> tuple[Plan[C], Measured]:
+    """Measure at more and more seeds what claims need that are not decided yet; what was planned so far, and measured."""
+    so_far, measured, claims = replace(plan, planned=(), cells=()), Measured({}), plan.claims
+    for look, seeds in enumerate(looks.seeds):
+        so_far = plan.until(looks.after(look), claims, so_far.planned)
+        if not plan.config.quiet:
+            say(console, f"{seeds} seeds for {len(claims)} claims that are not decided yet")
+        measured = measured.extended(_measure(so_far, console), so_far.planned)
+        if measured.interrupted or measured.shortage:
+            break
+        verdicts = decided(so_far, tabulate(measured.rows), measured.failures)
+        claims = tuple(
+            claim for claim, verdict in zip(plan.claims, verdicts, strict=True) if wants_seeds(claim, verdict)
+        )
+        if not claims:
+            break
+    return replace(so_far, cells=so_far.planned), measured
 
 
 def _run_shard(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
@@ -144,9 +169,13 @@ def _exit_code(measured: Measured, contradicted: bool) -> int:
 
 def _redraw(analysis: Analysis[C], folder: Path, console: Console) -> int:
     results = load(folder)
+    drawn = []
     for name in analysis.figures:
-        draw(analysis, name, results)
+        drawn.append(draw(analysis, name, results))
         say(console, f"drawn: {results.folder / 'figures' / name}.pdf and .png")
+    write_figures(results.folder, drawn)
+    report.write_reports(load(results.folder))
+    say(console, f"written: {results.folder / 'report.html'} and .md")
     return DONE
 
 

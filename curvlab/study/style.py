@@ -5,8 +5,7 @@ own colour *and* marker, the same in all figures, so that none has to be told ap
 """
 
 import io
-import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,14 +34,10 @@ COLUMN = 3.25
 DOUBLE = 6.75
 """Width of both columns, in inches."""
 
-LINE = 0.11
-"""Height of a line of the caption, in inches."""
 CONFIDENCE = 0.95
 """Of the intervals; they are not adjusted for multiplicity, unlike those of the verdicts."""
 CHARACTERS = 23
-"""Characters of the caption to an inch."""
-UNBROKEN = "\u00a0"
-"""A space at which no line is broken."""
+"""Characters of small print to an inch."""
 
 RC: Mapping[Any, Any] = MappingProxyType(
     {
@@ -211,13 +207,28 @@ def legend(figure: Figure, columns: int = 3) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
-def caption(figure: Figure, verdicts: pd.DataFrame, claims: Sequence[str]) -> None:
-    """Write below a figure which claims it shows and what became of them; it grows by the lines that this takes."""
-    outcomes = dict(zip(verdicts["claim"], verdicts["outcome"], strict=True))
-    entries = [f"{claim}: {outcomes.get(claim, 'not judged')}".replace(" ", UNBROKEN) for claim in claims]
-    lines = textwrap.wrap("   ".join(entries), int(CHARACTERS * figure.get_figwidth()), break_on_hyphens=False)
-    figure.supxlabel("\n".join(lines), fontsize=6)
-    figure.set_figheight(figure.get_figheight() + LINE * len(lines))
+def caption(figure: Figure, shown: str, measurements: pd.DataFrame) -> None:
+    """Say below a figure, in the reports, what it shows, over how many seeds and with which confidence.
+
+    The files of the figure stay without it, for papers have captions of their own.
+
+    Args:
+        figure: The figure, drawn.
+        shown: What is shown, in a sentence.
+        measurements: Of the run.
+    """
+    seeds = measurements["seed"].nunique() if "seed" in measurements else 0
+    counted = f"the {seeds} seeds of the run" if seeds > 1 else "one seed"
+    bars = any(isinstance(drawn, ErrorbarContainer) for axes in figure.axes for drawn in axes.containers)
+    bands = any(isinstance(drawn, PolyCollection) for axes in figure.axes for drawn in axes.collections)
+    parts = [words for words, there in (("bars", bars), ("bands", bands)) if there]
+    how = (
+        f"Means over {counted}, geometric on logarithmic axes; {' and '.join(parts)} are t-intervals of {100 * CONFIDENCE:g} %, "
+        "not corrected for the number of claims."
+        if parts
+        else f"Drawn from {counted}."
+    )
+    figure.set_label(f"{shown} {how}".strip())
 
 
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:

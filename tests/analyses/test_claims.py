@@ -22,6 +22,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "adam": (0.001,), "batch_size": (16, 32), "sweep_depths": (2,), "sweep_widths": (16,), "sweep_samples": (64,),
         "published": True,
     },
+    "jacobian_rank": {"published": True},
 }  # fmt: skip
 """What plans the cells of all claims, where the run without options does not."""
 

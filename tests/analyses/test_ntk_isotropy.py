@@ -25,8 +25,9 @@ from curvlab.study.execution import Plan
 from curvlab.study.measurements import tabulate
 
 SMALL = (
-    "--widths", "128", "144", "--seeds", "3", "--structures", "full", "block-diagonal", "block-tridiagonal", "kfac",
-    "--other-depths", "5", "--other-activations", "--other-kinds", "--step-scales", "2.2",
+    "--widths", "128", "144", "--first-seed", "12", "--seeds", "3",
+    "--structures", "full", "block-diagonal", "block-tridiagonal", "kfac", "ekfac",
+    "--other-depths", "5", "--other-activations", "--other-kinds", "--step-scales", "0.5",
 )  # fmt: skip
 
 
@@ -65,9 +66,12 @@ def test_identities_are_supported_and_known_failures_refuted(
         "tridiagonal-damped-test",
         "kfac-leverage",
         "kfac-forster",
+        "kfac-low-rank-alpha",
     ):
         assert outcomes[claim] == "supported", claim
-    assert outcomes["kfac-published-alpha"] == "refuted"
+    assert outcomes["isotropic-ekfac"] == "refuted"
+    published = next(verdict for verdict in table if verdict["claim"] == "kfac-published-alpha")
+    assert published["estimate"] == pytest.approx((2 * 81 / 120 + 161 / 200) / 3)
     assert "supported" not in {outcome for claim, outcome in outcomes.items() if claim == "unit-wise-alpha"}
 
 
@@ -95,6 +99,16 @@ def test_a_wrong_structure_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     claims = ("isotropic-block-diagonal",)
     config = Config(widths=(64,), seeds=2, other_depths=(), other_activations=(), other_outputs=(), claims=claims)
     assert verdicts_of(config)["isotropic-block-diagonal"].outcome == "refuted"
+
+
+def test_a_published_loss_agrees_if_one_more_run_could_have_it() -> None:
+    config = Config(problem="karakida-osawa")
+    claims = [claim for claim in ANALYSIS.claims(config) if claim.id.startswith("published-numpy-train_loss")]
+    losses = pd.DataFrame({"seed": range(12), "value": np.linspace(1.6e-4, 2.1e-4, 12), "run": "network", "step": 1})
+    table = losses.assign(quantity="train_loss")
+    assert len(claims) == 3
+    assert judge([claims[1]], table)[0].outcome == "supported"
+    assert judge([claims[1]], table.assign(value=2 * losses["value"]))[0].outcome == "refuted"
 
 
 @pytest.mark.parametrize("structure", [*SIGMAS, "kfac", "unit-wise"])

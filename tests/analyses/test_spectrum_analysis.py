@@ -11,15 +11,17 @@ import torch
 from analyses.spectrum import ANALYSIS
 from analyses.spectrum.config import HESSIAN, Config
 from analyses.spectrum.measure import WHOLE, Restricted, measure, operator_of, problem_of
-from curvlab.study import Cell, Context, main
+from curvlab import spectrum
+from curvlab.spectrum import Operator
+from curvlab.study import Cell, Context, judge, main
 from curvlab.study.cache import CellCache
 
 SMALL = Config(width=6, structures=("full", "kfac"), seeds=2, top=3, steps=2, probes=2, lanczos=12)
 
 
-def observed(matrix: str) -> pd.DataFrame:
-    """What is measured of a matrix at seed 0."""
-    cell = Cell({"experiment": "spectra", "problem": "digits", "matrix": matrix, "seed": 0})
+def observed(matrix: str, seed: int = 0) -> pd.DataFrame:
+    """What is measured of a matrix at a seed."""
+    cell = Cell({"experiment": "spectra", "problem": "digits", "matrix": matrix, "seed": seed})
     return pd.DataFrame(measure(cell, Context(SMALL, cell, CellCache(Path(), {}), {})))
 
 
@@ -70,6 +72,42 @@ def test_the_density_integrates_to_one() -> None:
     scale = 1e-3 * rows.loc[rows["quantity"] == "eigenvalue", "value"].max()
     axis = np.arcsinh(density["eigenvalue"] / scale)
     assert np.trapezoid(density["value"], axis) == pytest.approx(1.0, abs=0.02)
+    assert axis.min() == 0, "a positive matrix has nothing below 0"
+    hessian = observed(HESSIAN)
+    assert hessian.loc[hessian["quantity"] == "density", "eigenvalue"].min() < 0
+
+
+def test_probes_are_the_same_for_every_matrix_and_others_at_another_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def traced(operator: Operator, *, products: int, generator: torch.Generator) -> spectrum.Estimate:
+        drawn.append(float(torch.randn(1, generator=generator)))
+        return spectrum.Estimate(1.0, 0.0, products)
+
+    monkeypatch.setattr(spectrum, "trace", traced)
+    for matrix, seed in (("ggn", 0), ("kfac", 0), ("ggn", 1)):
+        observed(matrix, seed)
+    first, second, third = np.array(drawn).reshape(3, -1).tolist()
+    assert first == second
+    assert not set(first) & set(third)
+    assert len(set(first)) == 4, "every layer has its own"
+
+
+def test_bounds_on_largest_eigenvalues_can_be_broken() -> None:
+    """A structure above the Gauss–Newton matrix, and one below a third of it, of three layers."""
+    claims = {claim.id: claim for claim in ANALYSIS.claims(Config(structures=("block-diagonal", "ekfac")))}
+    columns = {"quantity": "eigenvalue", "index": 1, "seed": 0}
+    layers = [{**columns, "matrix": "ggn", "layer": name, "value": 1.0} for name in (WHOLE, "0", "2", "4")]
+
+    def outcomes(block_diagonal: float, ekfac: float) -> list[str]:
+        found = {"block-diagonal": block_diagonal, "ekfac": ekfac}
+        rows = [{**columns, "matrix": name, "layer": WHOLE, "value": value} for name, value in found.items()]
+        judged = judge([claims["largest-compressed"], claims["largest-blocks"]], pd.DataFrame(layers + rows))
+        return [verdict.outcome for verdict in judged]
+
+    assert outcomes(0.5, 0.4) == ["supported", "supported"]
+    assert outcomes(0.5, 1.01) == ["refuted", "supported"]
+    assert outcomes(0.3, 0.2) == ["supported", "refuted"]
 
 
 def test_steps_descend() -> None:

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analyses.edge_of_stability.analysis import ANALYSIS as EDGE
+from analyses.edge_of_stability.experiments.structures import HESSIAN
 from analyses.specs import members
 from analyses.spectrum.analysis import ANALYSIS as SPECTRUM
 from curvlab.fisher import STRUCTURES, Diagonal
@@ -51,7 +52,7 @@ def test_largest_eigenvalues_along_gradient_descent(everyone: list[str]) -> None
     rows = [
         {"experiment": "structures", "quantity": "largest", "approximation": name, "seed": seed, "step": step, "eta": 0.1,
          "value": 1.0}
-        for name in ("hessian", *everyone, "mc", "empirical")
+        for name in (HESSIAN, *everyone, "mc", "empirical")
         for seed in (0, 1)
         for step in (0, 10)
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from analyses.training import ANALYSIS
 from analyses.training.analysis import FIGURES
 from analyses.training.comparison import SECONDS, Comparison, seconds_to
 from analyses.training.config import Config
-from analyses.training.entrants import TUNING_SEED, best, entered, entrants, problem_of
+from analyses.training.entrants import best, entered, entrants, problem_of
 from analyses.training.methods import (
     CONFIGURATIONS,
     METHODS,
@@ -33,13 +33,13 @@ from analyses.training.run import FullBatch, Run, evaluate
 from curvlab.fisher import STRUCTURES
 from curvlab.optim import NaturalGradient
 from curvlab.problems import PROBLEMS, Problem, resolve
-from curvlab.study import Cell, Trace, follow, judge
+from curvlab.study import Cell, Trace, follow, judge, stream
 from curvlab.study.execution import Plan
 from curvlab.study.loop import Process
 from curvlab.study.measurements import tabulate
 
 SMALL = (
-    "--seeds", "3", "--races", "2", "--steps", "6", "--configurations", "2", "--rivals", "sgd", "muon", "--structures", "kfac",
+    "--seeds", "2", "--steps", "6", "--configurations", "2", "--starts", "1", "--rivals", "sgd", "muon", "--structures", "kfac",
     "--ingredients", "kfac-rare", "--target-loss", "2", "--target-accuracy", "0.2",
 )  # fmt: skip
 
@@ -58,10 +58,10 @@ def test_the_command_ends_with_verdicts_and_files(run: tuple[subprocess.Complete
     assert {path.stem for path in (folder / "figures").glob("*.pdf")} == set(FIGURES)
     assert "Cells without measurements" not in done.stdout
     verdicts = {v["claim"]: v["outcome"] for v in json.loads((folder / "verdicts.json").read_text())["verdicts"]}
-    assert {"steps-loss-kfac", "steps-accuracy-kfac", "time-loss-kfac", "ingredient-rare", "equal-rate-kfac"} <= set(
-        verdicts
-    )
-    assert verdicts["steps-loss-kfac"] != "outside the assumptions"
+    expected = {f"{what}-kfac-{rival}" for what in ("steps-loss", "time-accuracy") for rival in ("sgd", "muon")}
+    assert {*expected, "ingredient-rare", "time-step-rare", "contraction-rate"} <= set(verdicts)
+    assert verdicts["steps-loss-kfac-sgd"] == "inconclusive", "two seeds decide nothing"
+    assert verdicts["rate-kfac"] == verdicts["contraction-bound"] == "supported"
     assert verdicts["rate-full"] == "not measured", "only K-FAC was asked for"
 
 
@@ -78,11 +78,12 @@ def test_every_method_is_tuned_alike_and_judged_on_fresh_seeds(
     seconds = table[table["quantity"] == SECONDS]
     assert set(seconds["method"]) == methods
     assert (seconds["value"] > 0).all()
-    losses = table[(table["quantity"] == "loss") & (table["seed"] == 1) & (table["step"] == 0)]
+    losses = table[(table["quantity"] == "loss") & (table["seed"] == 1001) & (table["step"] == 0)]
     assert len(set(losses["value"])) == 1, "all methods start from the same network"
 
 
-CONFIG = Config(seeds=1, steps=4, rivals=("sgd",), structures=("kfac",), ingredients=())
+CONFIG = Config(seeds=1, steps=4, starts=2, rivals=("sgd",), structures=("kfac",), ingredients=())
+CONFIG_OF_ALL = Config()
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +118,27 @@ def run_of(steps: float, loss: float, *, reached: bool = True, diverged: bool = 
 )
 def test_the_best_configuration(runs: list[Tuned], first: int) -> None:
     rows = [
-        {"configuration": index, "quantity": quantity, "value": value, "status": status}
+        {"configuration": index, "seed": 0, "quantity": quantity, "value": value, "status": status}
         for index, (steps, loss, reached, ended) in enumerate(runs)
         for quantity, value, status in (("tuning_steps", steps, reached), ("tuning_loss", loss, ended))
     ]
-    assert best(pd.DataFrame(rows)) == first
+    table = pd.DataFrame(rows)
+    assert best(table) == first
+    mirrored = table.assign(configuration=len(runs) - 1 - table["configuration"])
+    assert best(mirrored) == len(runs) - 1 - first
+
+
+def test_a_configuration_is_chosen_over_all_seeds_that_it_was_tuned_on() -> None:
+    steps = {0: (10, 40), 1: (19, 20), 2: (5, 100)}
+    rows = [
+        {"configuration": index, "seed": seed, "quantity": quantity, "value": float(value), "status": status}
+        for index, values in steps.items()
+        for seed, value in enumerate(values)
+        for quantity, status in (("tuning_steps", "ok" if value < 100 else "not reached"), ("tuning_loss", "ok"))
+    ]
+    assert best(pd.DataFrame(rows)) == 1, (
+        "20 steps on geometric average against 19.5; one that misses a seed comes last"
+    )
 
 
 def raced(monkeypatch: pytest.MonkeyPatch, race: Callable[[Entrant, int, int], Trace]) -> None:
@@ -141,7 +158,7 @@ def trace_of(*seen: tuple[int, float, float]) -> Trace:
     return Trace([dict(zip(("step", "loss", "accuracy"), one, strict=True)) for one in seen])
 
 
-def test_the_choice_is_made_on_the_tuning_seed_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_choice_is_made_on_streams_of_its_own_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[tuple[str, int, int]] = []
 
     def race(method: Entrant, index: int, seed: int) -> Trace:
@@ -152,10 +169,11 @@ def test_the_choice_is_made_on_the_tuning_seed_and_kept(monkeypatch: pytest.Monk
     config = replace(CONFIG, results=tmp_path)
     cell = Cell({"experiment": "judging", "method": "kfac", "seed": 0})
     plan_of(config).task().observe(cell)
-    assert made == [*(("kfac", index, TUNING_SEED) for index in range(4)), ("kfac", 1, 0)]
+    tuned = [("kfac", index, stream(start, "tuning")) for index in range(4) for start in range(config.starts)]
+    assert made == [*tuned, ("kfac", 1, 0)]
     plan_of(config).task().observe(cell)
-    assert made[5:] == [("kfac", 1, 0)], "another run finds the tuning runs among the finished cells"
-    assert TUNING_SEED not in range(100)
+    assert made[len(tuned) + 1 :] == [("kfac", 1, 0)], "another run finds the tuning runs among the finished cells"
+    assert not {seed for _, _, seed in tuned} & set(range(10**6)), "no judged run has such a seed"
 
 
 def judged(values: dict[str, list[float]], quantity: str = "steps_to_loss", status: str = "ok") -> pd.DataFrame:
@@ -166,11 +184,39 @@ def judged(values: dict[str, list[float]], quantity: str = "steps_to_loss", stat
     )
 
 
-def test_a_comparison_is_with_the_best_other_on_the_same_seeds() -> None:
-    table = judged({"kfac": [10, 40], "sgd": [100, 100], "adam": [20, 40], "muon": [10, 1000]})
-    found = Comparison("kfac", ("sgd", "adam", "muon")).steps(table)
-    assert found["seed"].tolist() == [0, 1]
-    assert found["value"].tolist() == pytest.approx([-0.30103, 0.0], abs=1e-5)
+def test_a_comparison_is_with_one_other_on_the_same_seeds() -> None:
+    table = judged({"kfac": [10, 40], "sgd": [100, 100], "adam": [20, 40]})
+    versus = Comparison("kfac", "adam")
+    assert versus.difference(table)["value"].tolist() == [-10, 0]
+    assert versus.ratio(table)["value"].tolist() == pytest.approx([0.5, 1])
+
+
+def test_a_structure_that_beats_a_rival_at_every_seed_is_said_to_whatever_another_rival_does() -> None:
+    """K-FAC has beaten Adam at 8 of 8 seeds, while the rival with the fewest steps on average, Muon, failed at some."""
+    muon = [18, 20, 32, 58, 100, 100, 18, 56, 22, 100, 40, 30]
+    steps = {"kfac": [32, 36] * 6, "adam": [36, 54] * 6, "muon": muon}
+    claims = {claim.id: claim for claim in ANALYSIS.claims(CONFIG_OF_ALL)}
+    names = [f"steps-loss-kfac-{rival}" for rival in ("adam", "muon")]
+    table = judged(steps).assign(seed=lambda rows: rows["seed"] + 1001)
+    assert [judge([claims[name]], table)[0].outcome for name in names] == ["supported", "inconclusive"]
+
+
+def test_ties_within_the_margin_support_that_an_ingredient_costs_no_steps() -> None:
+    (claim,) = (claim for claim in ANALYSIS.claims(CONFIG_OF_ALL) if claim.id == "ingredient-autocast")
+    same = [float(steps) for steps in range(30, 42)]
+    (verdict,) = judge([claim], judged({"kfac": same, "kfac-autocast": same}))
+    assert (verdict.outcome, verdict.estimate) == ("supported", 1.0)
+
+
+def test_every_structure_meets_every_rival_and_no_seed_of_theirs_was_explored() -> None:
+    claims = [
+        claim for claim in ANALYSIS.claims(CONFIG_OF_ALL) if claim.id.startswith(("steps-", "time-loss", "time-acc"))
+    ]
+    pairs = {claim.id.split("-", 2)[2] for claim in claims}
+    assert pairs == {f"{structure}-{rival}" for structure in CONFIG_OF_ALL.structures for rival in RIVALS}
+    assert len(claims) == 4 * len(pairs)
+    assert {claim.expected.explored for claim in claims} == {12}
+    assert 1000 not in CONFIG_OF_ALL.seeds_run, "configurations were laid around the run from seed 1000"
 
 
 def test_seconds_are_steps_times_seconds_of_a_step() -> None:
@@ -178,12 +224,12 @@ def test_seconds_are_steps_times_seconds_of_a_step() -> None:
     price = judged({"kfac": [0.5, 0.25], "sgd": [0.01, 0.02]}, SECONDS)
     found = seconds_to(pd.concat([price, steps]), "steps_to_loss")
     assert found["value"].tolist() == pytest.approx([5, 10, 1, 4])
-    ratio = Comparison("kfac", ("sgd",)).seconds("steps_to_loss")(pd.concat([steps, price]))
-    assert (10 ** ratio["value"]).tolist() == pytest.approx([5, 2.5])
+    saved = Comparison("kfac", "sgd").seconds("steps_to_loss")(pd.concat([steps, price]))
+    assert saved["value"].tolist() == pytest.approx([4, 6])
 
 
 def test_targets_that_nobody_reached_are_outside_the_assumptions() -> None:
-    versus = Comparison("kfac", ("sgd",))
+    versus = Comparison("kfac", "sgd")
     failed = judged({"kfac": [100, 100], "sgd": [100, 100]}, status="not reached")
     assert "kfac" in str(versus.outside(failed))
     failed.loc[3, "status"] = "ok"
@@ -198,8 +244,8 @@ def test_claims_can_come_out_either_way(
         return trace_of((0, 2.3, 0.1), (50 + index if method.name == "sgd" else steps[seed % 3], 0.05, 0.95))
 
     raced(monkeypatch, race)
-    config = replace(CONFIG, seeds=3, results=tmp_path)
-    (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == "steps-loss-kfac")
+    config = replace(CONFIG, seeds=12, starts=1, results=tmp_path)
+    (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == "steps-loss-kfac-sgd")
     cells = [cell for cell in ANALYSIS.cells(config) if claim.needs(cell)]
     assert {cell["experiment"] for cell in cells} == {"judging"}
     task = plan_of(config).task()
@@ -389,7 +435,7 @@ def test_steps_under_autocast_are_those_in_full_precision_but_for_its_round_off(
     handle.remove()
     assert seen == [torch.bfloat16] * 3
     error = (found - expected).norm() / (expected - before).norm()
-    assert 0 < error < 10 * torch.finfo(torch.bfloat16).eps
+    assert 0 < error < 20 * torch.finfo(torch.bfloat16).eps
 
 
 def test_the_output_layer_can_be_left_to_the_plain_gradient(problem: Problem) -> None:
@@ -502,7 +548,7 @@ def test_a_full_batch_run_goes_on_from_a_state() -> None:
         ({"rivals": ("adm",)}, "Did you mean 'adam'"),
         ({"ingredients": ("kfac",)}, "--ingredients"),
         ({"configurations": 0}, "--configurations"),
-        ({"races": 0}, "--races"),
+        ({"starts": 0}, "--starts"),
         ({"target_loss": -1.0}, "--target-loss"),
         ({"target_accuracy": 90.0}, "--target-accuracy"),
     ],

@@ -21,7 +21,8 @@ def test_names_that_occur_twice_are_a_bug_of_the_analysis(run):
 
 
 CHOICE = Experiment(name="choice", cells=lambda _: [{"rival": rival, "seed": 100} for rival in (1, 2, 3)],
-                    measure=lambda cell, _: [{"quantity": "cost", "value": float(cell["rival"])}])  # fmt: skip
+                    measure=lambda cell, _: [{"quantity": "cost", "value": float(cell["rival"])}],
+                    varies=("draws",))  # fmt: skip
 """What an experiment chooses by."""
 
 
@@ -34,9 +35,10 @@ JUDGED = Experiment(
     name="judged",
     cells=lambda config: [{"arm": "best"}] if config.scale < 1 else [],
     measure=chosen,
+    varies=("draws",),
     claims=lambda _: [
-        Claim(id="best", statement="The cheapest is 2.", rule=Equivalence("chosen", 2.0, 0.1), source="nowhere",
-              measured="which is cheapest", expected=supported("it was made so"))
+        Claim(id="best", statement="The cheapest is 2.", rule=Equivalence("chosen", 2.0, 0.1, centre="mean"),
+              source="nowhere", measured="which is cheapest", group="paper", expected=supported("it was made so"))
     ],
     after=("choice",),
 )  # fmt: skip
@@ -105,3 +107,16 @@ def test_a_claim_without_planned_cells_is_not_measured_and_in_no_family(run, cap
     assert run("--scale", "1.5") == 0
     alone = run.stored().verdicts.set_index("claim")
     assert list(alone["p_adjusted"].dropna()) == list(verdicts.loc[alone.index, "p_adjusted"].dropna())
+
+
+def test_experiments_that_are_left_out_count_as_undecided(run):
+    both = replace(UNDRAWN, experiments=(dummy_analysis.NUMBERS, JUDGED, CHOICE))
+    assert run("--seeds", "8", analysis=both) == 0
+    whole = run.stored().verdicts.set_index("claim")
+    assert run("--seeds", "8", "--fresh", "--experiments", "judged", analysis=both) == 0
+    assert run.measured == []
+    assert run.stored().measurements["cell"].nunique() == 11, "those of the experiment that comes before it, too"
+    verdicts = run.stored().verdicts.set_index("claim")
+    assert verdicts.loc["D-1", "note"] == "--experiments leaves out numbers; it counts as undecided"
+    assert verdicts.loc["best", "p_adjusted"] > whole.loc["best", "p_adjusted"]
+    assert run("--experiments", "numbr", analysis=both) == 2

@@ -141,7 +141,7 @@ def test_a_figure_that_fails_costs_neither_the_others_nor_the_results(run, capsy
     assert "Figure failed: spoilt: ValueError: nothing finite to draw" in capsys.readouterr().out
     folder = run.stored().folder
     assert sorted(path.name for path in (folder / "figures").iterdir()) == ["alphas.pdf", "alphas.png"]
-    assert "spoilt" not in (folder / "report.md").read_text()
+    assert "spoilt could not be drawn: ValueError: nothing finite to draw" in (folder / "report.md").read_text()
 
 
 def test_a_run_without_a_single_measurement_fails(run, capsys):

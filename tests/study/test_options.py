@@ -109,7 +109,16 @@ def test_an_unknown_option_suggests_the_nearest(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--seeds", "0"], ["--shard", "0/2"], ["--shard", "3/2"], ["--shard", "x"], ["--damping", "nan"]]
+    "arguments",
+    [
+        ["--seeds", "0"],
+        ["--seeds", "many"],
+        ["--first-seed", "-1"],
+        ["--shard", "0/2"],
+        ["--shard", "3/2"],
+        ["--shard", "x"],
+        ["--damping", "nan"],
+    ],
 )
 def test_options_outside_their_range(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -135,3 +144,9 @@ def test_every_option_of_an_analysis_has_a_default_and_axes_are_options():
         replace(dummy_analysis.ANALYSIS, axes=("widths",))
     with pytest.raises(ValueError, match="called like a module"):
         replace(dummy_analysis.ANALYSIS, name="two words")
+
+
+def test_seeds_that_are_run():
+    assert Options().seeds_run == range(1000, 1012)
+    assert Options(seeds=3, first_seed=7).seeds_run == range(7, 10)
+    assert command_line(Options(), "--seeds", "auto").seeds_run == range(1000, 1048)

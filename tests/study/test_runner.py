@@ -15,6 +15,7 @@ import pytest
 from dummy_analysis import UNDRAWN, changed
 
 from curvlab.study import main, refuted, supported, undecided
+from curvlab.study.execution import Plan
 
 FOLDER_FILES = {
     "config.json",
@@ -22,8 +23,11 @@ FOLDER_FILES = {
     "measurements.parquet",
     "verdicts.json",
     "report.md",
+    "report.html",
+    "rows",
     "log.txt",
     "figures",
+    "figures.json",
 }
 
 
@@ -82,10 +86,45 @@ def test_a_run_from_the_command_line_and_the_command_that_redraws_its_figure(tmp
     assert (folder / "figures" / "alphas.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_claims_run_only_the_cells_that_they_need(run):
+def test_claims_run_only_the_cells_that_their_verdicts_depend_on(run):
+    """Those of all claims that are tested with them, but not the one that only the identity needs."""
     assert run("--seeds", "3", "--claims", "D-2", "D-3") == 0
-    assert len(run.measured) == 3
-    assert all("structure=block-diagonal, offset=0.0" in cell for cell in run.measured)
+    assert len(run.measured) == 9
+    assert not any("structure=block-diagonal, offset=1.0" in cell for cell in run.measured)
+    assert list(run.stored().verdicts["claim"]) == ["D-2", "D-3"]
+
+
+def given(**gates):
+    """The dummy's claims, each given another."""
+    return lambda config: [replace(c, given=gates.get(c.id[-1:], "")) for c in dummy_analysis.claims(config)]
+
+
+def grouped(config):
+    """The dummy's claims in groups of their own, where D-1 has a meaning only if D-2 holds, and that only if D-4 does."""
+    groups = {"D-1": "derived", "D-2": "paper", "D-3": "paper", "D-4": "self-check", "D-5": "exploration"}
+    gates = {"D-1": "D-2", "D-2": "D-4"}
+    return [replace(c, group=groups[c.id], given=gates.get(c.id, "")) for c in dummy_analysis.claims(config)]
+
+
+def test_a_claim_is_decided_with_those_that_give_it_its_meaning_and_their_families(run):
+    assert run("--seeds", "3", analysis=changed(claims=grouped)) == 0
+    whole = run.stored().verdicts.set_index("claim")
+    assert run("--seeds", "3", "--fresh", "--claims", "D-1", analysis=changed(claims=grouped)) == 0
+    pd.testing.assert_frame_equal(run.stored().verdicts.set_index("claim"), whole.loc[["D-1"]])
+    plan = Plan.of(changed(claims=grouped), dummy_analysis.Options(claims=("D-1",)))
+    assert [claim.id for claim in plan.claims] == ["D-1", "D-2", "D-3", "D-4"]
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ({"1": "D-9"}, "claim D-1 is given 'D-9', which is no claim"),
+        ({"1": "D-2", "2": "D-1"}, "given each other: D-1, D-2"),
+    ],
+)
+def test_claims_are_given_claims_that_there_are(run, gates, message):
+    with pytest.raises(ValueError, match=message):
+        run("--seeds", "1", analysis=changed(claims=given(**gates)))
 
 
 def contradicted(config):
@@ -134,7 +173,7 @@ def test_list_claims(run, capsys):
     out = capsys.readouterr().out
     assert "D-2  The block-diagonal number is above 2." in out
     assert "decided:  mean > 2" in out
-    assert "expected: refuted, because it was made so" in out
+    assert "expected: refuted. it was made so" in out
     assert not run.results.exists()
 
 

@@ -1,5 +1,8 @@
 """The look of figures."""
 
+import re
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,6 +12,7 @@ from scipy import stats
 
 from curvlab.fisher import STRUCTURES
 from curvlab.study import style
+from curvlab.study.panels import PanelGrid
 from curvlab.tools.looks import SPARE, WITHOUT_STRUCTURE, Look, distinct
 
 DRAWN = {key: cls.look for key, cls in STRUCTURES.items()} | WITHOUT_STRUCTURE
@@ -158,10 +162,42 @@ def test_the_legend_has_every_label_once():
     plt.close(figure)
 
 
-def test_caption_names_the_claims_and_their_verdicts(axes):
-    verdicts = pd.DataFrame({"claim": ["A-1", "A-2"], "outcome": ["supported", "refuted"]})
-    style.caption(axes.figure, verdicts, ["A-2", "A-3"])
-    assert axes.figure.get_supxlabel().replace(style.UNBROKEN, " ") == "A-2: refuted   A-3: not judged"
+@pytest.mark.parametrize(("draw", "said"), [
+    (lambda axes, table: style.measured(axes, table, "width", "full"), "Means over the 12 seeds of the run, .*; bars are "),
+    (lambda axes, table: style.band(axes, table, "width", color="k"), "Means over the 12 seeds of the run, .*; bands are "),
+    (lambda axes, table: axes.plot([1, 2]), "Drawn from the 12 seeds of the run"),
+])  # fmt: skip
+def test_a_caption_says_what_is_shown_over_how_many_seeds_and_how_surely(axes, draw, said):
+    table = seeds((128, 1.0), (512, 2.0))
+    draw(axes, table)
+    style.caption(axes.figure, "The number against width.", table)
+    assert re.match(f"The number against width. {said}", axes.figure.get_label())
+    assert ("95 %" in axes.figure.get_label()) == ("Means" in said)
+    assert not axes.figure.get_supxlabel(), "the files of a figure stay without it"
+
+
+def test_a_layout_is_described_by_its_panels_each_kind_once():
+    def first(axes, measurements):
+        """Number against width, at 2 < η.
+
+        With more for those who read the code.
+        """
+
+    def second(axes, measurements, *, rank):
+        """The other one."""
+
+    table = seeds((128, 1.0), count=1)
+    labels = []
+    for panels, caption in (([[first], [partial(second, rank=0)]], ""), ([[first, first]], ""), ([[first]], "Mine.")):
+        with style.use():
+            figure = PanelGrid("python x.py", panels, claims=(), caption=caption)(table, table)
+        labels.append(figure.get_label())
+        plt.close(figure)
+    assert labels == [
+        "Row by row, from left to right: Number against width, at 2 < η — The other one. Drawn from one seed.",
+        "Number against width, at 2 < η. Drawn from one seed.",
+        "Mine. Drawn from one seed.",
+    ]
 
 
 def test_colours_stand_out_from_the_paper_and_from_each_other():
@@ -183,7 +219,7 @@ def test_a_saved_figure_has_the_width_of_a_column_and_text_as_text(tmp_path):
                 style.measured(panel, seeds(*points, count=count), "width", structure, shift=3.0 * (index - 4))
                 style.log_ticks(panel, [128, 512, 2048])
         style.legend(figure, columns=5)
-        style.caption(figure, pd.DataFrame({"claim": ["S-1"], "outcome": ["refuted"]}), ["S-1"])
+        style.caption(figure, "All structures.", seeds((128, 1.0)))
         pdf, png = style.save(figure, tmp_path / "all.structures")
         plt.close(figure)
     assert (pdf.name, png.name) == ("all.structures.pdf", "all.structures.png")

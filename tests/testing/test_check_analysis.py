@@ -29,8 +29,8 @@ def random_numbers(cell, context):
 
 
 def reading_nothing(config):
-    return [Claim(id="none", statement="s", rule=Inequality("absent", "less", 1.0), source="s", measured="m",
-                  expected=undecided("r"))]  # fmt: skip
+    return [Claim(id="none", statement="s", rule=Inequality("absent", "less", 1.0, centre="mean"), group="paper",
+                  source="s", measured="m", expected=undecided("r"))]  # fmt: skip
 
 
 def refuse(measurements, verdicts):

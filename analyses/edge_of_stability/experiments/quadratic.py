@@ -16,7 +16,9 @@ NAME = "quadratic"
 SIZE = 10
 STEPS = 400
 """Growth is taken over the second half."""
-BETAS = (0.5, 0.9, 0.98)
+BETAS = 3
+"""Values of β that a seed draws, up to the highest."""
+HIGHEST = 0.98
 MARGINS = (1e-6, 0.01, 0.3)
 """Relative distances from the threshold at which the roots are looked at; the iterations take the middle one."""
 ROUND_OFF = 1e-10
@@ -43,10 +45,10 @@ def _iterate(
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:  # noqa: ARG001
     method, seed = str(cell["optimiser"]), int(cell["seed"])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(study.stream(seed, NAME))
     eta = float(10 ** rng.uniform(-2, 1))
     rows = []
-    for beta in (0.0,) if method == "gd" else BETAS:
+    for beta in (0.0,) if method == "gd" else rng.uniform(0.0, HIGHEST, BETAS):
         edge = sharpness_threshold(method, eta, beta)
         error = float(growth(method, [edge], eta, beta)[0]) - 1.0
         rows.append(study.observed("root_error", error, tolerance=1e-12, beta=beta))
@@ -72,21 +74,23 @@ CLAIMS = [
     claim("quadratic-gd", page("claim 1"), SIDES,
           "On a quadratic, gradient descent diverges along an eigenvector of curvature a exactly if a > 2/η.",
           f"Wrong sides, and errors of the recursion with these roots, at a = (1 ± {MARGINS[1]:g})·2/η.",
-          study.supported("x shrinks by |1 − ηa|."), at={"optimiser": "gd"}),
+          study.supported("x shrinks by |1 − ηa|."), group="paper", at={"optimiser": "gd"}),
     claim("quadratic-momentum", page("claim 2"), SIDES,
           "Heavy ball diverges exactly above (2 + 2β)/η, Nesterov exactly above (2 + 2β)/(η(1 + 2β)).",
           f"Wrong sides, and errors of the recursion, of torch.optim.SGD at (1 ± {MARGINS[1]:g}) times the threshold.",
-          study.supported("Jury's conditions on the two-term recursions."), at={"optimiser": ("heavy-ball", "nesterov")}),
+          study.supported("Jury's conditions on the two-term recursions."),
+          group="paper", at={"optimiser": ("heavy-ball", "nesterov")}),
     claim("quadratic-roots", page("claims 1 and 2"), study.Identity(("root_error", "root_misses")),
           "The larger characteristic root has modulus 1 at the threshold, less below and more above.",
           f"Modulus less 1 at the threshold, and wrong sides at relative distances {MARGINS}, over β and η.",
-          study.supported("The root −1 is the first to leave the unit disc.")),
+          study.supported("The root −1 is the first to leave the unit disc."), group="self-check"),
 ]  # fmt: skip
 
 QUADRATIC: study.Experiment[Config] = study.Experiment(
     name=NAME,
     cells=[{"problem": NAME, "optimiser": method} for method in STEPPERS],
     measure=_measure,
+    varies=("draws",),
     claims=CLAIMS,
     seconds=0.1,
     memory=3e8,

@@ -9,7 +9,7 @@ from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.networks import Loss, MultiscaleNetwork, gradients, loss_of
 from analyses.gnn_acceleration.points import by_aggregation, memory, page
 from analyses.gnn_acceleration.setting import powers, random_propagation
-from curvlab.study import Cell, Context, Experiment, Identity, Observations, observed, round_off, supported
+from curvlab import study
 from curvlab.theory import graph_dynamics as theory
 
 GRAPHS_A_SEED = 8
@@ -17,22 +17,22 @@ GRAPHS_A_SEED = 8
 LOSSES = ("squared", "cross-entropy", "log-cosh")
 
 
-def _measure(cell: Cell, _: Context[Config]) -> Observations:
-    generator = torch.Generator().manual_seed(int(cell["seed"]))
-    rng = np.random.default_rng(int(cell["seed"]))
+def _measure(cell: study.Cell, _: study.Context[Config]) -> study.Observations:
+    weights = study.generator(int(cell["seed"]), "weights")
+    rng = np.random.default_rng(study.stream(int(cell["seed"]), "graphs"))
     rows = []
     for index in range(GRAPHS_A_SEED):
         depth, N, C = int(rng.integers(0, 5)), int(rng.integers(3, 9)), int(rng.integers(1, 4))
         widths = [int(width) for width in rng.integers(1, 6, size=depth + 1)]
         S = random_propagation(rng, N, str(cell["aggregation"]))
-        x = torch.randn(N, widths[0], generator=generator, dtype=torch.float64)
+        x = torch.randn(N, widths[0], generator=weights, dtype=torch.float64)
         nodes = torch.from_numpy(np.sort(rng.choice(N, size=int(rng.integers(1, N + 1)), replace=False)))
         loss = loss_of(LOSSES[index % len(LOSSES)], torch.from_numpy(rng.integers(0, C, size=len(nodes))), C)
         for name, scales in (("single", (depth,)), ("multi", tuple(range(depth + 1)))):
-            model = MultiscaleNetwork(S, widths, C, scales, nn.Identity(), generator)
+            model = MultiscaleNetwork(S, widths, C, scales, nn.Identity(), weights)
             with torch.no_grad():
                 for head in model.heads:
-                    head.copy_(torch.randn(head.shape, generator=generator, dtype=torch.float64))
+                    head.copy_(torch.randn(head.shape, generator=weights, dtype=torch.float64))
             rows += _compare(model, x, nodes, loss, name)
     return rows
 
@@ -54,21 +54,22 @@ def _compare(model: MultiscaleNetwork, x: Tensor, nodes: Tensor, loss: Loss, nam
         * float(np.prod([max(1.0, float(np.square(w).sum())) for w in (*layers, *heads.values())])),
         np.finfo(float).tiny,
     )  # fmt: skip
-    tolerance = round_off(max(z.numel(), 1))
+    tolerance = study.round_off(max(z.numel(), 1))
     at: dict[str, object] = {"model": name, "depth": len(layers), "tolerance": tolerance}
     kinds = ["head"] * len(of_heads) + ["layer"] * len(of_layers)
     terms = [
-        observed(f"{kind}_error", abs(a - b) / scale, **at) for kind, a, b in zip(kinds, found, expected, strict=True)
+        study.observed(f"{kind}_error", abs(a - b) / scale, **at)
+        for kind, a, b in zip(kinds, found, expected, strict=True)
     ]
-    return [*terms, observed("speed_error", abs(sum(found) - sum(expected)) / scale, **at)]
+    return [*terms, study.observed("speed_error", abs(sum(found) - sum(expected)) / scale, **at)]
 
 
 CLAIMS = [
-    claim(id_, page("section 4", "claim 4"), Identity(quantity),
+    claim(id_, page("section 4", "claim 4"), study.Identity(quantity),
           statement,
           "Distance from the square of the autodiff gradient, over ‖V‖² max_l ‖G_l‖² Π‖W‖²‖B‖²; random graphs, depths 0 to 4, "
           f"widths, single- and multiscale models, losses {', '.join(LOSSES)}.",
-          supported("It is the chain rule."))
+          study.supported("It is the chain rule."), group="self-check")
     for id_, quantity, statement in (
         ("speed-heads", "head_error", "The part of head l in −dL/dt is ‖vec[V G_lᵀ]‖² in the metric F_l."),
         ("speed-layers", "layer_error", "The part of layer i in −dL/dt is ‖Σ_l J_{i,l} vec[V G_lᵀ]‖²."),
@@ -76,6 +77,12 @@ CLAIMS = [
     )
 ]  # fmt: skip
 
-IDENTITIES: Experiment[Config] = Experiment(
-    name="identities", cells=by_aggregation, measure=_measure, claims=CLAIMS, seconds=0.2, memory=memory
+IDENTITIES: study.Experiment[Config] = study.Experiment(
+    name="identities",
+    cells=by_aggregation,
+    measure=_measure,
+    varies=("initialisation", "data"),
+    claims=CLAIMS,
+    seconds=0.1,
+    memory=memory,
 )

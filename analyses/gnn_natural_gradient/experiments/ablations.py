@@ -37,7 +37,7 @@ def _claims(config: Config) -> list[Claim]:
          "drawn from the model.", "The paper defines the Fisher matrix by the model's distribution and uses given labels."),
     )  # fmt: skip
     return [
-        gain(id_, statement, "claim 2 (ablations)", [first], [second], config.splits[0], undecided(reason))
+        gain(id_, statement, "claim 2 (ablations)", [(first, second)], config, undecided(reason), "exploration")
         for id_, first, second, statement, reason in claimed
     ]
 

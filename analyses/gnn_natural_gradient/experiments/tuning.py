@@ -1,24 +1,21 @@
 """Every configuration of every method, and which of them is judged: the one that classifies the most validation nodes right.
 
-Configurations run from seeds that no judged run has; their validation accuracy at the epoch of the lowest validation loss is
-averaged over these, and of equal ones the loss decides.
+Configurations run from streams of their own, which no judged run has, whatever its seed. Their validation accuracy at the
+epoch of the lowest validation loss is averaged over these, and of equal ones the loss decides.
 """
 
 import pandas as pd
 
-from analyses.gnn_natural_gradient.arms import MEMORY, reduced, seconds, train
+from analyses.gnn_natural_gradient.arms import MEMORY, VARIES, reduced, seconds, train
 from analyses.gnn_natural_gradient.config import Config
 from analyses.gnn_natural_gradient.recipe import METHODS, Recipe
 from analyses.gnn_natural_gradient.training import VALIDATION, VALIDATION_LOSS
 from curvlab.study import Cell, Context, Experiment, Observations, Point
 
-FIRST_SEED = 1000
-"""Seed of the first run of a configuration; judged runs have seeds from 0."""
-
 
 def _points(config: Config) -> list[Point]:
     return [
-        {"method": method, "split": split, "configuration": index, "seed": FIRST_SEED + start}
+        {"method": method, "split": split, "configuration": index, "seed": start}
         for split in config.splits
         for method in METHODS
         for index in range(config.configurations)
@@ -28,7 +25,7 @@ def _points(config: Config) -> list[Point]:
 
 def _measure(cell: Cell, context: Context[Config]) -> Observations:
     recipe = METHODS[str(cell["method"])].recipes[int(cell["configuration"])]
-    rows = reduced(train(recipe, cell, context), recipe)
+    rows = reduced(train(recipe, cell, context, "tuning"), recipe)
     return [row | {"quantity": f"tuning_{row['quantity']}"} for row in rows]
 
 
@@ -45,4 +42,6 @@ def selected(method: str, split: str, context: Context[Config]) -> Recipe:
     return METHODS[method].recipes[best(context.rows("tuning", method=method, split=split))]
 
 
-TUNING: Experiment[Config] = Experiment(name="tuning", cells=_points, measure=_measure, seconds=seconds, memory=MEMORY)
+TUNING: Experiment[Config] = Experiment(
+    name="tuning", cells=_points, measure=_measure, varies=VARIES, seconds=seconds, memory=MEMORY
+)

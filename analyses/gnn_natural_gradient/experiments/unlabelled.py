@@ -39,7 +39,7 @@ def arms(config: Config) -> list[Arm]:
 
 def _claims(config: Config) -> list[Claim]:
     at = {name: [arm_name(name, gamma) for gamma in config.gammas] for name in COMBINATIONS}
-    kfac, adam = ([name_of(method, "published")] for method in ("adam-kfac", "adam"))
+    kfac, adam = ([name_of(method, "published")] * len(config.gammas) for method in ("adam-kfac", "adam"))
     schedule = "The divisor is a schedule of damping and step size; Adam removes the latter."
     claimed = (
         ("both", at["both"], kfac, "Unlabelled nodes in the loss and in the Fisher matrix raise the test accuracy.",
@@ -56,9 +56,10 @@ def _claims(config: Config) -> list[Claim]:
          undecided("It separates the preconditioner from self-training.")),
     )  # fmt: skip
     return [
-        gain(f"lambda-{name}", statement, "claim 2", first, second, config.splits[0], expected)
+        gain(f"lambda-{name}", f"{statement[:-1]}, on average over the powers γ.", "claim 2",
+             [*zip(first, second, strict=True)], config, expected, config.group if name == "both" else "exploration")
         for name, first, second, statement, expected in claimed
-    ]
+    ]  # fmt: skip
 
 
 UNLABELLED: Experiment[Config] = experiment_of("unlabelled", arms, _claims)

@@ -1,6 +1,5 @@
 """Full row rank at initialisation, of the whole Jacobian and of its blocks (claim 1)."""
 
-from collections.abc import Mapping
 from functools import partial
 from itertools import product
 from math import cos, sin
@@ -15,7 +14,7 @@ from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
 from analyses.jacobian_rank.networks import NETWORKS, network_of
-from analyses.jacobian_rank.points import PAPER, experiment, page, seconds
+from analyses.jacobian_rank.points import experiment, geometric_by_seed, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -110,75 +109,64 @@ def _two_layer(x: Tensor, rows: Rows, values: Float[np.ndarray, " R"], activatio
     return [
         study.observed("smallest", values[0]),
         study.observed("smallest_limit", smallest),
-        study.observed("limit_ratio", values[0] / smallest),
-        study.observed("unit_rank", unit_rank(rows)),
+        study.observed("limit_ratio", float(values[0]) / smallest),
+        *unit_rank(rows),
     ]
 
 
-def _full_rank(name: str, statement: str, reason: str, at: Mapping[str, object]) -> study.Claim:
+def _full_rank(name: str, group: str, statement: str, reason: str, **at: object) -> study.Claim:
     return claim(
-        f"rank-{name}", page(f"{PAPER}, condition 1", "claim 1"), study.Identity("surprise"),
-        statement,
+        f"rank-{name}", page("condition 1", "claim 1"), study.Identity("surprise"), statement,
         "Number of rows missing in the numerical rank, against the number expected.",
-        study.supported(reason), at=at,
+        study.supported(reason), group=group, at=at,
     )  # fmt: skip
 
 
 def _near(activation: str) -> study.Claim:
     exponent, reason = NEAR_EXPONENTS[activation]
     return claim(
-        f"rank-near-{activation}", page(f"{PAPER}, condition 1 and λ₀", "claim 1 and traps; exponent derived"),
-        study.Equivalence("near_smallest", exponent, 0.2),
+        f"rank-near-{activation}", page("condition 1 and λ₀", "claim 1 and traps; exponent derived"),
+        study.Equivalence("near_smallest", exponent, 0.2, centre="mean"),
         f"Two inputs at a small angle cost no rank with {activation}; λ_min(G) falls as the angle to the power {exponent:g}.",
         f"Slope of log λ_min(G) against the logarithm of angles from {ANGLES[-1]:g} to {ANGLES[0]:g}, at the largest width.",
-        study.supported(reason), at={"inputs": NEAR, "activation": activation},
+        study.supported(reason), group="derived", at={"inputs": NEAR, "activation": activation},
         estimate=partial(study.slope_by_seed, against="angle"),
     )  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
     distinct = {"network": "own", "inputs": DISTINCT, "samples": config.samples}
-    networks = {"network": tuple(NETWORKS)}
+    networks = tuple(NETWORKS)
     return [
-        _full_rank(
-            "initial",
-            "The Jacobian of the two-layer network has full row rank at initialisation.",
-            "λ_min of the limit kernel is positive for inputs that are not parallel.",
-            {"network": "own", "inputs": (DISTINCT, NEAR)},
-        ),
-        _full_rank(
-            "duplicated",
-            "A duplicated input costs exactly one dimension of row rank.",
-            "Its row is the other's.",
-            {"network": "own", "inputs": DUPLICATED},
-        ),
-        _full_rank(
-            "parallel",
-            "A positively parallel input costs one dimension of row rank with ReLU, and none with a smooth activation.",
-            "A ReLU network without biases is positively homogeneous in its input.",
-            {"network": "own", "inputs": PARALLEL},
-        ),
-        _full_rank(
-            "networks",
-            "Networks with all layers trained (MLP, convolutional, residual) have full row rank at initialisation, less one "
-            "for a duplicated input.",
-            "P is far above the number of rows.",
-            networks,
-        ),
-        claim("rank-layers", f"{PAPER}, condition 1, for layer-wise blocks (derived)", study.Identity("layer_surprise"),
+        _full_rank("initial", "paper", "The Jacobian of the two-layer network has full row rank at initialisation.",
+                   "λ_min of the limit kernel is positive for inputs that are not parallel.",
+                   network="own", inputs=(DISTINCT, NEAR)),
+        _full_rank("duplicated", "derived", "A duplicated input costs exactly one dimension of row rank.",
+                   "Its row is the other's.", network="own", inputs=DUPLICATED),
+        _full_rank("parallel", "derived",
+                   "A positively parallel input costs one dimension of row rank with ReLU, and none with a smooth activation.",
+                   "A ReLU network without biases is positively homogeneous in its input.", network="own", inputs=PARALLEL),
+        _full_rank("networks", "derived",
+                   "Networks with all layers trained (MLP, convolutional, residual) have full row rank at initialisation, less one "
+                   "for a duplicated input.",
+                   "P is far above the number of rows.", network=networks),
+        claim("rank-layers", page("condition 1", "claim 1, for layer-wise blocks"), study.Identity("layer_surprise"),
               "Every single layer of these networks has full row rank, less one for a duplicated input.",
               "Number of rows missing in the numerical rank of a layer's Jacobian, against the number expected.",
-              study.supported("Its inputs are distinct. Layers with fewer parameters than rows are left out."), at=networks),
-        claim("rank-limit", page(f"{PAPER}, section 4", "setting"), study.Equivalence("limit_ratio", 1.0, 0.1),
+              study.supported("Its inputs are distinct. Layers with fewer parameters than rows are left out."),
+              group="derived", at={"network": networks}),
+        claim("rank-limit", page("section 4", "setting"),
+              study.Equivalence("limit_ratio", 1.0, 0.1, centre="geometric mean"),
               "λ_min of the kernel at initialisation tends to that of the limit kernel.",
-              "λ_min(G(0))/λ_min(G∞) at the largest width.",
-              study.supported("G is a mean over m units."), at=distinct, estimate=study.at_largest_width(study.by_seed)),
+              "λ_min(G(0))/λ_min(G∞) at the largest width.", study.supported("G is a mean over m units."),
+              group="paper", at={**distinct, "width": config.swept_widths[-1]}, estimate=geometric_by_seed),
         *map(_near, config.activation),
-        claim("rank-units", f"{PAPER}, condition 1, for unit-wise blocks (derived)", study.Inequality("unit_rank", "less", 0.9),
-              "The Jacobian of a single ReLU unit lacks row rank where that of the whole network does not.",
-              "Mean over units of the row rank of a unit's block, over the number of rows.",
-              study.supported("A unit is active on about half of the samples, and only their rows are not zero."),
-              at={**distinct, "activation": "relu"}),
+        claim("rank-units", page("condition 1", "claim 1, for unit-wise blocks"), study.Identity("unit_surprise"),
+              "The row rank of a single ReLU unit is the number of samples on which it is active, where that of the whole network "
+              "is full.",
+              "Largest difference between the two over some of the units.",
+              study.supported("Rows of samples on which it is not active are zero, and inputs are in general position."),
+              group="derived", at={**distinct, "activation": "relu"}),
     ]  # fmt: skip
 
 

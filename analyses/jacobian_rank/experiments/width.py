@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import log2
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from analyses.claims import claim
 from analyses.descent import Direction
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import PAPER, SYNTHETIC, experiment, page
+from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, geometric_by_seed, page
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -107,44 +106,45 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
             continue
         rows += [
             study.observed("needed", width, **at),
-            study.observed("doublings", log2(width / widths[0]), **at),
-            study.observed("constant", constant, **at),
+            study.observed("over_rank", width / widths[0], **at),
+            study.observed(f"constant_{name}", constant, **at),
         ]
     return rows
+
+
+NEEDS = page("condition 1 and theorem 3", "claims 1 and 6, derived")
 
 
 def _order(name: str) -> study.Claim:
     method, order = THEOREMS[name].method, f"n^{THEOREMS[name].power}/λ₀⁴"
     return claim(
-        f"width-order-{name}", page(f"{PAPER}, theorem 3", "claim 6"), study.Inequality("needed", "less", 1.0),
+        f"width-order-{name}", page("theorem 3", "claim 6"), study.Inequality("needed", "less", 1.0, centre="mean"),
         f"The width at which {method} reaches the theorem's conclusion grows more slowly than the sufficient order {order}.",
-        f"Slope of log least width against log {order}, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full row rank, and "
-        "the rate at every step.",
+        f"Slope of log least width against log {order}, n from {SAMPLES[0]} to {SAMPLES[-1]}; conclusion: full row rank, and the "
+        "rate at every step.",
         study.supported("The order is sufficient, not necessary: the proof takes union bounds and norms of sums of n terms."),
+        group="exploration", bound_from="1: in proportion to the order",
         estimate=study.among(partial(study.slope_by_seed, against="sufficient"), run=name),
     )  # fmt: skip
 
 
 CLAIMS = [
     *map(_order, THEOREMS),
-    claim("width-proportional", page(f"{PAPER}, condition 1 and theorem 3", "claims 1 and 6; derived"),
-          study.Equivalence("needed", 1.0, 0.25),
+    claim("width-proportional", NEEDS, study.Equivalence("needed", 1.0, 0.25, centre="mean"),
           "The width at which natural gradient reaches the theorem's conclusion is proportional to n.",
           "Slope of log least width against log n.",
           study.undecided("P ≥ n needs m ≥ n/d; whether more than a multiple of that is needed, no theorem says."),
-          estimate=study.among(partial(study.slope_by_seed, against="samples"), run="natural")),
-    claim("width-rank", page(f"{PAPER}, condition 1 and theorem 3", "claims 1 and 6; derived"),
-          study.Inequality("doublings", "less", 1.0),
+          group="exploration", estimate=study.among(partial(study.slope_by_seed, against="samples"), run="natural")),
+    claim("width-rank", NEEDS, study.Inequality("over_rank", "less", 2.0, centre="geometric mean"),
           "Natural gradient reaches the theorem's conclusion at no more than twice the width at which J(0) has full row rank.",
-          "Doublings from the one width to the other, the mean over n.",
+          "The one width over the other, the mean over n.",
           study.undecided("Condition 1 is necessary; no theorem says how much more is."),
-          estimate=study.among(study.by_seed, run="natural")),
-    claim("width-condition", page(f"{PAPER}, theorem 1: the converse is not claimed", "claim 2"),
-          study.Inequality("constant", "greater", 0.5),
+          group="exploration", estimate=study.among(geometric_by_seed, run="natural")),
+    claim("width-condition", page("theorem 1: the converse is not claimed", "claim 2"),
+          study.Always("constant_natural", "greater", 0.5),
           "At the least width that reaches the theorem's conclusion, condition 2 fails.",
-          "C_emp along natural gradient at that width, the smallest over n; condition 2 wants it below ½.",
-          study.supported("The conditions are sufficient, not necessary."),
-          estimate=study.among(study.least_by_seed, run="natural")),
+          "C_emp along natural gradient at that width; condition 2 wants it below ½.",
+          study.supported("The conditions are sufficient, not necessary."), group="exploration", bound_from="condition 2"),
 ]  # fmt: skip
 
-WIDTH = experiment(_points, name="width", measure=_measure, claims=CLAIMS, seconds=0.15)
+WIDTH = experiment(_points, varies=BOTH, name="width", measure=_measure, claims=CLAIMS, seconds=0.15)

@@ -6,7 +6,7 @@ import torch
 from analyses.claims import claim
 from analyses.descent import length
 from analyses.ntk_isotropy.config import Config
-from analyses.ntk_isotropy.points import PAPER, experiment, page, seconds
+from analyses.ntk_isotropy.points import LEFT, LEFT_FROM, PAPER, experiment, page, seconds
 from analyses.ntk_isotropy.responses import anisotropy
 from analyses.ntk_isotropy.setting import Setting
 from curvlab import study, theory
@@ -78,23 +78,27 @@ def _claims(config: Config) -> list[study.Claim]:
               study.Identity("moved_though_still"),
               "Undamped block-tridiagonal natural gradient moves only the layers with c_l = 1.",
               "Norm of the step in the layers with c_l = 0, relative to the largest layer.",
-              study.supported("Δθ_l = −(η/N) c_l J_lᵀ Θ_l⁻¹ r where Σ is invertible.")),
+              study.supported("Δθ_l = −(η/N) c_l J_lᵀ Θ_l⁻¹ r where Σ is invertible."), group="derived"),
         claim("tridiagonal-excluded", page("derived; the paper excludes these depths because Σ is singular", "claim 3"),
-              study.Equivalence("damped_alpha_ratio", 1.0, 0.01),
+              study.Equivalence("damped_alpha_ratio", 1.0, 0.01, centre="geometric mean"),
               "At the excluded depths L = 3s+2 the damped response has the isotropic limit α = s+1 as ρ → 0.",
               f"mean diag(M)/(s+1) at ρ = {RELATIVE_DAMPINGS[-1]:g} λ_max(Θ).",
-              study.supported("1 lies in the range of the singular Σ, so 1ᵀΣ⁺1 exists and no 1/ρ term arises."), at=excluded,
+              study.supported("1 lies in the range of the singular Σ, so 1ᵀΣ⁺1 exists and no 1/ρ term arises."), group="derived",
+              at=excluded,
               estimate=study.among(study.by_seed, rho_relative=RELATIVE_DAMPINGS[-1])),
-        claim("tridiagonal-excluded-anisotropy", page("derived", "claim 3"), study.Inequality("damped_anisotropy", "less", 0.05),
+        claim("tridiagonal-excluded-anisotropy", page("derived", "claim 3"),
+              study.Inequality("damped_anisotropy", "less", LEFT, centre="geometric mean"),
               "At the excluded depths the response at small damping is as isotropic as its limit.",
               f"‖M − αI‖_F/‖αI‖_F at ρ = {RELATIVE_DAMPINGS[-1]:g} λ_max(Θ), largest of a seed.",
-              study.supported("The distance from the limit is of the order of ρ/λ_min of the layers' kernels."), at=excluded,
-              estimate=study.among(study.worst_by_seed, rho_relative=RELATIVE_DAMPINGS[-1])),
+              study.supported("The distance from the limit is of the order of ρ/λ_min of the layers' kernels."), group="derived",
+              at=excluded, estimate=study.among(study.worst_by_seed, rho_relative=RELATIVE_DAMPINGS[-1]),
+              bound_from=LEFT_FROM),
         claim("tridiagonal-damped-test", page(f"{PAPER}, section 3 with damping, derived", "claims 2 and 10"),
               study.Identity("damped_test_error"),
               "The damped block-tridiagonal response off the training set is Σ_l Θ_l(x', X) Z_l.",
               "Relative Frobenius distance from the dual formula, all dampings and depths.",
-              study.supported("The push-through identity of the family holds for any symmetric Σ where F + ρI is invertible.")),
+              study.supported("The push-through identity of the family holds for any symmetric Σ where F + ρI is invertible."),
+              group="self-check"),
     ]  # fmt: skip
 
 
