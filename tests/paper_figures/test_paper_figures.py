@@ -41,7 +41,9 @@ def _analysis():
         examples=("--seeds 1", "--seeds 2"),
         cost="nothing",
         config=Options,
-        experiments=(Experiment(name="number", cells=lambda _: [{"structure": "full", "seed": 0}], measure=_measure, varies=()),),
+        experiments=(
+            Experiment(name="number", cells=lambda _: [{"structure": "full", "seed": 0}], measure=_measure, varies=()),
+        ),
         data_hash=lambda _: "data",
     )
 
