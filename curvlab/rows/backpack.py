@@ -209,7 +209,8 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
         if not getattr(module, "affine", True):
             return f"{where} has no scale and shift"
         used.add(module)
-    if any(owner.tied for owner in owners_of(model)):
+    held = [id(p) for module in used for p in module._parameters.values() if p is not None and p.requires_grad]
+    if len(set(held)) < len(held):
         return "parameters are tied"
     return None
 
@@ -217,6 +218,7 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
 def sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents) -> SweepResult:
     """Propagate the cotangents with BackPACK and keep the rows factored, of a model without an `obstacle`."""
     twin, samples = _twin(model), inputs.samples
+    owners = owners_of(twin)
     detached = replace(inputs, arguments=tree_map_only(Tensor, Tensor.detach, inputs.arguments))
     chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:
@@ -229,7 +231,7 @@ def sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents
     with torch.no_grad():
         extension.propagate(chain, cotangents_at(chain[-1].output, z, cotangents))
     layers = []
-    for owner in owners_of(twin):
+    for owner in owners:
         (use,), (x, g) = owner.uses, extension.kept[owner.module]
         if not (is_batch(owner.module, x) and samples.fit(x, g.shape[1], cotangents.shape[1])):
             raise UnsupportedModel(

@@ -48,11 +48,6 @@ class Owner:
     uses: Sequence[LayerUse]
 
     @property
-    def tied(self) -> bool:
-        """Whether another module uses one of its parameters, too, or it uses one of another."""
-        return len(self.uses) > 1 or any(use.names != self.names for use in self.uses)
-
-    @property
     def label(self) -> str:
         """The names of its parameters, as messages list them."""
         return ", ".join(self.names.values())
