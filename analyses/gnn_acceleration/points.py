@@ -1,7 +1,4 @@
-"""What experiments share: their source, the points of those that a depth does not tell apart, an estimate, their memory."""
-
-import numpy as np
-import pandas as pd
+"""What experiments share: their source, the points of those that a depth does not tell apart, their memory."""
 
 from analyses.gnn_acceleration.config import Config
 from curvlab.study import Cell, Point
@@ -18,12 +15,6 @@ def page(part: str, place: str) -> str:
 def varies(config: Config) -> tuple[Varied, ...]:
     """Return what a seed varies: the split only where it draws nodes."""
     return ("initialisation", *(("split",) if config.drawn_nodes else ()), "draws")
-
-
-def geometric(table: pd.DataFrame) -> pd.DataFrame:
-    """Estimate by the geometric mean of a seed's observations."""
-    means = table.assign(value=np.log(table["value"])).groupby("seed")["value"].mean().reset_index()
-    return means.assign(value=np.exp(means["value"]))
 
 
 def by_aggregation(config: Config) -> list[Point]:

@@ -3,9 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from analyses.jacobian_rank.config import Config
 from curvlab.study import Cell, Experiment, Point
 from curvlab.study.experiment import Varied
@@ -86,9 +83,3 @@ def seconds(fixed: float, at_widest: float) -> Callable[[Cell, Config], float]:
 def memory(cell: Cell, config: Config) -> float:
     """Peak bytes of a cell."""
     return 4e8 + 8.0 * _width(cell) * (10 * config.samples + 1500)
-
-
-def geometric_by_seed(table: pd.DataFrame) -> pd.DataFrame:
-    """Estimate by the geometric mean over a seed's observations."""
-    means: pd.Series = np.exp(np.log(table["value"]).groupby(table["seed"]).mean())
-    return means.reset_index()

@@ -22,6 +22,7 @@ from curvlab.study.estimates import (
     at_largest_width,
     by_seed,
     difference_by_seed,
+    geometric_by_seed,
     identities,
     least_by_seed,
     needs_several,
@@ -46,7 +47,7 @@ __all__ = [
     "Expected", "Experiment", "Failure", "Identity", "Inequality", "MemoryShortage", "Observations", "Point",
     "Results", "Scalar", "Share", "Spread", "Trace", "UsageError", "Verdict", "Wins", "among", "at_largest_width",
     "by_seed", "check_bounds", "check_names", "check_positive", "check_some", "contradicts", "difference_by_seed",
-    "follow", "generator", "identities", "judge", "latest", "least_by_seed", "load", "main", "needs_several",
-    "needs_several_widths", "observed", "outside", "refuted", "round_off", "slope_by_seed", "stream", "supported",
-    "undecided", "worst_by_seed",
+    "follow", "generator", "geometric_by_seed", "identities", "judge", "latest", "least_by_seed", "load", "main",
+    "needs_several", "needs_several_widths", "observed", "outside", "refuted", "round_off", "slope_by_seed", "stream",
+    "supported", "undecided", "worst_by_seed",
 ]  # fmt: skip

@@ -19,6 +19,12 @@ def by_seed(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby("seed")["value"].mean().reset_index()
 
 
+def geometric_by_seed(table: pd.DataFrame) -> pd.DataFrame:
+    """Estimate by the geometric mean over a seed's observations."""
+    logs = by_seed(table.assign(value=np.log(table["value"])))
+    return logs.assign(value=np.exp(logs["value"]))
+
+
 def worst_by_seed(table: pd.DataFrame) -> pd.DataFrame:
     """Estimate by the largest of a seed's observations."""
     return table.groupby("seed")["value"].max().reset_index()

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.flow import Model, flow, initial
-from analyses.gnn_acceleration.points import by_aggregation, geometric, memory, page, varies
+from analyses.gnn_acceleration.points import by_aggregation, memory, page, varies
 from analyses.gnn_acceleration.setting import setting_of
 from curvlab import study
 from curvlab.theory import graph_dynamics as theory
@@ -95,7 +95,7 @@ def _with(aggregation: str) -> list[study.Claim]:
                   study.undecided("Labels of neighbours agree, but few training nodes may not show it, and the constant direction, "
                                   "which all permutations share, is large where targets are not centred."),
                   group="paper", bound_from="permutations that are worth as much", at=at,
-                  estimate=study.among(geometric, targets=targets))
+                  estimate=study.among(study.geometric_by_seed, targets=targets))
             for targets, words in TARGETS.items()
         ),
         claim(f"labels-trained-{aggregation}", source, study.Inequality("trained_ratio", "less", 1.0, centre="geometric mean"),

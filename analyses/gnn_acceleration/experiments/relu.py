@@ -8,7 +8,7 @@ from torch import nn
 from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.networks import Loss, MultiscaleNetwork, descent, gradients, loss_of
-from analyses.gnn_acceleration.points import geometric, memory, page, varies
+from analyses.gnn_acceleration.points import memory, page, varies
 from analyses.gnn_acceleration.setting import Setting, setting_of
 from curvlab import study
 
@@ -106,7 +106,8 @@ def _claims(config: Config) -> list[study.Claim]:
                   f"Loss left after {STEPS} steps at η = {ETA:g}/λ_max, {what}, from zero heads; the "
                   "geometric mean over depths and over squared error and cross-entropy.",
                   study.undecided("The linear argument applies at zero heads; training leaves them."),
-                  group="derived", bound_from="equal losses", at={"aggregation": aggregation}, estimate=geometric)
+                  group="derived", bound_from="equal losses", at={"aggregation": aggregation},
+                  estimate=study.geometric_by_seed)
             for aggregation in config.aggregation
             for effect, (words, number, what) in EFFECTS.items()
         ),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend, excess, watch
-from analyses.jacobian_rank.points import experiment, geometric_by_seed, own_and_few, page, seconds
+from analyses.jacobian_rank.points import experiment, own_and_few, page, seconds
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -96,7 +96,7 @@ CLAIMS = [
           "In the metric JᵀJ the outputs of a wide network follow gradient descent on the loss as a function of them.",
           "Distance of the paths, relative to the length of the latter's moves, at the largest width.",
           study.supported("J J⁺ = I, and J hardly changes."),
-          group="derived", at={"data": "own"}, estimate=study.at_largest_width(geometric_by_seed)),
+          group="derived", at={"data": "own"}, estimate=study.at_largest_width(study.geometric_by_seed)),
     claim("general-newton", page(LOSSES, "claim 5, derived"), study.Identity("newton_error"),
           "In the metric of the loss itself, JᵀHJ, a step of the linearised network is Newton's step on the outputs.",
           "Distance of the outputs after one step of a logistic loss at η = 1 from u − H⁻¹∂ℓ, relative to the step.",

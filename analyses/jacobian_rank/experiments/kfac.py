@@ -7,7 +7,7 @@ import numpy as np
 from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, geometric_by_seed, page, seconds
+from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import fisher, study, theory
 from curvlab.nn import linearize
@@ -100,7 +100,7 @@ def _claims(config: Config) -> list[study.Claim]:
               "The worst-case rate of K-FAC is loose by more than a factor of two in the number of steps.",
               "log of the bound over log of the measured ‖r(k)‖²/‖r(0)‖² at the largest width.",
               study.supported("The leverages average d/n, and the square is not used."),
-              group="exploration", at={"width": widest}, estimate=geometric_by_seed),
+              group="exploration", at={"width": widest}, estimate=study.geometric_by_seed),
         *(law for activation in config.activation for law in _laws(activation, widest)),
     ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from analyses.claims import claim
 from analyses.descent import Descent, Direction
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, geometric_by_seed, page, seconds
+from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -115,7 +115,7 @@ CLAIMS = [
           "Gradient descent takes log(target)/log(1 − 1/κ(G)) steps for a residual along the least mode.",
           "Steps over that number, the mean over the similarities.",
           study.supported("The least mode contracts by 1 − 1/κ(G), as long as J stays."),
-          group="derived", estimate=geometric_by_seed),
+          group="derived", estimate=study.geometric_by_seed),
     claim("modes-damped", page("NGD with damping", "claim 11, derived"), study.Identity("damped_error"),
           "With (JJᵀ + μI)⁻¹ mode i of the linearised network contracts by 1 − λ_i/(λ_i + μ).",
           "Distance of the residual after one damped step at η = 1 from that law, relative to ‖r(0)‖.",

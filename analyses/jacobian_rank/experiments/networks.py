@@ -10,7 +10,7 @@ from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import contraction, excess, ranks_and_active, watch
 from analyses.jacobian_rank.networks import TRAINED, UNITS, network_setting
-from analyses.jacobian_rank.points import DRIFTS, experiment, geometric_by_seed, page
+from analyses.jacobian_rank.points import DRIFTS, experiment, page
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -168,7 +168,7 @@ def _rates(network: str) -> list[study.Claim]:
               f"The squared residual of the widest {network} network contracts by (1 − η)² per step.",
               "Geometric mean over the steps and activations of ‖r(k+1)‖²/‖r(k)‖², over (1 − η)².",
               study.undecided("It is the linear prediction, and the networks are not very wide."),
-              group="exploration", at=at, estimate=geometric_by_seed),
+              group="exploration", at=at, estimate=study.geometric_by_seed),
     ]  # fmt: skip
 
 

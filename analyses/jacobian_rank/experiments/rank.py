@@ -14,7 +14,7 @@ from analyses.claims import claim
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import unit_rank
 from analyses.jacobian_rank.networks import NETWORKS, network_of
-from analyses.jacobian_rank.points import experiment, geometric_by_seed, page, seconds
+from analyses.jacobian_rank.points import experiment, page, seconds
 from analyses.jacobian_rank.setting import Setting
 from analyses.specs import classifies_nodes
 from curvlab import study, theory
@@ -159,7 +159,7 @@ def _claims(config: Config) -> list[study.Claim]:
               study.Equivalence("limit_ratio", 1.0, 0.1, centre="geometric mean"),
               "λ_min of the kernel at initialisation tends to that of the limit kernel.",
               "λ_min(G(0))/λ_min(G∞) at the largest width.", study.supported("G is a mean over m units."),
-              group="paper", at={**distinct, "width": config.swept_widths[-1]}, estimate=geometric_by_seed),
+              group="paper", at={**distinct, "width": config.swept_widths[-1]}, estimate=study.geometric_by_seed),
         *map(_near, config.activation),
         claim("rank-units", page("condition 1", "claim 1, for unit-wise blocks"), study.Identity("unit_surprise"),
               "The row rank of a single ReLU unit is the number of samples on which it is active, where that of the whole network "

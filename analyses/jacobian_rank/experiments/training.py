@@ -16,7 +16,6 @@ from analyses.jacobian_rank.descent import contraction, descend, excess, moved, 
 from analyses.jacobian_rank.points import (
     DRIFTS,
     experiment,
-    geometric_by_seed,
     own_and_few,
     page,
     second_largest,
@@ -120,7 +119,7 @@ def _power(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _after_one_step(table: pd.DataFrame) -> pd.DataFrame:
-    return geometric_by_seed(table[table["step"] == 1])
+    return study.geometric_by_seed(table[table["step"] == 1])
 
 
 SPECTRAL = {
@@ -207,7 +206,7 @@ def _claims(config: Config) -> list[study.Claim]:
               "Natural gradient moves the parameters by √(r(0)ᵀG⁻¹r(0)) in all.",
               f"‖θ({STEPS}) − θ(0)‖ over (1 − (1 − η)^{STEPS}) √(r(0)ᵀG⁻¹r(0)), at the second largest width, η from 0.1 to 0.5.",
               study.supported("Every step moves along the same Jᵀ(JJᵀ)⁻¹r(0) as long as J stays."),
-              group="derived", at={**own, "width": second_largest(config)}, estimate=geometric_by_seed),
+              group="derived", at={**own, "width": second_largest(config)}, estimate=study.geometric_by_seed),
         claim("movement-bound", page("condition 2", "claim 10"), study.Always("movement_bound_ratio", "less", 1.0),
               "The movement stays below ‖r(0)‖/√λ_min(G(0)).", "The movement over that bound.",
               study.supported("The residual is not along the least eigenvector."),

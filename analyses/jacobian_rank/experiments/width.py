@@ -11,7 +11,7 @@ from analyses.claims import claim
 from analyses.descent import Direction
 from analyses.jacobian_rank.config import Config
 from analyses.jacobian_rank.descent import descend
-from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, geometric_by_seed, page
+from analyses.jacobian_rank.points import BOTH, SYNTHETIC, experiment, page
 from analyses.jacobian_rank.setting import BOUND_TOLERANCE, Setting
 from curvlab import study, theory
 from curvlab.fisher import Full
@@ -139,7 +139,7 @@ CLAIMS = [
           "Natural gradient reaches the theorem's conclusion at no more than twice the width at which J(0) has full row rank.",
           "The one width over the other, the mean over n.",
           study.undecided("Condition 1 is necessary; no theorem says how much more is."),
-          group="exploration", estimate=study.among(geometric_by_seed, run="natural")),
+          group="exploration", estimate=study.among(study.geometric_by_seed, run="natural")),
     claim("width-condition", page("theorem 1: the converse is not claimed", "claim 2"),
           study.Always("constant_natural", "greater", 0.5),
           "At the least width that reaches the theorem's conclusion, condition 2 fails.",
