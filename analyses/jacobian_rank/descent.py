@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import curvlab
 from analyses.descent import Descent, Direction, length
 from analyses.jacobian_rank.setting import Setting
-from curvlab import theory
 from curvlab.fisher import Structure
 from curvlab.rows import Rows
 from curvlab.study import follow, observed
@@ -110,6 +109,5 @@ def displaced(setting: Setting, radius: float, towards: Mapping[str, Tensor]) ->
 
 def on_surface(setting: Setting, direction: Mapping[str, Tensor]) -> float:
     """C_emp where a direction meets the surface of the ball of condition 2."""
-    radius = theory.condition_radius(float(setting.residual.norm()), float(setting.eigenvalues[0]))
-    rows = curvlab.jacobian(displaced(setting, radius, direction), setting.inputs)
+    rows = curvlab.jacobian(displaced(setting, setting.radius, direction), setting.inputs)
     return setting.stability_constant([setting.inspect(rows)])

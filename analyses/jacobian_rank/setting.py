@@ -59,6 +59,11 @@ class Setting(Initialisation):
         """Eigenvalues of G(0), ascending."""
         return np.asarray(torch.linalg.eigvalsh(self.gram).numpy(force=True))
 
+    @property
+    def radius(self) -> float:
+        """Radius of the ball about the initialisation in which condition 2 asks for a stable Jacobian."""
+        return theory.condition_radius(float(self.residual.norm()), float(self.eigenvalues[0]))
+
     @cached_property
     def full_rank(self) -> bool:
         """Whether J(0) has full row rank, which every theorem assumes; a warning says so if it cannot have it."""

@@ -46,8 +46,7 @@ def _worst(setting: Setting, activation: str, sample: int) -> dict[str, Tensor]:
         best = (change / np.maximum(np.square(MOVES), 1e-12)).argmax(1)
         way, gain = MOVES[best], change[np.arange(len(u)), best]
     order = np.argsort(np.square(way) / np.maximum(gain, 1e-300))
-    radius = theory.condition_radius(float(setting.residual.norm()), float(setting.eigenvalues[0]))
-    reached = order[np.cumsum(np.square(way[order])) < radius**2]
+    reached = order[np.cumsum(np.square(way[order])) < setting.radius**2]
     moves = np.zeros_like(u)
     moves[reached] = way[reached]
     return {"hidden.weight": torch.outer(torch.from_numpy(moves).to(x), x)}
@@ -55,11 +54,9 @@ def _worst(setting: Setting, activation: str, sample: int) -> dict[str, Tensor]:
 
 def _bound(setting: Setting) -> float:
     """C over the whole ball for erf: ‖ΔJ‖ ≤ max|φ″|·‖ΔW Xᵀ‖_F/√m, and ‖ΔW‖_F is at most the radius."""
-    least, norm = float(setting.eigenvalues[0]), float(torch.linalg.matrix_norm(setting.inputs, 2))
-    radius = theory.condition_radius(float(setting.residual.norm()), least)
-    return theory.stability_constant(
-        STEEPEST * norm * radius / sqrt(len(setting.problem.model.get_buffer("signs"))), least
-    )
+    norm = float(torch.linalg.matrix_norm(setting.inputs, 2))
+    units = len(setting.problem.model.get_buffer("signs"))
+    return theory.stability_constant(STEEPEST * norm * setting.radius / sqrt(units), float(setting.eigenvalues[0]))
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
