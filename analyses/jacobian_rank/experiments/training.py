@@ -118,10 +118,6 @@ def _power(table: pd.DataFrame) -> pd.DataFrame:
     return study.by_seed(table.assign(value=2 + np.log(table["value"]) / np.log1p(-table["eta"])))
 
 
-def _after_one_step(table: pd.DataFrame) -> pd.DataFrame:
-    return study.geometric_by_seed(table[table["step"] == 1])
-
-
 SPECTRAL = {
     "relu": study.refuted(
         "Two samples flip together on a share O(1/m) of the units, and n of these outweigh the O(m^(−1/2)) of one sample "
@@ -200,7 +196,8 @@ def _claims(config: Config) -> list[study.Claim]:
               f"At η = 1 one step leaves less than {SOLVED:g} of the squared residual of a wide network.",
               "‖r(1)‖²/‖r(0)‖², at the second largest width.",
               study.supported("(1 − η)² = 0, and what is left is of second order in a step of O(m^(−1/2)) per unit."),
-              group="derived", at={"data": "own", "width": second_largest(config), "eta": 1.0}, estimate=_after_one_step),
+              group="derived", at={"data": "own", "width": second_largest(config), "eta": 1.0},
+              estimate=study.among(study.geometric_by_seed, step=1)),
         claim("movement-closed-form", page("condition 2", "claim 10, derived"),
               study.Equivalence("movement_ratio", 1.0, 0.05, centre="geometric mean"),
               "Natural gradient moves the parameters by √(r(0)ᵀG⁻¹r(0)) in all.",
