@@ -13,7 +13,7 @@ from jaxtyping import Int
 from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.flow import Model, Path, descend, flow, initial
-from analyses.gnn_acceleration.points import PAPER, memory, page, varies
+from analyses.gnn_acceleration.points import CHANGES, PAPER, ROUND_OFF, memory, page, varies
 from analyses.gnn_acceleration.setting import Setting, named, setting_of
 from curvlab import study
 from curvlab.theory import graph_dynamics as theory
@@ -35,8 +35,6 @@ STEP = 1 / 16
 """Largest learning rate of gradient descent, in 1/λ_max of the tangent kernel along the flow."""
 TOLERANCE = 1e-6
 """Above the error of the integration, which the claims on energy and conservation hold to the same."""
-ROUND_OFF = 1e-9
-"""Smallest relative slow-down that counts."""
 ONE_RUN = "all seeds are one run turned round: orthogonal layers, zero heads and a fixed split; --nodes draws nodes"
 
 
@@ -193,10 +191,10 @@ def _descent(model: Model, grid: np.ndarray, name: str) -> list[dict[str, object
 def _along(path: Path, depth: int) -> list[dict[str, object]]:
     """What skip connections, and the last layer, add to the speed at the points of a multiscale path."""
     rows = []
-    for change, reference in (("skip", [depth]), ("depth", list(range(depth)))):
-        gains = np.array([model.gain(reference) for model in path.models])
+    for name, change in CHANGES.items():
+        gains = np.array([model.gain(change.kept(depth)) for model in path.models])
         total = gains[:, 1:].sum(axis=1) / gains[:, 0]
-        rows.append(study.observed(f"{change}_slow_down", max(0.0, -float(total.min()))))
+        rows.append(study.observed(f"{name}_slow_down", max(0.0, -float(total.min()))))
     return rows
 
 
@@ -205,11 +203,8 @@ def _deep(depth: object) -> bool:
     return depth != 0
 
 
-CHANGES = {
-    "skip": (5, "Skip connections accelerate", "Skip connections accelerate"),
-    "depth": (6, "The last layer accelerates", "One more layer accelerates"),
-}
-"""By change of the model: number on the page of theory, and the claim in words, along a path and of two paths."""
+ALONG = {"skip": CHANGES["skip"].statement, "depth": "The last layer accelerates"}
+"""Claims in words, by change, of the points of one path."""
 
 INTEGRATED = "the error of the integration, to which flow-energy holds the flow"
 """Why bounds are judged to `TOLERANCE`."""
@@ -278,12 +273,13 @@ OF_FLOWS = [
           study.supported("It is Euler's method."), group="self-check", at={"start": "orthogonal"},
           estimate=study.geometric_by_seed),
     *(
-        claim(f"{change}-along-path", page("section 4", f"claim {number}"), study.Always(f"{change}_slow_down", "less", ROUND_OFF),
-              f"{words} at every point of a multiscale path from zero heads.",
+        claim(f"{name}-along-path", page("section 4", f"claim {change.number}"),
+              study.Always(f"{name}_slow_down", "less", ROUND_OFF),
+              f"{ALONG[name]} at every point of a multiscale path from zero heads.",
               "Largest relative loss of speed against the model without the new scales at the same outputs.",
               study.undecided("It holds at zero heads; further on no theorem says so."), group="exploration",
               bound_from="round-off", at={"start": "zero", "depth": _deep})
-        for change, (number, words, _) in CHANGES.items()
+        for name, change in CHANGES.items()
     ),
 ]  # fmt: skip
 
@@ -300,15 +296,15 @@ HORIZONS = {
 
 def _faster(aggregation: str) -> list[study.Claim]:
     return [
-        claim(f"{change}-{name}-{aggregation}", page("section 4", f"claim {number}"),
-              study.Inequality(f"{change}_{quantity}", "less", 1.0, centre="geometric mean"),
-              f"{words} in training from zero heads with {aggregation.upper()} aggregation{added}.",
+        claim(f"{name}-{horizon}-{aggregation}", page("section 4", f"claim {change.number}"),
+              study.Inequality(f"{name}_{quantity}", "less", 1.0, centre="geometric mean"),
+              f"{change.statement} in training from zero heads with {aggregation.upper()} aggregation{added}.",
               f"Loss left with over that without, {where}; geometric mean over depths.",
               expected, group=group, bound_from="equal losses",
               at={"start": "zero", "features": "all", "depth": _deep, "aggregation": aggregation},
               estimate=study.geometric_by_seed)
-        for change, (number, _, words) in CHANGES.items()
-        for name, (quantity, group, added, where, expected) in HORIZONS.items()
+        for name, change in CHANGES.items()
+        for horizon, (quantity, group, added, where, expected) in HORIZONS.items()
     ]  # fmt: skip
 
 

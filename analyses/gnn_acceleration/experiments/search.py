@@ -13,7 +13,7 @@ import torch
 from analyses.claims import claim
 from analyses.gnn_acceleration.config import Config
 from analyses.gnn_acceleration.flow import Model, flow
-from analyses.gnn_acceleration.points import by_aggregation, memory, page
+from analyses.gnn_acceleration.points import CHANGES, ROUND_OFF, by_aggregation, memory, page
 from analyses.gnn_acceleration.setting import powers, random_propagation
 from curvlab import study
 from curvlab.theory import graph_dynamics as theory
@@ -23,8 +23,6 @@ HEADS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Standard deviation of the heads' entries, in units of width^(−1/2)."""
 LARGEST = 8
 """Most features, hidden units and training nodes; there are as many nodes again at most."""
-ROUND_OFF = 1e-9
-"""Smallest relative slow-down that counts."""
 SHORT = 0.5
 """Duration of the flows that confirm a counter-example, in 1/λ_max of the tangent kernel."""
 
@@ -79,16 +77,17 @@ def _compare(
     rng: np.random.Generator, depth: int, heads: float, aggregation: str, draws: int
 ) -> list[dict[str, object]]:
     """Random models with and without skip connections, and with and without the last layer, at equal outputs."""
-    gains: dict[str, list[float]] = {"skip": [], "depth": []}
+    gains: dict[str, list[float]] = {name: [] for name in CHANGES}
     for _ in range(draws):
         drawn = _drawn(rng, depth, aggregation, heads)
-        for change, reference in (("skip", [depth]), ("depth", list(range(depth)))):
-            speed, of_heads, of_layers = equal_outputs(drawn, reference).gain(reference)
-            gains[change].append((of_heads + of_layers) / speed)
+        for name, change in CHANGES.items():
+            kept = change.kept(depth)
+            speed, of_heads, of_layers = equal_outputs(drawn, kept).gain(kept)
+            gains[name].append((of_heads + of_layers) / speed)
     rows = []
-    for change, found in gains.items():
+    for name, found in gains.items():
         total = np.array(found)
-        at = {"depth": depth, "heads": heads, "draws": draws, "change": change}
+        at = {"depth": depth, "heads": heads, "draws": draws, "change": name}
         rows += [
             study.observed("slow_down", max(0.0, float(-total.min())), tolerance=ROUND_OFF, **at),
             study.observed("slower", float(np.mean(total < -ROUND_OFF)), **at),
@@ -132,47 +131,43 @@ def _fitted(model: Model, scale: int) -> Model:
     return replace(model, heads={**model.heads, scale: np.linalg.lstsq(reached.T, left.T)[0].T})
 
 
-CHANGES: dict[str, tuple[int, str, str]] = {
-    "skip": (
-        5,
-        "Skip connections accelerate",
-        "One layer: all new terms are squares, as no scale but the last goes through it.",
-    ),
-    "depth": (6, "One more layer accelerates", "The model had no layer before, so all new terms are squares."),
+ONE_LAYER = {
+    "skip": "One layer: all new terms are squares, as no scale but the last goes through it.",
+    "depth": "The model had no layer before, so all new terms are squares.",
 }
-"""By name: number on the page of theory, the claim in words, and why it holds with a single layer."""
+"""Why a change makes models with a single layer faster, by its name."""
 
 
-def _change_claims(change: str, draws: int) -> list[study.Claim]:
-    number, words, one = CHANGES[change]
+def _change_claims(name: str, draws: int) -> list[study.Claim]:
+    change = CHANGES[name]
     large = (
         "A new head whose gradient opposes the old one's makes a layer's term smaller, and large heads let it outweigh the new "
         "heads' own terms (derived)."
     )
-    place = page("section 4", f"claim {number}")
+    place = page("section 4", f"claim {change.number}")
     measured = (
         f"Largest relative loss of speed −dL/dt at equal outputs; one observation is the worst of {draws} random models, graphs, "
         "features and targets with one depth, size of heads and seed."
     )
     return [
         *(
-            claim(f"{change}-{name}", place, study.Identity("slow_down"), f"{words} {where}.", measured,
-                  study.supported(reason), group="self-check", estimate=study.among(study.identities, change=change, **drawn))
-            for name, where, drawn, reason in (
+            claim(f"{name}-{case}", place, study.Identity("slow_down"), f"{change.statement} {where}.", measured,
+                  study.supported(reason), group="self-check", estimate=study.among(study.identities, change=name, **drawn))
+            for case, where, drawn, reason in (
                 ("zero", "where the new heads are zero", {"heads": 0.0}, "Then the layers' terms are as before."),
-                ("one", "in models with one layer, whatever the weights", {"depth": 1}, one),
+                ("one", "in models with one layer, whatever the weights", {"depth": 1}, ONE_LAYER[name]),
             )
         ),
-        claim(f"{change}-anywhere", place, study.Always("slow_down", "less", ROUND_OFF),
-              f"{words} in models of 2 layers or more, whatever the weights, the graph and the features.", measured,
+        claim(f"{name}-anywhere", place, study.Always("slow_down", "less", ROUND_OFF),
+              f"{change.statement} in models of 2 layers or more, whatever the weights, the graph and the features.", measured,
               study.refuted(large), group="paper", bound_from="round-off",
-              estimate=study.among(study.identities, change=change, heads=HEADS[1:], depth=DEPTHS[1:])),
+              estimate=study.among(study.identities, change=name, heads=HEADS[1:], depth=DEPTHS[1:])),
     ]  # fmt: skip
 
 
 def _claims(config: Config) -> list[study.Claim]:
     return [
-        *(one for change in CHANGES for one in _change_claims(change, config.draws)),
+        *(one for name in CHANGES for one in _change_claims(name, config.draws)),
         claim("scale-anywhere", page("theorem 2", "claim 3b, recalled"), study.Always("scale_excess", "less", 1e-6),
               "The loss of a multiscale model decays towards L⋆_l at least at the rate of every single scale l, also where G_l "
               "lacks column rank.",
