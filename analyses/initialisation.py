@@ -32,7 +32,8 @@ class Initialisation:
     @classmethod
     def of(cls, cell: Cell, config: CommonOptions, **others: object) -> Self:
         """Return that of a cell, or of other arguments than it names; the last is kept, so that neighbouring cells share it."""
-        spec, named = str(cell.coordinates.get("problem", config.problem)), {**cell.coordinates, **others}
+        spec = str(cell.coordinates.get("problem", config.problem))
+        named = {**cell.coordinates, **others}
         arguments = squared(spec) | {name: named[name] for name in ARGUMENTS if name in named}
         if arguments.get("width") == 0:
             del arguments["width"]

@@ -152,10 +152,8 @@ def dropped_rate(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set_yscale("log")
     table = take(measurements, "schedules", "sharpness", schedule="drop")
     curve(axes, table, "step", 5, r"$\eta$ lowered")
-    first, last = (
-        take(measurements, "training", "sharpness", optimiser="gd")["eta"].max(),
-        2 / table["threshold"].iloc[0],
-    )
+    first = take(measurements, "training", "sharpness", optimiser="gd")["eta"].max()
+    last = 2 / table["threshold"].iloc[0]
     for eta, side, step in ((first, "right", table["step"].max()), (last, "left", 0)):
         _named_threshold(axes, eta, step, ha=side)
     axes.set(xlabel="step", ylabel=SHARPNESS)

@@ -103,8 +103,9 @@ class Edge:
         """Observations of every measurement, and of the divergence."""
         rows = divergence(self.trace)
         for seen in self.measured:
-            found, at = {**seen, "ratio": seen["sharpness"] / self.threshold}, {"step": seen["step"]}
-            rows += [observed(name, found[name], **at, threshold=self.threshold) for name in COURSE if name in found]
+            found = {**seen, "ratio": seen["sharpness"] / self.threshold}
+            at = {"step": seen["step"], "threshold": self.threshold}
+            rows += [observed(name, found[name], **at) for name in COURSE if name in found]
         return rows
 
     def before(self) -> list[dict[str, object]]:
@@ -126,8 +127,10 @@ class Edge:
         """Observations of the time at the edge, which begins `SETTLING` steps after the crossing."""
         if self.unsettled:
             return _told(dict.fromkeys(AT_EDGE, np.nan), self.unsettled)
-        there, losses = self.steps >= self.start, self.losses[self.start :]
-        squares, shares = self.trace.series("square")[self.start : -1], self.trace.series("step_alignment")
+        there = self.steps >= self.start
+        losses = self.losses[self.start :]
+        squares = self.trace.series("square")[self.start : -1]
+        shares = self.trace.series("step_alignment")
         ratio = float(np.exp(np.log(self.ratio[there]).mean()))
         first, second = np.array_split(losses, 2)
         values = (

@@ -53,10 +53,13 @@ def watch(
         direction: Gives the steps, and fills the structure; natural gradient of the problem's loss if None.
         see: What is seen of J; `Setting.inspect` if None.
     """
-    model, see = model or setting.network(), see or setting.inspect
+    model = model or setting.network()
+    see = see or setting.inspect
     direction = direction or setting.natural(structure)
-    y, limit = setting.targets.numpy(force=True), DIVERGED * float(setting.residual.norm())
-    path, seen = [setting.see(model)["outputs"]], list[Any]()
+    y = setting.targets.numpy(force=True)
+    limit = DIVERGED * float(setting.residual.norm())
+    path = [setting.see(model)["outputs"]]
+    seen: list[Any] = []
     while len(seen) < steps and np.linalg.norm(path[-1] - y) <= limit:
         path.append(descend(setting, direction, eta, 1, model)[-1])
         seen.append(see(structure.rows.jacobian()))  # which the step left in the structure, those of its start

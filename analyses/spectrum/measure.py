@@ -118,12 +118,14 @@ def _density_rows(density: spectrum.Density) -> list[dict[str, object]]:
     Of a matrix without negative eigenvalues, but for round-off, nothing is put below 0: what a kernel has there is folded back.
     """
     scale = _scale(density)
-    at, weights = np.arcsinh(density.nodes.numpy() / scale), density.weights.numpy()
+    places, weights = np.arcsinh(density.nodes.numpy() / scale), density.weights.numpy()
     positive = float(density.nodes.min()) > -ROUND_OFF * float(density.nodes.abs().max())
-    low, high = 0.0 if positive else float(at.min()) - 0.5, float(at.max()) + 0.5
+    low = 0.0 if positive else float(places.min()) - 0.5
+    high = float(places.max()) + 0.5
     grid = np.linspace(low, high, GRID)
     sigma = (high - low) / 60
-    places, weights = (np.append(at, -at), np.tile(weights, 2)) if positive else (at, weights)
+    if positive:
+        places, weights = np.append(places, -places), np.tile(weights, 2)
     kernel = np.exp(-0.5 * ((grid[:, None] - places) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
     shares = kernel @ weights
     return [

@@ -24,7 +24,8 @@ def _by_matrix(axes: Axes, table: pd.DataFrame, x: str, separation: float) -> No
     """Draw the measurements above 0 of every matrix side by side."""
     present = _present(table)
     for place, name in enumerate(present):
-        group, shift = table[(table["matrix"] == name) & (table["value"] > 0)], place - (len(present) - 1) / 2
+        group = table[(table["matrix"] == name) & (table["value"] > 0)]
+        shift = place - (len(present) - 1) / 2
         style.measured(axes, group, x, look(name), shift=separation * shift)
 
 

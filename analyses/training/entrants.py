@@ -40,12 +40,11 @@ def entrants(config: Config) -> tuple[Entrant, ...]:
 
 def entered(method: Entrant, index: int, start: Problem, config: Config, seed: int) -> Run:
     """Return the run of a method in one of its configurations, which trains a copy of the problem's model."""
-    problem, point = replace(start, model=copy.deepcopy(start.model)), method.points[index]
+    problem = replace(start, model=copy.deepcopy(start.model))
+    point = method.points[index]
     kind: Kind = "exact" if method.name in config.race.exact else "mc"
-    optimisers, label = (
-        method.build(problem.model, problem.loss, point, kind, stream(seed, "labels")),
-        f"{method.name}, {described(point)}",
-    )
+    optimisers = method.build(problem.model, problem.loss, point, kind, stream(seed, "labels"))
+    label = f"{method.name}, {described(point)}"
     return Run(problem, optimisers, label, config.race, seed, method.passes, autocast=method.autocast)
 
 

@@ -27,7 +27,8 @@ def _exact(setting: Setting, model: nn.Module) -> dict[str, float]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting, measured = setting_of(cell, context.config), range(0, STEPS + 1, EVERY)
+    setting = setting_of(cell, context.config)
+    measured = range(0, STEPS + 1, EVERY)
     see = partial(_exact, setting)
     edge = edge_of(gradient_descent(setting, float(cell["eta"]), measured, context.config.top, see=see), STEPS)
     tracked = [

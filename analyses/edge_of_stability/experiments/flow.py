@@ -43,8 +43,10 @@ def _sharpness(
     setting: Setting, model: nn.Module, path: Float[np.ndarray, "T P"]
 ) -> tuple[Float[np.ndarray, " T"], Float[np.ndarray, " T"]]:
     """Return λ_max of the Hessian, and the loss, along a path of parameters."""
-    hessian, start, values, losses = setting.hessian(model), None, [], []
+    hessian = setting.hessian(model)
     like = flat(model)
+    start = None
+    values, losses = [], []
     for parameters in path:
         vector_to_parameters(from_numpy(parameters).to(like), model.parameters())
         start = eigenpairs(hessian, 1, start=start, tolerance=TOLERANCE, block=6)

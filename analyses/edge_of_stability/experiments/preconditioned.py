@@ -51,8 +51,10 @@ def _layers(model: nn.Module) -> int:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting, mode = setting_of(cell, context.config), str(cell["mode"])
-    model, structure = setting.network(), make(str(cell["structure"]))
+    setting = setting_of(cell, context.config)
+    mode = str(cell["mode"])
+    model = setting.network()
+    structure = make(str(cell["structure"]))
     structure.update(sqrt_fisher(model, setting.problem.loss, *setting.problem.train))
     damping = DAMPING[mode] * float(eigenpairs(StructureOperator(structure), 1, tolerance=1e-3).values[0])
     eta, live = ETA[mode], mode == LIVE
@@ -61,7 +63,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     edge = edge_of(TrackedDescent(model, setting, optimiser, measured, top=1), STEPS[mode])
     rows = edge.rows()
     if live and edge.trace.diverged is None:
-        final, layers = float(edge.sharpness[-1]), _layers(model)
+        final = float(edge.sharpness[-1])
+        layers = _layers(model)
         rows.append(study.observed("final", final, layers=layers))
         if structure.key in COVERED:
             known = COVERED[structure.key](layers)

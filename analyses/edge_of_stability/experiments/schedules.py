@@ -27,7 +27,8 @@ def _points(config: Config) -> list[study.Point]:
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
-    setting, config = setting_of(cell, context.config), context.config
+    config = context.config
+    setting = setting_of(cell, config)
     return _drop(setting, config) if cell["schedule"] == "drop" else _catapult(setting, float(cell["factor"]), config)
 
 
@@ -43,7 +44,8 @@ def _catapult(setting: Setting, factor: float, config: Config) -> list[dict[str,
 
 def _drop(setting: Setting, config: Config) -> list[dict[str, object]]:
     """Training whose η is lowered: what is seen of it is that of the run from there on, against its own threshold."""
-    lowered, first, last = config.steps // SHARE, max(config.etas), config.middle
+    first, last = max(config.etas), config.middle
+    lowered = config.steps // SHARE
     process = gradient_descent(setting, first, config.measured(), config.top)
 
     def lower(step: int) -> None:

@@ -81,7 +81,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 def _of_approximation(name: str, known: Collection[str]) -> list[study.Claim]:
     """Claims on one approximation, where the largest eigenvalues of others are known."""
     title = f"{name} Fisher matrix" if name in KINDS else f"{name} structure"
-    beyond, full = f"{PAPER}, for approximations (beyond the paper)", name == "full"
+    beyond = f"{PAPER}, for approximations (beyond the paper)"
+    full = name == "full"
     tracks = claim(
         f"tracks-{name}", beyond, study.Inequality(f"unsteadiness_{name}", "less", CLOSE, centre="geometric mean"),
         f"Up to a constant factor the largest eigenvalue of the {title} follows the Hessian's.",

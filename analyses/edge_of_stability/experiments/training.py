@@ -91,9 +91,11 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 def _of_run(optimiser: str, eta: float) -> list[study.Claim]:
     """Claims on runs of one optimiser, all but the first on those that reach their threshold."""
     name, what = f"{optimiser}-{eta:g}", f"{NAMES[optimiser]} at η = {eta:g}"
+    at = {"optimiser": optimiser, "eta": eta}
+    survives = f"survives-{name}"
     beyond = optimiser in BEYOND
-    source, group = page(f"claim {13 if beyond else 4}"), "derived" if beyond else "paper"
-    at, survives = {"optimiser": optimiser, "eta": eta}, f"survives-{name}"
+    source = page(f"claim {13 if beyond else 4}")
+    group = "derived" if beyond else "paper"
     expected = study.undecided(FOUND) if beyond else study.supported(FOUND)
     hovers = (
         study.undecided("Its threshold is derived.")
@@ -122,7 +124,8 @@ def _of_run(optimiser: str, eta: float) -> list[study.Claim]:
 
 def _of_gradient_descent(config: Config) -> list[study.Claim]:
     """Claims on its runs at all step sizes that reach their threshold."""
-    at, paper = {"optimiser": "gd"}, {"at": {"optimiser": "gd"}, "group": "paper"}
+    at = {"optimiser": "gd"}
+    paper: dict[str, Any] = {"group": "paper", "at": at}
     edge = f"from {SETTLING} steps after the crossing on"
     return [
         claim("loss-monotone-below", page("claim 6"), study.Always("increase_before", "less", 0.0),

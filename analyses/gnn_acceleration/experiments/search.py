@@ -97,7 +97,8 @@ def _compare(
 
 def _one_scale(rng: np.random.Generator, depth: int, aggregation: str, draws: int) -> list[dict[str, object]]:
     """The rate of theorem 2b for single scales whose features lack column rank; the worst start is followed."""
-    worst, start, scale_of, informative, broken = 0.0, None, 0, 0, 0
+    worst: tuple[float, Model, int] | None = None
+    informative = broken = 0
     for _ in range(draws):
         drawn = _drawn(rng, depth, aggregation, float(rng.choice(HEADS[1:])), deficient=True)
         scale = int(rng.integers(0, depth + 1))
@@ -110,13 +111,14 @@ def _one_scale(rng: np.random.Generator, depth: int, aggregation: str, draws: in
         speed, _, _ = model.gain(model.heads)
         shortfall = 1 - speed / (rate * excess)
         broken += shortfall > ROUND_OFF
-        if start is None or shortfall > worst:
-            worst, start, scale_of = shortfall, model, scale
-    if start is None:
+        if worst is None or shortfall > worst[0]:
+            worst = shortfall, model, scale
+    if worst is None:
         return []
-    at = {"depth": depth, "draws": draws, "informative": informative, "scale": scale_of}
+    _, start, scale = worst
+    at = {"depth": depth, "draws": draws, "informative": informative, "scale": scale}
     path = flow(start, np.linspace(0.0, SHORT / start.sharpness(), 21))
-    left, bound = path.bounded(path.floors[:, scale_of], start.features[scale_of])
+    left, bound = path.bounded(path.floors[:, scale], start.features[scale])
     return [
         study.observed("scale_excess", max(0.0, float((left - bound).max() / left[0])), **at),
         study.observed("scale_broken", broken / informative, **at),

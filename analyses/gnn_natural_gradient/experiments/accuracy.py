@@ -134,8 +134,10 @@ def _comparison(
 ) -> list[study.Claim]:
     """Claims on one optimiser with K-FAC against itself without."""
     arms = first, second = name_of(f"{optimiser}-kfac", choice), name_of(optimiser, choice)
-    name, method = f"{optimiser}-{choice}{suffix}", f"{title}, {CHOICES[choice]}"
-    source, at = f"{PAPER}, claim 1 (convergence)", runs(arms, split)
+    name = f"{optimiser}-{choice}{suffix}"
+    method = f"{title}, {CHOICES[choice]}"
+    source = f"{PAPER}, claim 1 (convergence)"
+    at = runs(arms, split)
     reported = {
         "published": study.supported("The paper reports it."),
         "selected": study.undecided("The paper did not tune the rival as carefully."),

@@ -23,7 +23,8 @@ def _epochs(method: str, config: Config, seed: int) -> Callable[[int], float]:
     """Return what takes some epochs and returns their seconds, without evaluation."""
     split = config.splits[0]
     setting = setting_of(config.problem, split, config.device, config.dtype, seed)
-    run, numbers = GraphTraining(setting, published(method, config, split), seed, config.epochs), count()
+    run = GraphTraining(setting, published(method, config, split), seed, config.epochs)
+    numbers = count()
 
     def timed(epochs: int) -> float:
         since = now(config.device)

@@ -28,7 +28,8 @@ MOVES = np.linspace(-3, 3, 61)
 def _points(config: Config) -> list[study.Point]:
     if config.swept_widths == (0,):
         return []
-    at, pairs = {"problem": SYNTHETIC, "similarity": 0.0, "samples": SAMPLES}, product(config.activation, MULTIPLES)
+    at = {"problem": SYNTHETIC, "similarity": 0.0, "samples": SAMPLES}
+    pairs = product(config.activation, MULTIPLES)
     return [{**at, "width": factor * config.swept_widths[-1], "activation": name} for name, factor in pairs]
 
 

@@ -12,22 +12,24 @@ from analyses.jacobian_rank.setting import Setting
 from curvlab import fisher, study, theory
 from curvlab.nn import linearize
 
-STEPS = 5
+ETA, STEPS = 1.0, 5
 
 
 def _points(config: Config) -> list[study.Point]:
     if "kfac" not in config.structures or config.swept_widths == (0,):
         return []
-    at, pairs = {"problem": SYNTHETIC, "similarity": 0.5}, product(config.activation, config.swept_widths)
+    at = {"problem": SYNTHETIC, "similarity": 0.5}
+    pairs = product(config.activation, config.swept_widths)
     return [{**at, "width": width, "activation": activation} for activation, width in pairs]
 
 
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     setting = Setting.of(cell, context.config)
     x, y, start = (v.numpy(force=True) for v in (setting.inputs, setting.targets, setting.residual))
-    leverage, N, eta, steps = theory.leverages(x), len(x), 1.0, range(STEPS + 1)
-    predicted = theory.kfac_residual(leverage, eta, steps, start)
-    worst = theory.kfac_worst_rate(x, eta) ** np.array(steps)
+    leverage = theory.leverages(x)
+    steps = range(STEPS + 1)
+    predicted = theory.kfac_residual(leverage, ETA, steps, start)
+    worst = theory.kfac_worst_rate(x, ETA) ** np.array(steps)
     norm = np.linalg.norm(start)
     structure = fisher.KFAC()
     rows = []
@@ -36,14 +38,14 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
         runs["linearised"] = linearize(setting.problem.model)
     for run, model in runs.items():
         # Both factors are means over samples, which makes a step N times larger.
-        residuals = descend(setting, setting.natural(structure), eta / N, STEPS, model) - y
+        residuals = descend(setting, setting.natural(structure), ETA / len(x), STEPS, model) - y
         error = np.abs(residuals - predicted).max() / norm
         if run == "linearised":
             tolerance = setting.round_off(structure.condition_number())
             rows.append(study.observed("linear_error", error, tolerance=tolerance))
             continue
         squared = np.square(residuals).sum(1) / norm**2
-        slope, _ = np.polyfit(1 - eta * leverage, residuals[1] / start, 1, w=np.abs(start))
+        slope, _ = np.polyfit(1 - ETA * leverage, residuals[1] / start, 1, w=np.abs(start))
         rows += [
             study.observed("sample_slope", float(slope)),
             study.observed("error", error),
@@ -51,8 +53,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
             study.observed("looseness", np.log(worst[-1]) / np.log(squared[-1])),
         ]
         rows += [
-            study.observed("decay", residuals[1, i] / start[i], predicted=1 - eta * leverage[i], sample=i)
-            for i in np.flatnonzero(np.abs(start) > norm / N)
+            study.observed("decay", residuals[1, i] / start[i], predicted=1 - ETA * leverage[i], sample=i)
+            for i in np.flatnonzero(np.abs(start) > norm / len(x))
         ]
     return rows
 

@@ -94,7 +94,8 @@ def _damped(
         direction = setting.natural(Full(), damping=mu / len(y))
         end = descend(setting, direction, 1.0, 1, linearize(setting.problem.model))[-1] - y
         expected = vectors @ (theory.damped_contraction(values, mu) * (vectors.T @ start))
-        error, tolerance = np.abs(end - expected).max() / np.linalg.norm(start), setting.round_off(1 / relative)
+        error = np.abs(end - expected).max() / np.linalg.norm(start)
+        tolerance = setting.round_off(1 / relative)
         rows.append(study.observed("damped_error", error, tolerance=tolerance, damping=relative))
     return rows
 

@@ -96,7 +96,8 @@ def _coverage(constants: Mapping[str, float], eta: float) -> Iterator[tuple[str,
 
 def _movement(setting: Setting, model: torch.nn.Module, eta: float) -> list[dict[str, object]]:
     """How far the parameters have moved, over the closed form and over the bound."""
-    residual, far = setting.residual.numpy(force=True), length(moved(model, setting))
+    residual = setting.residual.numpy(force=True)
+    far = length(moved(model, setting))
     closed = float(theory.movement(residual, setting.gram.numpy(force=True), eta, [STEPS])[0])
     bound = theory.movement_bound(float(np.linalg.norm(residual)), float(setting.eigenvalues[0]))
     return [study.observed("movement_ratio", far / closed), study.observed("movement_bound_ratio", far / bound)]

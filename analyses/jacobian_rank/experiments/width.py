@@ -71,9 +71,12 @@ def _concludes(setting: Setting, theorem: Theorem, least: float) -> float | None
     """Return C_emp along a run, None as soon as the theorem's conclusion does not hold: full row rank, and the rate."""
     if not setting.full_rank:
         return None
-    eta, direction = theorem.eta(float(setting.eigenvalues[-1])), theorem.direction(setting)
-    rate, start = theorem.rate(eta, least), float(setting.residual.square().sum())
-    model, changes = setting.network(), []
+    eta = theorem.eta(float(setting.eigenvalues[-1]))
+    rate = theorem.rate(eta, least)
+    direction = theorem.direction(setting)
+    start = float(setting.residual.square().sum())
+    model = setting.network()
+    changes = []
     for first in range(0, theorem.steps, theorem.every):
         path = descend(setting, direction, eta, theorem.every, model)
         allowed = (rate ** np.arange(first, first + len(path)) + BOUND_TOLERANCE) * start

@@ -21,8 +21,9 @@ def _points(config: Config) -> list[study.Point]:
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     """Build the network on inputs reduced to N/2 principal coordinates, or with hidden layers of N/2 units."""
     whole = Setting.of(cell, context.config)
-    inputs, width, deviation = str(cell["inputs"]), int(cell["width"]), 0.0
+    inputs, width = str(cell["inputs"]), int(cell["width"])
     x, N = whole.inputs.flatten(1), whole.samples
+    deviation = 0.0
     low = N // 2
     if inputs == "narrow":
         width = low

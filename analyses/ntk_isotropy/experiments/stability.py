@@ -82,11 +82,13 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     observed = [study.observed("fisher_top_over_alpha", fisher_top / alpha)]
     if name in SHARPNESS:
         observed.append(study.observed("hessian_top_over_alpha", _hessian_top(setting, model, name) / alpha))
-    before, direction = outputs(model, setting.inputs).numpy(force=True), frozen(structure, setting)
+    before = outputs(model, setting.inputs).numpy(force=True)
+    direction = frozen(structure, setting)
     for rate in RATES:
         trained, _, ended = train(copy.deepcopy(model), setting, rate / alpha, STEPS, direction)
         residuals = [float(np.linalg.norm(f - y)) for f in (before, *trained)]
-        law, growth = abs(1 - rate), (residuals[-1] / residuals[0]) ** (1 / STEPS)
+        law = abs(1 - rate)
+        growth = (residuals[-1] / residuals[0]) ** (1 / STEPS)
         observed += [
             study.observed("growth", growth, predicted=law, rate=rate, **ended),
             study.observed("growth_over_law", growth / law, rate=rate, **ended),

@@ -27,9 +27,6 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     return rows
 
 
-POINTS = [{"eta": eta} for eta in RATES]
-
-
 CLAIMS = [
     claim("contraction-bound", f"{PAPER} (docs/theory/zhang_martens_grosse_2019.md, claim 3), through the optimiser",
           study.Always("bound_ratio", "less", 1.0),
@@ -47,7 +44,7 @@ CLAIMS = [
 
 CONTRACTION: study.Experiment[Config] = study.Experiment(
     name="contraction",
-    cells=POINTS,
+    cells=[{"eta": eta} for eta in RATES],
     measure=_measure,
     varies=("initialisation",),
     claims=CLAIMS,

@@ -33,7 +33,8 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     start = resolve("digits", width=WIDTH, samples=SAMPLES, seed=int(cell["seed"])).to(context.config.device)
     inputs, targets = start.train
     sizes = (inputs.shape[1], WIDTH, WIDTH, targets.shape[1])
-    alpha, structure = theory.alpha(name, sizes, SAMPLES, active=0.5), make(name)
+    alpha = theory.alpha(name, sizes, SAMPLES, active=0.5)
+    structure = make(name)
 
     def through_optimiser(model: nn.Module, eta: float) -> None:
         optimiser = NaturalGradient(model, start.loss, eta, structure=name, kind="exact", damping=0.0, decay=0.0)

@@ -33,7 +33,8 @@ from curvlab.tools.storage import digest
 
 def _steps(method: Entrant, index: int, start: Problem, config: Config, seed: int) -> Callable[[int], float]:
     """Return what takes some steps of a run and returns their seconds; a run that diverges begins anew."""
-    run, taken = entered(method, index, start, config, seed), 0
+    run = entered(method, index, start, config, seed)
+    taken = 0
 
     def timed(steps: int) -> float:
         nonlocal run, taken
