@@ -1,4 +1,4 @@
-"""Mean and t-interval over seeds, as figures draw them; one seed has a mean and no interval."""
+"""Mean and t-interval over seeds, and the interval that predicts further ones; one seed has a mean and no interval."""
 
 import math
 from dataclasses import dataclass
@@ -33,5 +33,14 @@ class Summary:
         """Two-sided t-interval: a point without variance, (NaN, NaN) for fewer than two seeds."""
         if self.seeds < 2:
             return math.nan, math.nan
-        half = float(stdtrit(self.seeds - 1, 0.5 + confidence / 2)) * self.error
+        half = self._quantile(confidence) * self.error
         return self.mean - half, self.mean + half
+
+    def prediction(self, confidence: float, further: int = 1) -> float:
+        """Half the interval about the mean that holds the mean of so many further normal values; NaN below two seeds."""
+        if self.seeds < 2:
+            return math.nan
+        return self._quantile(confidence) * self.error * math.sqrt(1 + self.seeds / further)
+
+    def _quantile(self, confidence: float) -> float:
+        return float(stdtrit(self.seeds - 1, 0.5 + confidence / 2))

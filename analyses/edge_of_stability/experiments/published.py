@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
 from torch import nn
 
 from analyses.claims import claim
@@ -16,6 +15,7 @@ from analyses.edge_of_stability.points import PAPER
 from analyses.edge_of_stability.setting import setting_of
 from analyses.edge_of_stability.windows import Edge
 from curvlab import study
+from curvlab.study.inference import Summary
 from curvlab.study.loop import Seen
 
 ETA = 0.01
@@ -126,10 +126,9 @@ def _deviation(table: pd.DataFrame, published: float) -> pd.DataFrame:
 
     The tolerance is half the 95 % prediction interval of one more run, and the error of reading.
     """
-    logs, tolerance = np.log(table["value"] / published), ALONE
-    if (runs := len(logs)) > 1:
-        tolerance = READING + t.ppf(0.975, runs - 1) * logs.std() * np.sqrt(1 + 1 / runs)
-    return study.identities(table.assign(value=logs.mean(), tolerance=tolerance))
+    logs = Summary.of(np.log(table["value"].to_numpy(dtype=float) / published))
+    tolerance = READING + logs.prediction(0.95) if logs.seeds > 1 else ALONE
+    return study.identities(table.assign(value=logs.mean, tolerance=tolerance))
 
 
 CLAIMS = [

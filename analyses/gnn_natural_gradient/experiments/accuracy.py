@@ -6,12 +6,11 @@ Claim 1 of the paper, and its headline accuracies (claim 3).
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from math import log10, sqrt
+from math import log10
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from analyses.claims import claim
 from analyses.gnn_natural_gradient.arms import BEST_EPOCH, MEMORY, VARIES, reduced, seconds, train
@@ -21,6 +20,7 @@ from analyses.gnn_natural_gradient.experiments.tuning import selected
 from analyses.gnn_natural_gradient.recipe import METHODS, Recipe
 from analyses.gnn_natural_gradient.training import ACCURACY, VALIDATION_LOSS
 from curvlab import study
+from curvlab.study.inference import Summary
 
 CURVE = "curve"
 HEADLINE_QUANTITY = "headline"
@@ -112,9 +112,8 @@ def reached_ratio(table: pd.DataFrame, first: str, second: str, budget: int) -> 
 def predicted(table: pd.DataFrame, published: float) -> pd.DataFrame:
     """Estimate by the mean over seeds minus a published mean, and half the 95 % prediction interval of a mean of as many runs."""
     values = study.by_seed(table)
-    n = len(values)
-    half = float(stdtrit(n - 1, 0.975)) * values["value"].std() * sqrt(1 / n + 1 / PUBLISHED_RUNS)
-    return values.assign(value=values["value"].mean() - published, tolerance=half)
+    summary = Summary.of(values["value"].to_numpy(dtype=float))
+    return values.assign(value=summary.mean - published, tolerance=summary.prediction(0.95, PUBLISHED_RUNS))
 
 
 def _claims(config: Config) -> list[study.Claim]:

@@ -11,7 +11,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import t as student
 from torch import nn
 
 import curvlab
@@ -24,6 +23,7 @@ from analyses.ntk_isotropy.setting import PUBLISHED, SHORT_OF_RANK, Setting, mak
 from curvlab import study, theory
 from curvlab.nn import linearize
 from curvlab.rows import Rows
+from curvlab.study.inference import Summary
 
 STEPS = 2
 HALF = 0.5
@@ -234,9 +234,8 @@ def _published(name: str, step: int, loss: float, at: Mapping[str, object]) -> s
 def _deviation(table: pd.DataFrame, step: int, published: float) -> pd.DataFrame:
     """Estimate by the log of the geometric mean over a published number; the tolerance is a prediction interval's half."""
     table = table[(table["run"] == "network") & (table["step"] == step)]
-    logs, runs = np.log(table["value"] / published), len(table)
-    half = student.ppf(0.975, runs - 1) * logs.std() * np.sqrt(1 + 1 / runs) if runs > 1 else math.inf
-    return study.identities(table.assign(value=logs.mean(), tolerance=half))
+    logs = Summary.of(np.log(table["value"].to_numpy(dtype=float) / published))
+    return study.identities(table.assign(value=logs.mean, tolerance=logs.prediction(0.95)))
 
 
 PARAMETER_STEPS = experiment(_points, name="steps", measure=_measure, claims=_claims, seconds=seconds(0.05, 0.8))
