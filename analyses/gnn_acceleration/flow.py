@@ -193,7 +193,7 @@ class Path:
         return excess, theory.loss_bound(excess[0], floors, theory.least_singular_value(features), self.times)
 
 
-def flow(model: Model, times: Float[np.ndarray, " T"], rtol: float = RTOL) -> Path:
+def flow(model: Model, times: Float[np.ndarray, " T"]) -> Path:
     """Follow gradient flow, an explicit Runge-Kutta method of order 8, with ∫‖∇L‖² beside it as a check.
 
     Raises:
@@ -205,7 +205,7 @@ def flow(model: Model, times: Float[np.ndarray, " T"], rtol: float = RTOL) -> Pa
         return np.append(move, move @ move)
 
     start = np.append(model.weights, 0.0)
-    solved = solve_ivp(slope, (0, times[-1]), start, "DOP853", times, rtol=rtol, atol=rtol * 1e-2)
+    solved = solve_ivp(slope, (0, times[-1]), start, "DOP853", times, rtol=RTOL, atol=RTOL * 1e-2)
     if not solved.success:
         raise ArithmeticError(f"gradient flow: {solved.message}")
     models = [model.at(state[:-1]) for state in solved.y.T]
