@@ -32,6 +32,9 @@ CHOICES: Mapping[Choice, str] = {
     "selected": "with hyper-parameters selected on validation data, as many configurations for each",
 }
 
+OPTIMISERS: Mapping[str, str] = {"adam": "Adam", "sgd": "SGD"}
+"""Those that are compared with and without K-FAC, with their names."""
+
 HEADLINE: Mapping[tuple[str, str], tuple[float, float]] = {
     ("cora", "complete"): (90.16, 0.59),
     ("citeseer", "complete"): (80.52, 0.14),
@@ -121,7 +124,7 @@ def _claims(config: Config) -> list[study.Claim]:
     for split in config.splits:
         suffix = "" if len(config.splits) == 1 else f"-{split}"
         for choice in CHOICES:
-            for optimiser, title in (("adam", "Adam"), ("sgd", "SGD")):
+            for optimiser, title in OPTIMISERS.items():
                 claims += _comparison(optimiser, title, choice, split, suffix, config)
         if (config.problem, split) in HEADLINE:
             claims += [_headline(choice, suffix, config.problem, split) for choice in CHOICES]

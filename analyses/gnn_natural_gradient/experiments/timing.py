@@ -11,7 +11,14 @@ from analyses.clock import now, priced, seconds_per_step
 from analyses.gnn_natural_gradient.arms import BEST_EPOCH, MEMORY, VARIES
 from analyses.gnn_natural_gradient.comparisons import PAPER
 from analyses.gnn_natural_gradient.config import Config
-from analyses.gnn_natural_gradient.experiments.accuracy import CHOICES, Choice, epochs_ratio, name_of, published
+from analyses.gnn_natural_gradient.experiments.accuracy import (
+    CHOICES,
+    OPTIMISERS,
+    Choice,
+    epochs_ratio,
+    name_of,
+    published,
+)
 from analyses.gnn_natural_gradient.recipe import METHODS
 from analyses.gnn_natural_gradient.training import GraphTraining, setting_of
 from curvlab.study import Cell, Claim, Context, Experiment, Observations, Wins, observed, undecided
@@ -69,7 +76,7 @@ def _claims(config: Config) -> list[Claim]:
     return [
         _claim(optimiser, f"{title}, {words}", choice, config)
         for choice, words in CHOICES.items()
-        for optimiser, title in (("adam", "Adam"), ("sgd", "SGD"))
+        for optimiser, title in OPTIMISERS.items()
     ]
 
 
