@@ -1,5 +1,6 @@
 """Options of the edge-of-stability analysis."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,11 @@ from analyses.specs import check_structures, members
 from curvlab.problems.full_batch import LOSSES, NETWORKS
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.study import CommonOptions, check_bounds, check_names, check_positive, check_some
+
+
+def middle(etas: Collection[float]) -> float:
+    """The step size of gradient descent that other things are compared at; the lower one of two."""
+    return sorted(etas)[(len(etas) - 1) // 2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +83,8 @@ class Config(CommonOptions):
 
     @property
     def middle(self) -> float:
-        """The step size of gradient descent that other things are compared at."""
-        return sorted(self.etas)[(len(self.etas) - 1) // 2]
+        """The middle one of the step sizes of gradient descent."""
+        return middle(self.etas)
 
     def measured(self, steps: int | None = None) -> range:
         """The steps before which a run of a length, the configured one if None, is measured."""

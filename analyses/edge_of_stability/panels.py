@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from analyses.edge_of_stability.config import middle
 from analyses.edge_of_stability.experiments import published as readme
 from analyses.edge_of_stability.experiments.losses import CE
 from analyses.edge_of_stability.experiments.structures import HESSIAN, KINDS
@@ -171,8 +172,7 @@ def late_drop(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set_yscale("log")
     sharpness, weight = (take(measurements, "losses", name, loss=CE) for name in ("sharpness", "weight"))
     squared = take(measurements, "training", "sharpness", optimiser="gd")
-    etas = sorted(squared["eta"].unique())
-    squared = squared[squared["eta"] == etas[(len(etas) - 1) // 2]]
+    squared = squared[squared["eta"] == middle(squared["eta"].unique())]
     curve(axes, _over_sharpest(sharpness, sharpness), "step", 0, "cross-entropy")
     curve(axes, _over_sharpest(squared, squared), "step", 1, "squared error")
     curve(axes, _over_sharpest(weight, sharpness), "step", 2, r"mean $p(1-p)$")

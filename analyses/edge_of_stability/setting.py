@@ -23,7 +23,7 @@ CHUNK = 1000
 """Samples that pass the network together, as in the published code; their gradients add up to the full batch's."""
 
 ARGUMENTS = ("network", "width", "depth", "samples", "scaling", "loss", "degree", "seed")
-"""Arguments of a problem: those that are no coordinates of a cell come from the options."""
+"""Arguments of a problem: those of an image set that are no coordinates of a cell come from the options."""
 
 PROBLEMS: Mapping[str, Callable[..., Problem]] = {
     **{images: partial(full_batch_problem, images) for images in IMAGE_SETS},
@@ -90,9 +90,8 @@ def flat(model: nn.Module) -> Float[Tensor, " P"]:
 def setting_of(cell: Cell, config: Config) -> Setting:
     """Return the setting of a cell; the last one is kept, so that neighbouring cells share it."""
     spec = str(cell["problem"])
-    wanted = {name: cell.coordinates.get(name, getattr(config, name, None)) for name in ARGUMENTS}
-    if spec not in IMAGE_SETS:
-        wanted = {name: cell.coordinates.get(name) for name in ARGUMENTS}
+    options = vars(config) if spec in IMAGE_SETS else {}
+    wanted = {name: cell.coordinates.get(name, options.get(name)) for name in ARGUMENTS}
     arguments = tuple(sorted((name, value) for name, value in wanted.items() if value is not None))
     return _setting(spec, config.device, config.dtype, arguments)
 
