@@ -45,17 +45,14 @@ def _points(config: Config) -> list[study.Point]:
     )
 
 
-def _layers(model: nn.Module) -> int:
-    """Number of layers with parameters."""
-    return sum(bool(list(module.parameters(recurse=False))) for module in model.modules())
-
-
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     setting = setting_of(cell, context.config)
     mode = str(cell["mode"])
     model = setting.network()
     structure = make(str(cell["structure"]))
-    structure.update(sqrt_fisher(model, setting.problem.loss, *setting.problem.train))
+    initial = sqrt_fisher(model, setting.problem.loss, *setting.problem.train)
+    layers = len(initial.layers)
+    structure.update(initial)
     damping = DAMPING[mode] * float(eigenpairs(StructureOperator(structure), 1, tolerance=1e-3).values[0])
     eta, live = ETA[mode], mode == LIVE
     optimiser = natural(model, setting, structure, damping, eta) if live else frozen(model, structure, damping, eta)
@@ -64,7 +61,6 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     rows = edge.rows()
     if live and edge.trace.diverged is None:
         final = float(edge.sharpness[-1])
-        layers = _layers(model)
         rows.append(study.observed("final", final, layers=layers))
         if structure.key in COVERED:
             known = COVERED[structure.key](layers)
