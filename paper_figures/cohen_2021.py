@@ -13,7 +13,7 @@ from paper_figures import Paper, interval
 
 
 def plateaus(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Crossing and sharpness at the edge, by run: mean ± half the 95 % t-interval over seeds, in LaTeX."""
+    """By run, over seeds: median of the crossing, mean of the sharpness at the edge ± half its 95 % t-interval, in LaTeX."""
     table = take(measurements, "training", "plateau_ratio")
     crossings = take(measurements, "training", "crossing")
     rows = []

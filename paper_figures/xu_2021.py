@@ -14,16 +14,16 @@ from paper_figures import Paper, interval
 def floors(measurements: pd.DataFrame) -> pd.DataFrame:
     """λ at the start and the least along the flow by aggregation, start and depth, means over seeds, in LaTeX."""
     tables = {"$\\lambda(0)$": "floor_start", r"$\lambda_T$": "floor"}
-    taken = {title: take(measurements, "flows", name, model="single", features="all") for title, name in tables.items()}
     keys = ["aggregation", "start", "depth"]
+    runs = {
+        title: take(measurements, "flows", name, model="single", features="all").groupby(keys)["value"]
+        for title, name in tables.items()
+    }
     rows = []
-    for key, _ in next(iter(taken.values())).groupby(keys):
-        at = dict(zip(keys, key, strict=True))
-        cells = {
-            title: interval(table.loc[(table[keys] == pd.Series(at)).all(axis=1), "value"], ".3g", ".1g")
-            for title, table in taken.items()
-        }
-        rows.append({**at, "depth": f"{at['depth']:g}", **cells})
+    for key, _ in runs[r"$\lambda_T$"]:
+        aggregation, start, depth = key
+        cells = {title: interval(values.get_group(key), ".3g", ".1g") for title, values in runs.items()}
+        rows.append({"aggregation": aggregation, "start": start, "depth": f"{depth:g}", **cells})
     return pd.DataFrame(rows)
 
 

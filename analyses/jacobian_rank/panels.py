@@ -41,6 +41,12 @@ def _activations(axes: Axes, table: pd.DataFrame, x: str, structure: str = NATUR
     return found
 
 
+def _geometric(table: pd.DataFrame, column: str, by: str) -> pd.Series:
+    """Geometric mean of a column for each entry of another."""
+    means: pd.Series = np.exp(np.log(table[column]).groupby(table[by]).mean())
+    return means
+
+
 def smallest_eigenvalue(axes: Axes, measurements: pd.DataFrame) -> None:
     """λ_min of the kernel at initialisation against width, and its limit (lines)."""
     axes.set_yscale("log")
@@ -92,7 +98,7 @@ def _against_slopes(axes: Axes, table: pd.DataFrame, x: str, widths: Float[np.nd
     """Draw the measurements of each activation, and a line of the derived slope through the last."""
     for activation, group in _activations(axes, table, x).items():
         exponent, _ = DRIFTS[activation]
-        means = np.exp(np.log(group["value"]).groupby(group[x]).mean())
+        means = _geometric(group, "value", x)
         line = float(means.iloc[-1]) * (widths / widths[-1]) ** exponent
         dashes = "-" if activation == "relu" else DASHED
         axes.plot(widths, line, color=NEUTRAL, linestyle=dashes, linewidth=0.9, label=f"$m^{{{exponent:g}}}$", zorder=1)
@@ -131,8 +137,8 @@ def steps_against_condition(axes: Axes, measurements: pd.DataFrame) -> None:
         ("descent_steps", DESCENT, None),
     ):
         table = take(measurements, "modes", quantity)
-        conditions = np.exp(np.log(table["condition"]).groupby(table["similarity"]).mean())
-        steps = np.exp(np.log(table["predicted"]).groupby(table["similarity"]).mean())
+        conditions = _geometric(table, "condition", "similarity")
+        steps = _geometric(table, "predicted", "similarity")
         style.theory(axes, conditions, steps, structure)
         placed = table.assign(condition=table["similarity"].map(conditions))
         style.measured(axes, placed, "condition", structure, label=label)
@@ -229,7 +235,7 @@ def needed_width(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log")
     for run, structure, shift in (("natural", NATURAL, -3.0), ("descent", DESCENT, 3.0)):
         table = take(measurements, "width", "needed", run=run)
-        sufficient = np.exp(np.log(table["sufficient"]).groupby(table["samples"]).mean())
+        sufficient = _geometric(table, "sufficient", "samples")
         style.theory(axes, sufficient.index, sufficient, structure)
         power = THEOREMS[run].power
         note(axes, sufficient.index[-1], sufficient.iloc[-1], rf"$n^{power}/\lambda_0^4$", ha="right", xytext=(-6, 2))

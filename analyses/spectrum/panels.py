@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analyses.spectrum.config import GGN, HESSIAN
-from analyses.spectrum.measure import WHOLE
+from analyses.spectrum.measure import LINEAR, WHOLE
 from curvlab.study import style
 from curvlab.study.panels import NEUTRAL, Rows, one_each, take
 
@@ -79,12 +79,12 @@ def density(axes: Axes, measurements: pd.DataFrame, *, matrix: str) -> None:
     for _, group in table.groupby("seed"):
         ordered = group.sort_values("place")
         axes.plot(ordered["eigenvalue"], ordered["value"], color=look(matrix).color, linewidth=0.8, alpha=0.8)
-    scale = float(table["eigenvalue"].abs().max()) / 1000
-    axes.set_xscale("symlog", linthresh=scale)
+    modulus = float(table["eigenvalue"].abs().max())
+    axes.set_xscale("symlog", linthresh=LINEAR * modulus)
     axes.set_yscale("log")
     axes.set_ylim(bottom=1e-4)
     axes.axvline(0, color=NEUTRAL, linewidth=0.5)
-    largest = 10.0 ** np.floor(np.log10(1000 * scale))
+    largest = 10.0 ** np.floor(np.log10(modulus))
     ticks = [sign * largest / by for sign in (-1, 1) for by in (1, 100)]
     low, high = axes.get_xlim()
     axes.set_xticks([0.0, *(tick for tick in ticks if low < tick < high)])

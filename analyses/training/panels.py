@@ -51,9 +51,8 @@ def _look(name: str) -> style.Look:
 def curves(axes: Axes, measurements: pd.DataFrame, *, rows: bool, against: str) -> None:
     """Training loss against steps or seconds, structures in colour and first-order methods in grey.
 
-    The structures are those that keep rows, or those that average moments.
-
-    A line ends in a cross where the first seed diverged.
+    The structures are those that keep rows, or those that average moments. A line ends in a cross where the first seed
+    diverged.
     """
     axes.set_yscale("log")
     seconds = against == "seconds"
