@@ -38,7 +38,7 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
 
     def through_optimiser(model: nn.Module, eta: float) -> None:
         optimiser = NaturalGradient(model, start.loss, eta, structure=name, kind="exact", damping=0.0, decay=0.0)
-        assert FullBatch(replace(start, model=model), [optimiser]).take([start.train])
+        FullBatch(replace(start, model=model), [optimiser]).step(0)
 
     def apart(model: nn.Module, eta: float) -> None:
         move(model, natural_gradient_step(structure, model, start.loss, inputs, targets), eta)
