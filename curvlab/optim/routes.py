@@ -1,9 +1,9 @@
 """Routes from the gradient of a step to its direction `(F + ρI)⁻¹ grad`, the cheapest first.
 
-    Lift         Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
-    PerSampleGradients    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows with
-                                    the same a solve without forming the gradient
-    Gradient     (F + ρI)⁻¹ grad    always
+    Lift                  Sᵀ(SSᵀ + ρI)⁻¹c    the structure keeps this pass' rows, and the gradient is Sᵀc
+    PerSampleGradients    Σ_n B⁻¹g ⊗ A⁻¹a    Kronecker blocks, where a and g are smaller than the gradient; blocks of rows
+                                             with the same a solve without forming the gradient
+    Gradient              (F + ρI)⁻¹ grad    always
 
 All agree to rounding. The first two need a gradient that is this pass' own: not accumulated, clipped or reduced, and of the
 loss alone. Version counters and, wherever the host may look at numbers, the numbers tell (`curvlab.optim.sums`).

@@ -121,7 +121,7 @@ def sqrt_fisher(
 
 @torch.inference_mode(False)
 def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, how: Pass) -> Rows:
-    """Return the rows of S; see `sqrt_fisher`. Samples that are a part of a larger batch may lack targets that count."""
+    """Return the rows of S; see `sqrt_fisher`. Samples with a `share` of a larger batch may lack targets that count."""
     asked = how.read(model, inputs)
     targets = tree_map_only(Tensor, savable, targets)
     of_rows = how.dtype or widest(trainable(model).values())
