@@ -125,12 +125,14 @@ class State(ABC):
                 block.leave_rows(1.0 if rows.reduction == "sum" else self._merged.terms)
         self._blocks, self._anew = blocks, []
         self._update_blocks(batches)
-        history = [*(self._kept if decay else []), (decay, rows)][-(self._window or 0) :] if any(staying) else []
-        if decay and history and self._window is not None:
+        history: list[tuple[float, Rows]] = []
+        if any(staying):
+            before = self._kept if decay else []
+            history = [*before, (decay, rows)][-(self._window or 0) :]
+        if history and self._window is not None:
             self._counts = _counted(history)  # without the batches that have left the window
         else:
-            count = torch.tensor(rows.count, dtype=torch.float64, device="cpu")
-            self._counts.update(count if total is None else total(count), 1.0, decay, additive=True)
+            _add_count(self._counts, rows, decay, total)
         self._shapes, self._latest, self._largest = without_numbers(rows), rows, None
         self._merge(history)
         return self
@@ -317,11 +319,17 @@ class State(ABC):
         self._merge([(decay, unpack_rows(packed)) for decay, packed in state["kept"]])
 
 
+def _add_count(counts: RunningAverage, rows: Rows, decay: float, total: Total | None = None) -> None:
+    """Add the count of a batch, of all processes if `total` sums over them, to those of the batches before it."""
+    count = torch.tensor(rows.count, dtype=torch.float64, device="cpu")
+    counts.update(count if total is None else total(count), 1.0, decay, additive=True)
+
+
 def _counted(batches: Iterable[tuple[float, Rows]]) -> RunningAverage:
     """Return the counts of batches, each with the decay of those before it."""
     counts = RunningAverage()
     for decay, rows in batches:
-        counts.update(torch.tensor(rows.count, dtype=torch.float64, device="cpu"), 1.0, decay, additive=True)
+        _add_count(counts, rows, decay)
     return counts
 
 
