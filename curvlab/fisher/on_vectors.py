@@ -35,7 +35,10 @@ def contract_units(left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: 
 
 
 def weighted_product(left: LayerRows, weights: Float[Tensor, " P_l"], right: LayerRows) -> Float[Tensor, "R S"]:
-    """Return `left diag(weights) rightᵀ`. Cost `N·M·P_l + U·R·S` for dense layers on vectors, else `R·S·P_l`."""
+    """Return `left diag(weights) rightᵀ`, in chunks.
+
+    Cost `N·M·P_l + U·R·S` for dense layers on vectors, else `R·S·P_l`.
+    """
     if not (is_on_vectors(left) and is_on_vectors(right)):
         V, N = left.shape
         largest = max(left.size, right.factors[-1][0].numel())
