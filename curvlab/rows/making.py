@@ -7,6 +7,7 @@ One backward sweep gives both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def jacobian(
 
 @torch.inference_mode(False)
 def rows_of_model(model: nn.Module, inputs: Any, how: Pass) -> Rows:
-    """Return the rows of J; see `jacobian`."""
+    """Return the rows of J; see `jacobian`. The kind of rows has no meaning here."""
+    how = replace(how, kind="exact", draws=1)
     asked = how.read(model, inputs)
     rows = _jacobian_rows(model, checked_sweep(model, asked, _every_output(asked.samples), how))
     return rows.to(how.dtype or widest(trainable(model).values()))

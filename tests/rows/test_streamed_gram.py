@@ -67,6 +67,14 @@ def test_chunks_without_targets_that_count() -> None:
         curvlab.gram(model, (x, torch.full((6,), -100)), loss=nn.CrossEntropyLoss(), memory=budgets(S)[-1])
 
 
+def test_the_jacobian_goes_by_the_same_engine_whatever_the_kind(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = architecture("mlp").make(N=6)
+    with caplog.at_level("INFO", logger="curvlab"):
+        assert_close(curvlab.gram(model, x, kind="empirical"), curvlab.jacobian(model, x).gram(), 1e-13)
+    (record,) = caplog.records
+    assert "BackPACK engine" in record.message
+
+
 def test_results_go_where_they_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     model, x = architecture("mlp").make(N=10)
     out = torch.full((30, 30), torch.nan, dtype=torch.float64)
