@@ -13,7 +13,7 @@ import curvlab.fisher as cf
 from curvlab.errors import StateError
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.parameters import ParameterSpace
-from curvlab.testing.oracle import assert_close
+from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outputs
 
 LOSS = nn.CrossEntropyLoss()
 AVERAGES = (
@@ -119,15 +119,9 @@ def test_there_is_no_matrix_until_all_blocks_have_curvature() -> None:
 
 
 def dense_mean(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the Fisher matrix of the mean cross-entropy over batches, Σ_n J_nᵀ(diag p_n − p_n p_nᵀ)J_n / N."""
-    parameters, total, count = dict(model.named_parameters()), torch.zeros(()), 0
-    for inputs, _ in batches:
-        jacobian = torch.func.jacrev(lambda p, x=inputs: torch.func.functional_call(model, p, (x,)))(parameters)
-        J = torch.cat([part.flatten(2) for part in jacobian.values()], dim=2)
-        p = model(inputs).detach().softmax(1)
-        total = total + torch.einsum("nci,ncd,ndj->ij", J, p.diag_embed() - p[:, :, None] * p[:, None], J)
-        count += len(inputs)
-    return (total / count).detach()
+    """Return the Fisher matrix of the mean cross-entropy over batches."""
+    inputs, targets = map(torch.cat, zip(*batches, strict=True))
+    return dense_ggn(dense_jacobian(model, inputs), LOSS, outputs(model, inputs), targets)
 
 
 def test_at_decay_1_rows_averages_and_count_are_those_of_all_their_batches() -> None:
