@@ -61,14 +61,14 @@ NETWORKS = {
 # --- references -------------------------------------------------------------------------------------------------------
 
 
-def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: int, samples: int) -> Tensor:
-    """Return Λ `[N, V, V]`, the loss' divisor included; "mc" repeats the draws of the rows."""
+def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: int) -> Tensor:
+    """Return Λ `[N, V, V]`, the loss' divisor included; "mc" repeats the draws of the rows, one a loss term."""
     N, V = z.shape[0], z[0].numel()
     if kind in ("exact", "ggn"):
         H = hessian(lambda flat: loss(flat.view(z.shape), targets))(z.flatten()).view(N, V, N, V)
         return torch.stack([H[n, :, n] for n in range(N)])
     if kind == "mc":
-        drawn = loss_terms(loss, z, targets).sampled(samples, torch.Generator().manual_seed(seed))
+        drawn = loss_terms(loss, z, targets).sampled(1, torch.Generator().manual_seed(seed))
         cotangents = drawn.transpose(0, 1).reshape(N, -1, V)
         return cotangents.mT @ cotangents
     factor, terms, X = 0.5 if isinstance(loss, HalfSquaredError) else 1.0, unreduced(loss), z[0, 0].numel()
@@ -253,14 +253,13 @@ def reference(
     targets: Tensor,
     kind: str = "exact",
     seed: int = 0,
-    samples: int = 1,
     known: Derivatives | None = None,
 ) -> Reference:
     """Compute everything for one batch, but for the derivatives if they are known."""
     found = derivatives(model, inputs) if known is None else known
     z = found.z
     omega = term_weights(loss, z, targets).reshape(len(z), -1, z[0, 0].numel()).mean(1).sum(1)
-    moment = output_moment(loss, z, targets, kind, seed, samples)
+    moment = output_moment(loss, z, targets, kind, seed)
     return Reference(found.J, moment, omega, found.layers, found.names, count_of(loss, z, targets))
 
 
