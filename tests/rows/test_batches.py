@@ -108,7 +108,7 @@ def test_jacobians_stack(name: str) -> None:
     assert (stacked.kind, stacked.count, stacked.terms) == ("jacobian", 1.0, 5.0)
 
 
-def test_the_inverse_factor_of_merged_rows() -> None:
+def test_the_inverse_root_of_merged_rows() -> None:
     model, x = architecture("mlp").make(N=5)
     loss, y = loss_case("half").make(outputs(model, x), "mean")
     merged = in_batches(model, loss, x, y, (2, 3), "exact")

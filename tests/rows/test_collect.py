@@ -22,9 +22,9 @@ from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outp
 PLAIN = [a for a in ARCHITECTURES if a.output is None and a.name != "one-output"]
 
 
-def draw(kind: str, seed: int = 0, samples: int = 1) -> Pass:
+def draw(kind: str, seed: int = 0, draws: int = 1) -> Pass:
     mc = kind == "mc"
-    return Pass(kind, samples if mc else 1, torch.Generator().manual_seed(seed), joint=mc)  # type: ignore[arg-type]
+    return Pass(kind, draws if mc else 1, torch.Generator().manual_seed(seed), joint=mc)  # type: ignore[arg-type]
 
 
 def collect(
@@ -110,7 +110,7 @@ def test_positions_of_a_sample_share_a_sampled_row() -> None:
     loss = nn.CrossEntropyLoss()
     z = outputs(model, inputs)
     F_exact = dense_ggn(dense_jacobian(model, inputs), loss, z, targets)
-    found = collect(model, loss, inputs, targets, draw("mc", samples=20_000))
+    found = collect(model, loss, inputs, targets, draw("mc", draws=20_000))
     assert found.rows is not None
     assert found.rows.shape == (20_000, 2)
     S = found.rows.dense()
@@ -248,7 +248,7 @@ def test_nodes_of_a_graph(kind: str) -> None:
     model, loss = GCN(4, 6, 2, 3).double(), nn.CrossEntropyLoss()
     x, edges, nodes = torch.randn(8, 4, dtype=DOUBLE), torch.randint(8, (2, 20)), torch.tensor([1, 4, 6])
     targets = torch.randint(3, (3,))
-    with Collector(model, loss, owners_of(model), draw(kind, samples=5), samples=Nodes(None)) as found:
+    with Collector(model, loss, owners_of(model), draw(kind, draws=5), samples=Nodes(None)) as found:
         loss(model(x, edges)[nodes], targets).backward()
     rows = found.rows
     assert rows is not None

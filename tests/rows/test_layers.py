@@ -77,9 +77,9 @@ def test_auto_takes_backpack_where_it_applies_and_says_so_once(
 def test_auto_leaves_one_row_a_sample_to_autograd(caplog: pytest.LogCaptureFixture) -> None:
     model, x, y = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), vectors(5)(6).float(), torch.arange(6) % 3
     with caplog.at_level(logging.INFO, logger="curvlab"):
-        for kind, samples in (("mc", 1), ("empirical", 1), ("mc", 2), ("exact", 1)):
+        for kind, draws in (("mc", 1), ("empirical", 1), ("mc", 2), ("exact", 1)):
             drawn = torch.Generator().manual_seed(0) if kind == "mc" else None
-            curvlab.rows.sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, draws=samples, generator=drawn)
+            curvlab.rows.sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, draws=draws, generator=drawn)
     plain, chain = caplog.records
     assert "autograd engine: one row a sample" in plain.message
     assert "BackPACK engine" in chain.message

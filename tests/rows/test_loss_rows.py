@@ -175,15 +175,15 @@ def test_mean_of_mc_is_exact(case: LossCase, network: str, reduction: str, monke
 
 
 @pytest.mark.parametrize("name", ["half", "ce-all", "bce-all"])
-def test_monte_carlo_converges_as_one_over_root_samples(name: str) -> None:
+def test_monte_carlo_converges_as_one_over_the_square_root_of_the_draws(name: str) -> None:
     model, x = architecture("mlp").make(N=3)
     loss, y = loss_case(name).make(outputs(model, x), "mean")
     exact = fisher(sqrt_fisher(model, loss, x, y))
     source = generator(3)
 
-    def error(samples: int) -> float:
+    def error(draws: int) -> float:
         squares = [
-            (fisher(sqrt_fisher(model, loss, x, y, "mc", draws=samples, generator=source)) - exact).square().sum()
+            (fisher(sqrt_fisher(model, loss, x, y, "mc", draws=draws, generator=source)) - exact).square().sum()
             for _ in range(30)
         ]
         return float(sum(squares) / len(squares)) ** 0.5
@@ -284,7 +284,7 @@ def test_saturated_outputs_have_finite_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["mse", "half", "bce-all", "ce"])
-def test_the_inverse_factor_brings_rows_back_to_the_jacobian(name: str) -> None:
+def test_the_inverse_root_brings_rows_back_to_the_jacobian(name: str) -> None:
     model, x = architecture("conv1d-grid").make(N=3)
     loss, y = loss_case(name).make(outputs(model, x), "mean")
     rows = sqrt_fisher(model, loss, x, y)
@@ -305,14 +305,14 @@ def test_the_inverse_factor_brings_rows_back_to_the_jacobian(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
-    """At every position the factor is a C × C matrix A with S = A·J: duals are pinv(Aᵀ)u, projectors A·pinv(A)."""
+def test_duals_and_projectors_of_the_output_root(case: LossCase) -> None:
+    """At every position the root is a C × C matrix A with S = A·J: duals are pinv(Aᵀ)u, projectors A·pinv(A)."""
     model, x = architecture("conv1d-grid").make(N=3)
     z = outputs(model, x)
     N, C, X = z.shape
     loss, y = case.make(z, "mean")
-    factor = loss_terms(loss, z, y).root()
-    applied = factor.apply(identity_cotangents(z)).view(C, X, N, C, X)
+    root = loss_terms(loss, z, y).root()
+    applied = root.apply(identity_cotangents(z)).view(C, X, N, C, X)
     A = torch.diagonal(applied, dim1=1, dim2=4).permute(3, 1, 0, 2)
     inverse = torch.linalg.pinv(A, rtol=1e-12)
     u = torch.randn(2, C, X, N, dtype=z.dtype)
@@ -320,40 +320,40 @@ def test_duals_and_projectors_of_the_output_factor(case: LossCase) -> None:
     if isinstance(loss, nn.CrossEntropyLoss):
         u = u - z.softmax(1).permute(1, 2, 0) * u.sum(1, keepdim=True)
         reached = u * (A.abs().sum((2, 3)) > 0)
-    dual = factor.dual(u.view(2, C * X, N)).view(u.shape)
+    dual = root.dual(u.view(2, C * X, N)).view(u.shape)
     assert_close(torch.einsum("xnkc,bkxn->bcxn", A, dual), reached)
     assert_close(dual, torch.einsum("xnck,bcxn->bkxn", inverse, reached))
     within = torch.zeros(C, X, N, C, X, dtype=z.dtype)
     for k in range(X):
         within[:, k, :, :, k] = (A[k] @ inverse[k]).transpose(0, 1)
-    assert_close(factor.projector(), within.view(C * X, N, C * X))
+    assert_close(root.projector(), within.view(C * X, N, C * X))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_reduced_factor_has_the_same_products_with_fewer_rows(case: LossCase) -> None:
+def test_a_reduced_root_has_the_same_products_with_fewer_rows(case: LossCase) -> None:
     model, x = architecture("conv1d-grid").make(N=3)
     z = outputs(model, x)
     loss, y = case.make(z, "mean")
-    factor = loss_terms(loss, z, y).root()
-    V, N = factor.shape
-    A = factor.columns(torch.eye(V * N, dtype=z.dtype)).mT
-    reduced = factor.reduced(torch.eye(V * N, dtype=z.dtype))
+    root = loss_terms(loss, z, y).root()
+    V, N = root.shape
+    A = root.columns(torch.eye(V * N, dtype=z.dtype)).mT
+    reduced = root.reduced(torch.eye(V * N, dtype=z.dtype))
     assert_close(reduced.mT @ reduced, A.mT @ A)
-    assert_close(factor.compressed(A), reduced)
-    assert torch.equal(factor.reduced(torch.eye(V * N, dtype=z.dtype).expand(2, -1, -1))[1], reduced)
+    assert_close(root.compressed(A), reduced)
+    assert torch.equal(root.reduced(torch.eye(V * N, dtype=z.dtype).expand(2, -1, -1))[1], reduced)
     positions = z[0, 0].numel()
     assert len(reduced) == (V - positions if isinstance(loss, nn.CrossEntropyLoss) else V) * N
 
 
-def test_a_reduced_factor_of_certain_outputs() -> None:
+def test_a_reduced_root_of_certain_outputs() -> None:
     """Probabilities of 0 and 1 at the output that is left out, and elsewhere."""
     z = torch.tensor([[0.0, 0.0, 800.0], [800.0, 0.0, 0.0], [0.0, 30.0, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
-    factor = loss_terms(nn.CrossEntropyLoss(), z, torch.tensor([0, 1, 2, 0])).root()
-    A, reduced = factor.columns(torch.eye(12, dtype=z.dtype)).mT, factor.reduced(torch.eye(12, dtype=z.dtype))
+    root = loss_terms(nn.CrossEntropyLoss(), z, torch.tensor([0, 1, 2, 0])).root()
+    A, reduced = root.columns(torch.eye(12, dtype=z.dtype)).mT, root.reduced(torch.eye(12, dtype=z.dtype))
     assert_close(reduced.mT @ reduced, A.mT @ A)
 
 
-def test_the_inverse_factor_needs_every_output_to_carry_weight() -> None:
+def test_the_inverse_root_needs_every_output_to_carry_weight() -> None:
     model, x = architecture("mlp").make(N=2)
     loss = nn.BCEWithLogitsLoss(torch.tensor([1.0, 0.0, 1.0], dtype=x.dtype))
     rows = sqrt_fisher(model, loss, x, torch.zeros(2, 3, dtype=x.dtype))

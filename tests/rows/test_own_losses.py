@@ -168,13 +168,13 @@ def test_duals_and_projectors(case: Case) -> None:
     model, x = architecture("mlp").make(N=3)
     z = outputs(model, x, case.domain)
     torch.manual_seed(1)
-    factor = loss_terms(case.make("mean"), z, case.targets(z)).root()
-    A = factor.apply(torch.eye(3, dtype=DOUBLE)[:, None].expand(3, 3, 3)).transpose(0, 1)
+    root = loss_terms(case.make("mean"), z, case.targets(z)).root()
+    A = root.apply(torch.eye(3, dtype=DOUBLE)[:, None].expand(3, 3, 3)).transpose(0, 1)
     inverse = torch.linalg.pinv(A, rtol=1e-10)
     u = torch.randn(2, 3, 3, dtype=DOUBLE)
-    assert_close(factor.dual(u), torch.einsum("nck,bcn->bkn", inverse, u))
-    assert_close(factor.projector(), (A @ inverse).transpose(0, 1))
-    assert_close(factor.weighed.T * 1.0, (A.abs().sum(2) > 0) * 1.0)
+    assert_close(root.dual(u), torch.einsum("nck,bcn->bkn", inverse, u))
+    assert_close(root.projector(), (A @ inverse).transpose(0, 1))
+    assert_close(root.weighed.T * 1.0, (A.abs().sum(2) > 0) * 1.0)
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -332,7 +332,7 @@ class TestOwn:
         assert_close(fisher(rows), fisher(sqrt_fisher(model, HalfSquaredError(), x, y)))
 
     def test_rank_structures_and_comparison(self) -> None:
-        """What reads the factor at the output reads this one: ranks, undamped steps, states on disk."""
+        """What reads the root at the output reads this one: ranks, undamped steps, states on disk."""
         model, x = architecture("mlp").make(N=3)
         loss, y = PerSample(matched), torch.ones(3, 3, dtype=DOUBLE)
         rows = sqrt_fisher(model, loss, x, y, "ggn")
