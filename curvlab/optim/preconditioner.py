@@ -29,7 +29,7 @@ from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
-from curvlab.optim.processes import Processes, shared
+from curvlab.optim.processes import Processes, own_share
 from curvlab.optim.quadratic import BatchLoss
 from curvlab.optim.routes import Step, route_of
 from curvlab.rows.collect import Collector, no_rows_beside
@@ -106,7 +106,7 @@ class Preconditioner:
         self._bind(model)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         joint = kind == "mc" or self.structure.joins_positions
-        self.how = Pass(kind, whole("draws", draws), self._generator, share=shared, joint=joint)
+        self.how = Pass(kind, whole("draws", draws), self._generator, share=own_share, joint=joint)
 
     def _bind(self, model: nn.Module) -> None:
         self._owners = _preconditioned(model, self.plain)

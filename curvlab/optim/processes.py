@@ -108,7 +108,7 @@ class Processes:
         return found
 
 
-def shared(samples: int, device: torch.device) -> tuple[int, int]:
+def own_share(samples: int, device: torch.device) -> tuple[int, int]:
     """Return where this process' samples start in the batch of all processes, and how many that has."""
     processes = Processes.present()
     return (0, samples) if processes is None else processes.share(samples, device)
