@@ -139,6 +139,8 @@ def test_scipy_gets_the_transpose_too(key: str, damping: float) -> None:
 
 
 class TestErrors:
+    H = DenseOperator(torch.eye(3, dtype=DOUBLE))
+
     def test_a_transpose_that_nobody_has_said(self) -> None:
         class Own(DenseOperator):
             euclidean = False
@@ -147,8 +149,6 @@ class TestErrors:
             NotImplementedError, match=r"Own is symmetric in the inner product of M only.*Operator\.adjoint"
         ):
             Own(torch.eye(3, dtype=DOUBLE)).scipy().rmatvec(np.ones(3))
-
-    H = DenseOperator(torch.eye(3, dtype=DOUBLE))
 
     def test_twice(self) -> None:
         D = DiagonalPreconditioner({"vector": torch.ones(3, dtype=DOUBLE)})
