@@ -15,9 +15,13 @@ from curvlab.rows import collect
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_are_known_again(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
-    name = "compare_with_reverse_pass"
-    compare = getattr(collect, name)
-    monkeypatch.setattr(collect, name, lambda *args, **kwargs: compared.append(1) or compare(*args, **kwargs))
+    compare = collect.compare_with_reverse_pass
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        compared.append(1)
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(collect, "compare_with_reverse_pass", note)
     torch.manual_seed(0)
     step = training_step(Request(network=network, samples=4, repeats=1, seconds=1.0, threads=1, device="cpu"))
     for _ in range(3):
