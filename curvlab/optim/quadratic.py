@@ -150,7 +150,7 @@ class LevenbergMarquardt:
 
     def adjusted(self, damping: float, ratio: float) -> float:
         """Return the next ρ for a ratio r; not a number counts as a failure."""
-        by = self.omega**self.every
+        shrinkage = self.omega**self.every
         if ratio > 0.75:
-            return max(self.low, damping * by)
-        return damping if ratio >= 0.25 else min(self.high, damping / by)
+            return max(self.low, damping * shrinkage)
+        return damping if ratio >= 0.25 else min(self.high, damping / shrinkage)
