@@ -142,8 +142,7 @@ class Structure(State):
             UnsupportedModel: see `curvlab.sqrt_fisher`; for dropout and batch normalisation in training mode, too.
         """
         structure = cls(**options)
-        keeps = not structure.averages
-        how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=keeps)
+        how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=not structure.averages)
 
         def rows_of(batch: Sequence[Any]) -> Rows:
             if not isinstance(batch, tuple | list) or len(batch) != 2:

@@ -68,7 +68,8 @@ def sweep(
     Raises:
         UnsupportedModel: naming the layer and the remedy.
     """
-    owners, samples = owners_of(model), inputs.samples
+    owners = owners_of(model)
+    samples = inputs.samples
     recorder = Recorder([o for o in owners if o.ruled and not set(without) & set(o.names.values())])
     with decomposing(model, owners), differentiable_attention():
         handles = recorder.hook()

@@ -217,8 +217,9 @@ def obstacle(model: nn.Module, pick: PickOutput) -> str | None:
 
 def sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents) -> SweepResult:
     """Propagate the cotangents with BackPACK and keep the rows factored, of a model without an `obstacle`."""
-    twin, samples = _twin(model), inputs.samples
+    twin = _twin(model)
     owners = owners_of(twin)
+    samples = inputs.samples
     detached = replace(inputs, arguments=tree_map_only(Tensor, Tensor.detach, inputs.arguments))
     chain = [module for module in twin.modules() if type(module) not in _CONTAINERS]
     for module in chain:

@@ -58,8 +58,8 @@ def _sweep(
             if chosen == "backpack":
                 sweep_result = backpack.sweep(model, inputs, make_cotangents)
             else:
-                known, without = checks_of(once_for).signatures, unfactored(once_for)
-                sweep_result = autograd.sweep(model, inputs, make_cotangents, known, without)
+                known = checks_of(once_for).signatures
+                sweep_result = autograd.sweep(model, inputs, make_cotangents, known, unfactored(once_for))
         check_finite(sweep_result)
         wrong = wrong_rows(model, forward, sweep_result, chosen, once_for)
         return replace(sweep_result, graph=None), wrong

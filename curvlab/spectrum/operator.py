@@ -105,7 +105,8 @@ class Operator(ABC):
             vectors = torch.as_tensor(np.ascontiguousarray(block.T), dtype=self.dtype, device=self.device)
             return product(vectors.reshape(-1, self.size)).cpu().numpy().T.reshape(block.shape)
 
-        forward, transposed = partial(on_columns, self.matmat), partial(on_columns, self.adjoint)
+        forward = partial(on_columns, self.matmat)
+        transposed = partial(on_columns, self.adjoint)
         dtype = torch.zeros((), dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
             (self.size, self.size), matvec=forward, matmat=forward, rmatvec=transposed, rmatmat=transposed, dtype=dtype
