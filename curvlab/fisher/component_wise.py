@@ -68,8 +68,8 @@ def _is_convolution(slot: Slot, layout: Layout) -> bool:
     return len(slot.shape) > 2 and (slot.input_first > 0 or slot.shape[0] == layout.units)
 
 
-RULES: Mapping[str, Partition] = {"semantic": semantic, "unit": units, "kernel": kernels}
-"""The rules that have a name."""
+PARTITIONS: Mapping[str, Partition] = {"semantic": semantic, "unit": units, "kernel": kernels}
+"""Those that have a name."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class ComponentWise(
         rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
 
     Raises:
-        ValueError: at construction for an unknown rule, a number below 1, or anything else.
+        ValueError: at construction for an unknown name, a number below 1, or anything else.
         PartitionError: at the first update, if a function returns anything but integers `[units, width]`.
 
     Cost: forms the rows of a layer, `R·P_l`, unless components are units, layers or single parameters; then `Σ s²` numbers of
@@ -151,13 +151,13 @@ class ComponentWise(
         rtol: float | None = None,
     ) -> None:
         super().__init__(side=side, window=window, rtol=rtol)
-        if isinstance(partition, str) and partition not in RULES:
-            raise unknown_name("partition", partition, RULES)
+        if isinstance(partition, str) and partition not in PARTITIONS:
+            raise unknown_name("partition", partition, PARTITIONS)
         if isinstance(partition, int) and partition < 1:
             raise ValueError(f"partition is a number of parameters ≥ 1, got {partition}.")
         if not (isinstance(partition, str | int) or callable(partition)):
             raise ValueError(
-                f"partition is a name ({', '.join(RULES)}), a number or a function, got {partition!r}. Blocks of whole "
+                f"partition is a name ({', '.join(PARTITIONS)}), a number or a function, got {partition!r}. Blocks of whole "
                 "parameters are those of BlockDiagonal(partition=…)."
             )
         self._partition = partition
@@ -168,23 +168,23 @@ class ComponentWise(
         return {"partition": self._partition, **super().options}
 
     @property
-    def _rule(self) -> Partition:
+    def _labels_of(self) -> Partition:
         partition = self._partition
         if isinstance(partition, str):
-            return RULES[partition]
+            return PARTITIONS[partition]
         return Chunks(partition) if isinstance(partition, int) else partition
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
         return [
             block
             for layer in rows.layers
-            for block in _blocks(layer.name, layer.layout, self._rule, self._config, rows.device)
+            for block in _blocks(layer.name, layer.layout, self._labels_of, self._config, rows.device)
         ]
 
 
-def _blocks(name: str, layout: Layout, rule: Partition, config: RowSide, device: torch.device) -> Iterator[Block]:
+def _blocks(name: str, layout: Layout, partition: Partition, config: RowSide, device: torch.device) -> Iterator[Block]:
     """Yield a block for all components of one size."""
-    labels = _checked(rule(name, layout), name, layout).cpu()
+    labels = _checked(partition(name, layout), name, layout).cpu()
     _, component, sizes = labels.flatten().unique(return_inverse=True, return_counts=True)
     if len(sizes) == 1:
         yield RowBlock(name, [layout], config)
