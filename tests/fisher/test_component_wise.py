@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_oracle import KINDS, NETWORKS, Case, case, draw
+from fisher_cases import KINDS, NETWORKS, Case, case, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import DOUBLE, LOSSES

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fisher_oracle import draw, perceptron, rows_of
+from fisher_cases import draw, perceptron, rows_of
 from oracle import DOUBLE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

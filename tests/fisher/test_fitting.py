@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_oracle import case
+from fisher_cases import case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

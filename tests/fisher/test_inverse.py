@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fisher_oracle import draw
+from fisher_cases import draw
 from oracle import DOUBLE
 from torch import Tensor
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fisher_oracle import build, case, dense_structure, draw, positions, reference, rows_of
+from fisher_cases import case, draw, rows_of
+from fisher_oracle import build, dense_structure, positions, reference
 from oracle import DOUBLE, architecture, loss_case
 from torch import Tensor, nn
 

@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 import torch
-from fisher_oracle import DENSE_LAYERS, Reference, dense_structure, draw, kronecker_block, positions, reference, rows_of
+from fisher_cases import draw, rows_of
+from fisher_oracle import DENSE_LAYERS, Reference, dense_structure, kronecker_block, positions, reference
 from layer_cases import CrossAttention, Recurrent, layer_case
 from oracle import CLASSES, DOUBLE, loss_case
 from torch import Tensor, nn

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_oracle import NETWORKS, SPECS, build, case, draw, positions
+from fisher_cases import NETWORKS, case, draw
+from fisher_oracle import SPECS, build, positions
 from oracle import DOUBLE
 from torch import Tensor, nn
 

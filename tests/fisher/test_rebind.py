@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fisher_oracle import PLAIN_SPECS, build, draw
+from fisher_cases import draw
+from fisher_oracle import PLAIN_SPECS, build
 from oracle import DOUBLE
 from torch import Tensor, nn
 

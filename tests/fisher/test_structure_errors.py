@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fisher_oracle import PLAIN_SPECS, SPECS, build, case, draw, pinv, positions
+from fisher_cases import case, draw
+from fisher_oracle import PLAIN_SPECS, SPECS, build, pinv, positions
 from oracle import DOUBLE
 
 import curvlab.fisher as cf

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fisher_oracle import DOUBLE, build, case, draw, positions, reference, sigma_of
+from fisher_cases import case, draw
+from fisher_oracle import DOUBLE, build, positions, reference, sigma_of
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 

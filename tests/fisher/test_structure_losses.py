@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fisher_oracle import PLAIN_SPECS, SPECS, build, case, dense_structure, positions
+from fisher_cases import case
+from fisher_oracle import PLAIN_SPECS, SPECS, build, dense_structure, positions
 from oracle import LOSSES
 from torch import nn
 

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from fisher_oracle import DOUBLE, build, draw, sigma_of
+from fisher_cases import draw
+from fisher_oracle import DOUBLE, build, sigma_of
 from torch import Tensor, nn
 
 import curvlab.fisher as cf

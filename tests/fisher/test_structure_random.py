@@ -6,22 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from fisher_cases import KINDS, NETWORKS, Case, case, draw, rows_of
 from fisher_oracle import (
-    KINDS,
-    NETWORKS,
     SPECS,
-    Case,
     Derivatives,
     Reference,
     build,
-    case,
     dense_structure,
     derivatives,
-    draw,
     kronecker_block,
     positions,
     reference,
-    rows_of,
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st

@@ -9,19 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from fisher_cases import Case, case, draw, rows_of
 from fisher_oracle import (
     PLAIN_SPECS,
     SPECS,
-    Case,
     Reference,
     build,
-    case,
     dense_structure,
-    draw,
     kronecker_block,
     positions,
     reference,
-    rows_of,
     sigma_of,
 )
 from oracle import DOUBLE

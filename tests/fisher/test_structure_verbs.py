@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_oracle import NETWORKS, PLAIN_SPECS, SPECS, Case, build, case, dense_structure, draw, pinv, positions
+from fisher_cases import NETWORKS, Case, case, draw
+from fisher_oracle import PLAIN_SPECS, SPECS, build, dense_structure, pinv, positions
 from oracle import DOUBLE
 from torch import Tensor, nn
 
