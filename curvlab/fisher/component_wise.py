@@ -69,7 +69,7 @@ def _is_convolution(slot: Slot, layout: Layout) -> bool:
 
 
 PARTITIONS: Mapping[str, Partition] = {"semantic": semantic, "unit": units, "kernel": kernels}
-"""Those that have a name."""
+"""Partitions by name."""
 
 
 @dataclass(frozen=True)
