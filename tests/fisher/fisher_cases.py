@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -101,6 +102,22 @@ def rows_of(
 ) -> Rows:
     generator = torch.Generator().manual_seed(seed) if kind == "mc" else None
     return sqrt_fisher(model, loss, inputs, targets, kind, generator=generator)
+
+
+CUTS = ((0, 1), (1, 4), (4, 6))
+
+
+def batches(data: Case, cuts: Sequence[tuple[int, int]] = CUTS) -> list[tuple[Tensor, Tensor]]:
+    return [(data.inputs[a:b], data.targets[a:b]) for a, b in cuts]
+
+
+@cache
+def rows_and_references(data: Case, cuts: Sequence[tuple[int, int]] = CUTS) -> tuple[list[Rows], list[Reference]]:
+    pairs = batches(data, cuts)
+    return (
+        [rows_of(data.model, data.loss, x, y, data.kind) for x, y in pairs],
+        [reference(data.model, data.loss, x, y, data.kind) for x, y in pairs],
+    )
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

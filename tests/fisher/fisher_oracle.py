@@ -344,6 +344,18 @@ PLAIN_SPECS = (
     "full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "component-wise", "diagonal", "kfac", "ekfac",
 )  # fmt: skip
 
+PARAMETER_SPECS = (
+    "full-parameters",
+    "block-diagonal-parameters",
+    "block-tridiagonal-parameters",
+    "unit-wise-parameters",
+    "component-wise-parameters",
+    "diagonal",
+    "kfac",
+    "kfac-reduce",
+)
+"""Specs that take any decay."""
+
 
 def build(spec: str, names: Sequence[str], **more: Any) -> cf.Structure:
     """Make the structure of a spec for parameters of given names."""
