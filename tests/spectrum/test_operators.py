@@ -12,7 +12,8 @@ import torch
 from curvlinops import HessianLinearOperator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ARCHITECTURES, DOUBLE, LOSSES, Architecture, Cube, architecture, chain, loss_case, mlp
+from operator_cases import network, samples
+from oracle import ARCHITECTURES, DOUBLE, LOSSES, Architecture, Cube, architecture, chain, loss_case
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import KFAC
-from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
+from curvlab.nn import WeightedCrossEntropy
 from curvlab.nn.functional import attributes_kept
 from curvlab.spectrum import GGN, DenseOperator, Fisher, Hessian, Operator, RowsOperator, StructureOperator
 from curvlab.testing.oracle import (
@@ -59,17 +60,6 @@ def problem(
 def random_block(operator: Operator, K: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(K, operator.size, dtype=operator.dtype, generator=generator)
-
-
-def network(seed: int = 0, inputs: int = 4) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return chain(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def samples(N: int, seed: int = 0, inputs: int = 4) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(N, inputs, dtype=DOUBLE, generator=generator), torch.randint(3, (N,), generator=generator)
 
 
 class TestHessianAndGGN:
@@ -369,84 +359,6 @@ class TestFallback:
         with caplog.at_level(logging.INFO, logger="curvlab"):
             Hessian(model, criterion, (x, y))
         assert "forward mode differs, as it does for functions under no_grad and for padding_idx" in caplog.text
-
-
-@pytest.mark.usefixtures("unchecked_types")
-class TestErrors:
-    LOSS = nn.CrossEntropyLoss()
-
-    @pytest.mark.parametrize("kind", [Hessian, GGN])
-    def test_random_models(self, kind: Any) -> None:
-        model, data = chain(*network(), nn.Dropout(0.5)).train(), samples(6)
-        with pytest.raises(UnsupportedModel, match=r"differ by .*Dropout '3' in training mode: call model\.eval\(\)"):
-            kind(model, self.LOSS, data)
-        kind(model.eval(), self.LOSS, data)
-
-    def test_shuffled_batches_that_matter(self) -> None:
-        model = chain(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
-        loader = DataLoader(TensorDataset(*samples(8)), batch_size=4, shuffle=True)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            with pytest.raises(UnsupportedModel, match=r"BatchNorm1d '1' in training mode.*The loader shuffles"):
-                Hessian(model, self.LOSS, loader)
-
-    def test_random_otherwise(self) -> None:
-        model = network()
-        with pytest.raises(UnsupportedModel, match="Model, loss or data are random, or keep a state"):
-            Hessian(model, lambda z, y: self.LOSS(z, y) * torch.rand(()), samples(5))
-
-    @pytest.mark.parametrize("kind", [Hessian, Fisher])
-    def test_data(self, kind: Any) -> None:
-        x, y = samples(6)
-        with pytest.raises(ValueError, match="The data hold no batch"):
-            kind(network(), self.LOSS, [])
-        with pytest.raises(ValueError, match=r"The data are a generator, which can be passed once only.*list\(…\)"):
-            kind(network(), self.LOSS, (pair for pair in [(x, y)]))
-        with pytest.raises(ValueError, match="zero samples"):
-            kind(network(), self.LOSS, (x[:0], y[:0]))
-        bad = x.clone()
-        bad[2, 1] = torch.nan
-        with pytest.raises(ValueError, match="first at sample 2"):
-            kind(network(), self.LOSS, (bad, y))
-
-    def test_a_batch_that_is_no_pair(self) -> None:
-        with pytest.raises(ValueError, match=r"A batch is a pair \(inputs, targets\), got a Tensor"):
-            Hessian(network(), nn.MSELoss(), [samples(3)[0]])
-
-    def test_derivatives_that_are_not_finite(self) -> None:
-        model, x = nn.Linear(4, 3, bias=False).double(), torch.zeros(2, 4, dtype=DOUBLE)
-        with pytest.raises(ValueError, match=r"The gradient of weight is not finite, although the loss is"):
-            Hessian(model, lambda z, y: (z - y).norm(dim=1).sqrt().sum(), (x, torch.zeros(2, 3, dtype=DOUBLE)))
-
-    def test_losses(self) -> None:
-        x, y = samples(6)
-        with pytest.raises(ValueError, match="CrossEntropyLoss returns no scalar"):
-            Hessian(network(), nn.CrossEntropyLoss(reduction="none"), (x, y))
-        batches = [(x[:3], y[:3]), (x[3:], y[3:])]
-        with pytest.raises(ValueError, match=r"cross_entropy does not say how several batches merge\. Give it an attr"):
-            Hessian(network(), nn.functional.cross_entropy, batches)
-
-        class Uneven(nn.Module):
-            reduction = "mean"
-
-            def forward(self, z: Tensor, y: Tensor) -> Tensor:
-                return (z - y).square().mean() if self.reduction == "mean" else (z - y).pow(4).sum()
-
-        zeros = [(a, torch.zeros(3, 3, dtype=DOUBLE)) for a, _ in batches]
-        with pytest.raises(ValueError, match="The divisor of Uneven on a batch cannot be told"):
-            Hessian(nn.Linear(4, 3, bias=False).double(), Uneven(), zeros)
-
-    def test_models_without_trainable_parameters(self) -> None:
-        with pytest.raises(UnsupportedModel, match="no trainable parameter"):
-            Hessian(mlp().requires_grad_(False), self.LOSS, samples(3))
-
-    def test_options(self) -> None:
-        with pytest.raises(ValueError, match="chunk_size is a number of vectors"):
-            Hessian(network(), self.LOSS, samples(3), chunk_size=0)
-        with pytest.raises(ValueError, match=r"pass generator=torch\.Generator"):
-            Fisher(network(), self.LOSS, samples(3), kind="mc")
-        with pytest.raises(ValueError, match="Unknown kind 'empirial'"):
-            Fisher(network(), HalfSquaredError(), samples(3), kind="empirial")
 
 
 class TestHeld:
