@@ -16,7 +16,7 @@ from scipy.stats import norm
 from curvlab.study import Equivalence, Inequality, Share, Spread, Wins
 from curvlab.study.statistics.evidence import ArmsTest, Evidence, upper_rate
 from curvlab.study.statistics.multiplicity import LOOKS, Looks
-from curvlab.study.statistics.rules import Tested
+from curvlab.study.statistics.rules import OneValue, Tested
 
 PAGE = Path(__file__).with_suffix(".md")
 LEVELS = (0.05, 0.05 / 54)
@@ -132,7 +132,7 @@ class Row:
         return flat.reshape(count, self.seeds, len(self.means)) + np.array(self.means)
 
     def _evidence(self, rule: Tested, values: np.ndarray) -> Evidence:
-        return ArmsTest(values) if self.means else rule.told(values)
+        return rule.evidence_of(values) if isinstance(rule, OneValue) else ArmsTest(values)
 
     def _p_values(self, values: np.ndarray) -> tuple[float, float]:
         support, refutation = self.supports.p_values(self._evidence(self.supports, values))

@@ -1,7 +1,7 @@
 """The rules by which claims are decided, each with the estimand that it declares.
 
 `Identity` and `Always` settle a claim by every single observation, without a p-value. All other rules are tests over
-seeds: they tell the evidence that the seeds give, and its p-values for the claim and against it.
+seeds: they say which evidence the seeds give, and its p-values for the claim and against it.
 """
 
 import math
@@ -189,17 +189,13 @@ class Tested(Rule):
     sides: ClassVar[int] = 2
     """How many one-sided tails the interval of a refutation leaves out."""
 
+    @abstractmethod
     def evidence(self, estimate: pd.DataFrame) -> Evidence:
-        """What the values of at least two seeds tell.
+        """What the estimate at two seeds or more says.
 
         Raises:
             Unfit: the rule says nothing of such values.
         """
-        return self.told(estimate["value"].to_numpy(dtype=float))
-
-    def told(self, values: Float[np.ndarray, " seeds"]) -> Evidence:
-        """What one value per seed tells."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither `evidence` nor `told`")
 
     def with_margin(self, factor: float) -> "Tested | None":  # noqa: ARG002
         """The rule with so many times its margin; None if it has none."""
@@ -211,7 +207,23 @@ class Tested(Rule):
 
 
 @dataclass(frozen=True)
-class Located(Tested):
+class OneValue(Tested):
+    """A test of one value per seed."""
+
+    def evidence(self, estimate: pd.DataFrame) -> Evidence:  # noqa: D102
+        return self.evidence_of(estimate["value"].to_numpy(dtype=float))
+
+    @abstractmethod
+    def evidence_of(self, values: Float[np.ndarray, " seeds"]) -> Evidence:
+        """What the values of two seeds or more say.
+
+        Raises:
+            Unfit: the rule says nothing of such values.
+        """
+
+
+@dataclass(frozen=True)
+class Located(OneValue):
     """A rule on a location over seeds.
 
     Attributes:
@@ -230,7 +242,7 @@ class Located(Tested):
     def logarithmic(self) -> bool:  # noqa: D102
         return self.centre == "geometric mean"
 
-    def told(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
+    def evidence_of(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
         return located(self.centre, values)
 
 
@@ -264,8 +276,7 @@ class Inequality(Located):
         return f"{self.centre} {'<' if self.direction == 'less' else '>'} {self.bound:g}"
 
     def p_values(self, evidence: Evidence) -> PValues:  # noqa: D102
-        below, above = evidence.below(self.bound), evidence.above(self.bound)
-        return (below, above) if self.direction == "less" else (above, below)
+        return _p_values_of_side(evidence, self.direction, self.bound)
 
 
 @dataclass(frozen=True)
@@ -307,7 +318,7 @@ class Equivalence(Located):
 
 
 @dataclass(frozen=True)
-class Share(Tested):
+class Share(OneValue):
     """The share of seeds with a property (values 1 and 0) is less or greater than ``bound``, by the binomial test."""
 
     direction: Direction
@@ -327,18 +338,17 @@ class Share(Tested):
     def __str__(self) -> str:
         return f"share of seeds {'<' if self.direction == 'less' else '>'} {self.bound:g}"
 
-    def told(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
+    def evidence_of(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
         if not np.isin(values, (0.0, 1.0)).all():
             raise Unfit(f"a share needs 0 or 1 at each seed, got {values[~np.isin(values, (0.0, 1.0))][0]:g}")
         return BinomialTest(int(values.sum()), len(values))
 
     def p_values(self, evidence: Evidence) -> PValues:  # noqa: D102
-        below, above = evidence.below(self.bound), evidence.above(self.bound)
-        return (below, above) if self.direction == "less" else (above, below)
+        return _p_values_of_side(evidence, self.direction, self.bound)
 
 
 @dataclass(frozen=True)
-class Wins(Tested):
+class Wins(OneValue):
     """A difference that is paired by seed is negative (or positive) at more than half of all seeds, by the sign test.
 
     A tie speaks for neither side.
@@ -359,14 +369,13 @@ class Wins(Tested):
             f"difference {'< 0' if self.direction == 'less' else '> 0'} at more than half of all seeds, paired by seed"
         )
 
-    def told(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
+    def evidence_of(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
         won = int(np.sum(values < 0 if self.direction == "less" else values > 0))
         ties = int(np.sum(values == 0))
         return SignTest(values, f"{won} wins, {len(values) - won - ties} losses, {ties} ties")
 
     def p_values(self, evidence: Evidence) -> PValues:  # noqa: D102
-        below, above = evidence.below(0.0), evidence.above(0.0)
-        return (below, above) if self.direction == "less" else (above, below)
+        return _p_values_of_side(evidence, self.direction, 0.0)
 
 
 @dataclass(frozen=True)
@@ -412,12 +421,19 @@ class Spread(Tested):
         return ArmsTest(table.to_numpy(dtype=float))
 
     def p_values(self, evidence: Evidence) -> PValues:  # noqa: D102
-        return evidence.above(self.margin), evidence.below(self.margin) if self.margin > 0 else 1.0
+        refutation = evidence.below(self.margin) if self.margin > 0 else 1.0
+        return evidence.above(self.margin), refutation
 
 
 def _side(direction: Direction, bound: float) -> tuple[float, float]:
     """Everything on one side of a bound."""
     return (-math.inf, bound) if direction == "less" else (bound, math.inf)
+
+
+def _p_values_of_side(evidence: Evidence, direction: Direction, bound: float) -> PValues:
+    """p-values of support and refutation of what lies on one side of a bound."""
+    below, above = evidence.below(bound), evidence.above(bound)
+    return (below, above) if direction == "less" else (above, below)
 
 
 def _largest(values: Float[np.ndarray, " rows"], seeds: np.ndarray) -> tuple[float, ...]:
