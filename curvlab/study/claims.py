@@ -40,7 +40,8 @@ class Expected:
 
     def __str__(self) -> str:
         seen = f" (set after seeds 0 to {self.explored - 1} were seen)" if self.explored else ""
-        return f"{self.outcome}. {self.reason.rstrip('.')}{seen}"
+        reason = f". {self.reason.rstrip('.')}" if self.reason else ""
+        return f"{self.outcome}{reason}{seen}"
 
 
 def supported(reason: str, *, explored: int = 0) -> Expected:

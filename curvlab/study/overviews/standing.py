@@ -10,6 +10,7 @@ from typing import Literal
 from curvlab.study.claims import Group
 from curvlab.study.faults import UsageError
 from curvlab.study.report import Finding, findings
+from curvlab.study.report.text import listed
 from curvlab.study.results import PARTIAL, Results, load
 
 State = Literal["contradicted", "replicated", "open"]
@@ -132,9 +133,8 @@ class Standing:
     def travels(self) -> str:
         """The same in words."""
         if self.state == "contradicted":
-            return (
-                f"does not travel: {', but '.join(f'{v} on {_and(problems)}' for v, problems in self._decided.items())}"
-            )
+            found = [f"{verdict} on {listed(problems)}" for verdict, problems in self._decided.items()]
+            return f"does not travel: {', but '.join(found)}"
         of = f"of {len(self.judged)} problem{'s' * (len(self.judged) != 1)}"
         if not self._decided:
             return f"decided on none {of}"
@@ -202,7 +202,3 @@ def _folders(results: Path) -> Iterator[Path]:
         folder = path.parent
         if not (folder.is_symlink() or folder.name.startswith(".") or folder.name.endswith(PARTIAL)):
             yield folder
-
-
-def _and(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]

@@ -3,14 +3,14 @@
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from curvlab.study.claims import Outcome
+from curvlab.study.claims import Expected, Outcome
 from curvlab.study.report.findings import Finding, not_measured
 from curvlab.study.results import Results, final_name
 from curvlab.tools.text import duration, number, size
@@ -56,16 +56,14 @@ def listed(parts: Sequence[str], more: int = 0, others: str = "more", last: str 
     return " ".join([", ".join(shown[:-1]), last, shown[-1]]) if len(shown) > 1 else "".join(shown)
 
 
-def varied(finding: Finding) -> str:
-    """What a seed varies for a claim, in words."""
-    return listed([VARIED.get(name, (name, ""))[0] for name in finding.varies]) or "not declared"
+def varied(names: Iterable[str]) -> str:
+    """What a seed varies, in words."""
+    return listed([VARIED.get(name, (name, ""))[0] for name in names])
 
 
 def expectation(finding: Finding) -> str:
     """What was expected and why."""
-    seen = f" (set after seeds 0 to {finding.explored - 1} were seen)" if finding.explored else ""
-    reason = f". {finding.reason.rstrip('.')}" if finding.reason else ""
-    return f"{finding.expected}{reason}{seen}"
+    return str(Expected(finding.expected, finding.reason, finding.explored))
 
 
 def bounds(finding: Finding) -> str:
@@ -102,7 +100,7 @@ def particulars(finding: Finding) -> dict[str, str]:
         "Measured": finding.measured,
         "Cells": finding.cells,
         "Decided by": finding.rule + (f" (bound from {finding.bound_from})" if finding.bound_from else ""),
-        "A seed varies": varied(finding),
+        "A seed varies": varied(finding.varies) or "not declared",
         "Only if": f"{finding.given} holds" if finding.given else "",
         "Expected": expectation(finding),
         "Power": power(finding),
@@ -144,11 +142,10 @@ def measured_on(results: Results, found: Sequence[Finding]) -> dict[str, str]:
     facts = results.environment
     hardware, git, threads = (facts.get(name) or {} for name in ("hardware", "git", "threads"))
     seeds = sorted({int(seed) for seed in results.measurements.get("seed", pd.Series(dtype=float)).dropna()})
-    varied_by = {name: None for finding in found for name in finding.varies}
     entries = {
         **{name: _plain(entry) for name, entry in (facts.get("subject") or {}).items()},
         "seeds": f"{len(seeds)}, from {seeds[0]} to {seeds[-1]}" if seeds else "none",
-        "a seed varies": listed([VARIED.get(name, (name, ""))[0] for name in varied_by]),
+        "a seed varies": varied(dict.fromkeys(name for finding in found for name in finding.varies)),
         "precision": _plain(results.config.get("dtype", "")),
         "hardware": _hardware(hardware, threads),
         "time": _time(facts),
