@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import norm
 
 from curvlab.study import Equivalence, Inequality, Share, Spread, Wins
+from curvlab.study.report.markdown import table
 from curvlab.study.statistics.evidence import ArmsTest, Evidence, upper_rate
 from curvlab.study.statistics.multiplicity import LOOKS, Looks
 from curvlab.study.statistics.rules import OneValue, Tested
@@ -21,7 +22,9 @@ from curvlab.study.statistics.rules import OneValue, Tested
 PAGE = Path(__file__).with_suffix(".md")
 LEVELS = (0.05, 0.05 / 54)
 """Alone, and as the first of 54 claims in Holm's procedure."""
-DRAWS, DRAWS_BY_PERMUTATION, DRAWS_OF_POWER = 100_000, 30_000, 4_000
+DRAWS = 100_000
+DRAWS_BY_PERMUTATION = 30_000
+DRAWS_OF_POWER = 4_000
 SURE = 0.99
 """Confidence of all upper bounds of the table together."""
 
@@ -231,8 +234,8 @@ def upper_bound(events: int, count: int) -> float:
 
 def errors(rows: Sequence[Row]) -> str:
     """The table of errors."""
-    head = [f"{way}, level {level:.2g}" for level in LEVELS for way in ("falsely supported", "falsely refuted")]
-    lines = [[*("rule", "values", "seeds"), *head, "kept"]]
+    ways = [f"{way}, level {level:.2g}" for level in LEVELS for way in ("falsely supported", "falsely refuted")]
+    lines = []
     for row in rows:
         events = row.decisions(row.draws)
         uppers = [[upper_bound(int(n), row.draws) for n in level] for level in events]
@@ -240,22 +243,18 @@ def errors(rows: Sequence[Row]) -> str:
         pairs = zip(events.ravel(), np.ravel(uppers), strict=True)
         rates = [f"{count / row.draws:.2g} (≤ {upper:.2g})" for count, upper in pairs]
         lines.append([*row.title, *rates, "yes" if holds else "no"])
-    return _table(lines)
+    return table(["rule", "values", "seeds", *ways, "kept"], lines)
 
 
 def powers() -> str:
     """The table of power, at effects of one and two standard deviations."""
-    lines = [["rule", "values", *(f"{effect} sd, level {level:.2g}" for effect in (1, 2) for level in LEVELS)]]
+    effects = [f"{effect} sd, level {level:.2g}" for effect in (1, 2) for level in LEVELS]
+    lines = []
     for small, large in zip(power_of(1.0), power_of(2.0), strict=True):
         found = [row.decisions(DRAWS_OF_POWER)[:, 0] / DRAWS_OF_POWER for row in (small, large)]
         data = small.data if small.data == large.data else f"{small.data}, and at {large.data.removeprefix('yes at ')}"
         lines.append([small.name, data, *(f"{power:.2f}" for pair in found for power in pair)])
-    return _table(lines)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    header, *rest = lines
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rest))
+    return table(["rule", "values", *effects], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -267,9 +266,9 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def updated(page: str) -> str:
     """The text of the page with tables made anew."""
-    for name, table in TABLES.items():
+    for name, made in TABLES.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-        page = place.sub(rf"\1\n{table()}\n\n\2", page)
+        page = place.sub(rf"\1\n{made()}\n\n\2", page)
     return page
 
 

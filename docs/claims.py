@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from curvlab.study import Claim
+from curvlab.study.report.markdown import table
 
 PAGES = Path(__file__).parent / "theory"
 PLACE = re.compile(r"(<!-- claims of (\w+) -->\n).*?(<!-- end of claims -->)", flags=re.DOTALL)
@@ -37,7 +38,7 @@ def table_of(analysis: str) -> str:
     described = import_module(f"analyses.{analysis}").ANALYSIS
     families = folded(described.claims(described.defaults))
     rows = [[f"`{name}`", text, str(one.rule), one.expected.outcome, one.source] for name, text, one in families]
-    return "\n".join(map(_line, (HEADER, ["---"] * len(HEADER), *rows)))
+    return table(HEADER, rows)
 
 
 def folded(claims: Sequence[Claim]) -> list[tuple[str, str, Claim]]:
@@ -84,10 +85,6 @@ def _named(members: Sequence[Claim], name: str) -> str:
     before, after = name.split(GAP)
     words = [claim.id.removeprefix(before).removesuffix(after) for claim in members]
     return f"{before}{{{', '.join(words)}}}{after}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 if __name__ == "__main__":

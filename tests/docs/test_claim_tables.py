@@ -10,6 +10,7 @@ import pytest
 
 import analyses
 from curvlab.study import undecided
+from curvlab.study.report.markdown import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 SPEC = importlib.util.spec_from_file_location("claims", DOCS / "claims.py")
@@ -62,4 +63,5 @@ def test_claims_that_differ_otherwise_have_rows_of_their_own(other):
 
 
 def test_bars_do_not_break_a_row():
-    assert claims._line(["|x| < 1", "y"]) == r"| \|x\| < 1 | y |"
+    header, _, row = table(["claim", "statement"], [["|x| < 1", "y"]]).splitlines()
+    assert (header, row) == ("| claim | statement |", r"| \|x\| < 1 | y |")

@@ -94,7 +94,7 @@ def _listing(entries: Mapping[str, str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A table in Markdown; bars in its cells are escaped, and line breaks become spaces."""
     return "\n".join(_line(cells) for cells in (header, ["---"] * len(header), *rows))
 
 
