@@ -21,7 +21,7 @@ from curvlab.study.environment import check_device
 from curvlab.study.faults import MemoryShortage, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
-from curvlab.study.options import C, names_script, recorded, repeats, share
+from curvlab.study.options import SEEDS, SHOWN, C, names_script, recorded, repeats, share
 from curvlab.study.statistics.multiplicity import LOOKS, Looks
 from curvlab.study.statistics.rules import Observed, Tested
 from curvlab.study.task import Attempt, Task
@@ -98,11 +98,11 @@ class Plan(Generic[C]):
             index, total = share(config.shard)
             cells = cells[index - 1 :: total]
         data = analysis.data_hash(config)
-        no_matter = {"seeds", "first_seed", "claims", "experiments", *analysis.axes}
+        choosing = SHOWN | SEEDS | {*analysis.axes}
         context = {
             "analysis": analysis.name,
             "version": analysis.version,
-            "config": {name: value for name, value in recorded(config).items() if name not in no_matter},
+            "config": {name: value for name, value in recorded(config).items() if name not in choosing},
             "data": data,
         }
         cache = CellCache(config.results / ".cache" / analysis.name, context, uuid4().hex)

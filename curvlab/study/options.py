@@ -161,6 +161,10 @@ HOW = frozenset(
     {"workers", "results", "config", "list_claims", "dry_run", "shard", "fresh", "strict", "quiet", "redraw"}
 )
 """Options that say how to run, not what to measure; they are not recorded in ``config.json``."""
+SHOWN = frozenset({"claims", "experiments"})
+"""Options that choose among what is claimed and measured, without a change of either."""
+SEEDS = frozenset({"seeds", "first_seed"})
+"""Options that choose the seeds."""
 
 C = TypeVar("C", bound=CommonOptions)
 

@@ -13,13 +13,11 @@ from curvlab.study.cells import phrase
 from curvlab.study.claims import Claim
 from curvlab.study.environment import git_state
 from curvlab.study.faults import UsageError
-from curvlab.study.options import HOW, C, recorded
+from curvlab.study.options import HOW, SEEDS, SHOWN, C, recorded
 from curvlab.tools.functions import described
 from curvlab.tools.storage import digest, make_folder, write_json
 
-SHOWN = frozenset({"claims", "experiments"})
-"""Options that choose among what is claimed and measured, without a change of either."""
-WHATEVER = HOW | SHOWN | {"seeds", "first_seed"}
+WHATEVER = HOW | SHOWN | SEEDS
 """Options that change no claim."""
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from curvlab.study.claims import Group
 from curvlab.study.faults import UsageError
+from curvlab.study.options import SHOWN
 from curvlab.study.report import Finding, findings
 from curvlab.study.report.text import listed
 from curvlab.study.results import PARTIAL, Results, load
@@ -66,7 +67,7 @@ class Run:
     @property
     def is_whole(self) -> bool:
         """Whether it measured and showed all that its analysis claims."""
-        return not (self.results.config.get("claims") or self.results.config.get("experiments"))
+        return not any(self.results.config.get(option) for option in SHOWN)
 
 
 @dataclass(frozen=True)
