@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except SystemExit as stop:  # help, or what is wrong with an option, has been printed
+        return int(stop.code or 0)
     asked = {"--help", "-h"} & {command, *rest[:1]}
     print(USAGE, file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2

@@ -13,6 +13,7 @@ import pytest
 from dummy_analysis import ANALYSIS, UNDRAWN, changed
 
 from curvlab.study import UsageError, among, by_seed, load, main, refuted, worst_by_seed
+from curvlab.study.command import main as curvlab
 from curvlab.study.overviews.commands import preregister
 from curvlab.study.preregistration import fingerprint, fingerprints, registered, registration
 from curvlab.study.report import findings, text
@@ -158,6 +159,7 @@ def test_a_damaged_preregistration_is_refused(said, damage, capsys):
 
 
 def test_help_and_wrong_options_end_it_without_a_file(tmp_path, capsys):
-    assert preregister(UNDRAWN, ["--help"]) == 0
-    assert preregister(UNDRAWN, ["--sedes", "2"]) == 2
+    command = ["preregister", "dummy_analysis:UNDRAWN", "--results", str(tmp_path)]
+    assert curvlab([*command, "--help"]) == 0
+    assert curvlab([*command, "--sedes", "2"]) == 2
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from statsmodels.stats.meta_analysis import combine_effects
 from travelling import SEVERAL, TRAVELLING
 
 from curvlab.study import main
+from curvlab.study.command import main as curvlab
 from curvlab.study.overviews.commands import run_on
 from curvlab.study.overviews.replication import Pooled, pooled, random_effects
 from curvlab.study.overviews.standing import Judged, Standing, finished, standings
@@ -193,8 +194,9 @@ def test_runs_without_results_leave_no_page(option, tmp_path, capsys):
 
 
 def test_a_wrong_option_is_told_before_anything_runs(tmp_path, capsys):
-    assert run_on(TRAVELLING, ["plus-0", "plus-1"], ["--sedes", "3", "--results", str(tmp_path)]) == 2
-    assert run_on(TRAVELLING, ["plus-0", "plus-1"], ["--help"]) == 0
+    command = ["run", "travelling:TRAVELLING", "--problems", "plus-0", "plus-1", "--results", str(tmp_path)]
+    assert curvlab([*command, "--sedes", "3"]) == 2
+    assert curvlab([*command, "--help"]) == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -5,20 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from curvlab.study import preregistration
 from curvlab.study.analysis import Analysis
 from curvlab.study.execution import Plan
 from curvlab.study.faults import UsageError
-from curvlab.study.options import C, parse, pop_option
+from curvlab.study.options import parse, pop_option
 from curvlab.study.overviews import pages
 from curvlab.study.overviews.difference import Change, Difference, difference
 from curvlab.study.overviews.replication import pooled
 from curvlab.study.overviews.standing import Judged, Run, Standing, finished, standings
-from curvlab.study.report import STYLES, Finding
+from curvlab.study.report import Finding
+from curvlab.study.report.console import styled, table
 from curvlab.study.results import latest
 from curvlab.study.runner import CONTRADICTED, DONE, main
 from curvlab.tools.progress import say
@@ -27,10 +26,15 @@ from curvlab.tools.text import number
 
 
 def preregister(analysis: Analysis[Any], arguments: Sequence[str]) -> int:
-    """Write down what an analysis claims with these options; runs with the same claims refer to it."""
-    config = _parsed(analysis, arguments, f"curvlab preregister {analysis.name}")
-    if isinstance(config, int):
-        return config
+    """Write down what an analysis claims with these options; runs with the same claims refer to it.
+
+    Raises:
+        UsageError: there is a damaged file in its place.
+        SystemExit: as `parse` raises it.
+    """
+    config = parse(
+        analysis.defaults, arguments, prog=f"curvlab preregister {analysis.name}", description=analysis.description
+    )
     claims = preregistration.registered(analysis, config)
     found = preregistration.preregister(analysis, config)
     say(
@@ -47,18 +51,19 @@ def run_on(analysis: Analysis[Any], problems: Sequence[str], arguments: Sequence
     Raises:
         UsageError: options that leave no results to compare.
         CommandError: a problem is unknown, or without its data; raised before anything is measured.
+        SystemExit: as `parse` raises it.
     """
     if pop_option("problem", arguments)[0] is not None:
         raise UsageError("--problem and --problems exclude each other")
     for problem in problems:
-        parsed = _parsed(analysis, [*arguments, "--problem", problem], f"curvlab run {analysis.name}")
-        if isinstance(parsed, int):
-            return parsed
-        config = parsed
+        options = [*arguments, "--problem", problem]
+        prog = f"curvlab run {analysis.name}"
+        config = parse(analysis.defaults, options, prog=prog, description=analysis.description)
         Plan.of(analysis, config)
     if config.redraw or config.list_claims:
         raise UsageError("--redraw and --list-claims are for one problem: --problem")
-    code, runs = DONE, []
+    code = DONE
+    runs = []
     for problem in problems:
         code = max(code, main(analysis, [*arguments, "--problem", problem]))
         if code not in (DONE, CONTRADICTED):
@@ -85,7 +90,7 @@ def _replicated(runs: Sequence[Run], found: Sequence[Standing], home: Path) -> N
         for one in sorted(found, key=lambda one: one.state != "contradicted")
     ]
     console = _console()
-    console.print(_table(["claim", *problems, "over problems", "pooled effect"], rows))
+    console.print(table(["claim", *problems, "over problems", "pooled effect"], rows))
     say(console, pages.summary(found))
     say(console, f"Page: {home / 'replication.html'}")
 
@@ -107,7 +112,7 @@ def scoreboard(results: Path) -> int:
     for analysis, own in by_analysis.items():
         problems = list(dict.fromkeys(problem for one in own for problem in one.judged))
         rows = [[one.claim, *(_verdict(one.judged.get(problem)) for problem in problems), one.travels] for one in own]
-        console.print(_table([analysis, *problems, "over problems"], rows))
+        console.print(table([analysis, *problems, "over problems"], rows))
     say(console, pages.summary(found))
     for fault in faults:
         say(console, f"Left out: {fault}")
@@ -128,7 +133,7 @@ def diff(first: Path, second: Path) -> int:
             say(console, f"{what} {name}: {before} → {after}")
     rows = [_compared(change, found) for change in found.telling]
     if rows:
-        console.print(_table(["claim", "before", "after", "estimate before", "after", "change"], rows))
+        console.print(table(["claim", "before", "after", "estimate before", "after", "change"], rows))
     same = sum(change.same for change in found.changes)
     rest = len(found.changes) - len(rows)
     say(
@@ -140,36 +145,15 @@ def diff(first: Path, second: Path) -> int:
 
 def _compared(change: Change, found: Difference) -> list[str]:
     both: list[Finding | None] = [change.before, change.after]
-    outcomes = [_styled(one) if one else "–" for one in both]
+    outcomes = [styled(one) if one else "–" for one in both]
     return [change.claim, *outcomes, *(number(one.effect) if one else "–" for one in both), found.words(change)]
-
-
-def _parsed(analysis: Analysis[C], arguments: Sequence[str], prog: str) -> C | int:
-    """The configuration; an exit code where the text of an error or of ``--help`` has been printed."""
-    try:
-        return parse(analysis.defaults, arguments, prog=prog, description=analysis.description)
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def _verdict(judged: Judged | None) -> str:
     if judged is None:
         return "–"
     effect = number(judged.finding.effect, digits=3)
-    return _styled(judged.finding) + (f" {effect}" if effect != "–" else "")
-
-
-def _styled(finding: Finding) -> str:
-    return f"[{STYLES[finding.outcome]}]{finding.outcome}[/]"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in titles:
-        found.add_column(title)
-    for row in rows:
-        found.add_row(*row)
-    return found
+    return styled(judged.finding) + (f" {effect}" if effect != "–" else "")
 
 
 def _console() -> Console:

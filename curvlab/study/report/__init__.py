@@ -1,6 +1,6 @@
 """Reports of a results folder: ``report.html``, ``report.md`` and the verdict table on the console, all from what is stored."""
 
-from curvlab.study.report.console import STYLES, console_table
+from curvlab.study.report.console import console_table
 from curvlab.study.report.findings import Finding, findings
 from curvlab.study.report.html import html
 from curvlab.study.report.markdown import markdown
@@ -9,7 +9,7 @@ from curvlab.study.results import Results
 from curvlab.tools.storage import write
 
 __all__ = [
-    "STYLES", "Finding", "console_table", "findings", "html", "markdown", "notes", "redraw", "summary", "write_reports",
+    "Finding", "console_table", "findings", "html", "markdown", "notes", "redraw", "summary", "write_reports",
 ]  # fmt: skip
 
 
