@@ -170,14 +170,14 @@ class SignTest:
         return _at_least(int(np.sum(self.values > bound)), self.seeds, 0.5)
 
     def interval(self, confidence: float) -> tuple[float, float]:  # noqa: D102
-        outside = _critical(self.seeds, 0.5, (1 - confidence) / 2)
+        outside = _critical(self.seeds, (1 - confidence) / 2)
         if outside > self.seeds:
             return -math.inf, math.inf
         ordered = np.sort(self.values)
         return float(ordered[self.seeds - outside]), float(ordered[outside - 1])
 
     def detectable(self, level: float) -> str:  # noqa: D102
-        return _found_share(self.seeds, 0.5, level, "of all seeds beyond the bound")
+        return _found_share(self.seeds, level, "of all seeds beyond the bound")
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,14 @@ class BinomialTest:
         return _at_least(self.seeds - self.successes, self.seeds, 1 - bound)
 
     def interval(self, confidence: float) -> tuple[float, float]:  # noqa: D102
-        tail, k, n = (1 - confidence) / 2, self.successes, self.seeds
-        low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
-        high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+        tail = (1 - confidence) / 2
+        failures = self.seeds - self.successes
+        low = float(betaincinv(self.successes, failures + 1, tail)) if self.successes else 0.0
+        high = float(betaincinv(self.successes + 1, failures, 1 - tail)) if failures else 1.0
         return low, high
 
     def detectable(self, level: float) -> str:  # noqa: D102
-        return _found_share(self.seeds, 0.5, level, "of all seeds, against a half")
+        return _found_share(self.seeds, level, "of all seeds, against a half")
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,14 +364,14 @@ def _at_least(count: int, trials: int, chance: float) -> float:
     return 1.0 if count == 0 else float(betainc(count, trials - count + 1, min(max(chance, 0.0), 1.0)))
 
 
-def _critical(trials: int, chance: float, level: float) -> int:
-    """The smallest number of successes with a p-value at the level; one more than the trials if there is none."""
-    return next((k for k in range(trials + 1) if _at_least(k, trials, chance) <= level), trials + 1)
+def _critical(trials: int, level: float) -> int:
+    """The smallest number of successes that is significant against a half; one more than the trials if there is none."""
+    return next((k for k in range(trials + 1) if _at_least(k, trials, 0.5) <= level), trials + 1)
 
 
-def _found_share(trials: int, chance: float, level: float, of_what: str) -> str:
-    """The smallest share that is found with a probability of 80 %, in words."""
-    critical = _critical(trials, chance, level)
+def _found_share(trials: int, level: float, of_what: str) -> str:
+    """The smallest share that is told from a half with a probability of 80 %, in words."""
+    critical = _critical(trials, level)
     if critical > trials:
         return f"none: {trials} seeds cannot decide it"
     return f"{100 * float(betaincinv(critical, trials - critical + 1, POWER)):.3g} % {of_what}"
