@@ -109,16 +109,18 @@ def _decided(cases: Sequence[_Case], level: float, looks: Looks | None) -> dict[
     counted = [(case, rule) for case, rule in tests if case.counts]
     decisions = decide([(rule, case.evidence) for case, rule in counted], level, looks)
     verdicts = {case.claim.id: case.verdicts[-1] for case in cases}
-    for (case, _), decision in zip(counted, decisions, strict=True):
+    for (case, rule), decision in zip(counted, decisions, strict=True):
         if decision and (decision.supported is not None or case.evidence[-1] is not None):
-            verdicts[case.claim.id] = _tested(case.claim, case.verdicts[decision.look], decision)
+            margins = "" if case.claim.bound_from else _sensitivity(rule, decision)
+            verdicts[case.claim.id] = _tested(replace(case.verdicts[decision.look], sensitivity=margins), decision)
     return verdicts
 
 
 OUTCOMES: dict[bool | None, Outcome] = {True: "supported", False: "refuted", None: "inconclusive"}
 
 
-def _tested(claim: Claim, verdict: Verdict, decision: Decision) -> Verdict:
+def _tested(verdict: Verdict, decision: Decision) -> Verdict:
+    """The verdict of a claim, with what was decided."""
     evidence = decision.evidence
     low_95, high_95 = evidence.interval(0.95)
     decided = replace(
@@ -135,19 +137,16 @@ def _tested(claim: Claim, verdict: Verdict, decision: Decision) -> Verdict:
         p_value=decision.p_value,
         p_adjusted=decision.p_adjusted,
         detectable=decision.detectable,
-        sensitivity=_sensitivity(claim, decision),
     )
     return _noted(decided, evidence.note)
 
 
-def _sensitivity(claim: Claim, decision: Decision) -> str:
-    """The verdicts at half and twice a margin that has no source, in words."""
-    if claim.bound_from or not isinstance(claim.rule, Tested):
-        return ""
+def _sensitivity(rule: Tested, decision: Decision) -> str:
+    """The verdicts at half and twice the margin, in words; empty without a margin."""
     found = []
     for factor, words in ((0.5, "half"), (2.0, "twice")):
-        if (rule := claim.rule.with_margin(factor)) is not None:
-            found.append(f"{OUTCOMES[decision.outcome(rule.p_values(decision.evidence))]} at {words} the margin")
+        if (other := rule.with_margin(factor)) is not None:
+            found.append(f"{OUTCOMES[decision.outcome(other.p_values(decision.evidence))]} at {words} the margin")
     return ", ".join(found)
 
 
@@ -180,7 +179,12 @@ def _examine(
         _check_finite(rows)
         estimate = claim.estimated(rows)
         _check_estimate(claim, estimate, rows)
-        return _settled(claim, estimate, left_out) or _to_test(claim, estimate, left_out)
+        rule = claim.rule
+        if isinstance(rule, Observed):
+            return _settled(claim, rule, estimate, left_out)
+        if isinstance(rule, Tested):
+            return _to_test(claim, rule, estimate, left_out)
+        raise TypeError(f"a rule is Observed or Tested, claim {claim.id} has a {type(rule).__name__}")
     except _Explored as reason:
         return _Case(claim, (Verdict(claim.id, "not measured", note=str(reason)),), counts=False)
     except _Outside as reason:
@@ -239,22 +243,17 @@ def _without(claim: Claim, left_out: Sequence[Cell]) -> _Case | None:
     return _Case(claim, (Verdict(claim.id, "not measured", note=note),))
 
 
-def _settled(claim: Claim, estimate: pd.DataFrame, left_out: str) -> _Case | None:
-    """The case of a claim that has to hold at every observation; None of one that is tested."""
-    if not isinstance(claim.rule, Observed):
-        return None
-    settled = claim.rule.settle(estimate)
+def _settled(claim: Claim, rule: Observed, estimate: pd.DataFrame, left_out: str) -> _Case:
+    """The case of a claim that has to hold at every observation."""
+    settled = rule.settle(estimate)
     outcome: Outcome = "supported" if settled.holds else "refuted"
     seeds = int(estimate["seed"].nunique())
     verdict = Verdict(claim.id, outcome, settled.estimate, seeds=seeds, values=settled.values, note=settled.note)
     return _Case(claim, (_noted(verdict, left_out),))
 
 
-def _to_test(claim: Claim, estimate: pd.DataFrame, left_out: str) -> _Case:
+def _to_test(claim: Claim, rule: Tested, estimate: pd.DataFrame, left_out: str) -> _Case:
     """The case of a claim that is tested with its family."""
-    rule = claim.rule
-    if not isinstance(rule, Tested):
-        raise TypeError(f"a rule is Observed or Tested, claim {claim.id} has a {type(rule).__name__}")
     estimate = estimate.sort_values("seed", kind="stable")
     values = tuple(float(value) for value in estimate["value"])
     verdict = Verdict(claim.id, "inconclusive", seeds=estimate["seed"].nunique(), values=values, note=left_out)
