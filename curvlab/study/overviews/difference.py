@@ -125,23 +125,24 @@ def _change(claim: str, first: Finding | None, second: Finding | None, known: li
     reworded = tuple(part.replace("_", " ") for part in PARTS if getattr(first, part) != getattr(second, part))
     if not reworded and None not in known and known[0] != known[1]:
         reworded = ("what is computed for it",)
-    one, other = values = [np.asarray(finding.by_seed, dtype=float) for finding in (first, second)]
+    one, other = (np.asarray(finding.by_seed, dtype=float) for finding in (first, second))
     same = len(one) == len(other) > 0 and np.allclose(one, other, rtol=1e-9, atol=0.0, equal_nan=True)
-    untested = first.sort != second.sort or first.sort == "Identity" or not np.isfinite(np.concatenate(values)).all()
-    if untested or min(map(len, values)) < 2:
-        return Change(claim, first, second, reworded, same, math.nan)
-    paired = paired and first.explored == second.explored and len(one) == len(other)
-    scale = first.scale if first.scale == second.scale != "" else "rank"
-    p_value = 1.0 if same else _unpaired(scale, one, other)
-    if paired and not same:
-        p_value = min(1.0, 2 * min(p_value, _paired(scale, one, other)))
+    comparable = first.sort == second.sort != "Identity" and min(len(one), len(other)) >= 2
+    if not comparable or not np.isfinite([*one, *other]).all():
+        p_value = math.nan
+    elif same:
+        p_value = 1.0
+    else:
+        scale = first.scale if first.scale == second.scale != "" else "rank"
+        p_value = _unpaired(scale, one, other)
+        if paired and first.explored == second.explored and len(one) == len(other):
+            p_value = min(1.0, 2 * min(p_value, _paired(scale, one, other)))
     return Change(claim, first, second, reworded, same, p_value)
 
 
 def _paired(scale: str, first: Values, second: Values) -> float:
     """p-value of no difference between values that belong together, one by one."""
-    one, other = np.log([first, second]) if scale == "log" else (first, second)
-    change = other - one
+    change = _scaled(scale, second) - _scaled(scale, first)
     evidence = located("mean", change) if scale in ("linear", "log") else SignTest(change[change != 0])
     return min(1.0, 2 * evidence.below(0.0), 2 * evidence.above(0.0))
 
@@ -150,12 +151,16 @@ def _unpaired(scale: str, first: Values, second: Values) -> float:
     """p-value of no difference between the values of different seeds."""
     if scale == "share":
         return float(fisher_exact(np.array([[part.sum(), len(part) - part.sum()] for part in (first, second)])).pvalue)
-    one, other = np.log(first) if scale == "log" else first, np.log(second) if scale == "log" else second
-    deviations = one.std(ddof=1), other.std(ddof=1)
-    if scale == "rank" or max(deviations) == 0:
-        return float(mannwhitneyu(one, other).pvalue)
-    moments = one.mean(), deviations[0], len(one), other.mean(), deviations[1], len(other)
-    return float(ttest_ind_from_stats(*moments, equal_var=False).pvalue)
+    values = [_scaled(scale, part) for part in (first, second)]
+    moments = [(part.mean(), part.std(ddof=1), len(part)) for part in values]
+    if scale == "rank" or all(deviation == 0 for _, deviation, _ in moments):
+        return float(mannwhitneyu(first, second).pvalue)
+    return float(ttest_ind_from_stats(*moments[0], *moments[1], equal_var=False).pvalue)
+
+
+def _scaled(scale: str, values: Values) -> Values:
+    """Values as they are compared: of a log scale the logarithms."""
+    return np.log(values) if scale == "log" else values
 
 
 def _flat(entries: Mapping[str, Any], group: str = "") -> dict[str, object]:
