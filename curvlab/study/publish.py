@@ -61,7 +61,8 @@ class Published:
 def open_folder(plan: Plan[C], facts: dict[str, object], command: str) -> Path:
     """The partial folder in which a run works, with ``config.json`` and ``environment.json``."""
     analysis, config = plan.analysis, plan.config
-    claims, before = registered(analysis, config), registration(analysis, config)
+    claims = registered(analysis, config)
+    before = registration(analysis, config)
     identity = [recorded(config), analysis.version, plan.data, facts["git"], fingerprint(claims)]
     partial = config.results / analysis.name / f"{datetime.now():%Y-%m-%d}-{digest(identity)[:8]}{PARTIAL}"
     make_folder(partial)
@@ -149,7 +150,7 @@ def draw(analysis: Analysis[C], name: str, results: Results) -> Drawn:
     """Draw one figure from stored results into their folder, as PDF and PNG."""
     drawing = analysis.figures[name]
     with style.use():
-        figure = figure_of(analysis.figures[name], results)
+        figure = figure_of(drawing, results)
         try:
             make_folder(results.folder / "figures")
             style.save(figure, results.folder / "figures" / name)

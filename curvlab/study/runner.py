@@ -43,8 +43,7 @@ def main(analysis: Analysis[C], argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; 1 if no cell could be measured, or with ``--strict`` and a verdict that contradicts what the
-        code expects; 2
-        wrong usage; 3 data, memory or disk space are missing; 130 interrupted or terminated, everything
+        code expects; 2 wrong usage; 3 data, memory or disk space are missing; 130 interrupted or terminated, everything
         finished kept.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -114,7 +113,9 @@ def _run(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
 
 def _measure_until_decided(plan: Plan[C], looks: Looks, console: Console) -> tuple[Plan[C], Measured]:
     """Measure at more and more seeds what claims need that are not decided yet; what was planned so far, and measured."""
-    so_far, measured, claims = replace(plan, planned=(), cells=()), Measured({}), plan.claims
+    so_far = replace(plan, planned=(), cells=())
+    measured = Measured({})
+    claims = plan.claims
     for look, seeds in enumerate(looks.seeds):
         so_far = plan.until(looks.after(look), claims, so_far.planned)
         if not plan.config.quiet:

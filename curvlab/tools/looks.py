@@ -49,7 +49,8 @@ def distinct(key: str, wanted: Look | None, others: Mapping[str, Look]) -> Look:
     Warns:
         UserWarning: the colour or the marker that is wanted is that of another, which the message names.
     """
-    found, taken = wanted or default_look(key), []
+    found = wanted or default_look(key)
+    taken = []
     for field, spare in SPARE.items():
         used = {getattr(look, field): other for other, look in others.items()}
         own = getattr(found, field)

@@ -166,7 +166,8 @@ def _address(judged: Judged, home: Path) -> str:
 
 
 def _run(standing: Standing, problem: str) -> str:
-    run, finding = standing.judged[problem].run, standing.judged[problem].finding
+    run = standing.judged[problem].run
+    finding = standing.judged[problem].finding
     other = f"; here the claim is: {finding.statement} ({finding.rule})" if problem in standing.reworded else ""
     return f"run of {run.started:%Y-%m-%d %H:%M}, {finding.seeds} seed{'s' * (finding.seeds != 1)}{other}"
 

@@ -44,8 +44,8 @@ class Pooled:
 def pooled(standing: Standing) -> Pooled | str:
     """The effect over all problems on which a claim was measured inside its assumptions, or why there is none."""
     found = {
-        p: one.finding
-        for p, one in standing.judged.items()
+        problem: one.finding
+        for problem, one in standing.judged.items()
         if one.finding.outcome in ("supported", "refuted", "inconclusive")
     }
     if len(found) < ENOUGH:

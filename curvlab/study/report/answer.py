@@ -59,7 +59,8 @@ def telling(found: Sequence[Finding]) -> list[Finding]:
 
 
 def _against(found: Sequence[Finding]) -> str:
-    against, awaited = [f for f in found if f.contradicted], [f for f in found if f.awaited]
+    against = [finding for finding in found if finding.contradicted]
+    awaited = [finding for finding in found if finding.awaited]
     named = [f"{_quoted(one)} {OUTCOMES[one.outcome]}" for one in against[:MOST]]
     verb = "verdict contradicts" if len(against) <= 1 else "verdicts contradict"
     parts = [f"{_count(len(against))} {verb} what was expected"]
@@ -76,19 +77,19 @@ def how_far(found: Sequence[Finding]) -> str:
     counted = [finding for finding in found if finding.seeds]
     if not counted:
         return "No verdict stands on any seed."
-    least, most = (end(finding.seeds for finding in counted) for end in (min, max))
+    least = min(finding.seeds for finding in counted)
+    most = max(finding.seeds for finding in counted)
     seeds = f"{most} seed{'s' * (most != 1)}" if least == most else f"{least} to {most} seeds"
     varied = {name for finding in counted for name in finding.varies}
     same = len({finding.varies for finding in counted}) == 1
-    yes, no = ([words for name, words in VARIED.items() if (name in varied) is kept] for kept in (True, False))
-    if not yes:
+    if not varied & VARIED.keys():
         return f"The verdicts stand on {seeds}; what a seed varies is not declared."
     some = "" if same else " (not all of it in every experiment; each claim says what)"
-    limit = f", but not to {listed([carried for _, carried in no], last='or')}" if no else ""
-    return (
-        f"The verdicts stand on {seeds}, which vary {listed([what for what, _ in yes])}{some}, so that they carry to "
-        f"{listed([carried for _, carried in yes])}{limit}."
-    )
+    varying = [what for name, (what, _) in VARIED.items() if name in varied]
+    reached = [others for name, (_, others) in VARIED.items() if name in varied]
+    beyond = [others for name, (_, others) in VARIED.items() if name not in varied]
+    limit = f", but not to {listed(beyond, last='or')}" if beyond else ""
+    return f"The verdicts stand on {seeds}, which vary {listed(varying)}{some}, so that they carry to {listed(reached)}{limit}."
 
 
 def _missing(results: Results, found: Sequence[Finding]) -> str:

@@ -90,10 +90,10 @@ class _Axis:
         """The visible part of an interval; None if there is none."""
         if math.isnan(low) or math.isnan(high):
             return None
-        ends = self._scaled(low), self._scaled(high)
-        if ends[1] < self.low or ends[0] > self.high:
+        first, last = self._scaled(low), self._scaled(high)
+        if last < self.low or first > self.high:
             return None
-        return Span(self.place(low), self.place(high), ends[0] < self.low, ends[1] > self.high)
+        return Span(self.place(low), self.place(high), more_below=first < self.low, more_above=last > self.high)
 
     def holds(self, value: float) -> bool:
         return self.low <= self._scaled(value) <= self.high
@@ -123,10 +123,10 @@ def strips(found: Sequence[Finding]) -> list[Strip | None]:
 
 
 def _strip(finding: Finding, axis: _Axis) -> Strip:
-    region, estimate = axis.span(*finding.region), finding.effect
+    estimate = finding.effect
     return Strip(
-        words=_words(finding, estimate),
-        region=region,
+        words=_words(finding),
+        region=axis.span(*finding.region),
         limits=[axis.place(end) for end in finding.region if math.isfinite(end) and axis.holds(end)],
         interval=axis.span(finding.low_95, finding.high_95),
         corrected=axis.span(finding.low, finding.high),
@@ -172,7 +172,7 @@ def _stacked(values: Sequence[float], place: Callable[[float], float]) -> list[t
     ]
 
 
-def _words(finding: Finding, estimate: float) -> str:
+def _words(finding: Finding) -> str:
     low, high = finding.region
     where = (
         f"between {number(low)} and {number(high)}"
@@ -184,4 +184,4 @@ def _words(finding: Finding, estimate: float) -> str:
     interval = (
         "" if math.isnan(finding.low_95) else f", 95 % interval {number(finding.low_95)} to {number(finding.high_95)}"
     )
-    return f"{finding.estimand}: {number(estimate)}{interval}; the claim holds {where}"
+    return f"{finding.estimand}: {number(finding.effect)}{interval}; the claim holds {where}"

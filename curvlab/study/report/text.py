@@ -191,10 +191,12 @@ def _claims(facts: Mapping[str, Any]) -> str:
     """The fingerprint of the claims, and whether they were written down before they were measured."""
     if not facts.get("fingerprint"):
         return ""
-    known, before = f"fingerprint {facts['fingerprint'][:12]}", facts.get("preregistered")
+    known = f"fingerprint {facts['fingerprint'][:12]}"
+    before = facts.get("preregistered")
     if not before:
         return f"{known}, not written down before the run (curvlab preregister)"
-    written, since = str(before["written"]), str(facts.get("measured_since") or "")
+    written = str(before["written"])
+    since = str(facts.get("measured_since") or "")
     late = since and datetime.fromisoformat(since) < datetime.fromisoformat(written)
     when = f"after some cells had been measured (since {_minute(since)})" if late else "before anything was measured"
     then = listed([f"{name} {_plain(value)}" for name, value in before["otherwise"].items()])
