@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 from curvlab.tools.errors import CommandError
-from curvlab.tools.text import nearest, unknown
+from curvlab.tools.text import capitalised, nearest, unknown
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _of_module(self, spec: str) -> T:
         """Look up ``module:attribute``."""
-        where = f"{self.what[0].upper()}{self.what[1:]} {spec!r}"
+        where = f"{capitalised(self.what)} {spec!r}"
         module_name, _, name = spec.partition(":")
         module = imported(module_name, where)
         thing = getattr(module, name, None)

@@ -49,6 +49,11 @@ def number(value: float, digits: int = 4) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
 
+def capitalised(text: str) -> str:
+    """A text that begins with a capital letter; all other letters stay as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question for the known name nearest to ``name``, and a space; empty if none is near."""
     close = get_close_matches(name, tuple(known), n=1)

@@ -15,7 +15,7 @@ from curvlab.study.report.forest import Strip, strips
 from curvlab.study.report.markdown import table
 from curvlab.study.report.page import anchor, template
 from curvlab.study.report.text import plain_interval
-from curvlab.tools.text import number
+from curvlab.tools.text import capitalised, number
 
 SIGNS: Mapping[State, tuple[str, str]] = {
     "contradicted": ("≠", "refuted"),
@@ -115,7 +115,7 @@ def replication_in_markdown(runs: Sequence[Run], found: Sequence[Standing]) -> s
                  pooled_words(pooled(one))]
                 for one in own
             ]  # fmt: skip
-            parts += [f"## {name[0].upper()}{name[1:]}", table(header, lines)]
+            parts += [f"## {capitalised(name)}", table(header, lines)]
     return "\n\n".join(parts) + "\n"
 
 

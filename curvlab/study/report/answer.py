@@ -9,6 +9,7 @@ from curvlab.study.claims import GROUPS, Outcome
 from curvlab.study.report.findings import Finding, in_group, not_measured
 from curvlab.study.report.text import OUTCOMES, VARIED, listed
 from curvlab.study.results import Results
+from curvlab.tools.text import capitalised
 
 PLURALS: dict[Outcome, str] = {
     "supported": "hold",
@@ -140,4 +141,4 @@ def _count(count: int) -> str:
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if re.search(r"[.?!”]$", text) else ".")
+    return capitalised(text) + ("" if re.search(r"[.?!”]$", text) else ".")

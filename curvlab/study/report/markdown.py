@@ -8,7 +8,7 @@ from curvlab.study.report import text
 from curvlab.study.report.answer import answer
 from curvlab.study.report.findings import Finding, in_group, not_measured
 from curvlab.study.results import Results
-from curvlab.tools.text import number
+from curvlab.tools.text import capitalised, number
 
 
 def markdown(results: Results, found: Sequence[Finding]) -> str:
@@ -22,7 +22,7 @@ def markdown(results: Results, found: Sequence[Finding]) -> str:
     parts += ["## Measured on", _listing(text.measured_on(results, found))]
     for group, name in GROUPS.items():
         if own := in_group(found, group):
-            parts += [f"## {name[0].upper()}{name[1:]}", _verdicts(own)]
+            parts += [f"## {capitalised(name)}", _verdicts(own)]
     parts.append(text.DECIDED)
     if apart := not_measured(found):
         rows = [[", ".join(finding.claim for finding in missing), reason] for reason, missing in apart.items()]
