@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from curvlab.study.claims import GROUPS
-from curvlab.study.measurements import faults, locate, records
 from curvlab.study.report import text
 from curvlab.study.report.answer import answer
 from curvlab.study.report.findings import Finding, in_group, not_measured
@@ -57,7 +56,7 @@ def html(results: Results, found: Sequence[Finding]) -> str:
     """The report as a page."""
     entries = [_entry(results, finding, place) for place, finding in enumerate(found)]
     by_claim = {entry.finding.claim: entry for entry in entries}
-    nonfinite = results.measurements[faults(results.measurements)]
+    nonfinite_count, nonfinite = text.nonfinite(results.measurements)
     return template("report/report.html").render(
         title=text.title(results),
         paper=str(results.environment.get("paper") or ""),
@@ -75,8 +74,8 @@ def html(results: Results, found: Sequence[Finding]) -> str:
         outcomes=[outcome for outcome in MARKS if any(finding.outcome == outcome for finding in found)],
         pictures=[_picture(results.folder, figure) for figure in results.figures],
         failures=results.failures,
-        nonfinite=[locate(row) for row in records(nonfinite.head(50))],
-        nonfinite_count=len(nonfinite),
+        nonfinite=nonfinite,
+        nonfinite_count=nonfinite_count,
         statuses=text.statuses(results.measurements),
         commands=text.commands(results),
         decided=text.DECIDED,

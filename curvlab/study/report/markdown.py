@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from curvlab.study.claims import GROUPS
-from curvlab.study.measurements import faults, locate, records
 from curvlab.study.report import text
 from curvlab.study.report.answer import answer
 from curvlab.study.report.findings import Finding, in_group, not_measured
@@ -34,10 +33,10 @@ def markdown(results: Results, found: Sequence[Finding]) -> str:
     if results.failures:
         parts.append(f"## Cells without measurements ({len(results.failures)})")
         parts.append(table(["cell", "reason"], [[str(f.cell), f.reason] for f in results.failures]))
-    nonfinite = results.measurements[faults(results.measurements)]
-    if len(nonfinite):
-        parts.append(f"## Non-finite values ({len(nonfinite)})")
-        parts.append("\n".join(f"- {locate(row)}" for row in records(nonfinite.head(50))))
+    nonfinite_count, nonfinite = text.nonfinite(results.measurements)
+    if nonfinite:
+        parts.append(f"## Non-finite values ({nonfinite_count})")
+        parts.append("\n".join(f"- {where}" for where in nonfinite))
     if statuses := text.statuses(results.measurements):
         parts += ["## Status of the observations", table(["status", "observations"], statuses)]
     if results.figures:

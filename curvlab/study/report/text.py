@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from curvlab.study.claims import Expected, Outcome
+from curvlab.study.measurements import faults, locate, records
 from curvlab.study.report.findings import Finding, not_measured
 from curvlab.study.results import Results, final_name
 from curvlab.tools.text import duration, number, size
@@ -32,6 +33,9 @@ VARIED = {
     "draws": ("the random draws of the method", "other draws"),
 }
 """What a seed can vary, and what a verdict carries to if it does."""
+
+LOCATED = 50
+"""Values that are not finite of which a report says where they are."""
 
 DECIDED = """\
 Claims are tested over seeds, in both directions, each by the test that fits its estimand: Student's t of a mean or, of \
@@ -205,6 +209,12 @@ def _claims(facts: Mapping[str, Any]) -> str:
 
 def _minute(time: str) -> str:
     return f"{datetime.fromisoformat(time):%Y-%m-%d %H:%M}"
+
+
+def nonfinite(measurements: pd.DataFrame) -> tuple[int, list[str]]:
+    """How many observations are not finite, and where the first of them are."""
+    faulty = measurements[faults(measurements)]
+    return len(faulty), [locate(row) for row in records(faulty.head(LOCATED))]
 
 
 def statuses(measurements: pd.DataFrame) -> list[list[str]]:
