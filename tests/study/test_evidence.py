@@ -114,6 +114,17 @@ def test_the_detectable_mean_is_statsmodels(seeds):
         assert StudentT(values).shift(level) == pytest.approx(effect * values.std(ddof=1), rel=1e-3)
 
 
+@pytest.mark.parametrize(("bound", "less"), [(0.5, False), (0.8, False), (0.8, True), (0.1, True)])
+def test_the_detectable_share_is_found_four_times_of_five(bound, less):
+    words = BinomialTest(30, 40, bound, less).detectable(0.05)
+    share = float(words.split()[0]) / 100
+    assert words.endswith(f"% of all seeds, against {100 * bound:g} %")
+    way = "less" if less else "greater"
+    found = [k for k in range(41) if stats.binomtest(k, 40, bound, alternative=way).pvalue <= 0.05]
+    assert stats.binom.pmf(found, 40, share).sum() == pytest.approx(0.8, abs=0.01)
+    assert (share < bound) == less
+
+
 def test_detectable_effects_in_words():
     unit = np.array([-1.0, 1.0] * 6) * math.sqrt(11 / 12)
     assert StudentT(unit).detectable(0.05) == "a mean 0.77 beyond the bound"

@@ -177,15 +177,26 @@ class SignTest:
         return float(ordered[self.seeds - outside]), float(ordered[outside - 1])
 
     def detectable(self, level: float) -> str:  # noqa: D102
-        return _found_share(self.seeds, level, "of all seeds beyond the bound")
+        share = _found_share(self.seeds, level, 0.5)
+        return _none(self.seeds) if share is None else f"{100 * share:.3g} % of all seeds beyond the bound"
 
 
 @dataclass(frozen=True)
 class BinomialTest:
-    """The share of seeds with a property, by the exact binomial test and the interval of Clopper and Pearson (1934)."""
+    """The share of seeds with a property, by the exact binomial test and the interval of Clopper and Pearson (1934).
+
+    Attributes:
+        successes: How many seeds have it.
+        seeds: How many there are.
+        bound: The share that it is to be told from.
+        less: Whether it is to be below that share, instead of above.
+        note: What a reader has to know besides.
+    """
 
     successes: int
     seeds: int
+    bound: float = 0.5
+    less: bool = False
     note: str = ""
     scale: ClassVar[Scale] = "share"
 
@@ -207,7 +218,11 @@ class BinomialTest:
         return low, high
 
     def detectable(self, level: float) -> str:  # noqa: D102
-        return _found_share(self.seeds, level, "of all seeds, against a half")
+        found = _found_share(self.seeds, level, 1 - self.bound if self.less else self.bound)
+        if found is None:
+            return _none(self.seeds)
+        share = 1 - found if self.less else found
+        return f"{100 * share:.3g} % of all seeds, against {100 * self.bound:.3g} %"
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,14 +379,16 @@ def _at_least(count: int, trials: int, chance: float) -> float:
     return 1.0 if count == 0 else float(betainc(count, trials - count + 1, min(max(chance, 0.0), 1.0)))
 
 
-def _critical(trials: int, level: float) -> int:
-    """The smallest number of successes that is significant against a half; one more than the trials if there is none."""
-    return next((k for k in range(trials + 1) if _at_least(k, trials, 0.5) <= level), trials + 1)
+def _critical(trials: int, level: float, chance: float = 0.5) -> int:
+    """The smallest number of successes that is significant against a chance; one more than the trials if there is none."""
+    return next((k for k in range(trials + 1) if _at_least(k, trials, chance) <= level), trials + 1)
 
 
-def _found_share(trials: int, level: float, of_what: str) -> str:
-    """The smallest share that is told from a half with a probability of 80 %, in words."""
-    critical = _critical(trials, level)
-    if critical > trials:
-        return f"none: {trials} seeds cannot decide it"
-    return f"{100 * float(betaincinv(critical, trials - critical + 1, POWER)):.3g} % {of_what}"
+def _found_share(trials: int, level: float, chance: float) -> float | None:
+    """The smallest share that is told from a chance with a probability of 80 %; None if there is none."""
+    critical = _critical(trials, level, chance)
+    return None if critical > trials else float(betaincinv(critical, trials - critical + 1, POWER))
+
+
+def _none(seeds: int) -> str:
+    return f"none: {seeds} seeds cannot decide it"

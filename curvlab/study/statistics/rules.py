@@ -341,7 +341,7 @@ class Share(OneValue):
     def evidence_of(self, values: Float[np.ndarray, " seeds"]) -> Evidence:  # noqa: D102
         if not np.isin(values, (0.0, 1.0)).all():
             raise Unfit(f"a share needs 0 or 1 at each seed, got {values[~np.isin(values, (0.0, 1.0))][0]:g}")
-        return BinomialTest(int(values.sum()), len(values))
+        return BinomialTest(int(values.sum()), len(values), self.bound, self.direction == "less")
 
     def p_values(self, evidence: Evidence) -> PValues:  # noqa: D102
         return _p_values_of_side(evidence, self.direction, self.bound)
