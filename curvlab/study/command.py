@@ -13,7 +13,9 @@ from curvlab.study.overviews.commands import diff, preregister, run_on, scoreboa
 from curvlab.study.registry import ANALYSES
 from curvlab.study.runner import main as run
 from curvlab.tools.errors import CommandError
+from curvlab.tools.text import unknown
 
+COMMANDS = ("list", "run", "preregister", "scoreboard", "diff", "figures")
 USAGE = """\
 usage: curvlab list                    the analyses, each with its question
        curvlab run NAME [options]      run one, or module:ANALYSIS; curvlab run NAME --help lists its options and claims
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # help, or what is wrong with an option, has been printed
         return int(stop.code or 0)
     asked = {"--help", "-h"} & {command, *rest[:1]}
+    if not asked and command not in COMMANDS:
+        print(f"error: {unknown('command', command, COMMANDS)}", file=sys.stderr)
     print(USAGE, file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 

@@ -34,6 +34,7 @@ def test_figures_are_those_of_papers(tmp_path, capsys):
         (["run", "dumy"], "error: Unknown analysis 'dumy'. Did you mean 'dummy'?"),
         (["run"], "usage: curvlab list"),
         (["draw"], "usage: curvlab list"),
+        (["scorebord"], "Did you mean 'scoreboard'?"),
         (["run", "dummy", "--sedes", "2"], "--seeds"),
     ],
 )
