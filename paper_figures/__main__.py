@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from paper_figures import Paper, find, names
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the figures and tables of a paper from stored results of its analysis; without a paper, list them.
+    """Draw the figures and tables of papers from results of their analyses: stored ones, or those that come with the package.
 
-    Exit code 2 if the paper is not known, 3 if its results are not stored.
+    Exit code 2 if the paper is not known, 3 if there are no results.
     """
 
     paper: tyro.conf.Positional[str | None] = None
-    """Paper whose figures to draw."""
+    """Paper whose figures to draw; all of them without."""
     problem: str | None = None
     """Data set and model in place of the paper's own, such as digits."""
     results: Path = Path("results")
@@ -35,28 +35,33 @@ class Options:
     output: Path = Path("figures")
     """Folder for the figures (PDF and PNG) and tables (LaTeX), one folder a paper."""
     run: bool = False
-    """Run the analysis first if its results are not stored."""
+    """Run the analysis at the paper's settings first, from nothing but finished cells in the folder of the results."""
+    list: bool = False
+    """List the papers with their figures and the results that they are drawn from, and stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw a paper's figures or list the papers; returns the exit code."""
+    """Draw the figures of papers, or list them; returns the exit code."""
     options = tyro.cli(Options, prog="python -m paper_figures", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        if options.paper is None:
-            for name in names():
-                print(_entry(name, _at(find(name), options), options.results))
+        chosen = names() if options.paper is None else [options.paper]
+        papers = [part for name in chosen for part in _parts(name, options)]
+        if options.list:
+            for name, paper in papers:
+                print(_entry(name, paper, options.results))
             return 0
-        return _make(options.paper, _at(find(options.paper), options), options)
+        return max(_make(paper, options, options.output / name) for name, paper in papers)
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _at(paper: Paper, options: Options) -> Paper:
-    """The paper on the problem of the options."""
-    if options.problem is None:
-        return paper
-    return dataclasses.replace(paper, settings={**paper.settings, "problem": options.problem})
+def _parts(name: str, options: Options) -> list[tuple[str, Paper]]:
+    """A paper on each of its problems, or on that of the options, with the name of its folder."""
+    paper = find(name)
+    if options.problem is not None:
+        return [(name, paper.on(options.problem))]
+    return [(name, paper), *((f"{name}-{problem}", paper.on(problem)) for problem in paper.others)]
 
 
 def _entry(name: str, paper: Paper, results: Path) -> str:
@@ -71,25 +76,26 @@ def _entry(name: str, paper: Paper, results: Path) -> str:
     )
 
 
-def _make(name: str, paper: Paper, options: Options) -> int:
-    stored = paper.stored(options.results)
-    if stored is None and options.run:
+def _make(paper: Paper, options: Options, folder: Path) -> int:
+    if options.run:
         code = run_analysis(paper.analysis, paper.arguments(options.results))
         if code:
             return code
-        stored = paper.stored(options.results)
+    stored = paper.stored(options.results)
     if stored is None:
         raise DataUnavailable(
-            f"the results that {name} needs are not in {options.results}; measure them with\n"
+            f"the results that {folder.name} needs are not in {options.results}; measure them with\n"
             f"    {paper.command(options.results)}\nor add --run"
         )
-    _draw(paper, stored, options.output / name)
+    _draw(paper, stored, folder)
     return 0
 
 
 def _draw(paper: Paper, stored: Results, folder: Path) -> None:
     make_folder(folder)
-    print(f"from {stored.folder}")
+    outcomes = Counter(stored.verdicts["outcome"] if len(stored.verdicts) else ())
+    said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    print(f"from {stored.folder} (claims: {said or 'none'})")
     for name, draw in paper.figures.items():
         with style.use():
             figure = figure_of(draw, stored)

@@ -35,7 +35,7 @@ PAPER = Paper(
     title="Cohen, Kaur, Li, Kolter & Talwalkar 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of "
     "Stability (arXiv 2103.00065)",
     analysis=ANALYSIS,
-    settings={"problem": "digits", "network": "fc-tanh", "loss": "half-squared", "scaling": "unit"},
+    settings={"problem": "digits", "network": "fc-tanh", "loss": "half-squared", "scaling": "unit", "published": True},
     figures={
         "loss_and_sharpness": PanelGrid(
             ANALYSIS.command,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 
 from analyses.jacobian_rank import ANALYSIS, panels
-from analyses.jacobian_rank.analysis import FIGURES
 from curvlab.study.panels import PanelGrid, take
 from paper_figures import Paper, interval
 
@@ -28,9 +29,14 @@ def constants(measurements: pd.DataFrame) -> pd.DataFrame:
 PAPER = Paper(
     title="Zhang, Martens & Grosse 2019, Fast Convergence of Natural Gradient Descent for Overparameterized Neural Networks",
     analysis=ANALYSIS,
-    settings={"problem": "two-layer", "activation": ("relu", "erf")},
+    settings={"problem": "two-layer", "activation": ("relu", "erf"), "published": True},
     figures={
-        "trajectories": FIGURES["paths"],
+        "trajectories": PanelGrid(
+            f"{ANALYSIS.command} --published",
+            [[partial(panels.output_paths, run=run, images="mnist") for run in panels.PATHS]],
+            claims=("published-paths-",),
+            height=2.8,
+        ),
         "rates": PanelGrid(
             ANALYSIS.command,
             [[panels.residual_against_step, panels.decay_against_leverage]],

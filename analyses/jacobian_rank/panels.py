@@ -244,11 +244,11 @@ def needed_width(axes: Axes, measurements: pd.DataFrame) -> None:
     axes.set(xlabel="samples $n$", ylabel="width $m$ that is needed, that suffices")
 
 
-def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str) -> None:
+def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str, images: str = "digits") -> None:
     """Paths of single samples in the plane of two outputs, of the first seed, and their targets."""
-    first = take(measurements, "paths", "output_1", run=run, problem="digits")
+    first = take(measurements, "paths", "output_1", run=run, problem=images)
     seed = first["seed"].min()
-    second = take(measurements, "paths", "output_2", run=run, seed=seed, problem="digits")
+    second = take(measurements, "paths", "output_2", run=run, seed=seed, problem=images)
     first = first[first["seed"] == seed]
     structure, label = PATHS[run]
     look = style.look(structure)

@@ -32,6 +32,12 @@ def _measure(cell, context):
     return [{"quantity": "number", "value": 3.0}]
 
 
+@pytest.fixture
+def nothing_shipped(monkeypatch, tmp_path):
+    """Papers are drawn from what was measured only."""
+    monkeypatch.setattr(paper_figures, "PUBLISHED", tmp_path / "nothing")
+
+
 def _analysis():
     return Analysis(
         name="tiny",
@@ -102,14 +108,17 @@ def test_an_unknown_paper_suggests_the_nearest(capsys):
         find("__main__")
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_the_list_names_figures_and_the_command_of_what_is_missing(tmp_path, capsys):
-    assert main(["--results", str(tmp_path)]) == 0
+    assert main(["--list", "--results", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert KARAKIDA in text
     assert "losses" in text
     assert "missing: python -m analyses.ntk_isotropy --problem karakida-osawa" in text
+    assert "missing: python -m analyses.gnn_natural_gradient --problem pubmed" in text
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_missing_results_are_named_with_their_command(tmp_path, capsys):
     assert main([KARAKIDA, "--results", str(tmp_path / "none"), "--output", str(tmp_path / "figures")]) == 3
     text = capsys.readouterr().err
@@ -169,6 +178,42 @@ def test_a_run_that_fails_hands_on_its_exit_code(tmp_path, monkeypatch):
     assert main(["nobody_2026", "--results", str(tmp_path), "--run"]) == 2
 
 
+def test_settings_are_options_of_the_command_and_the_least_that_a_run_holds(tmp_path):
+    paper = dataclasses.replace(PAPER, settings={"problem": "own", "published": True, "seeds": 12})
+    assert paper.command(tmp_path).endswith(f"--problem own --published --seeds 12 --results {tmp_path}")
+    for name, options in {
+        "few": {"published": True, "seeds": 8},
+        "unpublished": {"published": False, "seeds": 24},
+        "sequential": {"published": True, "seeds": "auto"},
+        "old": {"seeds": 24},
+    }.items():
+        store(tmp_path, name, **options)
+    assert paper.stored(tmp_path) is None
+    store(tmp_path, "enough", published=True, seeds=24)
+    assert paper.stored(tmp_path).folder.name == "enough"
+
+
+def test_what_was_measured_goes_before_what_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_figures, "PUBLISHED", tmp_path / "shipped")
+    store(tmp_path / "shipped", "own")
+    assert PAPER.stored(tmp_path / "results").folder.parent.parent.name == "shipped"
+    store(tmp_path / "results", "2026-01-01-aaaa")
+    assert PAPER.stored(tmp_path / "results").folder.name == "2026-01-01-aaaa"
+
+
+def test_a_paper_with_several_problems_is_drawn_on_each(tmp_path, monkeypatch, capsys):
+    paper = dataclasses.replace(PAPER, others=("else",))
+    monkeypatch.setattr("paper_figures.__main__.find", lambda _: paper)
+    monkeypatch.setattr("paper_figures.__main__.names", lambda: ["nobody_2026"])
+    for problem in ("own", "else"):
+        store(tmp_path / "results", problem, problem=problem)
+    assert main(["--results", str(tmp_path / "results"), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "nobody_2026" / "number.png").exists()
+    assert (tmp_path / "nobody_2026-else" / "number.png").exists()
+    assert f"from {tmp_path / 'results' / 'tiny' / 'else'} (claims: none)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("nothing_shipped")
 def test_another_problem_takes_the_place_of_the_papers_own(tmp_path, capsys):
     assert main([KARAKIDA, "--problem", "digits", "--results", str(tmp_path)]) == 3
     text = capsys.readouterr().err
