@@ -17,6 +17,9 @@ from curvlab.study import generator
 PROBES = 2
 """Random directions of the outputs that are sent through the parameters."""
 
+AT_ONCE = 8
+"""Directions that are sent through the parameters at a time, each of which is a vector of these."""
+
 
 def pull(structure: Structure, setting: Setting, u: Float[Tensor, "K R"]) -> dict[str, Tensor]:
     """Return `F⁺Jᵀu/N`: output directions taken back to the parameters and through the undamped solve."""
@@ -39,14 +42,17 @@ def probes(setting: Setting, seed: int) -> Float[Tensor, "K R"]:
 def measured_response(
     structure: Structure, setting: Setting, directions: Float[Tensor, "K R"]
 ) -> tuple[Float[Tensor, "L K R"], Float[Tensor, "K T"]]:
-    """Send directions of the outputs through `Jᵀ → solve → J`.
+    """Send directions of the outputs through `Jᵀ → solve → J`, a few at a time.
 
     Returns:
         The share of every layer in the response of the training outputs, and the response of the test outputs.
     """
-    step = pull(structure, setting, directions)
-    shares = [layer.matvec(layer.layout.join(step)) for layer in setting.jacobian.layers]
-    return torch.stack(shares), setting.test_jacobian.matvec(step)
+    shares, tested = [], []
+    for some in directions.split(AT_ONCE):
+        step = pull(structure, setting, some)
+        shares.append(torch.stack([layer.matvec(layer.layout.join(step)) for layer in setting.jacobian.layers]))
+        tested.append(setting.test_jacobian.matvec(step))
+    return torch.cat(shares, dim=1), torch.cat(tested)
 
 
 def finite_step(structure: Structure, setting: Setting, response: Float[Tensor, "R R"]) -> float:
