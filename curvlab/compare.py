@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvlab.fisher import STRUCTURES, Full, Structure, make
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows import Rows
-from curvlab.rows.loss import Kind
+from curvlab.rows.loss import Kind, RowPer
 from curvlab.rows.making import rows_of_loss
 from curvlab.rows.parameters import Vector
 from curvlab.rows.passes import Pass
@@ -36,6 +36,7 @@ def compare(
     kind: Kind = "exact",
     draws: int = 1,
     generator: torch.Generator | None = None,
+    rows: RowPer | None = None,
     nodes: NodeChoice = None,
     output: PickOutput = None,
 ) -> pd.DataFrame:
@@ -53,8 +54,10 @@ def compare(
         structures: keys of `curvlab.fisher.STRUCTURES`, all if None, or structures by a name of your own.
         damping: values of ρ, absolute or relative to each structure's λ_max ("rel:1e-6"); 0 is the pseudo-inverse.
         kind: rows from which the structures are built; the response is always that of the exact rows.
-        draws: random rows of a loss term, for "mc".
-        generator: source of the draws, required for "mc".
+        draws: random rows of a loss term, for "mc" and for signs.
+        generator: source of the draws, required for them.
+        rows: what a row stands for, where a sample has several loss terms: "term", "sample", "signs" or "batch", see
+            `curvlab.sqrt_fisher`.
         nodes: of a graph, those that carry rows: a mask, indices, or a function of the inputs.
         output: which tensor of a structured output: a key, an attribute, an index or a function.
 
@@ -77,8 +80,10 @@ def compare(
     Cost: one exact sweep, one of `kind`, and for every structure the response of R = V·N rows, memory R².
     """
     inputs, targets = data
-    how = Pass(kind, draws, generator, nodes, output)
-    exact = rows_of_loss(model, loss, inputs, targets, how if kind == "ggn" else replace(how, kind="exact", draws=1))
+    how = Pass(kind, draws, generator, nodes, output, rows=rows)
+    exact = rows_of_loss(
+        model, loss, inputs, targets, how if kind == "ggn" else replace(how, kind="exact", draws=1, rows=None)
+    )
     own = exact if how.spans_outputs else rows_of_loss(model, loss, inputs, targets, how)
     u = output_gradient(model, loss, inputs, targets, how)
     gradient = exact.jacobian().rmatvec(u)

@@ -242,7 +242,7 @@ def identity(structure: State, model: nn.Module, loss: nn.Module, how: Pass) -> 
         "the structure": f"{structure.key} {options}",
         "the model's state": fingerprint({name: tensor.detach() for name, tensor in tensors}),
         "the loss": fingerprint([(type(module).__name__, _settings(module)) for module in loss.modules()]),
-        "the kind of rows": f"{how.kind} {how.draws}",
+        "the kind of rows": f"{how.kind} {how.draws} {how.per}",
     }
 
 

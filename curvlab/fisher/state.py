@@ -24,6 +24,7 @@ from curvlab.fisher.memory import check_memory
 from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
 from curvlab.rows import Rows, merge
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.rows import SORT
 
 Own = TypeVar("Own", bound="State")
 
@@ -178,7 +179,9 @@ class State(ABC):
         self._blocks, self._anew = blocks, [block for block in blocks if block not in kept]
         if not kept:
             self._counts = RunningAverage()
-        self._shapes = replace(without_numbers(rows), kind=self.shapes.kind, reduction=self.shapes.reduction)
+        self._shapes = replace(
+            without_numbers(rows), kind=self.shapes.kind, reduction=self.shapes.reduction, per=self.shapes.per
+        )
         self._kept, self._merged, self._latest, self._largest = [], None, None, None
         return self
 
@@ -198,11 +201,11 @@ class State(ABC):
             raise ValueError("The rows belong to other parameters than the structure's state.")
         if decay == 0:
             return
-        for what in ("kind", "reduction"):
-            if getattr(rows, what) != getattr(last, what):
+        for what, name in SORT.items():
+            if getattr(rows, name) != getattr(last, name):
                 raise ValueError(
-                    f"Rows of {what} {getattr(rows, what)!r} cannot be added to a state of {what} "
-                    f"{getattr(last, what)!r}. Use decay=0 to start afresh."
+                    f"Rows cannot be added to a state of others: {what} is {getattr(rows, name)!r}, and was "
+                    f"{getattr(last, name)!r}. Use decay=0 to start afresh."
                 )
         if self._keeps_rows and rows.shape[0] != last.shape[0]:
             raise ValueError(

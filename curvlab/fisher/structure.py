@@ -31,7 +31,7 @@ from curvlab.fisher.system import decompose, prepare
 from curvlab.rows import Rows
 from curvlab.rows.batches import as_batches
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import DiagonalRoot, Kind
+from curvlab.rows.loss import DiagonalRoot, Kind, RowPer
 from curvlab.rows.making import rows_of_loss
 from curvlab.rows.parameters import Vector
 from curvlab.rows.passes import Engine, Pass
@@ -109,6 +109,7 @@ class Structure(State):
         kind: Kind = "exact",
         draws: int = 1,
         generator: torch.Generator | None = None,
+        rows: RowPer | None = None,
         nodes: NodeChoice = None,
         output: PickOutput = None,
         engine: Engine = "auto",
@@ -117,7 +118,7 @@ class Structure(State):
         checkpoint_every: float = 60.0,
         **options: Any,
     ) -> Own:
-        """Return the structure of a whole data set; one batch and many batches give the same.
+        """Return the structure of a whole data set; one batch and many batches give the same, but for rows of batches.
 
         Args:
             model: any module whose samples do not interact.
@@ -125,8 +126,10 @@ class Structure(State):
             data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader; an iterator that can be
                 passed once only will not do for a structure that goes over the data twice.
             kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`.
-            draws: random rows of a loss term, for "mc".
-            generator: source of the draws, required for "mc"; every pass over the data starts from its present state.
+            draws: random rows of a loss term, for "mc" and for signs.
+            generator: source of the draws, required for them; every pass over the data starts from its present state.
+            rows: what a row stands for, where a sample has several loss terms: "term", "sample", "signs" or "batch", see
+                `curvlab.sqrt_fisher`.
             nodes: of a graph, those that carry rows: a mask, indices, or a function that chooses in every batch anew.
             output: which tensor of a structured output: a key, an attribute, an index or a function.
             engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
@@ -142,7 +145,7 @@ class Structure(State):
             UnsupportedModel: see `curvlab.sqrt_fisher`; for dropout and batch normalisation in training mode, too.
         """
         structure = cls(**options)
-        how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=not structure.averages)
+        how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=not structure.averages, rows=rows)
 
         def rows_of(batch: Sequence[Any]) -> Rows:
             if not isinstance(batch, tuple | list) or len(batch) != 2:

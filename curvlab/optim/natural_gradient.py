@@ -16,7 +16,7 @@ from curvlab.fisher import Structure
 from curvlab.optim.hyper import Hyper, Interval, Schedule
 from curvlab.optim.preconditioner import Preconditioner
 from curvlab.optim.quadratic import BatchLoss, LevenbergMarquardt, agreement, best_combination, inner
-from curvlab.rows.loss import Kind
+from curvlab.rows.loss import Kind, RowPer
 
 _HOOKS = re.compile("_optimizer_.*_hooks")
 """Names of the attributes in which `torch.optim.Optimizer` keeps hooks, and which it makes anew in a copy."""
@@ -51,13 +51,14 @@ class NaturalGradient(torch.optim.Optimizer):
             and the last step, which sets the momentum, too.
         structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`; their costs are those of `Preconditioner`.
-        draws: random rows of a loss term, for "mc".
+        draws: random rows of a loss term, for "mc" and for signs.
+        rows: what a row stands for, see `Preconditioner`.
         damping: ρ, a number, a function of the step, or `LevenbergMarquardt`.
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
-        seed: seed of the draws, for "mc".
+        seed: seed of the draws.
         patience: steps in a row that may be skipped because something was not finite.
         momentum: of the preconditioned gradient, a number or a function of the step.
         nesterov: whether momentum is Nesterov's.
@@ -88,6 +89,7 @@ class NaturalGradient(torch.optim.Optimizer):
         structure: Structure | str = "kfac",
         kind: Kind = "mc",
         draws: int = 1,
+        rows: RowPer | None = None,
         damping: Schedule | LevenbergMarquardt = 1e-3,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
@@ -111,6 +113,7 @@ class NaturalGradient(torch.optim.Optimizer):
             structure,
             kind=kind,
             draws=draws,
+            rows=rows,
             damping=self._rho if isinstance(damping, LevenbergMarquardt) else damping,
             decay=decay,
             refresh_every=refresh_every,

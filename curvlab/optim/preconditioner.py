@@ -34,10 +34,10 @@ from curvlab.optim.quadratic import BatchLoss
 from curvlab.optim.routes import Step, route_of
 from curvlab.rows.collect import Collector, no_rows_beside
 from curvlab.rows.guard import Checks
-from curvlab.rows.loss import Kind, check_loss
+from curvlab.rows.loss import Kind, RowPer, check_loss
 from curvlab.rows.owners import Owner, owners_of
 from curvlab.rows.passes import Pass
-from curvlab.rows.rows import Rows
+from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
 
 CHANGED = "Call rebind() of the Preconditioner; instead of a NaturalGradient, make a new one."
@@ -56,13 +56,16 @@ class Preconditioner:
         structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`. "empirical" costs no further sweep, "mc"
             one to the layers' outputs a draw, "exact" and "ggn" C of them.
-        draws: random rows of a loss term, for "mc".
+        draws: random rows of a loss term, for "mc" and for signs.
+        rows: what a row stands for, where a sample has several loss terms, see `curvlab.sqrt_fisher`; what is usual for the kind
+            if None, but "sample" for "empirical" rows of a structure that adds a sample's rows up. The "batch" is that of the
+            step: of all passes before it, in all processes.
         damping: ρ of `F + ρI`, a number or a function of the step.
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
-        seed: seed of the draws, for "mc".
+        seed: seed of the draws.
         patience: steps in a row that may be skipped because something was not finite.
 
     Raises:
@@ -79,6 +82,7 @@ class Preconditioner:
         *,
         kind: Kind = "mc",
         draws: int = 1,
+        rows: RowPer | None = None,
         damping: Schedule = 1e-3,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
@@ -105,8 +109,9 @@ class Preconditioner:
         self._former: Mapping[str, str] | None = None  # names, from when the model has changed until rows are seen
         self._bind(model)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        joint = kind == "mc" or self.structure.joins_positions
-        self.how = Pass(kind, whole("draws", draws), self._generator, share=own_share, joint=joint)
+        if rows is None and kind == "empirical" and self.structure.joins_positions:
+            rows = "sample"
+        self.how = Pass(kind, whole("draws", draws), self._generator, share=own_share, rows=rows)
 
     def _bind(self, model: nn.Module) -> None:
         self._owners = _preconditioned(model, self.plain)
@@ -147,6 +152,7 @@ class Preconditioner:
             "structure": self.structure,
             "kind": self.how.kind,
             "draws": self.how.draws,
+            "rows": self.how.per,
             "damping": self.damping.value,
             "decay": self.decay.value,
             "refresh_every": self.refresh_every.value,
@@ -221,7 +227,7 @@ class Preconditioner:
         without = tuple(name for owner in self._owners if not owner.ruled for name in owner.names.values())
         if coupled and without:
             raise no_rows_beside(coupled, without)
-        if coupled and not self.structure.averages:
+        if coupled and not (self.structure.averages or self.how.per == "batch"):
             raise UnsupportedModel(
                 f"{', '.join(coupled)} normalise by the batch, so samples interact and the {self.structure.key} "
                 "structure has no rows. Call eval() on them, or use a structure of moments such as 'kfac'."
@@ -316,9 +322,10 @@ class Preconditioner:
     def _update(self, rows: Sequence[Rows]) -> None:
         decay = self.decay.at(self.steps)
         processes = Processes.present()
-        for position, part in enumerate(rows):
+        of_batch = self.how.per == "batch"
+        for position, part in enumerate([batch_row(rows)] if of_batch else rows):
             step = decay if position == 0 else 1.0
-            adds = processes is not None and self.structure.adds
+            adds = processes is not None and self.structure.adds and not of_batch
             whole = part if processes is None or adds else processes.gather(part)
             if self._former is not None:
                 self.structure.rebind(whole, self._former)

@@ -16,6 +16,7 @@ from curvlab.fisher.inverse import Inverse, from_dense
 from curvlab.fisher.moment import Factor, inverses
 from curvlab.rows import Rows, merge
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.rows import batch_row
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,15 @@ class Processes:
         return sum(sizes[: self.rank]), sum(sizes)
 
     def gather(self, rows: Rows) -> Rows:
-        """Return the rows of all processes, those of the first one first. Memory: `R` of the whole batch."""
+        """Return the rows of all processes, those of the first one first; one for rows of batches.
+
+        Memory: `R` of the whole batch.
+        """
         numbers = self._gather(torch.tensor([rows.count, rows.terms], dtype=torch.float64, device=rows.device))
         weights = self._gather_samples(rows.sample_weights, 0)
         layers = [self._gather_layer(layer) for layer in rows.layers]
-        return merge(
+        join = batch_row if rows.per == "batch" else merge
+        return join(
             [
                 replace(
                     rows,

@@ -33,7 +33,7 @@ from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.passes import Pass
 from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.returned import Returned
-from curvlab.rows.rows import Rows
+from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, detached, in_parameter_order
 
@@ -111,7 +111,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._leave.enter_context(torch.compiler.set_stance("force_eager"))
         self._leave.enter_context(decomposing(self._model, self._owners))
         self._leave.enter_context(self._watch.on(self._model))
-        if self._how is not None and (self._how.kind != "mc" or self._how.draws > 1):
+        if self._how is not None and not self._how.plain:
             self._leave.enter_context(differentiable_attention())
         handles = [
             self._model.register_forward_pre_hook(self._on_model, with_kwargs=True),
@@ -218,7 +218,7 @@ class Collector(AbstractContextManager["Collector"]):
         spans = self._how.spans_outputs
         rows = identity_cotangents(flat_outputs(z.detach())) if spans else self._how.at_output(terms)
         cotangents = rows.view(-1, *z.shape).to(z.dtype)
-        scales = self._how.kind == "empirical" and (self._how.joint or (terms.z.shape[2] == 1 and _even(terms)))
+        scales = self._how.kind == "empirical" and (self._of_whole_samples or self._is_single(terms))
         # Hooks may change the gradients that the user's own pass brings.
         scales = scales and not self._watch.registered
         checks = self._is_due()
@@ -321,7 +321,9 @@ class Collector(AbstractContextManager["Collector"]):
         gradients = {call: _gradient(call, z)[None] for call in self._factored[owner]}
         layer = self._rows(owner, gradients).to(self._dtype)
         mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
-        return layer if mine is None else layer._with_factors(*mine.factors[:-1], layer.factors[-1])
+        if mine is None or self.rows is None or self.rows.per == "batch":
+            return layer
+        return layer._with_factors(*mine.factors[:-1], layer.factors[-1])
 
     def _dense(self, z: Tensor, cotangents: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""
@@ -340,16 +342,26 @@ class Collector(AbstractContextManager["Collector"]):
         return dense_rows(self._model, self._unchanged(), *found, len(z), left)
 
     def _row_scale(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
-        """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, joint, `w s/√count`."""
-        if self._joint:
-            return terms.weight.new_full((len(terms.weight),), terms.count**0.5 / _multiple(terms, upstream))
+        """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, of the whole, `w s/√count`."""
+        if self._of_whole_samples:
+            return terms.weight.new_full((len(terms.weight),), self._whole_scale(terms) / _multiple(terms, upstream))
         weight = terms.weight[:, 0, 0]
         kappa = _multiple(terms, upstream)
         return torch.where(weight > 0, (terms.count / torch.where(weight > 0, weight, 1)).sqrt() / kappa, 0)
 
+    def _is_single(self, terms: LossTerms) -> bool:
+        """Whether a sample is one loss term, whose gradient is a multiple of its row."""
+        return self._how is not None and self._how.per == "term" and terms.z.shape[2] == 1 and _even(terms)
+
     @property
-    def _joint(self) -> bool:
-        return self._how is not None and self._how.kind == "empirical" and self._how.joint
+    def _of_whole_samples(self) -> bool:
+        """Whether rows are multiples of the gradients of samples, or of the batch."""
+        return self._how is not None and self._how.kind == "empirical" and self._how.per in ("sample", "batch")
+
+    def _whole_scale(self, terms: LossTerms) -> float:
+        """What a row is times the sample's share `w s/count` in the gradient."""
+        assert self._how is not None
+        return terms.count**0.5 if self._how.per == "sample" else 1.0
 
     def _whole(self, how: Pass, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         rows = Rows(
@@ -360,9 +372,10 @@ class Collector(AbstractContextManager["Collector"]):
             terms=terms.terms,
             reduction=terms.reduction,
             sample_weights=terms.sample_weights.to(self._dtype),
+            per=how.per,
         )
         if rows.kind != "jacobian":
-            return rows
+            return batch_row([rows]) if how.per == "batch" else rows
         root = terms.root().to(rows.dtype)
         weighted = tuple(layer.map_rows(root.apply) for layer in rows.layers)
         base = replace(rows, count=1.0, reduction="none", sample_weights=torch.ones_like(rows.sample_weights))
@@ -374,9 +387,9 @@ class Collector(AbstractContextManager["Collector"]):
             if not terms.likelihood.exact:
                 return None
             return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
-        if self._joint:
-            return rows.sample_weights.new_full((rows.R,), _multiple(terms, upstream) / terms.count**0.5)
-        if rows.kind == "mc" or not _even(terms):
+        if self._of_whole_samples:
+            return rows.sample_weights.new_full((rows.R,), _multiple(terms, upstream) / self._whole_scale(terms))
+        if rows.kind == "mc" or rows.per == "signs" or not _even(terms):
             return None
         weight = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
         return (_multiple(terms, upstream) * weight).to(rows.dtype)

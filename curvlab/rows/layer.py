@@ -65,6 +65,10 @@ class LayerRows(ABC):
     def group(self, grouping: Grouping) -> LayerRows:
         """Return the rows of samples to which the present ones, of single entries, belong."""
 
+    def of_batch(self) -> LayerRows:
+        """Return the rows of one sample, the batch: the sums over samples."""
+        return self.group(Grouping(torch.zeros(self.shape[1], dtype=torch.long, device=self.factors[-1].device), 1))
+
     @abstractmethod
     def restrict(self, names: Iterable[str]) -> LayerRows:
         """Keep the columns of some of the parameters."""
@@ -226,6 +230,14 @@ class SharedRows(LayerRows):
         lengths = grouping.lengths * self.positions
         ragged = [lengths] if bool((lengths != inputs.shape[1]).any()) else []
         return self._with_factors(inputs, *ragged, grouping.spread(self.g, 1).flatten(2, 3))
+
+    def of_batch(self) -> LayerRows:
+        """Return the rows of one sample, whose positions are those of all samples."""
+        if self.lengths is None:
+            return super().of_batch()
+        present = torch.arange(self.positions, device=self.g.device) < self.lengths[:, None]
+        inputs, g = self.inputs[present][None], self.g[:, present][:, None]
+        return type(self)(self.name, self.layout, inputs, g)  # type: ignore[call-arg]
 
     def concatenate(self: Shared, others: Sequence[LayerRows]) -> Shared:
         """Append the samples of other rows of this layer; shorter samples are padded."""

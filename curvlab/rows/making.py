@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from curvlab.rows.engine import checked_sweep
-from curvlab.rows.loss import Kind, LossTerms, flat_outputs, identity_cotangents
+from curvlab.rows.loss import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents
 from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.passes import Engine, Pass
-from curvlab.rows.rows import Rows
+from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import NodeChoice, Samples
 from curvlab.rows.sweep import MakeCotangents, PickOutput, SweepResult, savable
 
@@ -66,7 +66,7 @@ def jacobian(
 @torch.inference_mode(False)
 def rows_of_model(model: nn.Module, inputs: Any, how: Pass) -> Rows:
     """Return the rows of J; see `jacobian`. The kind of rows has no meaning here."""
-    how = replace(how, kind="exact", draws=1)
+    how = replace(how, kind="exact", draws=1, rows=None)
     asked = how.read(model, inputs)
     rows = _jacobian_rows(model, checked_sweep(model, asked, _every_output(asked.samples), how))
     return rows.to(how.dtype or widest(trainable(model).values()))
@@ -81,6 +81,7 @@ def sqrt_fisher(
     *,
     draws: int = 1,
     generator: torch.Generator | None = None,
+    rows: RowPer | None = None,
     nodes: NodeChoice = None,
     output: PickOutput = None,
     engine: Engine = "auto",
@@ -98,9 +99,17 @@ def sqrt_fisher(
         kind: "exact" for the Fisher matrix of the model's own distribution (type 2, equal to the GGN for these losses);
             "ggn" for the generalised Gauss-Newton matrix, also of losses whose Hessian depends on the targets and is no
             Fisher matrix, which "exact" refuses; "mc" for a Monte-Carlo estimate of it; "empirical" for the
-            gradients with the given targets (type 1), one row a loss term.
-        draws: random rows of a loss term, for "mc".
-        generator: source of the draws, required for "mc".
+            gradients with the given targets (type 1).
+        draws: random rows of a loss term, for "mc" and for signs.
+        generator: source of the draws, required for them.
+        rows: what a row stands for, where a sample has several loss terms, such as tokens:
+
+            - "term" for a row a loss term; the usual one of "empirical", and costs T times the others for T terms;
+            - "sample" for one row a sample: of "mc" a row a draw, in which the terms' independent draws are added up, the
+              usual one; of "empirical" the sample's whole gradient, which makes another matrix;
+            - "signs" for "empirical" rows that are added up with random signs, one row a draw: in expectation the matrix of
+              a row a term, at the cost of one;
+            - "batch" for one "empirical" row, the gradient of the loss of the batch. A batch is then one sample.
         nodes: of a graph, those that carry rows: a mask, indices, or a function of the inputs.
         output: which tensor of a structured output: a key, an attribute, an index or a function.
         engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
@@ -113,11 +122,12 @@ def sqrt_fisher(
         NotPositiveDefinite: for a loss of one's own with an indefinite Hessian at the outputs of some sample.
         ValueError: for targets that do not fit the outputs, and for options that contradict each other.
 
-    Cost: as `jacobian` with V = C rows ("exact", "ggn"), `draws` rows ("mc") or one ("empirical") a position.
+    Cost: as `jacobian` with V = C rows a term ("exact", "ggn"), or `draws` rows ("mc", signs) or one a sample; T times as much
+    with rows="term".
 
     Source: `exact` and `empirical` as in Kunstner, Hennig & Balles 2019; count and weights as the loss applies them.
     """
-    how = Pass(kind, draws, generator, nodes, output, engine, dtype, keep_jacobian)
+    how = Pass(kind, draws, generator, nodes, output, engine, dtype, keep_jacobian, rows=rows)
     return rows_of_loss(model, loss, inputs, targets, how)
 
 
@@ -145,7 +155,7 @@ def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, h
         layers = tuple(layer.to(of_rows) for layer in sweep_result.layers)
     else:
         layers = tuple(layer.map_rows(root.apply) for layer in base.layers)
-    return Rows(
+    found = Rows(
         layers=layers,
         space=_space(model),
         kind=how.kind,
@@ -153,9 +163,11 @@ def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, h
         terms=terms.terms,
         reduction=terms.reduction,
         sample_weights=terms.sample_weights,
+        per=how.per,
         _jacobian=base,
         root=root,
     )
+    return batch_row([found]) if how.per == "batch" else found
 
 
 def _every_output(samples: Samples) -> MakeCotangents:

@@ -5,7 +5,7 @@ Public functions take these as keywords, and hand on one `Pass`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,11 +15,19 @@ from torch import Tensor, nn
 
 from curvlab.errors import unknown_name
 from curvlab.nn import Linearized
-from curvlab.rows.loss import Kind, LossTerms, identity_cotangents
+from curvlab.rows.loss import Draws, Kind, LossTerms, RowPer, identity_cotangents
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, call
 
 Engine = Literal["auto", "backpack", "autograd"]
+
+PER: Mapping[Kind, tuple[RowPer, ...]] = {
+    "exact": ("term",),
+    "ggn": ("term",),
+    "mc": ("sample", "term"),
+    "empirical": ("term", "sample", "signs", "batch"),
+}
+"""What a row of each kind can stand for, the usual first."""
 
 Share = Callable[[int, torch.device], tuple[int, int]]
 """Returns, for a number of samples, where they start in a larger batch that is drawn in parts, and how many that has."""
@@ -43,17 +51,16 @@ class Pass:
     """Which rows a pass makes, and how.
 
     Attributes:
-        kind: as in `curvlab.sqrt_fisher`; like `draws`, `generator`, `share` and `joint` of no meaning for rows of J.
-        draws: random rows of a loss term, for "mc".
-        generator: source of the draws, for "mc".
+        kind: as in `curvlab.sqrt_fisher`; like `draws`, `generator`, `share` and `rows` of no meaning for rows of J.
+        draws: random rows of a loss term, for "mc" and for signs.
+        generator: source of the draws.
         nodes: of a graph, those that carry rows: a mask, indices, or a function of the inputs.
         output: which tensor of a structured output: a key, an attribute, an index or a function.
         engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
         dtype: of the rows and of products with them; the parameters' widest if None.
         keep_jacobian: as in `curvlab.sqrt_fisher`.
         share: with generators in one state for all parts of a batch, their draws are those of the whole.
-        joint: whether all positions of a sample share a row of kind "mc" or "empirical", or each has its own. Joint, an
-            "empirical" row is the sample's whole gradient, √count times its share.
+        rows: what a row stands for, as in `curvlab.sqrt_fisher`; what is usual for the kind if None.
 
     Raises:
         ValueError: for an unknown kind, and for draws that do not fit it.
@@ -68,17 +75,35 @@ class Pass:
     dtype: torch.dtype | None = None
     keep_jacobian: bool = True
     share: Share | None = None
-    joint: bool = False
+    rows: RowPer | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise unknown_name("kind", self.kind, get_args(Kind))
-        if self.kind != "mc" and self.draws != 1:
-            raise ValueError(f"draws={self.draws} has a meaning for kind='mc' only, not for {self.kind!r}.")
+        if self.rows is not None and self.rows not in get_args(RowPer):
+            raise unknown_name("rows", self.rows, get_args(RowPer))
+        if self.per not in PER[self.kind]:
+            known = " or ".join(map(repr, PER[self.kind]))
+            raise ValueError(f"rows={self.rows!r} does not exist for kind={self.kind!r}: use {known}.")
+        if not self.random and self.draws != 1:
+            raise ValueError(
+                f"draws={self.draws} has a meaning for kind='mc' and for rows='signs' only, not for {self.kind!r}."
+            )
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}.")
-        if self.kind == "mc" and self.generator is None:
-            raise ValueError("kind='mc' draws at random: pass generator=torch.Generator().manual_seed(…).")
+        if self.random and self.generator is None:
+            what = "kind='mc'" if self.kind == "mc" else "rows='signs'"
+            raise ValueError(f"{what} draws at random: pass generator=torch.Generator().manual_seed(…).")
+
+    @property
+    def per(self) -> RowPer:
+        """What a row stands for."""
+        return self.rows or PER[self.kind][0]
+
+    @property
+    def random(self) -> bool:
+        """Whether rows are drawn."""
+        return self.kind == "mc" or self.per == "signs"
 
     @property
     def spans_outputs(self) -> bool:
@@ -90,6 +115,11 @@ class Pass:
         """Whether there is one row an output vector."""
         return not self.spans_outputs and self.draws == 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is one row a sample, whatever the loss, so that the sweep is a plain backward pass."""
+        return self.per != "term" and self.draws == 1
+
     def read(self, model: nn.Module, inputs: Any) -> ModelInputs:
         """Tell the arguments of a model, and what a sample is."""
         arguments = as_arguments(inputs)
@@ -98,10 +128,14 @@ class Pass:
 
     def at_output(self, terms: LossTerms) -> Float[Tensor, "V N ..."]:
         """Return the rows of S at the output."""
+        if self.spans_outputs:
+            return terms.root().apply(identity_cotangents(terms.z).flatten(2))
+        draws = self._draws(terms.z) if self.random else None
         if self.kind == "empirical":
-            return terms.empirical(joint=self.joint)
-        if self.kind == "mc":
-            assert self.generator is not None
-            share = None if self.share is None else self.share(len(terms.z), terms.z.device)
-            return terms.sampled(self.draws, self.generator, joint=self.joint, share=share)
-        return terms.root().apply(identity_cotangents(terms.z).flatten(2))
+            return terms.empirical(self.per, draws)
+        assert draws is not None
+        return terms.sampled(draws, self.per)
+
+    def _draws(self, z: Float[Tensor, "N C X"]) -> Draws:
+        assert self.generator is not None
+        return Draws(self.draws, self.generator, None if self.share is None else self.share(len(z), z.device))

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from curvlab.errors import StateError
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import OutputRoot
+from curvlab.rows.loss import OutputRoot, RowPer
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
+
+SORT = {"kind": "kind", "reduction": "reduction", "what a row stands for": "per"}
+"""What rows that are stacked or averaged have in common, by how messages call it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,7 @@ class Rows:
         reduction: how batches merge: Fisher matrices of means as Σ terms·F / Σ terms, those of sums by adding; rows of
             a Jacobian are only stacked.
         sample_weights: ω_n, the loss' weight of every sample, 0 if ignored.
+        per: what a row stands for: a loss term ("term"), a sample, a draw of signs, or the batch, which is one sample then.
     """
 
     layers: tuple[LayerRows, ...]
@@ -47,6 +51,7 @@ class Rows:
     sample_weights: Float[Tensor, " N"]
     _jacobian: Rows | None = field(default=None, repr=False)
     root: OutputRoot | None = field(default=None, repr=False)
+    per: RowPer = "term"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,7 +80,7 @@ class Rows:
 
     def __repr__(self) -> str:
         return (
-            f"Rows(kind={self.kind!r}, V={self.shape[0]}, N={self.shape[1]}, P={self.P}, count={self.count:g}, "
+            f"Rows(kind={self.kind!r}, per={self.per!r}, V={self.shape[0]}, N={self.shape[1]}, P={self.P}, count={self.count:g}, "
             f"terms={self.terms:g}, layers=[{', '.join(layer.name for layer in self.layers)}], dtype={self.dtype})"
         )
 
@@ -209,9 +214,9 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         raise ValueError("There is nothing to stack: merge needs the rows of at least one batch.")
     first = parts[0]
     for part in parts[1:]:
-        for what in ("kind", "reduction"):
-            if getattr(part, what) != getattr(first, what):
-                raise ValueError(f"Rows differ in {what}: {getattr(first, what)!r} and {getattr(part, what)!r}.")
+        for what, name in SORT.items():
+            if getattr(part, name) != getattr(first, name):
+                raise ValueError(f"Rows differ in {what}: {getattr(first, name)!r} and {getattr(part, name)!r}.")
         if dict(part.space.shapes) != dict(first.space.shapes):
             raise ValueError("Rows of different parameters cannot be stacked.")
         if part.shape[0] != first.shape[0]:
@@ -234,10 +239,28 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         count=sum(part.count for part in parts) if means else 1.0,
         terms=sum(w * part.terms for w, part in zip(weights, parts, strict=True)),
         reduction=first.reduction,
+        per=first.per,
         sample_weights=torch.cat([w * part.sample_weights for w, part in zip(weights, parts, strict=True)]),
         _jacobian=merge(bases) if len(bases) == len(parts) else None,
         root=roots[0].joined(roots[1:], scales) if len(roots) == len(parts) else None,
     )
+
+
+def batch_row(parts: Sequence[Rows]) -> Rows:
+    """Return one row, the gradient of the loss of a batch, of its parts with a row each.
+
+    Cost: that of `merge`; the row is kept as the positions of all samples.
+    """
+    if len(parts) == 1 and parts[0].shape == (1, 1):
+        return parts[0]
+    whole = merge(parts)
+    shares = _merge_scales(parts, [1.0] * len(parts)) if len(parts) > 1 else [1.0]
+    weights = whole.layers[0].factors[-1].new_tensor(shares)
+    layers = [
+        layer.map_rows(lambda rows: rows * weights.view(-1, *(1,) * (rows.ndim - 2))).of_batch()
+        for layer in whole.layers
+    ]
+    return replace(whole, layers=tuple(layers), sample_weights=whole.sample_weights.sum(0, keepdim=True))
 
 
 def _stacked(layers: Sequence[LayerRows]) -> LayerRows:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
 from curvlab.rows.batches import joined
-from curvlab.rows.loss import LOSSES, Kind, bound_to_samples, held_by_sample, loss_terms
+from curvlab.rows.loss import LOSSES, Kind, RowPer, bound_to_samples, held_by_sample, loss_terms
 from curvlab.rows.loss.terms import weightless
 from curvlab.rows.making import rows_of_loss, rows_of_model
 from curvlab.rows.packed import is_packed, leaves, length, taken
@@ -55,6 +55,7 @@ def gram(
     kind: Kind = "exact",
     draws: int = 1,
     generator: torch.Generator | None = None,
+    rows: RowPer | None = None,
     memory: int | str = "1GiB",
     out: Float[Tensor, "R R"] | None = None,
     output: PickOutput = None,
@@ -72,8 +73,10 @@ def gram(
             joined; its targets count with a loss only.
         loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`; rows of J if None.
         kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`; has a meaning with a loss only.
-        draws: random rows of a loss term, for "mc".
-        generator: source of the draws, required for "mc"; draws do not depend on `memory`.
+        draws: random rows of a loss term, for "mc" and for signs.
+        generator: source of the draws, required for them; draws do not depend on `memory`.
+        rows: what a row stands for, where a sample has several loss terms: "term", "sample" or "signs", see
+            `curvlab.sqrt_fisher`. There is no Gram matrix of the one row of a batch.
         memory: workspace, in bytes or as "2GiB". Half of it holds rows between uses, a quarter rows that are being formed, a
             quarter their products. Layers applied at several positions take up to three tensors of 2²⁵ elements more.
         out: where to write the result, e.g. a memory-mapped tensor; allocated if None.
@@ -89,7 +92,11 @@ def gram(
     Cost: the products of `Rows.gram`, and `(B + 1)/2` sweeps over the data, B being the size of all rows over half of the
     workspace, rounded up.
     """
-    how = Pass(kind, draws, generator, output=output, engine=engine)
+    how = Pass(kind, draws, generator, output=output, engine=engine, rows=rows)
+    if how.per == "batch":
+        raise ValueError(
+            "rows='batch' makes one row, of which there is no Gram matrix: use 'term', 'sample' or 'signs'."
+        )
     chunks = _Chunks(model, loss, _whole(data, loss), how)
     first = chunks.probe()
     V, dtype = first.shape[0], first.dtype
@@ -109,15 +116,15 @@ def gram(
         for start in range(0, last, panel):
             held: list[Rows] = []
             for k, part in enumerate(parts[start:], start):
-                rows = chunks.rows(part)
-                terms[part] = rows.terms / (part.stop - part.start)
+                found = chunks.rows(part)
+                terms[part] = found.terms / (part.stop - part.start)
                 for other, earlier in zip(parts[start:], held, strict=False):
-                    block = product(earlier.layers, rows.layers).view(*earlier.shape, *rows.shape)
+                    block = product(earlier.layers, found.layers).view(*earlier.shape, *found.shape)
                     view[:, other, :, part] = block
                     view[:, part, :, other] = block.permute(2, 3, 0, 1)
                 if k < start + panel:
-                    view[:, part, :, part] = rows.gram().view(*rows.shape, *rows.shape)
-                    held.append(rows)
+                    view[:, part, :, part] = found.gram().view(*found.shape, *found.shape)
+                    held.append(found)
                 advance(_label(start, k), "done", False)
     if first.reduction == "mean":
         _merge(view, terms, parts)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from curvlab.errors import Weightless
 from curvlab.rows import Rows, merge
 from curvlab.rows.batches import Data
-from curvlab.rows.loss import Kind
+from curvlab.rows.loss import Kind, RowPer
 from curvlab.rows.making import rows_of_loss
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
@@ -38,8 +38,10 @@ class Fisher(Operator):
         loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`.
         data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader.
         kind: "exact", "ggn", "mc" or "empirical", see `curvlab.sqrt_fisher`.
-        draws: random rows of a loss term, for "mc".
-        generator: source of the draws, for "mc"; every sweep starts from the state that it has now.
+        draws: random rows of a loss term, for "mc" and for signs.
+        generator: source of the draws; every sweep starts from the state that it has now.
+        rows: what a row stands for, where a sample has several loss terms: "term", "sample", "signs" or "batch", see
+            `curvlab.sqrt_fisher`.
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use.
         engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
@@ -59,12 +61,13 @@ class Fisher(Operator):
         kind: Kind = "exact",
         draws: int = 1,
         generator: torch.Generator | None = None,
+        rows: RowPer | None = None,
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
         engine: Engine = "auto",
     ) -> None:
         self.model, self.loss, self.batches = model, loss, repeatable(data)
-        self.how = Pass(kind, draws, generator, output=output, engine=engine)
+        self.how = Pass(kind, draws, generator, output=output, engine=engine, rows=rows)
         self._state = None if generator is None else generator.get_state()
         own = trainable(model)
         names = choose(own, parameters)

@@ -18,7 +18,7 @@ from torch.func import functional_call, hessian, jacrev
 
 import curvlab.fisher as cf
 from curvlab.nn import HalfSquaredError, NTKLinear
-from curvlab.rows.loss import loss_terms
+from curvlab.rows.loss import Draws, loss_terms
 from curvlab.testing.oracle import count_of, dense_jacobian, outputs, term_weights, trainable, unreduced
 
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -30,13 +30,13 @@ DENSE_LAYERS = nn.Linear | NTKLinear | CONVOLUTIONS
 
 
 def output_moment(loss: nn.Module, z: Tensor, targets: Tensor, kind: str, seed: int) -> Tensor:
-    """Return Λ `[N, V, V]`, the loss' divisor included; "mc" repeats the draws of the rows, one a loss term."""
+    """Return Λ `[N, V, V]`, the loss' divisor included; "mc" repeats the draws of the rows."""
     N, V = z.shape[0], z[0].numel()
     if kind in ("exact", "ggn"):
         H = hessian(lambda flat: loss(flat.view(z.shape), targets))(z.flatten()).view(N, V, N, V)
         return torch.stack([H[n, :, n] for n in range(N)])
     if kind == "mc":
-        drawn = loss_terms(loss, z, targets).sampled(1, torch.Generator().manual_seed(seed))
+        drawn = loss_terms(loss, z, targets).sampled(Draws(1, torch.Generator().manual_seed(seed)))
         cotangents = drawn.transpose(0, 1).reshape(N, -1, V)
         return cotangents.mT @ cotangents
     factor, terms, X = 0.5 if isinstance(loss, HalfSquaredError) else 1.0, unreduced(loss), z[0, 0].numel()

@@ -111,7 +111,7 @@ def test_there_is_no_matrix_until_all_blocks_have_curvature() -> None:
     ):  # fmt: skip
         with pytest.raises(StateError, match=r"Since rebind, there is no curvature of 0, 2: call update\(rows\)"):
             verb()
-    with pytest.raises(ValueError, match="kind 'empirical' cannot be added to a state of kind 'exact'"):
+    with pytest.raises(ValueError, match="others: kind is 'empirical', and was 'exact'"):
         structure.update(sqrt_fisher(perceptron(8), LOSS, draw(3, 4), torch.arange(3), "empirical"), 0.5)
     same = cf.Diagonal().update(before)
     expected = same.to_dense()

@@ -24,7 +24,7 @@ PLAIN = [a for a in ARCHITECTURES if a.output is None and a.name != "one-output"
 
 def draw(kind: str, seed: int = 0, draws: int = 1) -> Pass:
     mc = kind == "mc"
-    return Pass(kind, draws if mc else 1, torch.Generator().manual_seed(seed), joint=mc)  # type: ignore[arg-type]
+    return Pass(kind, draws if mc else 1, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
 
 
 def collect(
@@ -53,11 +53,10 @@ def check(case: Architecture, losses: LossCase, kind: str, reduction: str) -> No
     rows = found.rows
     assert rows is not None
     S, g = rows.dense(), rows.space.flatten(gradient(model))
-    if kind != "mc" or outputs(model, inputs).ndim == 2:
-        expected = sqrt_fisher(model, loss, inputs, targets, kind, generator=generator)  # type: ignore[arg-type]
-        assert_close(S, expected.dense())
-        for what in ("kind", "count", "terms", "reduction"):
-            assert getattr(rows, what) == getattr(expected, what)
+    expected = sqrt_fisher(model, loss, inputs, targets, kind, generator=generator)  # type: ignore[arg-type]
+    assert_close(S, expected.dense())
+    for what in ("kind", "count", "terms", "reduction", "per"):
+        assert getattr(rows, what) == getattr(expected, what)
         assert_close(rows.sample_weights, expected.sample_weights)
     if found.coefficients is not None:
         assert_close(found.coefficients @ S, g, 1e-9)

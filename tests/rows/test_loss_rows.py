@@ -15,7 +15,7 @@ import curvlab.rows
 from curvlab.errors import StateError
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import merge, sqrt_fisher
-from curvlab.rows.loss import identity_cotangents, likelihood, loss_terms
+from curvlab.rows.loss import Draws, identity_cotangents, likelihood, loss_terms
 from curvlab.testing.oracle import (
     assert_close,
     count_of,
@@ -51,7 +51,8 @@ def test_kinds_equal_their_definitions(case: LossCase, reduction: str, network: 
     assert exact.shape == (CLASSES * positions, 3)
     assert empirical.shape == (positions, 3)
     mc = sqrt_fisher(model, loss, x, y, kind="mc", draws=2, generator=generator())
-    assert mc.shape == (2 * positions, 3)
+    assert mc.shape == (2, 3)
+    assert sqrt_fisher(model, loss, x, y, "mc", draws=2, generator=generator(), rows="term").shape == (2 * positions, 3)
     weights = term_weights(loss, z, y).mean(1).reshape(3, -1).sum(1)
     for rows in (exact, empirical, mc):
         assert rows.count == pytest.approx(count_of(loss, z, y), rel=1e-12)
@@ -141,9 +142,9 @@ def test_processes_that_share_a_batch_draw_what_one_would(case: LossCase) -> Non
     model, x = architecture("mlp").make(N=6)
     z = outputs(model, x)
     loss, y = case.make(z, "sum")
-    whole = loss_terms(loss, z, y).sampled(2, generator())
+    whole = loss_terms(loss, z, y).sampled(Draws(2, generator()))
     parts = [
-        loss_terms(loss, z[n], y[n]).sampled(2, generator(), share=(n.start, 6)) for n in (slice(0, 2), slice(2, 6))
+        loss_terms(loss, z[n], y[n]).sampled(Draws(2, generator(), (n.start, 6))) for n in (slice(0, 2), slice(2, 6))
     ]
     assert_close(torch.cat(parts, dim=1), whole)
 
@@ -160,14 +161,14 @@ def test_mean_of_mc_is_exact(case: LossCase, network: str, reduction: str, monke
     exact = fisher(sqrt_fisher(model, loss, x, y))
     if isinstance(loss, nn.CrossEntropyLoss):
         monkeypatch.setattr(likelihood, "classes_at", lambda _, u: torch.arange(C)[:, None, None].expand(u.shape))
-        rows = sqrt_fisher(model, loss, x, y, kind="mc", draws=C, generator=generator())
+        rows = sqrt_fisher(model, loss, x, y, kind="mc", draws=C, generator=generator(), rows="term")
         p = z.softmax(1).reshape(2, C, -1)
         probability = p.permute(1, 2, 0).flatten()
     else:
         H = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=z.dtype)
 
         fake_noise(monkeypatch, lambda samples, N, C, X: H[:, 1:].view(samples, 1, C, 1).expand(samples, N, C, X))
-        rows = sqrt_fisher(model, loss, x, y, kind="mc", draws=4, generator=generator())
+        rows = sqrt_fisher(model, loss, x, y, kind="mc", draws=4, generator=generator(), rows="term")
         probability = torch.full((rows.R,), 0.25, dtype=z.dtype)
     S = rows.dense()
     draws = rows.shape[0] // z[0, 0].numel()

@@ -315,6 +315,8 @@ class TestOptions:
             sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind="emprical")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"Unknown kind 'full'\. Known: exact, ggn, mc, empirical"):
             sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, kind="full")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"Unknown rows 'samples'\. Did you mean 'sample'\?"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, rows="samples")  # type: ignore[arg-type]
 
     def test_monte_carlo_needs_a_generator(self) -> None:
         model, x = model_and_inputs()
@@ -323,7 +325,7 @@ class TestOptions:
 
     def test_options_of_monte_carlo_elsewhere(self) -> None:
         model, x = model_and_inputs()
-        with pytest.raises(ValueError, match="draws=3 has a meaning for kind='mc' only, not for 'exact'"):
+        with pytest.raises(ValueError, match="draws=3 has a meaning for kind='mc' and for rows='signs' only, not for 'exact'"):
             sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, draws=3)
         with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
             sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, "mc", draws=0, generator=torch.Generator())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import MultiTask, Scaled
 from curvlab.rows.loss.composed import multi_task, scaled
+from curvlab.rows.loss.likelihood import Draws
 from curvlab.rows.loss.own import (
     WRAP,
     bound_to_samples,
@@ -28,14 +29,16 @@ from curvlab.rows.loss.own import (
 )
 from curvlab.rows.loss.root import DiagonalRoot, OutputRoot, restored
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
-from curvlab.rows.loss.terms import Kind, LossTerms, flat_outputs, identity_cotangents
+from curvlab.rows.loss.terms import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents
 
 __all__ = [
     "LOSSES",
     "DiagonalRoot",
+    "Draws",
     "Kind",
     "LossTerms",
     "OutputRoot",
+    "RowPer",
     "bound_to_samples",
     "check_loss",
     "divisor",

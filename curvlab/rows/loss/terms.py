@@ -8,6 +8,14 @@ s_i, the gradient of term i without its weight:
     mc          √(w_i/count) times a random row: a score at a target that the model draws, Λ^{1/2}ε for squared errors
     empirical   √(w_i/count) s_i, element-wise losses summed over the C elements of a position
 
+What a row stands for, where a sample has several terms (positions of an output with extra axes):
+
+    term    a row a term
+    sample  one row a sample. mc: the sum of its terms' draws, which are independent, so that their covariances add up.
+            empirical: Σ_i w_i s_i/√count, another matrix, made of whole gradients of samples
+    signs   empirical: one row a draw, Σ_i ε_i √(w_i/count) s_i with random signs; the expectation is that of a row a term
+    batch   empirical: one row, the gradient of the loss of the batch
+
 Shapes: outputs `[N, C, X]` with X the product of the extra axes (1 without any); cotangents `[V, N, C, X]`, rows of one
 position v-ordered as (k, x), x innermost.
 """
@@ -26,6 +34,7 @@ from curvlab.rows.loss.likelihood import Draws, Lay, Likelihood
 from curvlab.rows.loss.root import OutputRoot
 
 Kind = Literal["exact", "ggn", "mc", "empirical"]
+RowPer = Literal["term", "sample", "signs", "batch"]
 Reduction = Literal["mean", "sum"]
 
 
@@ -95,31 +104,34 @@ class LossTerms:
 
     def sampled(
         self,
-        draws: int,
-        generator: torch.Generator,
-        *,
-        joint: bool = False,
-        share: tuple[int, int] | None = None,
+        draws: Draws,
+        per: RowPer = "sample",
     ) -> Float[Tensor, "V N C X"]:
         """Draw rows whose covariance is Λ/count, divided by √draws.
 
         Args:
-            draws: random rows of a loss term.
-            generator: source of the draws.
-            joint: whether all positions of a sample share a row, as draws of different positions are independent, or
-                each has its own.
-            share: see `Draws`.
+            draws: how many rows of a loss term, and from what.
+            per: whether all positions of a sample share a row, as draws of different positions are independent, or each has
+                its own.
         """
-        scale = (self.weight / (self._divisor * draws)).sqrt()
-        rows = self.likelihood.draw(Draws(draws, generator, share)) * scale
-        return rows if joint else _one_row_a_position(rows)
+        rows = self.likelihood.draw(draws) * (self.weight / (self._divisor * draws.count)).sqrt()
+        return _one_row_a_position(rows) if per == "term" else rows
 
-    def empirical(self, *, joint: bool = False) -> Float[Tensor, "V N C X"]:
-        """Return the scaled gradients of the loss terms, or if `joint` those of samples: w_i s_i/√count over positions."""
-        if joint:
-            row: Tensor = self.weight * self.score / self._divisor**0.5
-            return row[None]
-        return _one_row_a_position(((self.weight / self._divisor).sqrt() * self.score)[None])
+    def empirical(self, per: RowPer = "term", draws: Draws | None = None) -> Float[Tensor, "V N C X"]:
+        """Return the scaled gradients of the loss terms, or sums of them.
+
+        Args:
+            per: what a row stands for, see above.
+            draws: of the signs.
+        """
+        if per == "signs":
+            assert draws is not None
+            rows = (self.weight / (self._divisor * draws.count)).sqrt() * self.score
+            return rows * (2 * draws.of(torch.rand, self.score[:, :1]).round() - 1)
+        if per == "term":
+            return _one_row_a_position(((self.weight / self._divisor).sqrt() * self.score)[None])
+        row: Tensor = self.weight * self.score / self._divisor ** (0.5 if per == "sample" else 1.0)
+        return row[None]
 
     def relaid(self, lay: Lay) -> LossTerms:
         """Bring the terms into another layout of samples and positions."""
