@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from curvlab.rows.packed import is_packed, length, taken
 from curvlab.rows.passes import ModelInputs
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Recorder, form
+from curvlab.rows.spread import Shared, learn, repeats, spread
 from curvlab.rows.sweep import (
     Arguments,
     MakeCotangents,
@@ -59,30 +60,26 @@ def sweep(
     inputs: ModelInputs,
     make_cotangents: MakeCotangents,
     known: Signatures,
+    shared: Shared,
     without: Collection[str] = (),
 ) -> SweepResult:
     """Propagate the cotangents through the model and keep the rows factored, but for parameters named in `without`.
 
-    What its graph tells is looked up in `known`, or added.
+    What its graph tells is looked up in `known`, or added; layers that all samples share in `shared`, see `curvlab.rows.spread`.
 
     Raises:
         UnsupportedModel: naming the layer and the remedy.
     """
     owners = owners_of(model)
     samples = inputs.samples
-    recorder = Recorder([o for o in owners if o.ruled and not set(without) & set(o.names.values())])
     with decomposing(model, owners), differentiable_attention():
-        handles = recorder.hook()
-        try:
-            with torch.enable_grad(), unwatched(model):
-                chosen = inputs.outputs(model)
-                z = samples.lay_out(chosen)
-        finally:
-            for handle in handles:
-                handle.remove()
-        cotangents = make_cotangents(chosen.detach())
-        N = cotangents.shape[1]
+        ruled = [o for o in owners if o.ruled and not set(without) & set(o.names.values())]
+        recorder, chosen, z = _forward(model, inputs, ruled, shared)
+        if learn(shared, model, inputs.arguments, recorder, samples, z):
+            recorder, chosen, z = _forward(model, inputs, ruled, shared)
+        N = len(z)
         graph_signature = signature_of(z, recorder.made, trainable(model), samples.along_first(N), known)
+        cotangents = make_cotangents(chosen.detach())
         factored = recorder.calls(samples, N, graph_signature)
         others = [owner for owner in owners if owner not in factored]
         calls = list(dict.fromkeys(made for own in factored.values() for made in own))
@@ -110,6 +107,19 @@ def sweep(
     return SweepResult(
         chosen.detach(), cotangents, in_parameter_order(trainable(model), [*layers, *dense]), graph_signature, graph
     )
+
+
+def _forward(
+    model: nn.Module, inputs: ModelInputs, ruled: Sequence[Owner], shared: Shared
+) -> tuple[Recorder, Tensor, Tensor]:
+    """Call a model; returns what the layers of owners were called on, the chosen outputs, and these in the layout of rows."""
+    recorder, samples = Recorder(ruled), inputs.samples
+    with spread(repeats(ruled, shared), samples.before), ExitStack() as hooks:
+        for handle in recorder.hook():
+            hooks.callback(handle.remove)
+        with torch.enable_grad(), unwatched(model):
+            chosen = inputs.outputs(model)
+            return recorder, chosen, samples.lay_out(chosen)
 
 
 def backward(

@@ -35,6 +35,7 @@ from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.returned import Returned
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Samples
+from curvlab.rows.spread import probe, repeats, spread
 from curvlab.rows.sweep import Arguments, detached, in_parameter_order
 
 PROPORTIONAL = 1e-2
@@ -163,6 +164,19 @@ class Collector(AbstractContextManager["Collector"]):
         self._arguments = detached((args, kwargs))
         self._entered = _versions(self._arguments)
         self._samples = self._given or Samples.of(self._arguments)
+        self._spread(self._arguments)
+
+    def _spread(self, arguments: Arguments) -> None:
+        """Let layers that all samples share see every sample in this pass."""
+        ruled = [owner for owner in self._owners if owner.ruled]
+        if not self._checks.probed and self._how is not None and self._samples.before() is not None:
+            with self._watch.kept_quiet():
+                probe(self._checks.shared, self._model, arguments, ruled, self._samples)
+            self._checks.probed = True
+        of_pass = spread(
+            repeats(ruled, self._checks.shared), lambda: self._samples.before() if self._is_watching() else None
+        )
+        self._leave.enter_context(of_pass)
 
     def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
         if self._is_watching():

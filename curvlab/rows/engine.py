@@ -58,8 +58,10 @@ def _sweep(
             if chosen == "backpack":
                 sweep_result = backpack.sweep(model, inputs, make_cotangents)
             else:
-                known = checks_of(once_for).signatures
-                sweep_result = autograd.sweep(model, inputs, make_cotangents, known, unfactored(once_for))
+                checks = checks_of(once_for)
+                sweep_result = autograd.sweep(
+                    model, inputs, make_cotangents, checks.signatures, checks.shared, unfactored(once_for)
+                )
         check_finite(sweep_result)
         wrong = wrong_rows(model, forward, sweep_result, chosen, once_for)
         return replace(sweep_result, graph=None), wrong

@@ -30,6 +30,7 @@ from curvlab.errors import UnsupportedModel
 from curvlab.rows.graph_signature import GraphSignature, Signatures, remember
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import trainable
+from curvlab.rows.spread import Shared
 from curvlab.rows.sweep import SweepResult, unhooked
 
 logger = logging.getLogger("curvlab")
@@ -52,11 +53,15 @@ class Checks:
         signatures: what graphs have told.
         verified: parameters whose rows were right, by the kind of pass.
         announced: whether it has been said that all passes are compared.
+        shared: layers that all samples share, see `curvlab.rows.spread`.
+        probed: whether a pass of the user's own has been preceded by one that looks for these.
     """
 
     signatures: Signatures = field(default_factory=dict)
     verified: dict[Hashable, set[str]] = field(default_factory=dict)
     announced: bool = False
+    shared: Shared = field(default_factory=dict)
+    probed: bool = False
 
     def due(self, kind: Hashable, graph_signature: GraphSignature, names: Collection[str]) -> bool:
         """Whether rows of a pass are to be compared."""

@@ -43,7 +43,7 @@ class Slot:
     stop: int
     input_first: int = 0
 
-    def columns(self, value: Float[Tensor, "..."], units: int) -> Float[Tensor, "... units width"]:
+    def columns(self, value: Tensor, units: int) -> Float[Tensor, "... units width"]:
         """Lay out the parameter, or tensors of its shape behind leading axes, as columns of the layer's matrix."""
         lead = value.shape[: value.ndim - len(self.shape)]
         if self.input_first:

@@ -127,6 +127,20 @@ class Recorder:
             and all(_has_samples_first(call, samples, count) for call in calls)
         }
 
+    def shared(self, samples: Samples, count: int, graph_signature: GraphSignature) -> list[Call]:
+        """Return the last calls of layers that were called on tensors without samples on their first axis only; see `calls`."""
+        made = self.made
+        misplaced = {made[number] for number in graph_signature.misplaced}
+        return [
+            calls[-1]
+            for use, calls in self._calls.items()
+            if calls
+            and use not in self._transformed
+            and all(
+                call.inputs and (call in misplaced or not _has_samples_first(call, samples, count)) for call in calls
+            )
+        ]
+
 
 def _has_samples_first(call: Call, samples: Samples, count: int) -> bool:
     """Whether the first input of a call is a tensor with the samples on its first axis."""

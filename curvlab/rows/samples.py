@@ -69,6 +69,10 @@ class Samples:
             return entries
         return self.lengths[0]
 
+    def before(self) -> int | None:
+        """Return the number of samples that the model's inputs tell before it is called; None if they do not."""
+        return self.lengths[0] if self.lengths and not self.interact else None
+
     def choose(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
         """Return the outputs that carry rows, as the loss takes them."""
         return z

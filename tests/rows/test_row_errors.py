@@ -325,7 +325,9 @@ class TestOptions:
 
     def test_options_of_monte_carlo_elsewhere(self) -> None:
         model, x = model_and_inputs()
-        with pytest.raises(ValueError, match="draws=3 has a meaning for kind='mc' and for rows='signs' only, not for 'exact'"):
+        with pytest.raises(
+            ValueError, match="draws=3 has a meaning for kind='mc' and for rows='signs' only, not for 'exact'"
+        ):
             sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, draws=3)
         with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
             sqrt_fisher(model, nn.CrossEntropyLoss(), x, LABELS, "mc", draws=0, generator=torch.Generator())

@@ -1,0 +1,166 @@
+"""Layers that all samples share, such as a table of positions.
+
+What such a layer is called on has no samples on its first axis, so that the gradient at its output is a sum over samples. Where its
+input is repeated for every sample, its output has the samples in front; a model that adds it to what has samples anyway, by
+broadcasting, computes the same. Then its rows are factored as those of any layer. Whether the model does is tried once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from curvlab.rows.graph_signature import signature_of
+from curvlab.rows.owners import Owner
+from curvlab.rows.record import Recorder
+from curvlab.rows.samples import Samples
+from curvlab.rows.sweep import Arguments, left_as_found
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How the input of a layer is repeated for every sample.
+
+    Attributes:
+        axes: of an input that all samples share.
+        holds_place: whether the first one of them has one entry, in place of the samples.
+    """
+
+    axes: int
+    holds_place: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> Repeat:
+        """Return how an input that all samples share is repeated."""
+        return cls(x.ndim, x.ndim > 1 and len(x) == 1)
+
+    def __call__(self, x: Tensor, samples: int) -> Tensor:
+        """Repeat an input, unless what it was computed from has been."""
+        if x.ndim != self.axes or (self.holds_place and len(x) != 1):
+            return x
+        return x.expand(samples, *x.shape[self.holds_place :])
+
+
+Shared = dict[str, Repeat | None]
+"""Layers that all samples share, by name, and how their inputs are repeated; None where the model does not allow that."""
+
+
+@contextmanager
+def spread(repeats: Mapping[nn.Module, Repeat], samples: Callable[[], int | None]) -> Iterator[None]:
+    """Repeat what modules are called on within the block, once for every sample.
+
+    Args:
+        repeats: layers that all samples share.
+        samples: their number N when a module is called; None to leave the inputs.
+    """
+
+    def on_call(how: Repeat, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        N = samples()
+        if N is None:
+            return args, kwargs
+        if args and isinstance(args[0], Tensor):
+            return (how(args[0], N), *args[1:]), kwargs
+        return args, {name: how(x, N) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+
+    handles = [
+        module.register_forward_pre_hook(partial(on_call, how), with_kwargs=True) for module, how in repeats.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def repeats(owners: Sequence[Owner], shared: Shared) -> dict[nn.Module, Repeat]:
+    """Return the layers of owners that are known to allow it, and how their inputs are repeated."""
+    uses = [use for owner in owners for use in owner.uses]
+    return {use.module: how for use in uses if (how := shared.get(use.name)) is not None}
+
+
+def probe(shared: Shared, model: nn.Module, arguments: Arguments, owners: Sequence[Owner], samples: Samples) -> None:
+    """Find out in a pass of its own, before the first one that counts, which layers all samples share; see `learn`.
+
+    Cost: up to three forward passes, with random numbers of their own.
+    """
+    recorder = Recorder(owners)
+    with ExitStack() as hooks, torch.enable_grad():
+        for handle in recorder.hook():
+            hooks.callback(handle.remove)
+        returned = _returned(model, arguments)
+    N = samples.before()
+    outputs = (x for x in returned if x.is_floating_point() and x.ndim > 1 and samples.count(len(x)) == N)
+    z = next(outputs, None)
+    if z is not None:
+        learn(shared, model, arguments, recorder, samples, samples.lay_out(z))
+
+
+def learn(
+    shared: Shared, model: nn.Module, arguments: Arguments, recorder: Recorder, samples: Samples, z: Tensor
+) -> bool:
+    """Find out of which layers that all samples share the inputs can be repeated, one after the other if not of all.
+
+    Args:
+        shared: what is known; what is found is added.
+        model: the model.
+        arguments: what it was called on.
+        recorder: has recorded the pass.
+        samples: what a sample is.
+        z: output, in the layout of rows, with its graph.
+
+    Returns:
+        Whether any was found.
+    """
+    N = samples.before()
+    if N is None or len(z) != N:
+        return False
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    signature = signature_of(z, recorder.made, parameters, N, {})
+    calls = [call for call in recorder.shared(samples, N, signature) if call.use.name not in shared]
+    found = {call.use: Repeat.of(call.inputs[0]) for call in calls}
+    together = bool(found) and _allows(model, arguments, {use.module: how for use, how in found.items()}, N)
+    for use, how in found.items():
+        alone = together or (len(found) > 1 and _allows(model, arguments, {use.module: how}, N))
+        shared[use.name] = how if alone else None
+    return any(shared[use.name] is not None for use in found)
+
+
+def _allows(model: nn.Module, arguments: Arguments, tried: Mapping[nn.Module, Repeat], samples: int) -> bool:
+    """Whether a model returns the same where the inputs of some of its layers are repeated for every sample."""
+    with torch.no_grad():
+        plain = _returned(model, arguments)
+        try:
+            with spread(tried, lambda: samples):
+                other = _returned(model, arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # A model can fail in any way where a tensor has an axis more.
+            return False
+    return len(plain) == len(other) and all(map(_alike, plain, other))
+
+
+def _returned(model: nn.Module, arguments: Arguments) -> list[Tensor]:
+    """Call a model, with the same random numbers every time, and return the tensors in what it returns."""
+    args, kwargs = arguments
+    devices = list({p.device for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices), left_as_found(model):
+        torch.manual_seed(0)
+        returned = model(*args, **kwargs)
+    return [
+        x for x in tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned) if isinstance(x, Tensor)
+    ]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=torch.finfo(one.dtype).eps ** 0.5, equal_nan=True)
