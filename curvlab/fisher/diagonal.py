@@ -98,6 +98,7 @@ class Diagonal(Structure, key="diagonal", summary="the diagonal of F", look=Look
     """
 
     averages = True
+    by_layer = True
     adds = True
 
     def __init__(self, *, rtol: float | None = None) -> None:

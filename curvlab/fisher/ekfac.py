@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, BlockState, RunningAverage
+from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage
+from curvlab.fisher.intake import Intake
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import EmbeddingBlock, KroneckerBlock, KroneckerOptions, LinearBlock, Sharing
 from curvlab.fisher.state import batches_of
@@ -68,6 +69,12 @@ class _Corrected(KroneckerBlock):
         self.corrections.restore({key: state[f"corrections.{key}"] for key in ("total", "weight")})
 
 
+def _correct(block: Block, batch: Batch) -> None:
+    """Average the diagonal of a block in its present basis; exact blocks have none."""
+    if isinstance(block, _Corrected):
+        block.correct(batch)
+
+
 class _LinearEKFAC(_Corrected, LinearBlock):
     """EKFAC of Linear and convolutions."""
 
@@ -115,8 +122,18 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
 
     def _correct(self, batches: Iterable[Batch]) -> None:
         for block, batch in zip(self._blocks, batches, strict=True):
-            if isinstance(block, _Corrected):
-                block.correct(batch)
+            _correct(block, batch)
+
+    def intake(self, head: Rows, number: int, *, first: bool) -> Intake:
+        """Return what takes factors in the first pass, corrections in their basis in the second."""
+        if number == 0:
+            return super().intake(head, number, first=first)
+        return self._intake(head, 0.0 if first else 1.0, _correct)
+
+    def take_in(self, intake: Intake, number: int) -> None:
+        """End a batch; the second pass adds nothing to what is known of the first."""
+        if number == 0:
+            super().take_in(intake, number)
 
     def _absorb(self, rows: Rows, number: int, *, first: bool) -> None:
         """Add a batch to the factors in the first pass, to the corrections in their basis in the second."""

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError, Weightless
+from curvlab.fisher.intake import Intake
 from curvlab.fisher.state import State
 from curvlab.rows import Rows
 from curvlab.rows.batches import shuffles
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss.terms import weightless
 from curvlab.rows.passes import Pass
 from curvlab.tools import storage
@@ -73,6 +75,7 @@ class Fitting:
     Attributes:
         structure: takes the rows.
         rows_of: forms those of a batch.
+        stream: hands on the rows of a batch layer by layer, for structures that treat every layer by itself.
         batches: the data.
         generator: of draws; every pass starts from its present state.
         checkpoint: None to keep none.
@@ -81,6 +84,7 @@ class Fitting:
 
     structure: State
     rows_of: Callable[[Any], Rows]
+    stream: Callable[[Any, Callable[[Rows], Callable[[LayerRows], None]]], None]
     batches: Any
     generator: torch.Generator | None
     checkpoint: Checkpoint | None
@@ -122,13 +126,27 @@ class Fitting:
 
     def _absorb(self, batch: Any, number: int) -> None:
         """Add a batch, unless none of its targets counts."""
+        first = self._at.absorbed == 0
         try:
-            rows = self._rows(batch)
+            if self.structure.by_layer:
+                self._take_in(batch, number, first=first)
+            else:
+                self.structure._absorb(self._rows(batch), number, first=first)
         except Weightless:
             logger.info("Batch %d of pass %d has no target that carries weight.", self._at.done + 1, number + 1)
             return
-        self.structure._absorb(rows, number, first=self._at.absorbed == 0)
         self._at.absorbed += 1
+
+    def _take_in(self, batch: Any, number: int, *, first: bool) -> None:
+        """Add a batch layer by layer."""
+        intakes: list[Intake] = []
+
+        def open_(head: Rows) -> Callable[[LayerRows], None]:
+            intakes.append(self.structure.intake(head, number, first=first))
+            return intakes[0].take
+
+        self.stream(batch, open_)
+        self.structure.take_in(intakes[0], number)
 
     def _rows(self, batch: Any) -> Rows:
         """Form the rows of a batch, those of an only one once for all passes."""

@@ -21,12 +21,13 @@ Izadi et al. 2020 (graphs).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal
 
 from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
+from curvlab.fisher.intake import Intake
 from curvlab.fisher.kronecker import (
     EmbeddingBlock,
     KFACBlock,
@@ -67,6 +68,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     """
 
     averages = True
+    by_layer = True
     adds = True
     linear: type[LinearBlock] = _LinearKFAC
     embedding: type[EmbeddingBlock] = _EmbeddingKFAC
@@ -91,10 +93,15 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
         blocks = [self._make_block(layer) for layer in rows.layers]
-        kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
-        for turn, block in enumerate(kronecker):
-            block.stagger(turn, len(kronecker))
+        _stagger(blocks)
         return blocks
+
+    def take_in(self, intake: Intake, number: int) -> None:
+        """End a batch that has arrived layer by layer."""
+        begins = self._shapes is None
+        super().take_in(intake, number)
+        if begins:
+            _stagger(self._blocks)
 
     def _prepare(self, damping: float) -> None:
         super()._prepare(damping)
@@ -126,3 +133,10 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             return [f"{what}: {', '.join(names)}"] if names else []
 
         return named("exact blocks", RowBlock) + named("diagonal", DiagonalBlock)
+
+
+def _stagger(blocks: Sequence[Block]) -> None:
+    """Let layers take turns in making inverses anew."""
+    kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
+    for turn, block in enumerate(kronecker):
+        block.stagger(turn, len(kronecker))

@@ -8,7 +8,7 @@ until it is forgotten, but it is no part of the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from operator import mul
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from curvlab.errors import StateError
 from curvlab.fisher.block import Batch, Block, RunningAverage, Total
+from curvlab.fisher.intake import Intake
 from curvlab.fisher.memory import check_memory
 from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
 from curvlab.rows import Rows, merge
@@ -61,6 +62,9 @@ class State(ABC):
         """Leave the last batch out of copies and pickles."""
         return {**self.__dict__, "_latest": None}
 
+    by_layer: ClassVar[bool] = False
+    """Whether every layer is treated by itself, and of its rows only moments are needed, so that `fit` never holds those of all."""
+
     @property
     @abstractmethod
     def options(self) -> Mapping[str, object]:
@@ -88,6 +92,35 @@ class State(ABC):
             first: whether the batch is the first of its pass.
         """
         self.update(rows, 1.0)
+
+    def intake(self, head: Rows, number: int, *, first: bool) -> Intake:  # noqa: ARG002
+        """Return what takes a batch of a data set layer by layer, for `take_in`; see `_absorb`.
+
+        Args:
+            head: its rows, without layers.
+            number: of the pass over the data, from 0.
+            first: whether the batch is the first of its pass.
+        """
+        decay = 0.0 if self._shapes is None else 1.0
+        if self._shapes is not None:
+            self._check_fits(head, self._shapes, decay)
+        return self._intake(head, decay, lambda block, batch: block.update(batch))
+
+    def _intake(self, head: Rows, decay: float, absorb: Callable[[Block, Batch], None]) -> Intake:
+        known: dict[str, list[Block]] = {}
+        for block in self._blocks:
+            known.setdefault(block.name, []).append(block)
+        return Intake(
+            self.key, head, known, self._make_blocks, lambda blocks, rows: batches_of(blocks, rows, decay), absorb
+        )
+
+    def take_in(self, intake: Intake, number: int) -> None:  # noqa: ARG002
+        """End a batch that has arrived layer by layer."""
+        rows = intake.rows
+        if self._shapes is None:
+            self._blocks = intake.blocks
+        _add_count(self._counts, rows, 0.0 if self._shapes is None else 1.0)
+        self._shapes, self._latest, self._largest = rows, None, None
 
     def update(self: Own, rows: Rows, decay: float = 0.0, *, total: Total | None = None) -> Own:
         """Decay the state and add the rows of a batch.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,13 +25,13 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.nn.hooks import has_forward_hooks, unwatched
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.rows.graph_signature import Signatures, signature_of
+from curvlab.rows.graph_signature import GraphSignature, Signatures, deepest, signature_of
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
 from curvlab.rows.packed import is_packed, length, taken
 from curvlab.rows.passes import ModelInputs
 from curvlab.rows.products import chunks
-from curvlab.rows.record import Recorder, form
+from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.spread import Shared, learn, repeats, spread
 from curvlab.rows.sweep import (
     Arguments,
@@ -70,56 +70,162 @@ def sweep(
     Raises:
         UnsupportedModel: naming the layer and the remedy.
     """
+    with prepared(model, inputs, make_cotangents, known, shared, without) as forward:
+        layers, graph_signature = forward.layers()
+        graph = None if graph_signature.unknown is None else forward.z
+        in_order = in_parameter_order(trainable(model), layers)
+        return SweepResult(forward.chosen.detach(), forward.cotangents, in_order, graph_signature, graph)
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    inputs: ModelInputs,
+    make_cotangents: MakeCotangents,
+    known: Signatures,
+    shared: Shared,
+    without: Collection[str] = (),
+) -> Iterator[Forward]:
+    """Run the forward pass of a sweep; within the block, cotangents can go back through it. See `sweep`."""
     owners = owners_of(model)
     samples = inputs.samples
-    with decomposing(model, owners), differentiable_attention():
+    with decomposing(model, owners), differentiable_attention(), ExitStack() as leave:
         ruled = [o for o in owners if o.ruled and not set(without) & set(o.names.values())]
-        recorder, chosen, z = _forward(model, inputs, ruled, shared)
-        if learn(shared, model, inputs.arguments, recorder, samples, z):
-            recorder, chosen, z = _forward(model, inputs, ruled, shared)
+        recorder, chosen, z = _called(model, inputs, ruled, shared, leave)
+        signature = signature_of(z, recorder.made, trainable(model), samples.along_first(len(z)), known)
+        of_all = recorder.shared(samples, len(z), signature)
+        if learn(shared, model, inputs.arguments, ruled, samples, of_all):
+            leave.close()
+            recorder, chosen, z = _called(model, inputs, ruled, shared, leave)
+            signature = signature_of(z, recorder.made, trainable(model), samples.along_first(len(z)), known)
         N = len(z)
-        graph_signature = signature_of(z, recorder.made, trainable(model), samples.along_first(N), known)
-        cotangents = make_cotangents(chosen.detach())
-        factored = recorder.calls(samples, N, graph_signature)
+        factored = recorder.calls(samples, N, signature)
         others = [owner for owner in owners if owner not in factored]
-        calls = list(dict.fromkeys(made for own in factored.values() for made in own))
-        edges = [made.edge for made in calls]
-        if samples.interact:
-            largest = max((made.shape.numel() for made in calls), default=1)
-            gradients, dense = backward_over_graphs(
-                z, edges, cotangents, others, chunks(len(cotangents), MESSAGES * largest)
-            )
-        else:
-            dense = []
-            if others:
-                graph_signature = replace(
-                    graph_signature, unknown=f"{others[0].label}, whose rows are formed by calls on single samples"
-                )
-                at_output = cotangents_at(chosen, z, cotangents)
-                dense = dense_rows(model, inputs.arguments, inputs.output, chosen.detach(), at_output, N, others)
-            gradients = backward(z, edges, cotangents, keep=graph_signature.unknown is not None)
-    at = {
-        made: cotangents.new_zeros(len(cotangents), *made.shape) if g is None else g
-        for made, g in zip(calls, gradients, strict=True)
-    }
-    layers = [form(owner, {made: at[made] for made in own}, samples, N) for owner, own in factored.items()]
-    graph = None if graph_signature.unknown is None else z
-    return SweepResult(
-        chosen.detach(), cotangents, in_parameter_order(trainable(model), [*layers, *dense]), graph_signature, graph
-    )
+        yield Forward(model, inputs, chosen, z, make_cotangents(chosen.detach()), signature, factored, others)
 
 
-def _forward(
-    model: nn.Module, inputs: ModelInputs, ruled: Sequence[Owner], shared: Shared
+def _called(
+    model: nn.Module, inputs: ModelInputs, ruled: Sequence[Owner], shared: Shared, leave: ExitStack
 ) -> tuple[Recorder, Tensor, Tensor]:
-    """Call a model; returns what the layers of owners were called on, the chosen outputs, and these in the layout of rows."""
+    """Call a model; returns what the layers of owners were called on, the chosen outputs, and these in the layout of rows.
+
+    Until `leave` is closed, the graph holds the calls, which hold the graph.
+    """
     recorder, samples = Recorder(ruled), inputs.samples
+
+    def on_call(call: Call, output: Tensor) -> None:
+        if output.requires_grad:
+            leave.callback(output.register_hook(call.take_if_awaited).remove)
+
     with spread(repeats(ruled, shared), samples.before), ExitStack() as hooks:
-        for handle in recorder.hook():
+        for handle in recorder.hook(on_call):
             hooks.callback(handle.remove)
         with torch.enable_grad(), unwatched(model):
             chosen = inputs.outputs(model)
             return recorder, chosen, samples.lay_out(chosen)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass, through whose graph cotangents can go back.
+
+    Attributes:
+        model: the model.
+        inputs: what it was called on.
+        chosen: outputs that carry rows, as the loss takes them.
+        z: these in the layout of rows.
+        cotangents: rows at the outputs.
+        signature: what the graph tells.
+        factored: the calls of every owner with factored rows.
+        others: owners whose rows are formed otherwise.
+    """
+
+    model: nn.Module
+    inputs: ModelInputs
+    chosen: Tensor
+    z: Tensor
+    cotangents: Float[Tensor, "V N C ..."]
+    signature: GraphSignature
+    factored: Mapping[Owner, Sequence[Call]]
+    others: Sequence[Owner]
+
+    @property
+    def calls(self) -> list[Call]:
+        """Those of all factored layers, each once."""
+        return list(dict.fromkeys(call for own in self.factored.values() for call in own))
+
+    def layers(self) -> tuple[list[LayerRows], GraphSignature]:
+        """Return the rows of all layers, and what is known of the pass now."""
+        z, samples, cotangents, signature = self.z, self.inputs.samples, self.cotangents, self.signature
+        edges = [call.edge for call in self.calls]
+        if samples.interact:
+            largest = max((call.shape.numel() for call in self.calls), default=1)
+            pieces = chunks(len(cotangents), MESSAGES * largest)
+            gradients, dense = backward_over_graphs(z, edges, cotangents, self.others, pieces)
+        else:
+            dense = []
+            if self.others:
+                label = self.others[0].label
+                signature = replace(signature, unknown=f"{label}, whose rows are formed by calls on single samples")
+                at_output = cotangents_at(self.chosen, z, cotangents)
+                arguments, pick = self.inputs.arguments, self.inputs.output
+                dense = dense_rows(self.model, arguments, pick, self.chosen.detach(), at_output, len(z), self.others)
+            gradients = backward(z, edges, cotangents, keep=signature.unknown is not None)
+        at = {call: self._or_zero(call, g) for call, g in zip(self.calls, gradients, strict=True)}
+        layers = [self._form(owner, {call: at[call] for call in own}) for owner, own in self.factored.items()]
+        return [*layers, *dense], signature
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows can be taken layer by layer: one a sample, of samples that stay apart, all of them factored."""
+        return len(self.cotangents) == 1 and not self.others and not self.inputs.samples.interact
+
+    def stream(self, take: Callable[[LayerRows], None], *, keep: bool) -> None:
+        """Hand on the rows of every layer as soon as the reverse pass has reached it, and forget them.
+
+        Args:
+            take: called with the rows of one layer after the other.
+            keep: whether another pass through the graph follows; what layers were called on is kept, too.
+        """
+        waiting = {owner: len(own) for owner, own in self.factored.items()}
+        users: dict[Call, list[Owner]] = {}
+        for owner, own in self.factored.items():
+            for call in own:
+                users.setdefault(call, []).append(owner)
+
+        def arrived(call: Call) -> None:
+            for owner in users[call]:
+                waiting[owner] -= 1
+                if waiting[owner] == 0:
+                    hand_on(owner)
+
+        def hand_on(owner: Owner) -> None:
+            own = self.factored[owner]
+            take(
+                self._form(owner, {c: self._or_zero(c, None if c.gradient is None else c.gradient[None]) for c in own})
+            )
+            del waiting[owner]
+            for call in own:
+                if all(other not in waiting for other in users[call]):
+                    call.forget(inputs=not keep)
+
+        for call in users:
+            call.arrived = arrived
+        try:
+            edges = deepest([call.edge for call in users if call.edge is not None])
+            # What is returned has arrived.
+            backward(self.z, edges, self.cotangents, keep=keep)
+            for owner in list(waiting):
+                hand_on(owner)
+        finally:
+            for call in users:
+                call.arrived = None
+
+    def _or_zero(self, call: Call, gradient: Tensor | None) -> Tensor:
+        return self.cotangents.new_zeros(len(self.cotangents), *call.shape) if gradient is None else gradient
+
+    def _form(self, owner: Owner, gradients: Mapping[Call, Tensor]) -> LayerRows:
+        return form(owner, gradients, self.inputs.samples, len(self.z))
 
 
 def backward(

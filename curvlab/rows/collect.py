@@ -167,12 +167,13 @@ class Collector(AbstractContextManager["Collector"]):
         self._spread(self._arguments)
 
     def _spread(self, arguments: Arguments) -> None:
-        """Let layers that all samples share see every sample in this pass."""
+        """Let layers that all samples share see every sample in this pass; looked for among tables only, as positions are."""
         ruled = [owner for owner in self._owners if owner.ruled]
-        if not self._checks.probed and self._how is not None and self._samples.before() is not None:
+        checks, tables = self._checks, any(isinstance(owner.module, nn.Embedding) for owner in ruled)
+        if tables and not checks.probed and self._how is not None and self._samples.before() is not None:
             with self._watch.kept_quiet():
-                probe(self._checks.shared, self._model, arguments, ruled, self._samples)
-            self._checks.probed = True
+                probe(checks.shared, self._model, arguments, ruled, self._samples, checks.signatures)
+            checks.probed = True
         of_pass = spread(
             repeats(ruled, self._checks.shared), lambda: self._samples.before() if self._is_watching() else None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 from weakref import WeakKeyDictionary
@@ -14,19 +15,34 @@ from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.nn.hooks import unwatched
 from curvlab.rows import autograd, backpack
-from curvlab.rows.guard import checks_of, refuse, unfactored, without_factors, wrong_rows
+from curvlab.rows.autograd import Forward, prepared
+from curvlab.rows.guard import (
+    checks_of,
+    combined,
+    compare_combinations,
+    refuse,
+    unfactored,
+    weights,
+    without_factors,
+    wrong_rows,
+)
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import contiguous_gradients, trainable
 from curvlab.rows.passes import Engine, ModelInputs, Pass
 from curvlab.rows.sweep import (
     MakeCotangents,
     SweepResult,
     check_finite,
+    check_layer_finite,
     differentiable_recurrence,
     left_as_found,
     structural_twin,
 )
 
 logger = logging.getLogger("curvlab")
+
+Open = Callable[[Tensor], Callable[[LayerRows], None]]
+"""Is given a model's output, and returns what takes the rows of one layer after the other."""
 
 _announced: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
@@ -73,6 +89,78 @@ def _sweep(
             refuse(wrong)
     refuse(wrong)
     return sweep_result
+
+
+def checked_stream(
+    model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, how: Pass, open_: Open
+) -> None:
+    """Run one engine, checked, and hand on the rows of one layer after the other.
+
+    With one row a sample each is forgotten before the next one is formed. Where rows have to be compared first, that is done in
+    a reverse pass of its own.
+
+    Args:
+        model: any module.
+        inputs: what it is called on.
+        make_cotangents: chooses the rows at its outputs.
+        how: which rows.
+        open_: is given the model's output, and returns what takes the rows of a layer.
+    """
+    start = None if how.generator is None else how.generator.get_state()
+    if how.single and not isinstance(model, Linearized) and _choose(model, how, model) == "autograd":
+        if _stream(model, inputs, make_cotangents, open_):
+            return
+        if how.generator is not None and start is not None:
+            how.generator.set_state(start)
+    found = checked_sweep(model, inputs, make_cotangents, how)
+    take = open_(found.output)
+    for layer in found.layers:
+        take(layer)
+
+
+def _stream(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, open_: Open) -> bool:
+    """Whether the rows of layers could be handed on as a reverse pass reached them; nothing has been handed on if not."""
+    trainable(model)
+    checks = checks_of(model)
+    with (
+        left_as_found(model),
+        prepared(model, inputs, make_cotangents, checks.signatures, checks.shared, unfactored(model)) as forward,
+    ):
+        if not (forward.streams and _is_right(model, forward)):
+            return False
+        take = open_(forward.chosen.detach())
+
+        def take_finite(layer: LayerRows) -> None:
+            check_layer_finite(layer)
+            take(layer)
+
+        forward.stream(take_finite, keep=False)
+    return True
+
+
+def _is_right(model: nn.Module, forward: Forward) -> bool:
+    """Compare the rows of a pass with another reverse pass, if that is due."""
+    parameters, checks, signature = trainable(model), checks_of(model), forward.signature
+    shapes = tuple(call.inputs[0].shape for call in forward.calls)
+    kind = (
+        "stream",
+        forward.cotangents.shape,
+        forward.z.dtype,
+        tuple(parameters),
+        model.training,
+        signature.functions,
+        shapes,
+    )
+    if not checks.due(kind, signature, parameters):
+        return True
+    V, N = forward.cotangents.shape[:2]
+    w = weights(V, N, forward.z)
+    found: dict[str, Tensor] = {}
+    forward.stream(lambda layer: found.update(combined(layer, w)), keep=True)
+    wrong, verified = compare_combinations(parameters, forward.z, forward.cotangents, w, found)
+    if not wrong:
+        checks.add(kind, signature, verified)
+    return not wrong
 
 
 def _choose(model: nn.Module, how: Pass, announced_for: nn.Module) -> str:

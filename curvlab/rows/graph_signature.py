@@ -14,6 +14,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
@@ -98,7 +99,7 @@ def signature_of(
 
 def edge_of(x: Tensor) -> GradientEdge | None:
     """Return the edge of the graph at a tensor, if it has one."""
-    return get_gradient_edge(x) if x.requires_grad else None
+    return get_gradient_edge(x) if x.requires_grad and torch.is_grad_enabled() else None
 
 
 def nearest(z: Tensor, edges: Sequence[GradientEdge | None]) -> list[int]:
@@ -118,6 +119,26 @@ def nearest(z: Tensor, edges: Sequence[GradientEdge | None]) -> list[int]:
         else:
             stack.extend((node, nr) for node, nr in at[0].next_functions if node is not None)
     return sorted(found)
+
+
+def deepest(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
+    """Return the edges that depend on none of the others, so that a reverse pass to them goes through all."""
+    wanted = {edge.node for edge in edges}
+    above: set[Node] = set()
+    """Functions that depend on an edge."""
+    done: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(node, False) for node in wanted]
+    while stack:
+        node, visited = stack.pop()
+        following = [other for other, _ in node.next_functions if other is not None]
+        if visited:
+            if any(other in wanted or other in above for other in following):
+                above.add(node)
+        elif node not in done:
+            done.add(node)
+            stack.append((node, True))
+            stack.extend((other, False) for other in following)
+    return [edge for edge in edges if edge.node not in above]
 
 
 def remember(table: dict[Hashable, Entry], key: Hashable, entry: Entry, most: int) -> None:

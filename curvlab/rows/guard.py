@@ -179,19 +179,36 @@ def compare_with_reverse_pass(
 
     Cost: one reverse pass, another one where round-off has to be measured.
     """
-    V, N = layers[0].shape
+    w = weights(*layers[0].shape, z, coupled=coupled)
+    found = {name: value for layer in layers for name, value in combined(layer, w).items()}
+    return compare_combinations(parameters, z, cotangents, w, found)
+
+
+def weights(V: int, N: int, like: Tensor, *, coupled: bool = False) -> Float[Tensor, "V N"]:
+    """Return random weights of rows, the same every time; one for all samples if these interact."""
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu").to(z).expand(V, N)
+    drawn = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(like).expand(V, N)
+
+
+def combined(layer: LayerRows, w: Float[Tensor, "V N"]) -> dict[str, Tensor]:
+    """Combine the rows of a layer; the result by parameter."""
+    return layer.layout.split(layer.rmatvec(w.reshape(1, -1).to(layer.dtype))[0])
+
+
+def compare_combinations(
+    parameters: Mapping[str, Tensor],
+    z: Float[Tensor, "N C ..."],
+    cotangents: Float[Tensor, "V N C ..."],
+    w: Float[Tensor, "V N"],
+    found: Mapping[str, Tensor],
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Compare combinations of rows, by parameter, with one reverse pass; see `compare_with_reverse_pass`."""
     cotangent = torch.einsum("vn,vn...->n...", w, cotangents)
     expected = _pulled(z, parameters, cotangent)
     if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
         return (), frozenset()
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
-    found = {
-        name: value
-        for layer in layers
-        for name, value in layer.layout.split(layer.rmatvec(w.reshape(1, -1).to(layer.dtype))[0]).items()
-    }
     errors = {name: float((value - expected[name]).norm()) for name, value in found.items()}
     sizes = {name: float(expected[name].norm()) for name in found}
     limits = {name: eps**0.5 * size for name, size in sizes.items()}

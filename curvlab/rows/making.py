@@ -7,6 +7,7 @@ One backward sweep gives both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from curvlab.rows.engine import checked_sweep
+from curvlab.rows.engine import checked_stream, checked_sweep
+from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents
 from curvlab.rows.owners import trainable, widest
 from curvlab.rows.parameters import ParameterSpace
@@ -135,39 +137,89 @@ def sqrt_fisher(
 def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, how: Pass) -> Rows:
     """Return the rows of S; see `sqrt_fisher`. Samples with a `share` of a larger batch may lack targets that count."""
     asked = how.read(model, inputs)
-    targets = tree_map_only(Tensor, savable, targets)
-    of_rows = how.dtype or widest(trainable(model).values())
-
-    def terms_of(z: Tensor) -> LossTerms:
-        terms = asked.samples.terms(loss, z.to(how.dtype or torch.promote_types(z.dtype, of_rows)), targets)
-        terms.check(how.kind, part=how.share is not None)
-        return terms
-
-    def make_cotangents(z: Tensor) -> Tensor:
-        return how.at_output(terms_of(z)).view(-1, *asked.samples.lay_out(z).shape).to(z.dtype)
-
+    at = _AtOutput(model, loss, targets, asked.samples, how)
     keeps = how.spans_outputs and how.keep_jacobian
-    sweep_result = checked_sweep(model, asked, _every_output(asked.samples) if keeps else make_cotangents, how)
-    terms = terms_of(sweep_result.output)
+    sweep_result = checked_sweep(model, asked, _every_output(asked.samples) if keeps else at.cotangents, how)
+    terms = at.terms(sweep_result.output)
     root = terms.root() if how.spans_outputs else None
-    base = _jacobian_rows(model, sweep_result).to(of_rows) if keeps else None
+    base = _jacobian_rows(model, sweep_result).to(at.dtype) if keeps else None
     if base is None or root is None:
-        layers = tuple(layer.to(of_rows) for layer in sweep_result.layers)
+        layers = tuple(layer.to(at.dtype) for layer in sweep_result.layers)
     else:
         layers = tuple(layer.map_rows(root.apply) for layer in base.layers)
-    found = Rows(
-        layers=layers,
-        space=_space(model),
-        kind=how.kind,
-        count=terms.count,
-        terms=terms.terms,
-        reduction=terms.reduction,
-        sample_weights=terms.sample_weights,
-        per=how.per,
-        _jacobian=base,
-        root=root,
-    )
+    found = replace(at.rows(terms), layers=layers, _jacobian=base, root=root)
     return batch_row([found]) if how.per == "batch" else found
+
+
+@torch.inference_mode(False)
+def stream_of_loss(
+    model: nn.Module,
+    loss: nn.Module,
+    inputs: Any,
+    targets: Any,
+    how: Pass,
+    open_: Callable[[Rows], Callable[[LayerRows], None]],
+) -> None:
+    """Hand on the rows of S layer by layer, so that those of all layers need not be in memory; see `sqrt_fisher`.
+
+    Args:
+        model: as in `sqrt_fisher`.
+        loss: as there.
+        inputs: as there.
+        targets: as there.
+        how: which rows.
+        open_: is given rows without layers, and returns what takes the rows of one layer after the other.
+    """
+    asked = how.read(model, inputs)
+    at = _AtOutput(model, loss, targets, asked.samples, how)
+
+    def opened(output: Tensor) -> Callable[[LayerRows], None]:
+        rows = at.rows(at.terms(output))
+        at.forget()
+        of_batch = how.per == "batch"
+        take = open_(replace(rows, sample_weights=rows.sample_weights.sum(0, keepdim=True)) if of_batch else rows)
+        return lambda layer: take(layer.of_batch().to(at.dtype) if of_batch else layer.to(at.dtype))
+
+    checked_stream(model, asked, at.cotangents, how, opened)
+
+
+class _AtOutput:
+    """The loss at the outputs of a model, and what rows of S have in common."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module, targets: Any, samples: Samples, how: Pass) -> None:
+        self.model, self.loss, self.samples, self.how = model, loss, samples, how
+        self.targets = tree_map_only(Tensor, savable, targets)
+        self.dtype = how.dtype or widest(trainable(model).values())
+        self._terms: LossTerms | None = None
+
+    def terms(self, z: Tensor) -> LossTerms:
+        """Take the loss apart, once for all that is asked of a pass."""
+        if self._terms is None:
+            dtype = self.how.dtype or torch.promote_types(z.dtype, self.dtype)
+            self._terms = self.samples.terms(self.loss, z.to(dtype), self.targets)
+            self._terms.check(self.how.kind, part=self.how.share is not None)
+        return self._terms
+
+    def forget(self) -> None:
+        """Let go of the terms, which are several times as large as the outputs."""
+        self._terms = None
+
+    def cotangents(self, z: Tensor) -> Tensor:
+        """Return the rows at the output, in the layout of rows."""
+        return self.how.at_output(self.terms(z)).view(-1, *self.samples.lay_out(z).shape).to(z.dtype)
+
+    def rows(self, terms: LossTerms) -> Rows:
+        """Return rows without layers."""
+        return Rows(
+            layers=(),
+            space=_space(self.model),
+            kind=self.how.kind,
+            count=terms.count,
+            terms=terms.terms,
+            reduction=terms.reduction,
+            sample_weights=terms.sample_weights,
+            per=self.how.per,
+        )
 
 
 def _every_output(samples: Samples) -> MakeCotangents:

@@ -38,7 +38,8 @@ class Call:
         shape: shape of its output.
         edge: edge of the graph at its output, None without a gradient.
         sources: edges at those inputs that depend on parameters.
-        gradient: gradient at its output, once a backward pass of the user has brought it.
+        gradient: gradient at its output, once a backward pass that is listened to has brought it.
+        arrived: what to do then.
     """
 
     use: LayerUse
@@ -47,6 +48,19 @@ class Call:
     edge: GradientEdge | None
     sources: Sequence[GradientEdge]
     gradient: Tensor | None = None
+    arrived: Callable[[Call], None] | None = None
+
+    def take_if_awaited(self, gradient: Tensor) -> None:
+        """Take the gradient at the output, if something is to be done with it."""
+        if self.arrived is not None:
+            self.gradient = gradient.detach()
+            self.arrived(self)
+
+    def forget(self, *, inputs: bool) -> None:
+        """Let go of the gradient, and of what the module was called on if `inputs`."""
+        self.gradient = None
+        if inputs:
+            self.inputs = ()
 
 
 class Recorder:

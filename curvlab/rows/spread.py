@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from curvlab.rows.graph_signature import signature_of
+from curvlab.rows.graph_signature import Signatures, signature_of
 from curvlab.rows.owners import Owner
-from curvlab.rows.record import Recorder
+from curvlab.rows.record import Call, Recorder
 from curvlab.rows.samples import Samples
 from curvlab.rows.sweep import Arguments, left_as_found
 
@@ -85,25 +85,32 @@ def repeats(owners: Sequence[Owner], shared: Shared) -> dict[nn.Module, Repeat]:
     return {use.module: how for use in uses if (how := shared.get(use.name)) is not None}
 
 
-def probe(shared: Shared, model: nn.Module, arguments: Arguments, owners: Sequence[Owner], samples: Samples) -> None:
+def probe(
+    shared: Shared, model: nn.Module, arguments: Arguments, owners: Sequence[Owner], samples: Samples, known: Signatures
+) -> None:
     """Find out in a pass of its own, before the first one that counts, which layers all samples share; see `learn`.
 
     Cost: up to three forward passes, with random numbers of their own.
     """
     recorder = Recorder(owners)
-    with ExitStack() as hooks, torch.enable_grad():
-        for handle in recorder.hook():
-            hooks.callback(handle.remove)
-        returned = _returned(model, arguments)
+    with torch.enable_grad():
+        returned = _called(model, arguments, recorder)
     N = samples.before()
     outputs = (x for x in returned if x.is_floating_point() and x.ndim > 1 and samples.count(len(x)) == N)
     z = next(outputs, None)
     if z is not None:
-        learn(shared, model, arguments, recorder, samples, samples.lay_out(z))
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        signature = signature_of(samples.lay_out(z), recorder.made, parameters, N, known)
+        learn(shared, model, arguments, owners, samples, recorder.shared(samples, len(samples.lay_out(z)), signature))
 
 
 def learn(
-    shared: Shared, model: nn.Module, arguments: Arguments, recorder: Recorder, samples: Samples, z: Tensor
+    shared: Shared,
+    model: nn.Module,
+    arguments: Arguments,
+    owners: Sequence[Owner],
+    samples: Samples,
+    calls: Sequence[Call],
 ) -> bool:
     """Find out of which layers that all samples share the inputs can be repeated, one after the other if not of all.
 
@@ -111,55 +118,68 @@ def learn(
         shared: what is known; what is found is added.
         model: the model.
         arguments: what it was called on.
-        recorder: has recorded the pass.
+        owners: those of the layers that are looked at.
         samples: what a sample is.
-        z: output, in the layout of rows, with its graph.
+        calls: of layers that all samples share, one each.
 
     Returns:
         Whether any was found.
     """
     N = samples.before()
-    if N is None or len(z) != N:
+    found = {call.use: Repeat.of(call.inputs[0]) for call in calls if call.use.name not in shared}
+    if N is None or not found:
         return False
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    signature = signature_of(z, recorder.made, parameters, N, {})
-    calls = [call for call in recorder.shared(samples, N, signature) if call.use.name not in shared]
-    found = {call.use: Repeat.of(call.inputs[0]) for call in calls}
-    together = bool(found) and _allows(model, arguments, {use.module: how for use, how in found.items()}, N)
+    together = _allows(model, arguments, owners, {use.module: how for use, how in found.items()}, N)
     for use, how in found.items():
-        alone = together or (len(found) > 1 and _allows(model, arguments, {use.module: how}, N))
+        alone = together or (len(found) > 1 and _allows(model, arguments, owners, {use.module: how}, N))
         shared[use.name] = how if alone else None
     return any(shared[use.name] is not None for use in found)
 
 
-def _allows(model: nn.Module, arguments: Arguments, tried: Mapping[nn.Module, Repeat], samples: int) -> bool:
-    """Whether a model returns the same where the inputs of some of its layers are repeated for every sample."""
+def _allows(
+    model: nn.Module, arguments: Arguments, owners: Sequence[Owner], tried: Mapping[nn.Module, Repeat], samples: int
+) -> bool:
+    """Whether all layers see the same, and a model returns it, where the inputs of some are repeated for every sample.
+
+    What a model returns alone would not tell, where it ends in a layer of zeros.
+    """
+    plain, other = Recorder(owners), Recorder(owners)
     with torch.no_grad():
-        plain = _returned(model, arguments)
+        wanted = _called(model, arguments, plain)
         try:
             with spread(tried, lambda: samples):
-                other = _returned(model, arguments)
+                found = _called(model, arguments, other)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # A model can fail in any way where a tensor has an axis more.
             return False
-    return len(plain) == len(other) and all(map(_alike, plain, other))
+    seen = [[x for call in recorder.made for x in call.inputs] for recorder in (plain, other)]
+    return (
+        len(wanted) == len(found)
+        and len(seen[0]) == len(seen[1])
+        and all(x.shape == y.shape and _alike(x, y) for x, y in zip(wanted, found, strict=True))
+        and all(map(_alike, *seen))
+    )
 
 
-def _returned(model: nn.Module, arguments: Arguments) -> list[Tensor]:
+def _called(model: nn.Module, arguments: Arguments, recorder: Recorder) -> list[Tensor]:
     """Call a model, with the same random numbers every time, and return the tensors in what it returns."""
     args, kwargs = arguments
     devices = list({p.device for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), left_as_found(model):
+    with torch.random.fork_rng(devices), left_as_found(model), ExitStack() as hooks:
+        for handle in recorder.hook():
+            hooks.callback(handle.remove)
         torch.manual_seed(0)
         returned = model(*args, **kwargs)
-    return [
-        x for x in tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned) if isinstance(x, Tensor)
-    ]
+    leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
+    """Whether a tensor is another one, repeated for every sample or not."""
+    try:
+        one = one.expand_as(other)
+    except RuntimeError:
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)

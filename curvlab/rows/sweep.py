@@ -186,11 +186,16 @@ def in_parameter_order(names: Iterable[str], layers: Iterable[LayerRows]) -> tup
 def check_finite(sweep_result: SweepResult) -> None:
     """Raise `ValueError` for rows that are not finite; names the first layer and its first sample."""
     for layer in sweep_result.layers:
-        *shared, rows = (factor for factor in layer.factors if factor.is_floating_point())
-        for factor in (*shared, rows.transpose(0, 1)):
-            if not (factor.sum().isfinite() or factor.isfinite().all()):
-                sample = int((~factor.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise ValueError(
-                    f"The derivative at layer {layer.name!r} is not finite, first at sample {sample}, although the "
-                    "output is: a function there has no derivative or overflows."
-                )
+        check_layer_finite(layer)
+
+
+def check_layer_finite(layer: LayerRows) -> None:
+    """Raise `ValueError` if the rows of a layer are not finite."""
+    *shared, rows = (factor for factor in layer.factors if factor.is_floating_point())
+    for factor in (*shared, rows.transpose(0, 1)):
+        if not (factor.sum().isfinite() or factor.isfinite().all()):
+            sample = int((~factor.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"The derivative at layer {layer.name!r} is not finite, first at sample {sample}, although the "
+                "output is: a function there has no derivative or overflows."
+            )

@@ -115,7 +115,7 @@ KINDS_OF_ROWS = {
     "encoder": (EmbeddingRows, *(2 * [*(4 * [KroneckerRows]), DenseRows, DenseRows]), KroneckerRows),
     "lstm-all": (*(12 * [KroneckerRows]), KroneckerRows),
     "tied": (DenseRows, KroneckerRows, KroneckerRows, KroneckerRows),
-    "shared-table": (DenseRows, DenseRows, KroneckerRows),
+    "shared-table": (DenseRows, EmbeddingRows, KroneckerRows),
     "tied-bias": (KroneckerRows, KroneckerRows, KroneckerRows, KroneckerRows, KroneckerRows),
     "bare": (DenseRows, DenseRows, KroneckerRows),
     "oddities": (KroneckerRows, KroneckerRows, KroneckerRows, DenseRows),

@@ -158,7 +158,7 @@ class TestSamples:
         ("layer", "use"),
         [
             (nn.Linear(4, 3), lambda layer, x: layer(x.transpose(0, 1)).mean(0)),
-            (nn.Embedding(6, 3), lambda layer, x: (layer(torch.arange(5)) * x[..., :1]).sum(1)),
+            (nn.Embedding(6, 3), lambda layer, x: (layer(torch.arange(5)).t().t() * x[..., :1]).sum(1)),
             (nn.Linear(4, 4, bias=False), lambda layer, x: layer(torch.tanh(F.linear(x, layer.weight))).mean(1)),
         ],
         ids=["sequence-first", "positions-shared-by-all", "used-outside-its-layer"],

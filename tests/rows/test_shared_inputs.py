@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from curvlab import jacobian, sqrt_fisher
 from curvlab.errors import UnsupportedModel
 from curvlab.optim import Preconditioner
-from curvlab.rows.layer import DenseRows
+from curvlab.rows.factored import KroneckerRows
 from curvlab.testing.oracle import assert_close, dense_jacobian
 
 SAMPLES = 4
@@ -40,7 +40,7 @@ def test_rows_of_samples_that_share_inputs(points: int) -> None:
     model, args = made(points)
     rows = jacobian(model, args)
     assert_close(rows.dense(), dense_jacobian(model, args))
-    assert {layer.name: type(layer) for layer in rows.layers}["place"] is DenseRows
+    assert {layer.name: type(layer) for layer in rows.layers}["place"] is KroneckerRows
     named = dict(zip(("x", "grid", "time"), args, strict=True))
     assert_close(jacobian(model, named).dense(), rows.dense())
 

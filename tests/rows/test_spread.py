@@ -66,9 +66,13 @@ def test_positions_that_are_added_have_factored_rows_without_further_checks(
     assert not model.places._forward_pre_hooks
 
 
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero-head"])
 @pytest.mark.parametrize("use", [transposed, stacked])
-def test_positions_that_are_not_broadcast_have_dense_rows(use: Any) -> None:
+def test_positions_that_are_not_broadcast_have_dense_rows(use: Any, zero: bool) -> None:
+    """A head of zeros returns the same whatever it sees."""
     model, x = model_of(use)
+    if zero:
+        nn.init.zeros_(model.head.weight)  # type: ignore[arg-type]
     for _ in range(2):
         J = curvlab.jacobian(model, x)
         assert_close(J.dense(), dense_jacobian(model, x))

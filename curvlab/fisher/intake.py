@@ -1,0 +1,68 @@
+"""A batch whose rows arrive layer by layer, for structures that treat every layer by itself.
+
+intake = structure.intake(rows_without_layers, number, first=True)
+intake.take(layer)      # as often as there are layers; nothing of it is kept but moments
+intake.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from curvlab.fisher.block import Batch, Block
+from curvlab.fisher.memory import check_memory
+from curvlab.fisher.serialise import without_numbers
+from curvlab.rows import Rows
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.sweep import in_parameter_order
+
+
+class Intake:
+    """Takes the rows of one layer after the other.
+
+    Args:
+        key: of the structure, for messages.
+        head: rows without layers.
+        known: the blocks of the layers by the layer's name, empty before the first batch.
+        make: cuts a layer's parameters into blocks.
+        cut: gives blocks their share of rows.
+        absorb: lets a block add its share.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        head: Rows,
+        known: dict[str, list[Block]],
+        make: Callable[[Rows], list[Block]],
+        cut: Callable[[list[Block], Rows], list[Batch]],
+        absorb: Callable[[Block, Batch], None],
+    ) -> None:
+        self.key, self.head, self.known, self.make, self.cut, self.absorb = key, head, known, make, cut, absorb
+        self._layers: list[LayerRows] = []
+        self._blocks: dict[str, list[Block]] = {}
+
+    def take(self, layer: LayerRows) -> None:
+        """Add the rows of a layer; those in half precision are converted to float32."""
+        rows = replace(self.head, layers=(layer.to(torch.promote_types(layer.dtype, torch.float32)),))
+        blocks = self.known[layer.name] if self.known else self.make(rows)
+        batches = self.cut(blocks, rows)
+        check_memory(self.key, blocks, batches)
+        for block, batch in zip(blocks, batches, strict=True):
+            self.absorb(block, batch)
+        self._layers += without_numbers(rows).layers
+        self._blocks[layer.name] = blocks
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of zeros, without memory, of the layers that have arrived."""
+        layers = in_parameter_order(self.head.space.shapes, self._layers)
+        return replace(without_numbers(replace(self.head, layers=())), layers=layers)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of the layers that have arrived, in the order of the parameters."""
+        return [block for layer in self.rows.layers for block in self._blocks[layer.name]]

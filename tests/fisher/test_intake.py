@@ -1,0 +1,163 @@
+"""Fits that take the rows of one layer after the other, as the reverse pass reaches them."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from oracle import ARCHITECTURES, DOUBLE, Architecture, architecture, loss_case
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Diagonal, make
+from curvlab.fisher.intake import Intake
+from curvlab.rows import autograd, sqrt_fisher
+from curvlab.rows.layer import LayerRows
+from curvlab.testing.oracle import assert_close, outputs
+
+KEYS = ("kfac", "ekfac", "diagonal")
+PICKED = [a for a in ARCHITECTURES if a.output is None]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
+
+
+@pytest.mark.parametrize("case", PICKED, ids=lambda case: case.name)
+def test_a_fit_is_the_update_with_all_rows(case: Architecture) -> None:
+    """Over reused, tied, bare, normalising and recurrent layers; an EKFAC goes over the data twice."""
+    model, x = case.make(4)
+    loss, y = loss_case("half").make(outputs(model, x), "mean")
+    for key in KEYS:
+        for kind in ("mc", "empirical"):
+            how: Any = {"kind": kind, "rows": "sample", "generator": generator() if kind == "mc" else None}
+            fitted = STRUCTURES[key].fit(model, loss, (x, y), **how)
+            again: Any = how | {"generator": generator() if kind == "mc" else None}
+            expected = make(key).update(sqrt_fisher(model, loss, x, y, **again))
+            assert_close(fitted.to_dense(), expected.to_dense(), 1e-9)
+            assert dict(fitted.shapes.space.shapes) == dict(expected.shapes.space.shapes)
+            assert [b.name for b in fitted._blocks] == [b.name for b in expected._blocks]
+            assert (fitted.count, fitted.shapes.per) == (expected.count, "sample")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batches_add_up_to_the_whole(key: str, reduction: str) -> None:
+    model, x = architecture("mlp").make(6)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
+    parts = [(x[n], y[n]) for n in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    how: Any = {"kind": "empirical", "rows": "sample"}
+    assert_close(
+        STRUCTURES[key].fit(model, loss, parts, **how).to_dense(),
+        STRUCTURES[key].fit(model, loss, (x, y), **how).to_dense(),
+        1e-9,
+    )
+
+
+class Deep(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("structure", [KFAC, EKFAC, Diagonal])
+def test_no_more_than_one_layer_has_rows_at_a_time(structure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the rows of a layer are taken, those of the layers before are gone, and the last one reached comes first."""
+    model = Deep(6).to(DOUBLE)
+    x, y = torch.randn(4, 3, dtype=DOUBLE), torch.randint(3, (4,))
+    alive: list[weakref.ref[Tensor]] = []
+    order: list[str] = []
+    take = Intake.take
+
+    def watched(self: Intake, layer: LayerRows) -> None:
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)
+        take(self, layer)
+        alive.append(weakref.ref(layer.factors[-1]))
+        order.append(layer.name)
+
+    monkeypatch.setattr(Intake, "take", watched)
+    structure.fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator())
+    names = [f"layers.{k}" for k in reversed(range(6))]
+    assert order == names * structure.passes
+
+
+def test_graph_and_hooks_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Deep(2).to(DOUBLE)
+    x, y = torch.randn(4, 3, dtype=DOUBLE), torch.randint(3, (4,))
+    seen: list[weakref.ref[Tensor]] = []
+    stream = autograd.Forward.stream
+
+    def watched(self: autograd.Forward, *args: Any, **kwargs: Any) -> None:
+        seen.append(weakref.ref(self.z))
+        stream(self, *args, **kwargs)
+
+    monkeypatch.setattr(autograd.Forward, "stream", watched)
+    gc.disable()
+    try:
+        KFAC.fit(model, nn.CrossEntropyLoss(), (x, y), kind="empirical", rows="sample")
+        assert len(seen) == 2, "compared, then taken"
+        assert all(ref() is None for ref in seen), "reference counts alone free the graph"
+    finally:
+        gc.enable()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Elsewhere(nn.Module):
+    """A layer whose weight is used outside of it, so that its rows do not follow from its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(torch.tanh(self.first(x)), self.first.weight))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_layers_without_factored_rows_are_taken_with_the_others(key: str) -> None:
+    model = Elsewhere().to(DOUBLE)
+    x, y = torch.randn(4, 3, dtype=DOUBLE), torch.randint(2, (4,))
+    loss = nn.CrossEntropyLoss()
+    fitted = STRUCTURES[key].fit(model, loss, (x, y), kind="mc", generator=generator())
+    expected = make(key).update(sqrt_fisher(model, loss, x, y, "mc", generator=generator()))
+    assert_close(fitted.to_dense(), expected.to_dense(), 1e-9)
+
+
+def test_rows_that_turn_out_wrong_are_formed_otherwise_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight goes into a function that the graph does not tell apart from others."""
+
+    class Detoured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(torch.tanh(h + h.detach().roll(1, 0) * h.mean(0)))
+
+    model = Detoured().to(DOUBLE)
+    x, y = torch.randn(4, 3, dtype=DOUBLE), torch.randint(2, (4,))
+    with pytest.raises(Exception, match=r"first\.(weight|bias)"):
+        KFAC.fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator())
+
+
+def test_a_derivative_that_is_not_finite_names_the_layer() -> None:
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).abs().sqrt())
+
+    model = Rooted().to(DOUBLE)
+    x, y = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=DOUBLE), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="The derivative at layer 'first' is not finite, first at sample 1"):
+        KFAC.fit(model, nn.CrossEntropyLoss(), (x, y), kind="empirical", rows="sample")
