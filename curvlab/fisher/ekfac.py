@@ -6,6 +6,7 @@ Source: George et al. 2018.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,8 +26,8 @@ from curvlab.tools.looks import Look
 class _Corrected(KroneckerBlock):
     """Replaces K-FAC's entries by the diagonal of the block in the same basis."""
 
-    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
-        super().__init__(name, layout, options)
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions, *more: Any) -> None:
+        super().__init__(name, layout, options, *more)
         self.corrections = RunningAverage()
 
     def update(self, batch: Batch) -> None:
@@ -96,6 +97,7 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     Args:
         sharing: "expand", "reduce" or "gradient", for weights that are shared over positions.
         max_block: layers without Kronecker factors keep an exact block up to this size, a diagonal one above it.
+        max_factor: largest side of a factor that is a matrix; a longer one is diagonal, and so is its part of the basis.
         rtol: rank tolerance of undamped solves, of the factors and relative to the largest correction.
     """
 
@@ -104,8 +106,10 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     linear = _LinearEKFAC
     embedding = _EmbeddingEKFAC
 
-    def __init__(self, *, sharing: Sharing = "expand", max_block: int = 1024, rtol: float | None = None) -> None:
-        super().__init__(sharing=sharing, max_block=max_block, rtol=rtol)
+    def __init__(
+        self, *, sharing: Sharing = "expand", max_block: int = 1024, max_factor: int = 8192, rtol: float | None = None
+    ) -> None:
+        super().__init__(sharing=sharing, max_block=max_block, max_factor=max_factor, rtol=rtol)
         self._factors_only = False
 
     @property

@@ -63,6 +63,8 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             section 6.3), instead of ρ on the product; "equal" puts √ρ on both.
         max_block: layers without Kronecker factors keep an exact block up to this size, a diagonal one above it.
         rtol: rank tolerance of the factors in undamped solves, relative to their λ_max.
+        max_factor: largest side of a factor that is a matrix. A longer one, such as that of outputs to a vocabulary, is diagonal;
+            the repr names its layer.
         invert_every: with factored damping, updates after which the inverses of a layer's factors are made anew; solves
             in between use the old ones if the damping is the same. Layers take turns.
     """
@@ -79,11 +81,12 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         sharing: Sharing = "expand",
         factored_damping: bool | Literal["equal"] = False,
         max_block: int = 1024,
+        max_factor: int = 8192,
         rtol: float | None = None,
         invert_every: int = 1,
     ) -> None:
         super().__init__()
-        self._config = KroneckerOptions(sharing, factored_damping, max_block, rtol, invert_every)
+        self._config = KroneckerOptions(sharing, factored_damping, max_block, max_factor, rtol, invert_every)
         self.joins_positions = sharing == "gradient"
 
     @property
@@ -120,7 +123,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
 
     def _make_block(self, layer: LayerRows) -> Block:
         if isinstance(layer, KroneckerRows):
-            return self.linear(layer.name, layer.layout, self._config)
+            return self.linear(layer.name, layer.layout, self._config, (layer.g.shape[-1], layer.a.shape[-1]))
         if isinstance(layer, EmbeddingRows):
             return self.embedding(layer.name, layer.layout, self._config)
         if layer.size <= self._config.max_block:
@@ -132,7 +135,13 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             names = [name for block in self._blocks if isinstance(block, kind) for name in block.names]
             return [f"{what}: {', '.join(names)}"] if names else []
 
-        return named("exact blocks", RowBlock) + named("diagonal", DiagonalBlock)
+        long = [
+            f"{block.name} ({', '.join(block.diagonal_sides)})"
+            for block in self._blocks
+            if isinstance(block, LinearBlock) and block.diagonal_sides
+        ]
+        factors = [f"diagonal factors: {', '.join(long)}"] if long else []
+        return factors + named("exact blocks", RowBlock) + named("diagonal", DiagonalBlock)
 
 
 def _stagger(blocks: Sequence[Block]) -> None:

@@ -42,6 +42,7 @@ class KroneckerOptions:
         sharing: "expand", "reduce" or "gradient", for weights that are shared over positions.
         factored_damping: whether damping is split over the factors, and if so whether equally.
         max_block: largest exact block of a layer without Kronecker factors.
+        max_factor: largest side of a factor that is a matrix; a longer one is diagonal.
         rtol: rank tolerance of undamped solves; round-off if None.
         invert_every: updates after which the inverses of damped factors are made anew.
     """
@@ -49,6 +50,7 @@ class KroneckerOptions:
     sharing: Sharing = "expand"
     factored_damping: bool | Literal["equal"] = False
     max_block: int = 1024
+    max_factor: int = 8192
     rtol: float | None = None
     invert_every: int = 1
 
@@ -57,6 +59,8 @@ class KroneckerOptions:
             raise unknown_name("sharing", self.sharing, get_args(Sharing))
         if self.max_block < 0:
             raise ValueError(f"max_block is a number of parameters, got {self.max_block}.")
+        if self.max_factor < 1:
+            raise ValueError(f"max_factor is a number of rows ≥ 1, got {self.max_factor}.")
         check_rtol(self.rtol)
         if self.invert_every < 1:
             raise ValueError(f"invert_every is a number of updates ≥ 1, got {self.invert_every}.")
@@ -316,17 +320,33 @@ class KFACBlock(KroneckerBlock):
 
 
 class LinearBlock(KroneckerBlock):
-    """Factors of a layer whose rows are `Σ_t g ⊗ a`: B over units, A over the width, one pair a group."""
+    """Factors of a layer whose rows are `Σ_t g ⊗ a`: B over units, A over the width, one pair a group.
 
-    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
+    Args:
+        name: of the layer.
+        layout: of its parameters.
+        options: how layers are factored.
+        sides: rows of B and of A.
+    """
+
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions, sides: tuple[int, int]) -> None:
         super().__init__(name, layout, options)
-        self.units: Moment = Moment(options.rtol, complete=self._leaves_span)
-        self.width: Moment = Moment(options.rtol, complete=self._leaves_span)
+        self.units, self.width = (self._factor(side) for side in sides)
+
+    def _factor(self, side: int) -> Moment | DiagonalMoment:
+        if side > self.options.max_factor:
+            return DiagonalMoment(self.options.rtol)
+        return Moment(self.options.rtol, complete=self._leaves_span)
+
+    @property
+    def diagonal_sides(self) -> list[str]:
+        """The factors that are diagonal, as they are too large."""
+        return [side for side, factor in (("B", self.units), ("A", self.width)) if isinstance(factor, DiagonalMoment)]
 
     def elements(self, batch: Batch) -> int:  # noqa: D102
         rows = self._factored(batch.layers[0], KroneckerRows)
         (*_, Q, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
-        return Q * (O**2 + I**2)
+        return Q * sum(side if side > self.options.max_factor else side**2 for side in (O, I))
 
     @property
     def _leaves_span(self) -> bool:
@@ -343,23 +363,19 @@ class LinearBlock(KroneckerBlock):
         inputs, scale = rows.input_root(weights, reduce=self._reduce)
         outputs = rows.output_root(reduce=self._reduce)
         weight = float(batch.sample_weights.sum())
-        self.width.update(inputs, weight, batch.decay, scale=scale, total=batch.total)
-        self.units.update(
-            outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
-        )
+        _add(self.width, inputs, weight, scale, batch, additive=False)
+        _add(self.units, outputs, batch.weight, batch.weight, batch, additive=batch.additive)
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: D102
         return self.options.sharing == "expand" or (self._reduce and is_on_vectors(rows))
 
     def rotate(self, rows: LayerRows) -> KroneckerRows:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
-        u, v = self.units.basis.vectors, self.width.basis.vectors
-        assert u is not None
-        assert v is not None
-        Q, _, r = u.shape
-        layout = Layout.of(Q * r, {rows.name: torch.Size((Q, r, v.shape[2]))})
-        inputs = torch.einsum("ntqi,qij->ntqj", rows.a, v)
-        outputs = torch.einsum("vntqo,qop->vntqp", rows.g, u)
+        u, v = self.units.basis, self.width.basis
+        (Q, r), s = u.values.shape, v.values.shape[1]
+        layout = Layout.of(Q * r, {rows.name: torch.Size((Q, r, s))})
+        inputs = rows.a if v.vectors is None else torch.einsum("ntqi,qij->ntqj", rows.a, v.vectors)
+        outputs = rows.g if u.vectors is None else torch.einsum("vntqo,qop->vntqp", rows.g, u.vectors)
         return KroneckerRows(rows.name, layout, inputs, outputs, rows.lengths)
 
     def weigh(  # noqa: D102
@@ -377,6 +393,18 @@ class LinearBlock(KroneckerBlock):
         (V, N, T, _, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
         adding = N * T * O * I if summed else 0
         return N * T * ((1 if summed else V) * O**2 + I**2) + adding < O * I * (O + I)
+
+
+def _add(
+    factor: Factor, root: Float[Tensor, "Q m t d"], weight: float, scale: float, batch: Batch, *, additive: bool
+) -> None:
+    """Add `scale·Σ x xᵀ` over x in the root to a factor, or its diagonal where that is all it keeps."""
+    if isinstance(factor, DiagonalMoment):
+        diagonal = scale * torch.einsum("qmtd,qmtd->qd", root, root)
+        factor.update(diagonal, weight, batch.decay, additive=additive, total=batch.total)
+    else:
+        assert isinstance(factor, Moment)
+        factor.update(root, weight, batch.decay, scale=scale, additive=additive, total=batch.total)
 
 
 def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Inverse) -> Float[Tensor, "*K T Q d"]:
@@ -400,7 +428,7 @@ class EmbeddingBlock(KroneckerBlock):
         rows, weights = self._shared(batch)
         assert isinstance(rows, EmbeddingRows)
         outputs, weight = rows.output_root()[None], float(batch.sample_weights.sum())
-        self.units.update(rows.frequency(weights), weight, batch.decay, total=batch.total)
+        self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
         self.width.update(
             outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
         )

@@ -306,31 +306,45 @@ def _pieces(root: Float[Tensor, "Q m t d"]) -> Iterator[Float[Tensor, "Q n d"]]:
 
 
 class DiagonalMoment(Factor):
-    """A running average of the diagonal moments of one-hot vectors."""
+    """A running average of the diagonals of moments, one a group: all there is of one-hot vectors, and of vectors too long.
 
-    def __init__(self) -> None:
+    Args:
+        rtol: eigenvalues up to `rtol·λ_max` count as null; those of zero if None.
+    """
+
+    def __init__(self, rtol: float | None = None) -> None:
+        self.rtol = rtol
         self.average = RunningAverage()
 
-    def update(self, diagonal: Float[Tensor, " d"], weight: float, decay: float, *, total: Total | None = None) -> None:
+    def update(
+        self,
+        diagonal: Float[Tensor, "Q d"],
+        weight: float,
+        decay: float,
+        *,
+        additive: bool = False,
+        total: Total | None = None,
+    ) -> None:
         """Add a diagonal D of some weight w, given as `w·D`; see `Moment.update`."""
         if total is not None:
-            diagonal, weight = total(diagonal), float(total(diagonal.new_tensor(weight)))
-        self.average.update(diagonal / (weight or 1.0), weight, decay)
+            diagonal = total(diagonal)
+            weight = weight if additive else float(total(diagonal.new_tensor(weight)))
+        self.average.update(diagonal / (weight or 1.0), weight, decay, additive=additive)
 
     @property
     def basis(self) -> Basis:  # noqa: D102
-        values = self.average.value[None]
-        return Basis(values, None, values == 0)
+        values = self.average.value
+        return Basis(values, None, values <= (self.rtol or 0.0) * values.amax(-1, keepdim=True))
 
     @property
     def shape(self) -> torch.Size:  # noqa: D102
-        return self.average.value[None].shape
+        return self.average.value.shape
 
     def inverse(self, damping: Float[Tensor, " Q"]) -> DiagonalInverse:  # noqa: D102
-        return DiagonalInverse((self.average.value[None] + damping[:, None]).reciprocal())
+        return DiagonalInverse((self.average.value + damping[:, None]).reciprocal())
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
-        return self.average.value.mean()[None]
+        return self.average.value.mean(-1)
 
     def state(self) -> BlockState:  # noqa: D102
         return self.average.state()

@@ -103,7 +103,7 @@ class Processes:
     def inverses(self, wanted: Sequence[tuple[Factor, Tensor]], uses: int) -> list[Inverse]:
         """Invert factors as `curvlab.fisher.moment.inverses`, each in one process and shared, costs spread evenly."""
         shapes = [factor.shape for factor, _ in wanted]
-        owners = _spread([shape[-1] ** 3 for shape in shapes], self.size)
+        owners = _spread([shape[-1] ** (3 if len(shape) == 3 else 1) for shape in shapes], self.size)
         mine = iter(inverses([pair for pair, owner in zip(wanted, owners, strict=True) if owner == self.rank], uses))
         found = []
         for (_, rho), shape, owner in zip(wanted, shapes, owners, strict=True):

@@ -30,7 +30,7 @@ def moment(groups: int, rows: int) -> Moment:
 
 def diagonal() -> DiagonalMoment:
     found = DiagonalMoment()
-    found.update(draw(D).square(), 3.0, 0.0)
+    found.update(draw(1, D).square(), 3.0, 0.0)
     return found
 
 

@@ -8,6 +8,7 @@ from oracle import DOUBLE, architecture, loss_case
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
+from curvlab.fisher.kronecker import LinearBlock
 from curvlab.fisher.moment import Moment, inverses
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, jacobian, sqrt_fisher
@@ -104,7 +105,7 @@ def test_layers_without_factors_keep_exact_blocks_up_to_a_size_and_the_repr_name
     at = positions(data.model)["gain"]
     assert_close(exact.to_dense()[at[:, None], at], data.reference.F[at[:, None], at])
     assert repr(cf.KFAC()) == (
-        "KFAC(sharing='expand', factored_damping=False, max_block=1024, rtol=None, invert_every=1; not updated yet)"
+        "KFAC(sharing='expand', factored_damping=False, max_block=1024, max_factor=8192, rtol=None, invert_every=1; not updated yet)"
     )
     assert "P=" + str(data.rows.P) in repr(exact)
     assert len(names) == 7
@@ -246,3 +247,72 @@ def test_wide_layers_in_padded_memory() -> None:
     direction = structure.direction(few.layout.split(few.total()), rho, lambda _: few)
     expected = left @ few.dense().sum(0).view(300, 521) @ right
     assert_close(torch.cat([direction["weight"], direction["bias"][:, None]], dim=1), expected)
+
+
+def basis_of(factor: Tensor) -> Tensor:
+    return torch.linalg.eigh(factor).eigenvectors.contiguous()
+
+
+def with_long_sides(network: str, max_factor: int, *, corrected: bool = False) -> Tensor:
+    """Return the matrix with factors of more than so many rows replaced by their diagonals."""
+    ref = case(network, "mse").reference
+    matrix = ref.kronecker(corrected=corrected)
+    for layer in ref.layers:
+        if layer.a is None or layer.table:
+            continue
+        at = layer.at.flatten()
+        B, A = ref.factors(layer)
+        pairs = [
+            [m.diagonal().diag() if len(m) > max_factor else m for m in pair]
+            for pair in zip(B, A / ref.omega.sum(), strict=True)
+        ]
+        block = torch.block_diag(*(torch.kron(left.contiguous(), right.contiguous()) for left, right in pairs))
+        if corrected:
+            U = torch.block_diag(*(torch.kron(*(basis_of(m) for m in pair)) for pair in pairs))
+            block = U @ (U.T @ ref.F[at[:, None], at[None, :]] @ U).diagonal().diag() @ U.T
+        matrix[at[:, None], at[None, :]] = block
+    return matrix
+
+
+@pytest.mark.parametrize("max_factor", [1, 4])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "sequence"])
+def test_factors_with_many_rows_are_diagonal(network: str, max_factor: int) -> None:
+    data, rho = case(network, "mse"), 0.05
+    structure = cf.KFAC(max_factor=max_factor).update(data.rows)
+    expected = with_long_sides(network, max_factor)
+    assert_close(structure.to_dense(), expected)
+    v, c = draw(2, len(expected)), draw(data.rows.R)
+    damped = expected + rho * torch.eye(len(expected), dtype=DOUBLE)
+    assert_close(structure.solve(v, rho), torch.linalg.solve(damped, v.T).T)
+    S, J = data.rows.dense(), data.reference.rows_of_J()
+    assert_close(structure.space.flatten(structure.lift(c, rho)), torch.linalg.solve(damped, S.T @ c))
+    assert_close(
+        structure.response(data.rows.jacobian(), rho), J @ torch.linalg.solve(damped, J.T) / data.reference.count
+    )
+    names = [b.name for b in structure._blocks if isinstance(b, LinearBlock) and b.diagonal_sides]
+    assert names or max_factor == 4
+    assert not names or f"diagonal factors: {names[0]} (" in repr(structure)
+    restored = cf.KFAC(max_factor=max_factor)
+    restored.load_state_dict(structure.state_dict())
+    assert torch.equal(restored.to_dense(), structure.to_dense())
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_the_basis_of_factors_with_many_rows_is_the_units(network: str) -> None:
+    data = case(network, "mse")
+    structure = cf.EKFAC(max_factor=4).update(data.rows)
+    assert_close(structure.to_dense(), with_long_sides(network, 4, corrected=True), 1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batches_of_factors_with_many_rows_add_up(reduction: str) -> None:
+    model, x = architecture("mlp").make(6)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
+    parts = [(x[n], y[n]) for n in (slice(0, 1), slice(1, 6))]
+    whole, cut = (cf.KFAC.fit(model, loss, data, max_factor=3).to_dense() for data in ((x, y), parts))
+    assert_close(cut, whole)
+
+
+def test_the_longest_side_of_a_factor_is_a_positive_number() -> None:
+    with pytest.raises(ValueError, match="max_factor is a number of rows ≥ 1, got 0"):
+        cf.KFAC(max_factor=0)
