@@ -143,10 +143,10 @@ class Fitting:
 
         def open_(head: Rows) -> Callable[[LayerRows], None]:
             intakes.append(self.structure.intake(head, number, first=first))
-            return intakes[0].take
+            return intakes[-1].take
 
         self.stream(batch, open_)
-        self.structure.take_in(intakes[0], number)
+        self.structure.take_in(intakes[-1], number)
 
     def _rows(self, batch: Any) -> Rows:
         """Form the rows of a batch, those of an only one once for all passes."""

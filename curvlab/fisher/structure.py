@@ -164,7 +164,7 @@ class Structure(State):
             return rows_of_loss(model, loss, *_pair(batch), how)
 
         def stream(batch: Sequence[Any], open_: Callable[[Rows], Callable[[LayerRows], None]]) -> None:
-            stream_of_loss(model, loss, *_pair(batch), how, open_)
+            stream_of_loss(model, loss, *_pair(batch), how, open_, anew=not structure.updated)
 
         kept = None
         if checkpoint is not None:

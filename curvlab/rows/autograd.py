@@ -32,13 +32,14 @@ from curvlab.rows.packed import is_packed, length, taken
 from curvlab.rows.passes import ModelInputs
 from curvlab.rows.products import chunks
 from curvlab.rows.record import Call, Recorder, form
-from curvlab.rows.spread import Shared, learn, repeats, spread
+from curvlab.rows.spread import Observed, Shared, learn, repeats, spread
 from curvlab.rows.sweep import (
     Arguments,
     MakeCotangents,
     PickOutput,
     SweepResult,
     in_parameter_order,
+    left_as_found,
     select_output,
     unhooked,
 )
@@ -94,7 +95,12 @@ def prepared(
         recorder, chosen, z = _called(model, inputs, ruled, shared, leave)
         signature = signature_of(z, recorder.made, trainable(model), samples.along_first(len(z)), known)
         of_all = recorder.shared(samples, len(z), signature)
-        if learn(shared, model, inputs.arguments, ruled, samples, of_all):
+
+        def call() -> list[Tensor]:
+            with left_as_found(model), unwatched(model):
+                return [inputs.outputs(model)]
+
+        if learn(shared, call, Observed([chosen], recorder), ruled, samples, of_all):
             leave.close()
             recorder, chosen, z = _called(model, inputs, ruled, shared, leave)
             signature = signature_of(z, recorder.made, trainable(model), samples.along_first(len(z)), known)

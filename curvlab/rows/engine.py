@@ -92,12 +92,18 @@ def _sweep(
 
 
 def checked_stream(
-    model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, how: Pass, open_: Open
+    model: nn.Module,
+    inputs: ModelInputs,
+    make_cotangents: MakeCotangents,
+    how: Pass,
+    open_: Open,
+    *,
+    anew: bool = False,
 ) -> None:
     """Run one engine, checked, and hand on the rows of one layer after the other.
 
     With one row a sample each is forgotten before the next one is formed. Where rows have to be compared first, that is done in
-    a reverse pass of its own.
+    a reverse pass of its own, unless what takes them can be opened anew.
 
     Args:
         model: any module.
@@ -105,10 +111,11 @@ def checked_stream(
         make_cotangents: chooses the rows at its outputs.
         how: which rows.
         open_: is given the model's output, and returns what takes the rows of a layer.
+        anew: whether another call of `open_` makes up for rows that were wrong.
     """
     start = None if how.generator is None else how.generator.get_state()
     if how.single and not isinstance(model, Linearized) and _choose(model, how, model) == "autograd":
-        if _stream(model, inputs, make_cotangents, open_):
+        if _stream(model, inputs, make_cotangents, open_, anew=anew):
             return
         if how.generator is not None and start is not None:
             how.generator.set_state(start)
@@ -118,49 +125,64 @@ def checked_stream(
         take(layer)
 
 
-def _stream(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, open_: Open) -> bool:
-    """Whether the rows of layers could be handed on as a reverse pass reached them; nothing has been handed on if not."""
+def _stream(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, open_: Open, *, anew: bool) -> bool:
+    """Whether the rows of layers could be handed on as a reverse pass reached them, and were right."""
     trainable(model)
     checks = checks_of(model)
     with (
         left_as_found(model),
         prepared(model, inputs, make_cotangents, checks.signatures, checks.shared, unfactored(model)) as forward,
     ):
-        if not (forward.streams and _is_right(model, forward)):
+        if not forward.streams:
             return False
+        check = _Check(model, forward)
+        if check.due and not anew:
+            forward.stream(check.take, keep=True)
+            if not check.passes():
+                return False
+            check.due = False
         take = open_(forward.chosen.detach())
 
         def take_finite(layer: LayerRows) -> None:
             check_layer_finite(layer)
+            if check.due:
+                check.take(layer)
             take(layer)
 
-        forward.stream(take_finite, keep=False)
-    return True
+        forward.stream(take_finite, keep=check.due)
+        return not check.due or check.passes()
 
 
-def _is_right(model: nn.Module, forward: Forward) -> bool:
-    """Compare the rows of a pass with another reverse pass, if that is due."""
-    parameters, checks, signature = trainable(model), checks_of(model), forward.signature
-    shapes = tuple(call.inputs[0].shape for call in forward.calls)
-    kind = (
-        "stream",
-        forward.cotangents.shape,
-        forward.z.dtype,
-        tuple(parameters),
-        model.training,
-        signature.functions,
-        shapes,
-    )
-    if not checks.due(kind, signature, parameters):
-        return True
-    V, N = forward.cotangents.shape[:2]
-    w = weights(V, N, forward.z)
-    found: dict[str, Tensor] = {}
-    forward.stream(lambda layer: found.update(combined(layer, w)), keep=True)
-    wrong, verified = compare_combinations(parameters, forward.z, forward.cotangents, w, found)
-    if not wrong:
-        checks.add(kind, signature, verified)
-    return not wrong
+class _Check:
+    """Compares the rows of a pass, as they come, with another reverse pass.
+
+    Attributes:
+        due: whether that is to be done.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        self._forward, self._checks, self._parameters = forward, checks_of(model), trainable(model)
+        (V, N), signature = forward.cotangents.shape[:2], forward.signature
+        shapes = tuple(call.inputs[0].shape for call in forward.calls)
+        common = (forward.cotangents.shape, forward.z.dtype, tuple(self._parameters), model.training)
+        self._kind = ("stream", *common, signature.functions, shapes)
+        self.due = self._checks.due(self._kind, signature, self._parameters)
+        self._weights = weights(V, N, forward.z)
+        self._found: dict[str, Tensor] = {}
+
+    def take(self, layer: LayerRows) -> None:
+        """Take the rows of a layer."""
+        self._found.update(combined(layer, self._weights))
+
+    def passes(self) -> bool:
+        """Whether the rows were right."""
+        forward = self._forward
+        wrong, verified = compare_combinations(
+            self._parameters, forward.z, forward.cotangents, self._weights, self._found
+        )
+        if not wrong:
+            self._checks.add(self._kind, forward.signature, verified)
+        return not wrong
 
 
 def _choose(model: nn.Module, how: Pass, announced_for: nn.Module) -> str:

@@ -159,6 +159,8 @@ def stream_of_loss(
     targets: Any,
     how: Pass,
     open_: Callable[[Rows], Callable[[LayerRows], None]],
+    *,
+    anew: bool = False,
 ) -> None:
     """Hand on the rows of S layer by layer, so that those of all layers need not be in memory; see `sqrt_fisher`.
 
@@ -169,6 +171,7 @@ def stream_of_loss(
         targets: as there.
         how: which rows.
         open_: is given rows without layers, and returns what takes the rows of one layer after the other.
+        anew: whether it can be called anew, to make up for rows that turn out wrong.
     """
     asked = how.read(model, inputs)
     at = _AtOutput(model, loss, targets, asked.samples, how)
@@ -180,7 +183,7 @@ def stream_of_loss(
         take = open_(replace(rows, sample_weights=rows.sample_weights.sum(0, keepdim=True)) if of_batch else rows)
         return lambda layer: take(layer.of_batch().to(at.dtype) if of_batch else layer.to(at.dtype))
 
-    checked_stream(model, asked, at.cotangents, how, opened)
+    checked_stream(model, asked, at.cotangents, how, opened, anew=anew)
 
 
 class _AtOutput:

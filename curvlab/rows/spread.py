@@ -85,29 +85,73 @@ def repeats(owners: Sequence[Owner], shared: Shared) -> dict[nn.Module, Repeat]:
     return {use.module: how for use in uses if (how := shared.get(use.name)) is not None}
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a forward pass has shown.
+
+    Attributes:
+        outputs: what the model returned.
+        recorder: has recorded what its layers were called on.
+    """
+
+    outputs: Sequence[Tensor]
+    recorder: Recorder
+
+    def same_as(self, other: Observed) -> bool:
+        """Whether all layers saw the same as in another pass, maybe repeated for every sample, and the model returned it.
+
+        What a model returns alone would not tell, where it ends in a layer of zeros.
+        """
+        mine, theirs = ([x for call in seen.recorder.made for x in call.inputs] for seen in (self, other))
+        return (
+            len(self.outputs) == len(other.outputs)
+            and len(mine) == len(theirs)
+            and all(x.shape == y.shape and _alike(x, y) for x, y in zip(self.outputs, other.outputs, strict=True))
+            and all(map(_alike, mine, theirs))
+        )
+
+
 def probe(
     shared: Shared, model: nn.Module, arguments: Arguments, owners: Sequence[Owner], samples: Samples, known: Signatures
 ) -> None:
     """Find out in a pass of its own, before the first one that counts, which layers all samples share; see `learn`.
 
-    Cost: up to three forward passes, with random numbers of their own.
+    Cost: up to two forward passes, with random numbers of their own.
     """
-    recorder = Recorder(owners)
+    args, kwargs = arguments
+    devices = list({p.device for p in model.parameters() if p.is_cuda})
+
+    def call() -> list[Tensor]:
+        with torch.random.fork_rng(devices), left_as_found(model):
+            torch.manual_seed(0)
+            returned = model(*args, **kwargs)
+        leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
+        return [x for x in leaves if isinstance(x, Tensor)]
+
     with torch.enable_grad():
-        returned = _called(model, arguments, recorder)
+        plain = observed(call, owners)
     N = samples.before()
-    outputs = (x for x in returned if x.is_floating_point() and x.ndim > 1 and samples.count(len(x)) == N)
-    z = next(outputs, None)
+    outputs = (x for x in plain.outputs if x.is_floating_point() and x.ndim > 1 and samples.count(len(x)) == N)
+    z = next(map(samples.lay_out, outputs), None)
     if z is not None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        signature = signature_of(samples.lay_out(z), recorder.made, parameters, N, known)
-        learn(shared, model, arguments, owners, samples, recorder.shared(samples, len(samples.lay_out(z)), signature))
+        signature = signature_of(z, plain.recorder.made, parameters, N, known)
+        learn(shared, call, plain, owners, samples, plain.recorder.shared(samples, len(z), signature))
+
+
+def observed(call: Callable[[], list[Tensor]], owners: Sequence[Owner]) -> Observed:
+    """Run a forward pass, and record what the layers of owners are called on."""
+    recorder = Recorder(owners)
+    with ExitStack() as hooks:
+        for handle in recorder.hook():
+            hooks.callback(handle.remove)
+        return Observed(call(), recorder)
 
 
 def learn(
     shared: Shared,
-    model: nn.Module,
-    arguments: Arguments,
+    call: Callable[[], list[Tensor]],
+    plain: Observed,
     owners: Sequence[Owner],
     samples: Samples,
     calls: Sequence[Call],
@@ -116,69 +160,41 @@ def learn(
 
     Args:
         shared: what is known; what is found is added.
-        model: the model.
-        arguments: what it was called on.
+        call: calls the model as in the pass that was observed, random numbers included, and returns its outputs.
+        plain: that pass.
         owners: those of the layers that are looked at.
         samples: what a sample is.
         calls: of layers that all samples share, one each.
 
     Returns:
         Whether any was found.
+
+    Cost: a forward pass, one more for each layer if the model does not allow it of all.
     """
     N = samples.before()
     found = {call.use: Repeat.of(call.inputs[0]) for call in calls if call.use.name not in shared}
     if N is None or not found:
         return False
-    together = _allows(model, arguments, owners, {use.module: how for use, how in found.items()}, N)
-    for use, how in found.items():
-        alone = together or (len(found) > 1 and _allows(model, arguments, owners, {use.module: how}, N))
-        shared[use.name] = how if alone else None
-    return any(shared[use.name] is not None for use in found)
 
-
-def _allows(
-    model: nn.Module, arguments: Arguments, owners: Sequence[Owner], tried: Mapping[nn.Module, Repeat], samples: int
-) -> bool:
-    """Whether all layers see the same, and a model returns it, where the inputs of some are repeated for every sample.
-
-    What a model returns alone would not tell, where it ends in a layer of zeros.
-    """
-    plain, other = Recorder(owners), Recorder(owners)
-    with torch.no_grad():
-        wanted = _called(model, arguments, plain)
+    def allows(tried: Mapping[nn.Module, Repeat]) -> bool:
         try:
-            with spread(tried, lambda: samples):
-                found = _called(model, arguments, other)
+            with torch.no_grad(), spread(tried, lambda: N):
+                return plain.same_as(observed(call, owners))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # A model can fail in any way where a tensor has an axis more.
             return False
-    seen = [[x for call in recorder.made for x in call.inputs] for recorder in (plain, other)]
-    return (
-        len(wanted) == len(found)
-        and len(seen[0]) == len(seen[1])
-        and all(x.shape == y.shape and _alike(x, y) for x, y in zip(wanted, found, strict=True))
-        and all(map(_alike, *seen))
-    )
 
-
-def _called(model: nn.Module, arguments: Arguments, recorder: Recorder) -> list[Tensor]:
-    """Call a model, with the same random numbers every time, and return the tensors in what it returns."""
-    args, kwargs = arguments
-    devices = list({p.device for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), left_as_found(model), ExitStack() as hooks:
-        for handle in recorder.hook():
-            hooks.callback(handle.remove)
-        torch.manual_seed(0)
-        returned = model(*args, **kwargs)
-    leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
-    return [x for x in leaves if isinstance(x, Tensor)]
+    together = allows({use.module: how for use, how in found.items()})
+    for use, how in found.items():
+        shared[use.name] = how if together or (len(found) > 1 and allows({use.module: how})) else None
+    return any(shared[use.name] is not None for use in found)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether a tensor is another one, repeated for every sample or not."""
     try:
-        one = one.expand_as(other)
+        one = one.detach().expand_as(other)
     except RuntimeError:
         return False
     if not one.is_floating_point():
