@@ -4,14 +4,16 @@ import dataclasses
 import json
 import os
 from itertools import product
+from typing import get_args
 
 import pandas as pd
 import pytest
 
 import paper_figures
 from analyses.ntk_isotropy.setting import PUBLISHED
-from curvlab.study import Analysis, CommonOptions, Experiment, UsageError, style
+from curvlab.study import Analysis, CommonOptions, Experiment, UsageError, load, style
 from curvlab.study import main as run
+from curvlab.study.claims import Outcome
 from paper_figures import Paper, find, names
 from paper_figures.__main__ import main
 from paper_figures.karakida_osawa_2020 import scales
@@ -248,3 +250,56 @@ def test_the_table_of_condition_2_has_a_row_an_activation_and_width():
     assert list(zip(table["activation"], table["width"], strict=True)) == list(product(("relu", "erf"), ("64", "256")))
     assert set(table["along the run"]) == {r"$2.00 \pm 2.48$"}
     assert set(table["in the ball"]) == {r"$4.00 \pm 2.48$"}
+
+
+def shipped():
+    """The folders of results that come with the package."""
+    return sorted(path.parent for path in paper_figures.PUBLISHED.glob("*/*/verdicts.json"))
+
+
+def test_what_comes_with_the_package_is_small_and_says_where_it_is_from():
+    files = [path for path in paper_figures.PUBLISHED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    names = {"config.json", "environment.json", "measurements.parquet", "verdicts.json"}
+    for folder in shipped():
+        assert {path.name for path in folder.iterdir()} == names
+        results = load(folder)
+        origin = results.environment
+        assert results.complete
+        assert not results.failures
+        assert folder.parent.name == origin["analysis"]
+        assert origin["git"]["commit"]
+        assert not origin["git"]["dirty"]
+        assert {"torch", "curvlab"} <= origin["packages"].keys()
+        assert origin["command"].startswith(f"python -m analyses.{origin['analysis']} ")
+        assert "/" not in origin["command"], "it runs anywhere"
+        assert set(results.verdicts["outcome"]) <= set(get_args(Outcome))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_paper_is_drawn_at_once(name, tmp_path, capsys):
+    """From nothing but the package, on all of its problems."""
+    assert main([name, "--results", str(tmp_path / "none"), "--output", str(tmp_path)]) == 0
+    paper = find(name)
+    for part in (name, *(f"{name}-{problem}" for problem in paper.others)):
+        for figure in paper.figures:
+            assert (tmp_path / part / f"{figure}.pdf").stat().st_size > 0
+        for table in paper.tables:
+            assert "tabular" in (tmp_path / part / f"{table}.tex").read_text()
+    assert str(paper_figures.PUBLISHED) in capsys.readouterr().out
+
+
+def test_the_published_scales_are_found_again(tmp_path):
+    """At width 4096 on 100 images of MNIST; K-FAC's is N(L − 1) + 1, and not the N·L of the paper."""
+    table = scales(find(KARAKIDA).stored(tmp_path).measurements).set_index("approximation")
+    published, derived = table[r"$\alpha$ published"], table[r"$\alpha$ derived"]
+    assert published.to_dict() == {
+        "full": "1",
+        "block-diagonal": "3",
+        "block-tridiagonal": "1",
+        "unit-wise": "4096",
+        "K-FAC": "300",
+    }
+    assert derived["K-FAC"] == "201"
+    for name in ("full", "block-diagonal", "block-tridiagonal", "K-FAC"):
+        assert table[r"$\alpha$ measured"][name].startswith(rf"${derived[name]} \pm")
