@@ -317,3 +317,22 @@ def test_batches_of_factors_with_many_rows_add_up(reduction: str) -> None:
 def test_the_longest_side_of_a_factor_is_a_positive_number() -> None:
     with pytest.raises(ValueError, match="max_factor is a number of rows ≥ 1, got 0"):
         cf.KFAC(max_factor=0)
+
+
+@pytest.mark.parametrize("rank", [300, 40])
+def test_long_roots_in_single_precision_are_decomposed_by_their_squares(rank: int) -> None:
+    """Values and span agree with a singular value decomposition in double precision, to single precision."""
+    torch.manual_seed(0)
+    root = torch.randn(300, rank) @ torch.diag(torch.logspace(0, -2, rank)) @ torch.randn(rank, 400)
+    moment = Moment(None)
+    moment.update(root[None, :, None], 2.0, 0.0)
+    assert moment.root is not None
+    basis, exact = moment.basis, torch.linalg.svd(root.double(), full_matrices=False)
+    assert basis.vectors is not None
+    r = basis.values.shape[1]
+    assert rank - 2 <= r <= rank
+    V, wanted = basis.vectors[0].double(), exact.Vh[:r].mT
+    assert_close(basis.values[0].double().flip(0), exact.S[:r].square() / 2, 1e-5)
+    assert_close(V.mT @ V, torch.eye(r, dtype=DOUBLE), 1e-5)
+    assert_close(V @ V.mT, wanted @ wanted.mT, 1e-4)
+    assert not basis.null.any()

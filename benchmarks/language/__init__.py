@@ -1,0 +1,1 @@
+"""Curvature of language models: `python -m benchmarks.language`."""

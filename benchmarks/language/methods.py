@@ -1,0 +1,104 @@
+"""What is computed on a decoder, and by which library.
+
+Targets are drawn once a token (Monte-Carlo Fisher matrix). curvlab factors all layers, norms and tables by their exact blocks or
+diagonals. curvlinops factors `Linear` alone and refuses other parameters, which are frozen for it; the output layer of a vocabulary
+too large for a matrix is frozen, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.language.models import Decoder
+from curvlab.fisher import EKFAC, KFAC, Diagonal, Structure
+from curvlab.fisher.kronecker import KroneckerBlock
+
+MethodName = Literal["plain", "kfac", "kfac-curvlinops", "ekfac", "eigenvectors", "diagonal"]
+
+LARGEST = 8192
+"""Rows of the largest factor that is formed as a matrix."""
+
+Compute = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute something.
+
+    Attributes:
+        title: in words.
+        prepare: does what is not timed, given decoder, tokens and targets, and returns what is.
+    """
+
+    title: str
+    prepare: Callable[[Decoder, Tensor, Tensor], Compute]
+
+
+def _plain(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+    loss = nn.CrossEntropyLoss()
+
+    def compute() -> None:
+        decoder.zero_grad()
+        loss(decoder(tokens), targets.flatten()).backward()
+
+    return compute
+
+
+def _fit(structure: type[Structure]) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        generator = torch.Generator(tokens.device).manual_seed(0)
+        data = (tokens, targets.flatten())
+        return lambda: structure.fit(decoder, nn.CrossEntropyLoss(), data, kind="mc", generator=generator)
+
+    return prepare
+
+
+def _eigenvectors(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+    """Decompose the factors of a fit, which an EKFAC does once."""
+    fitted = _fit(KFAC)(decoder, tokens, targets)()
+    assert isinstance(fitted, KFAC)
+    state = fitted.state_dict()
+
+    def compute() -> None:
+        fitted.load_state_dict(state)
+        for block in fitted._blocks:
+            if isinstance(block, KroneckerBlock):
+                _ = block.units.basis, block.width.basis
+
+    return compute
+
+
+def _curvlinops(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        import curvlinops as library
+
+        linear = [m for m in decoder.modules() if isinstance(m, nn.Linear) and max(m.weight.shape) <= LARGEST]
+        kept = [p for module in linear for p in module.parameters()]
+        for parameter in decoder.parameters():
+            parameter.requires_grad_(any(parameter is p for p in kept))
+        data, loss = [(tokens, targets.flatten())], nn.CrossEntropyLoss()
+        options = {"fisher_type": "mc", "separate_weight_and_bias": False, "check_deterministic": False}
+
+        def compute() -> object:
+            operator = getattr(library, name)(decoder, loss, kept, data, **options)
+            operator.compute_kronecker_factors()
+            return operator
+
+        return compute
+
+    return prepare
+
+
+METHODS: Mapping[MethodName, Method] = {
+    "plain": Method("forward and backward", _plain),
+    "kfac": Method("K-FAC, curvlab", _fit(KFAC)),
+    "kfac-curvlinops": Method("K-FAC, curvlinops", _curvlinops("KFACLinearOperator")),
+    "ekfac": Method("EKFAC, curvlab", _fit(EKFAC)),
+    "eigenvectors": Method("of that, eigenvectors", _eigenvectors),
+    "diagonal": Method("diagonal, curvlab", _fit(Diagonal)),
+}
