@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -40,7 +40,7 @@ class Paper:
         settings: Options of the analysis that make the paper's settings; lists and numbers are the least that a run must hold.
         figures: Name to draw(measurements, verdicts).
         tables: Name to table(measurements), LaTeX in its cells.
-        others: Problems of the paper besides that of the settings.
+        others: Problems of the paper besides that of the settings, and the figures that are drawn on them.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Paper:
     settings: Mapping[str, Setting]
     figures: Mapping[str, Callable[[pd.DataFrame, pd.DataFrame], Figure]]
     tables: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]]
-    others: tuple[str, ...] = ()
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def problem(self) -> str:
@@ -57,7 +57,8 @@ class Paper:
 
     def on(self, problem: str) -> Paper:
         """The paper on one problem, without others."""
-        return replace(self, settings={**self.settings, "problem": problem}, others=())
+        figures = {name: draw for name, draw in self.figures.items() if name in self.others.get(problem, self.figures)}
+        return replace(self, settings={**self.settings, "problem": problem}, figures=figures, others={})
 
     def arguments(self, results: Path) -> list[str]:
         """Command line of the analysis at the paper's settings."""

@@ -204,7 +204,7 @@ def test_what_was_measured_goes_before_what_comes_with_the_package(tmp_path, mon
 
 
 def test_a_paper_with_several_problems_is_drawn_on_each(tmp_path, monkeypatch, capsys):
-    paper = dataclasses.replace(PAPER, others=("else",))
+    paper = dataclasses.replace(PAPER, others={"else": ("number",)})
     monkeypatch.setattr("paper_figures.__main__.find", lambda _: paper)
     monkeypatch.setattr("paper_figures.__main__.names", lambda: ["nobody_2026"])
     for problem in ("own", "else"):
@@ -281,8 +281,9 @@ def test_a_paper_is_drawn_at_once(name, tmp_path, capsys):
     """From nothing but the package, on all of its problems."""
     assert main([name, "--results", str(tmp_path / "none"), "--output", str(tmp_path)]) == 0
     paper = find(name)
-    for part in (name, *(f"{name}-{problem}" for problem in paper.others)):
-        for figure in paper.figures:
+    parts = {name: tuple(paper.figures)} | {f"{name}-{problem}": drawn for problem, drawn in paper.others.items()}
+    for part, figures in parts.items():
+        for figure in figures:
             assert (tmp_path / part / f"{figure}.pdf").stat().st_size > 0
         for table in paper.tables:
             assert "tabular" in (tmp_path / part / f"{table}.tex").read_text()
