@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.graph_signature import GraphSignature, edge_of
 from curvlab.rows.layer import DenseRows, LayerRows
-from curvlab.rows.modules import Inputs, LayerUse, is_batch
+from curvlab.rows.modules import OWN, Inputs, LayerUse, is_batch, rule_for
 from curvlab.rows.owners import Owner
 from curvlab.rows.parameters import Layout
 from curvlab.rows.samples import Samples
@@ -35,6 +35,7 @@ class Call:
     Attributes:
         use: the module.
         inputs: the tensors that it was called on.
+        of_tensors: whether it was called on tensors alone, all by position.
         shape: shape of its output.
         edge: edge of the graph at its output, None without a gradient.
         sources: edges at those inputs that depend on parameters.
@@ -44,6 +45,7 @@ class Call:
 
     use: LayerUse
     inputs: Inputs
+    of_tensors: bool
     shape: torch.Size
     edge: GradientEdge | None
     sources: Sequence[GradientEdge]
@@ -110,7 +112,8 @@ class Recorder:
             self._transformed.add(use)
             return
         sources = [edge for x in tensors if (edge := edge_of(x)) is not None]
-        call = Call(use, tuple(x.detach() for x in tensors), output.shape, edge_of(output), sources)
+        of_tensors = not kwargs and len(tensors) == len(args)
+        call = Call(use, tuple(x.detach() for x in tensors), of_tensors, output.shape, edge_of(output), sources)
         self._calls[use].append(call)
         if made is not None:
             made(call, output)
@@ -157,8 +160,11 @@ class Recorder:
 
 
 def _has_samples_first(call: Call, samples: Samples, count: int) -> bool:
-    """Whether the first input of a call is a tensor with the samples on its first axis."""
-    if not call.inputs:
+    """Whether the first input of a call is a tensor with the samples on its first axis.
+
+    A layer that is called again for its rows has to be called on tensors alone, and no nodes or edges may interact in it.
+    """
+    if not call.inputs or (rule_for(call.use.module) is OWN and (samples.interact or not call.of_tensors)):
         return False
     x = call.inputs[0]
     return is_batch(call.use.module, x) and samples.fit(x, call.shape[0], count)

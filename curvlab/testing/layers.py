@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
-from curvlab.rows.modules import composite_for, rule_for
+from curvlab.rows.modules import OWN, composite_for, rule_for
 from curvlab.testing.failing import that
 from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian, outputs
 
@@ -51,7 +51,7 @@ def check_layer(module: nn.Module, inputs: Tensor, *, factored: bool | None = No
     with that("the layer has trainable parameters", name):
         parameters = [own for own, p in module.named_parameters() if p.requires_grad]
         assert parameters, "it has none"
-    has = rule_for(module) is not None or composite_for(module) is not None
+    has = rule_for(module) not in (None, OWN) or composite_for(module) is not None
     if factored is not None:
         with that(f"the layer has {'a' if factored else 'no'} rule", name):
             assert has == factored, f"{name} {'is' if has else 'is not'} in the table of `curvlab.rows.modules`"

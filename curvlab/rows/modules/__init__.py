@@ -24,6 +24,7 @@ from curvlab.rows.modules.convolution import CONVOLUTION, TRANSPOSED_CONVOLUTION
 from curvlab.rows.modules.elementwise import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, PRELU, RMS_NORM
 from curvlab.rows.modules.linear import BILINEAR, INPUT_FIRST_LINEAR, LINEAR
 from curvlab.rows.modules.lookup import EMBEDDING, EMBEDDING_BAG
+from curvlab.rows.modules.own import OWN, is_own
 from curvlab.rows.modules.recurrent import CELL, RECURRENT
 from curvlab.rows.modules.rule import Inputs, LayerUse, Names, Rule
 from curvlab.rows.parameters import Layout
@@ -31,6 +32,7 @@ from curvlab.tools.registry import BrokenPlugin, load
 
 __all__ = [
     "COMPOSITES",
+    "OWN",
     "RULES",
     "Composite",
     "Inputs",
@@ -99,7 +101,7 @@ def register(kind: type[nn.Module], entry: Rule | Composite) -> None:
 
     Args:
         kind: its class; a subclass with a `forward` of its own is another layer. Parameters beside `weight` and `bias` are
-            beyond a rule: such a module has dense rows all the same.
+            beyond a rule: such a module has the rows of `OWN`.
         entry: the rule by which its rows are formed, or how it consists of linear maps.
     """
     table: dict[type[nn.Module], Any] = COMPOSITES if isinstance(entry, Composite) else RULES
@@ -118,8 +120,12 @@ def load_plugins() -> None:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """Return the rule of a module, or None if its forward pass or its parameters are not those in the table."""
-    return _entry(_rules(), module) if module._parameters.keys() <= {"weight", "bias"} else None
+    """Return the rule of a module: that of the table if its forward pass and its parameters are those there.
+
+    Another layer without modules inside has `OWN`; what is left has None.
+    """
+    known = _entry(_rules(), module) if module._parameters.keys() <= {"weight", "bias"} else None
+    return OWN if known is None and composite_for(module) is None and is_own(module) else known
 
 
 def is_batch(module: nn.Module, x: Tensor) -> bool:
