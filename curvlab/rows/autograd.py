@@ -100,14 +100,15 @@ def prepared(
             with left_as_found(model), unwatched(model):
                 return [inputs.outputs(model)]
 
-        if learn(shared, call, Observed([chosen], recorder), ruled, samples, of_all):
+        repeated = learn(shared, call, Observed([chosen], recorder), ruled, samples, of_all)
+        if repeated:
             leave.close()
             recorder, chosen, z = _called(model, inputs, ruled, shared, leave)
             signature = signature_of(z, recorder.made, trainable(model), samples.along_first(len(z)), known)
         N = len(z)
         factored = recorder.calls(samples, N, signature)
         others = [owner for owner in owners if owner not in factored]
-        yield Forward(model, inputs, chosen, z, make_cotangents(chosen.detach()), signature, factored, others)
+        yield Forward(model, inputs, chosen, z, make_cotangents(chosen.detach()), signature, factored, others, repeated)
 
 
 def _called(
@@ -144,6 +145,7 @@ class Forward:
         signature: what the graph tells.
         factored: the calls of every owner with factored rows.
         others: owners whose rows are formed otherwise.
+        repeated: whether another pass is known to have returned the same.
     """
 
     model: nn.Module
@@ -154,6 +156,7 @@ class Forward:
     signature: GraphSignature
     factored: Mapping[Owner, Sequence[Call]]
     others: Sequence[Owner]
+    repeated: bool
 
     @property
     def calls(self) -> list[Call]:

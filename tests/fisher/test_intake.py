@@ -10,6 +10,7 @@ from oracle import ARCHITECTURES, DOUBLE, Architecture, architecture, loss_case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.errors import UnsupportedModel
 from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Diagonal, make
 from curvlab.fisher.intake import Intake
 from curvlab.rows import autograd, sqrt_fisher
@@ -184,3 +185,17 @@ def test_a_derivative_that_is_not_finite_names_the_layer() -> None:
     x, y = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=DOUBLE), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="The derivative at layer 'first' is not finite, first at sample 1"):
         KFAC.fit(model, nn.CrossEntropyLoss(), (x, y), kind="empirical", rows="sample")
+
+
+def test_a_model_that_draws_noise_of_its_own_is_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x) + torch.randn(len(x), 3, dtype=x.dtype)))
+
+    x, y = torch.randn(4, 3, dtype=DOUBLE), torch.randint(2, (4,))
+    with pytest.raises(UnsupportedModel, match="the model is random"):
+        KFAC.fit(Noisy().to(DOUBLE), nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator())
