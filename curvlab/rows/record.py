@@ -75,7 +75,7 @@ class Recorder:
     def __init__(self, owners: Sequence[Owner]) -> None:
         self._owners = owners
         self._calls: dict[LayerUse, list[Call]] = {use: [] for owner in owners for use in owner.uses}
-        self._transformed: set[LayerUse] = set()
+        self._unfit: set[LayerUse] = set()  # layers with a call that cannot be followed
 
     def hook(
         self, made: Callable[[Call, Tensor], None] | None = None, watching: Callable[[], bool] = lambda: True
@@ -101,15 +101,18 @@ class Recorder:
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        output: Tensor,
+        output: Any,
     ) -> None:
         if not watching():
+            return
+        if not isinstance(output, Tensor):
+            self._unfit.add(use)
             return
         named = signature(module.forward).bind(*args, **kwargs).arguments if kwargs else dict(enumerate(args))
         tensors = [x for x in named.values() if isinstance(x, Tensor)]
         if any(is_functorch_wrapped_tensor(x) for x in (*tensors, output)):
             # Within torch.func, where the first axis is not that of the samples and nothing outlives the transform.
-            self._transformed.add(use)
+            self._unfit.add(use)
             return
         sources = [edge for x in tensors if (edge := edge_of(x)) is not None]
         of_tensors = not kwargs and len(tensors) == len(args)
@@ -138,7 +141,7 @@ class Recorder:
             owner: calls
             for owner, calls in found.items()
             if calls
-            and self._transformed.isdisjoint(owner.uses)
+            and self._unfit.isdisjoint(owner.uses)
             and graph_signature.elsewhere.isdisjoint(owner.names.values())
             and misplaced.isdisjoint(calls)
             and all(_has_samples_first(call, samples, count) for call in calls)
@@ -152,7 +155,7 @@ class Recorder:
             calls[-1]
             for use, calls in self._calls.items()
             if calls
-            and use not in self._transformed
+            and use not in self._unfit
             and all(
                 call.inputs and (call in misplaced or not _has_samples_first(call, samples, count)) for call in calls
             )

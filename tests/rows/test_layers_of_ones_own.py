@@ -166,6 +166,32 @@ def test_a_fit_takes_such_layers_as_it_reaches_them(called: list[str], monkeypat
     assert called
 
 
+class Routed(nn.Module):
+    """Returns two tensors, as routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.weight * x, x.argmax(-1)
+
+
+def test_a_layer_that_returns_several_tensors(called: list[str]) -> None:
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.last = Routed(), nn.Linear(3, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.router(x)[0]))
+
+    torch.manual_seed(0)
+    model, x = Picked().to(DOUBLE), torch.randn(N, 3, dtype=DOUBLE)
+    assert_close(jacobian(model, x).dense(), dense_jacobian(model, x))
+    assert not called
+
+
 def test_torchs_own_layers_and_those_with_hooks_are_left_to_the_model() -> None:
     hooked = OwnNorm()
     hooked.register_forward_hook(lambda *_: None)
