@@ -11,7 +11,7 @@ from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import compare
-from curvlab.fisher import make
+from curvlab.fisher import Full, make
 from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.factored import KroneckerRows
@@ -117,6 +117,30 @@ def test_a_language_model_end_to_end(transformers: Any) -> None:
     assert structure.space.size == sum(p.numel() for p in trainable(model).values())
     step = structure.solve(torch.ones(structure.space.size, dtype=DOUBLE), 0.1)
     assert bool(step.isfinite().all())
+
+
+def test_a_padded_batch_is_its_sequences_and_these_are_their_tokens(transformers: Any) -> None:
+    """Padding is masked and ignored; batches of different lengths have the count of their tokens."""
+    torch.manual_seed(2)
+    model, inputs = gpt2(transformers)
+    model, mask, tokens = model.double().eval(), inputs["attention_mask"], inputs["input_ids"]
+    shifted = torch.where(mask[:, 1:] == 1, tokens[:, 1:], -100)
+    labels = torch.cat([shifted, torch.full((SAMPLES, 1), -100)], dim=1)
+    loss, lengths = nn.CrossEntropyLoss(), mask.sum(1).tolist()
+    apart = [({"input_ids": tokens[n : n + 1, :T]}, labels[n : n + 1, :T]) for n, T in enumerate(lengths)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    F, count = torch.zeros((), dtype=DOUBLE), 0
+    for x, y in apart:
+        z = model(**x).logits.mT
+        for value in nn.CrossEntropyLoss(reduction="none")(z, y)[y >= 0]:
+            found = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+            g = torch.cat([part.flatten() for part in found])
+            F, count = F + torch.outer(g, g), count + 1
+    options: Any = {"kind": "empirical", "output": last_axis_second, "side": "parameters"}
+    for data in ((inputs, labels), apart):
+        whole = Full.fit(model, loss, data, **options)
+        assert whole.count == count
+        assert_close(whole.to_dense(), F / count, 1e-9)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma"])
