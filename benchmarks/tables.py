@@ -26,8 +26,13 @@ Section = tuple[str, Table, Sequence[str]]
 
 def setting(machine: Machine, samples: int) -> str:
     """Say on how many samples, and on what, a method was timed."""
+    return f"N = {samples}, {computed(machine)}"
+
+
+def computed(machine: Machine) -> str:
+    """Say in which precision, and on what, a method was timed."""
     threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
-    return f"N = {samples}, float32, {machine.device}, {threads}"
+    return f"float32, {machine.device}, {threads}"
 
 
 def empty(style: box.Box, words: Sequence[str], numbers: Sequence[str]) -> Table:

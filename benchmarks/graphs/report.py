@@ -52,9 +52,8 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
 def heading(sweep: Sweep) -> str:
     """Say what varies, and on what it was measured."""
     request = sweep.entries[0].request
-    threads = "1 thread" if request.threads == 1 else f"{request.threads} threads"
     network = f"{FEATURES}-{HIDDEN}-{CLASSES}" if sweep.size else f"500-{HIDDEN}-3"
-    return f"{sweep.title}: graph convolutional network {network}, float32, {request.device}, {threads}"
+    return f"{sweep.title}: graph convolutional network {network}, {tables.computed(request)}"
 
 
 def table(sweep: Sweep, style: box.Box = box.SIMPLE_HEAD) -> Table:

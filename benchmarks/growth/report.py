@@ -32,11 +32,10 @@ class Line:
 def heading(lines: Sequence[Line]) -> str:
     """Say what grew, and on what it was measured."""
     request, base = lines[0].request, Size()
-    threads = "1 thread" if request.threads == 1 else f"{request.threads} threads"
     return (
         f"{QUANTITIES[request.quantity].title} of a ReLU network on {FEATURES} inputs; where they do not grow, "
         f"N = {base.samples}, C = {base.outputs}, width {base.width}, depth {base.depth}; "
-        f"float32, {request.device}, {threads}"
+        f"{tables.computed(request)}"
     )
 
 

@@ -32,8 +32,7 @@ class Entry:
 def heading(entries: Sequence[Entry]) -> str:
     """Say on what it was measured."""
     request = entries[0].request
-    threads = "1 thread" if request.threads == 1 else f"{request.threads} threads"
-    return f"Decoder of {SHAPES[request.model]}, float32, {request.device}, {threads}"
+    return f"Decoder of {SHAPES[request.model]}, {tables.computed(request)}"
 
 
 def table(entries: Sequence[Entry], style: box.Box = box.SIMPLE_HEAD) -> Table:

@@ -24,7 +24,7 @@ def test_run_passes_options_on(tmp_path, capsys):
 
 
 def test_figures_are_those_of_papers(tmp_path, capsys):
-    assert command.main(["figures", "--results", str(tmp_path)]) == 0
+    assert command.main(["figures", "--list", "--results", str(tmp_path)]) == 0
     assert "karakida_osawa_2020" in capsys.readouterr().out
 
 
