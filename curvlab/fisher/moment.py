@@ -227,7 +227,9 @@ class Moment(Factor):
 
     def _from_root(self, root: Tensor) -> Basis:
         if root.dtype == torch.float32 and len(root) == 1 and root.shape[1] >= WORTH_SQUARING and not self.complete:
-            return self._from_squared_root(root)
+            squared = self._from_squared_root(root)
+            if squared is not None:
+                return squared
         _, singular, vectors = torch.linalg.svd(root, full_matrices=self.complete)
         singular = nn.functional.pad(singular, (0, vectors.shape[1] - singular.shape[1]))
         eps = torch.finfo(root.dtype).eps
@@ -235,10 +237,10 @@ class Moment(Factor):
         null = singular <= tolerance * singular.amax(-1, keepdim=True)
         return Basis(singular.square() / self._divisor, vectors.mT, null)
 
-    def _from_squared_root(self, root: Float[Tensor, "1 m d"]) -> Basis:
+    def _from_squared_root(self, root: Float[Tensor, "1 m d"]) -> Basis | None:
         """Decompose `XXᵀ` in double precision, which keeps all digits of singular values in single precision above the tolerance.
 
-        Cost: about half of a singular value decomposition's; null directions are left out.
+        None for a root of zeros. Cost: about half of a singular value decomposition's; null directions are left out.
         """
         exact = root[0].double()
         values, left = torch.linalg.eigh(exact @ exact.mT)
@@ -246,6 +248,8 @@ class Moment(Factor):
         eps = torch.finfo(root.dtype).eps
         tolerance = root.shape[2] * eps if self.rtol is None else max(self.rtol**0.5, eps)
         kept = singular > tolerance * singular[-1]
+        if not bool(kept.any()):
+            return None
         vectors = exact.mT @ (left[:, kept] / singular[kept])
         found = (singular[kept].square() / self._divisor)[None].to(root.dtype)
         return Basis(found, vectors[None].to(root.dtype), torch.zeros_like(found, dtype=torch.bool))

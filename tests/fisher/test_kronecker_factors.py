@@ -336,3 +336,12 @@ def test_long_roots_in_single_precision_are_decomposed_by_their_squares(rank: in
     assert_close(V.mT @ V, torch.eye(r, dtype=DOUBLE), 1e-5)
     assert_close(V @ V.mT, wanted @ wanted.mT, 1e-4)
     assert not basis.null.any()
+
+
+def test_a_long_root_of_zeros_has_null_directions_only() -> None:
+    """As where a softmax is saturated, so that every draw is what the model predicts."""
+    moment = Moment(None)
+    moment.update(torch.zeros(1, 300, 1, 400), 2.0, 0.0)
+    assert moment.root is not None
+    assert moment.basis.null.all()
+    assert not moment.basis.values.any()
