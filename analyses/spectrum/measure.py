@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from analyses.spectrum.config import GGN, HESSIAN, Config
 from curvlab import spectrum
 from curvlab.fisher import make
 from curvlab.problems import Problem, resolve
-from curvlab.rows import sqrt_fisher
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.spectrum import Operator, StructureOperator
 from curvlab.study import Cell, Context, Observations, follow, generator, observed
@@ -25,6 +25,8 @@ GRID = 120
 LINEAR = 1e-3
 """δ over the largest modulus: below it the axis of a density is linear, above logarithmic."""
 TRACE_PRODUCTS = 64
+BATCH = 512
+"""Samples that are swept at a time."""
 ROUND_OFF = 1e-9
 """Part of the largest modulus up to which a negative eigenvalue counts as none."""
 
@@ -69,11 +71,20 @@ def _descend(problem: Problem, steps: int) -> None:
 
 def operator_of(name: str, problem: Problem) -> Operator:
     """Return the Hessian, the GGN or a structure at a problem's parameters."""
+    batches = _batches(problem)
     if name == HESSIAN:
-        return spectrum.Hessian(problem.model, problem.loss, problem.train)
+        return spectrum.Hessian(problem.model, problem.loss, batches)
     if name == GGN:
-        return spectrum.GGN(problem.model, problem.loss, problem.train)
-    return StructureOperator(make(name).update(sqrt_fisher(problem.model, problem.loss, *problem.train)))
+        return spectrum.GGN(problem.model, problem.loss, batches)
+    structure = make(name)
+    options: dict[str, Any] = dict(structure.options)
+    return StructureOperator(type(structure).fit(problem.model, problem.loss, batches, **options))
+
+
+def _batches(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut the training samples into batches whose rows fit into memory."""
+    inputs, targets = problem.train
+    return list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
 
 
 def _parts(operator: Operator) -> Iterator[tuple[str, Operator]]:

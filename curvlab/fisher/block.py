@@ -8,7 +8,7 @@ the verbs of `Structure` are sums and concatenations over them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -312,3 +312,9 @@ def check_rtol(rtol: float | None) -> None:
     """Raise `ValueError` for a rank tolerance outside [0, 1)."""
     if rtol is not None and not 0 <= rtol < 1:
         raise ValueError(f"rtol is a number in [0, 1), got {rtol}.")
+
+
+def batches_of(blocks: Iterable[Block], rows: Rows, decay: float, total: Total | None = None) -> list[Batch]:
+    """Cut rows into the shares of blocks."""
+    additive = rows.reduction == "sum"
+    return [Batch(block.of(rows), rows.terms, decay, additive, rows.sample_weights, total) for block in blocks]

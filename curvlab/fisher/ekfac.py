@@ -5,7 +5,7 @@ Source: George et al. 2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage
+from curvlab.fisher.factors import EmbeddingBlock, LinearBlock
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.kfac import KFAC
-from curvlab.fisher.kronecker import EmbeddingBlock, KroneckerBlock, KroneckerOptions, LinearBlock, Sharing
-from curvlab.fisher.state import batches_of
+from curvlab.fisher.kronecker import KroneckerBlock, KroneckerOptions, Sharing
 from curvlab.fisher.system import rank_tolerance
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout
@@ -110,7 +110,6 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
         self, *, sharing: Sharing = "expand", max_block: int = 1024, max_factor: int = 8192, rtol: float | None = None
     ) -> None:
         super().__init__(sharing=sharing, max_block=max_block, max_factor=max_factor, rtol=rtol)
-        self._factors_only = False
 
     @property
     def options(self) -> Mapping[str, object]:
@@ -121,10 +120,6 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
 
     def _update_blocks(self, batches: list[Batch]) -> None:
         super()._update_blocks(batches)
-        if not self._factors_only:
-            self._correct(batches)
-
-    def _correct(self, batches: Iterable[Batch]) -> None:
         for block, batch in zip(self._blocks, batches, strict=True):
             _correct(block, batch)
 
@@ -138,12 +133,3 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
         """End a batch; the second pass adds nothing to what is known of the first."""
         if number == 0:
             super().take_in(intake, number)
-
-    def _absorb(self, rows: Rows, number: int, *, first: bool) -> None:
-        """Add a batch to the factors in the first pass, to the corrections in their basis in the second."""
-        if number == 0:
-            self._factors_only = True
-            super()._absorb(rows, number, first=first)
-            self._factors_only = False
-        else:
-            self._correct(batches_of(self._blocks, rows, 0.0 if first else 1.0))

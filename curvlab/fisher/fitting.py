@@ -12,7 +12,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -75,7 +75,8 @@ class Fitting:
     Attributes:
         structure: takes the rows.
         rows_of: forms those of a batch.
-        stream: hands on the rows of a batch layer by layer, for structures that treat every layer by itself.
+        stream: hands on the rows of a batch layer by layer, for a structure that treats every layer by itself; None where a
+            sweep makes the rows of all layers at once.
         batches: the data.
         generator: of draws; every pass starts from its present state.
         checkpoint: None to keep none.
@@ -84,7 +85,7 @@ class Fitting:
 
     structure: State
     rows_of: Callable[[Any], Rows]
-    stream: Callable[[Any, Callable[[Rows], Callable[[LayerRows], None]]], None]
+    stream: Callable[[Any, Callable[[Rows], Callable[[LayerRows], None]]], None] | None
     batches: Any
     generator: torch.Generator | None
     checkpoint: Checkpoint | None
@@ -131,21 +132,27 @@ class Fitting:
             if self.structure.by_layer:
                 self._take_in(batch, number, first=first)
             else:
-                self.structure._absorb(self._rows(batch), number, first=first)
+                self.structure.update(self._rows(batch), 1.0)
         except Weightless:
             logger.info("Batch %d of pass %d has no target that carries weight.", self._at.done + 1, number + 1)
             return
         self._at.absorbed += 1
 
     def _take_in(self, batch: Any, number: int, *, first: bool) -> None:
-        """Add a batch layer by layer."""
+        """Add a batch layer by layer; an intake that was opened anew has not changed anything."""
         intakes: list[Intake] = []
 
         def open_(head: Rows) -> Callable[[LayerRows], None]:
             intakes.append(self.structure.intake(head, number, first=first))
             return intakes[-1].take
 
-        self.stream(batch, open_)
+        if self.stream is not None:
+            self.stream(batch, open_)
+        else:
+            rows = self._rows(batch)
+            take = open_(replace(rows, layers=(), root=None, _jacobian=None))
+            for layer in rows.layers:
+                take(layer)
         self.structure.take_in(intakes[-1], number)
 
     def _rows(self, batch: Any) -> Rows:

@@ -2,7 +2,7 @@
 
 intake = structure.intake(rows_without_layers, number, first=True)
 intake.take(layer)      # as often as there are layers; nothing of it is kept but moments
-intake.close()
+structure.take_in(intake, number)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from curvlab.fisher.block import Batch, Block
+from curvlab.fisher.block import Batch, Block, batches_of
 from curvlab.fisher.memory import check_memory
 from curvlab.fisher.serialise import without_numbers
 from curvlab.rows import Rows
@@ -26,9 +26,9 @@ class Intake:
     Args:
         key: of the structure, for messages.
         head: rows without layers.
+        decay: weight of the state so far.
         known: the blocks of the layers by the layer's name, empty before the first batch.
         make: cuts a layer's parameters into blocks.
-        cut: gives blocks their share of rows.
         absorb: lets a block add its share.
     """
 
@@ -36,12 +36,12 @@ class Intake:
         self,
         key: str,
         head: Rows,
+        decay: float,
         known: dict[str, list[Block]],
         make: Callable[[Rows], list[Block]],
-        cut: Callable[[list[Block], Rows], list[Batch]],
         absorb: Callable[[Block, Batch], None],
     ) -> None:
-        self.key, self.head, self.known, self.make, self.cut, self.absorb = key, head, known, make, cut, absorb
+        self.key, self.head, self.decay, self.known, self.make, self.absorb = key, head, decay, known, make, absorb
         self._layers: list[LayerRows] = []
         self._blocks: dict[str, list[Block]] = {}
 
@@ -49,7 +49,7 @@ class Intake:
         """Add the rows of a layer; those in half precision are converted to float32."""
         rows = replace(self.head, layers=(layer.to(torch.promote_types(layer.dtype, torch.float32)),))
         blocks = self.known[layer.name] if self.known else self.make(rows)
-        batches = self.cut(blocks, rows)
+        batches = batches_of(blocks, rows, self.decay)
         check_memory(self.key, blocks, batches)
         for block, batch in zip(blocks, batches, strict=True):
             self.absorb(block, batch)

@@ -27,15 +27,9 @@ from typing import Literal
 
 from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
+from curvlab.fisher.factors import EmbeddingBlock, LinearBlock
 from curvlab.fisher.intake import Intake
-from curvlab.fisher.kronecker import (
-    EmbeddingBlock,
-    KFACBlock,
-    KroneckerBlock,
-    KroneckerOptions,
-    LinearBlock,
-    Sharing,
-)
+from curvlab.fisher.kronecker import KFACBlock, KroneckerBlock, KroneckerOptions, Sharing
 from curvlab.fisher.moment import Invert, inverses
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide

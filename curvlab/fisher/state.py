@@ -19,13 +19,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from curvlab.errors import StateError
-from curvlab.fisher.block import Batch, Block, RunningAverage, Total
+from curvlab.fisher.block import Batch, Block, RunningAverage, Total, batches_of
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.memory import check_memory
 from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
 from curvlab.rows import Rows, merge
 from curvlab.rows.parameters import ParameterSpace
-from curvlab.rows.rows import SORT
+from curvlab.rows.rows import IN_COMMON
 
 Own = TypeVar("Own", bound="State")
 
@@ -41,7 +41,7 @@ class State(ABC):
     averages: ClassVar[bool] = False
     """Whether the state are averages of layers' moments, which take any decay and stay defined where samples interact."""
     passes: ClassVar[int] = 1
-    """How often `fit` goes over the data."""
+    """How often `fit` goes over the data; more than once for structures `by_layer`, which are told the number of the pass."""
     adds: ClassVar[bool] = False
     """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
 
@@ -83,18 +83,8 @@ class State(ABC):
         """Return what a reader of the repr should know about the state."""
         return []
 
-    def _absorb(self, rows: Rows, number: int, *, first: bool) -> None:  # noqa: ARG002
-        """Add a batch of a data set.
-
-        Args:
-            rows: of the batch.
-            number: of the pass over the data, from 0.
-            first: whether the batch is the first of its pass.
-        """
-        self.update(rows, 1.0)
-
     def intake(self, head: Rows, number: int, *, first: bool) -> Intake:  # noqa: ARG002
-        """Return what takes a batch of a data set layer by layer, for `take_in`; see `_absorb`.
+        """Return what takes a batch of a data set layer by layer, for `take_in`.
 
         Args:
             head: its rows, without layers.
@@ -110,9 +100,7 @@ class State(ABC):
         known: dict[str, list[Block]] = {}
         for block in self._blocks:
             known.setdefault(block.name, []).append(block)
-        return Intake(
-            self.key, head, known, self._make_blocks, lambda blocks, rows: batches_of(blocks, rows, decay), absorb
-        )
+        return Intake(self.key, head, decay, known, self._make_blocks, absorb)
 
     def take_in(self, intake: Intake, number: int) -> None:  # noqa: ARG002
         """End a batch that has arrived layer by layer."""
@@ -234,7 +222,7 @@ class State(ABC):
             raise ValueError("The rows belong to other parameters than the structure's state.")
         if decay == 0:
             return
-        for what, name in SORT.items():
+        for what, name in IN_COMMON.items():
             if getattr(rows, name) != getattr(last, name):
                 raise ValueError(
                     f"Rows cannot be added to a state of others: {what} is {getattr(rows, name)!r}, and was "
@@ -372,9 +360,3 @@ def _counted(batches: Iterable[tuple[float, Rows]]) -> RunningAverage:
 def _entries(block: Block) -> Int[Tensor, " _"]:
     """Return which entries of its layer a block covers, none for all."""
     return torch.empty(0, dtype=torch.long) if block.index is None else block.index.cpu()
-
-
-def batches_of(blocks: Iterable[Block], rows: Rows, decay: float, total: Total | None = None) -> list[Batch]:
-    """Cut rows into the shares of blocks."""
-    additive = rows.reduction == "sum"
-    return [Batch(block.of(rows), rows.terms, decay, additive, rows.sample_weights, total) for block in blocks]

@@ -29,7 +29,7 @@ from curvlab.fisher.power import Damps, Power, check_power
 from curvlab.fisher.state import State
 from curvlab.fisher.system import decompose, prepare
 from curvlab.rows import Rows
-from curvlab.rows.batches import as_batches
+from curvlab.rows.batches import as_batches, as_pair
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import DiagonalRoot, Kind, RowPer
 from curvlab.rows.making import rows_of_loss, stream_of_loss
@@ -54,19 +54,6 @@ REGISTRIES.append(STRUCTURES)
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    """Return inputs and targets of a batch.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}{size}.")
-    inputs, targets = batch
-    return inputs, targets
 
 
 @dataclass(frozen=True)
@@ -161,16 +148,16 @@ class Structure(State):
         how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=not structure.averages, rows=rows)
 
         def rows_of(batch: Sequence[Any]) -> Rows:
-            return rows_of_loss(model, loss, *_pair(batch), how)
+            return rows_of_loss(model, loss, *as_pair(batch), how)
 
         def stream(batch: Sequence[Any], open_: Callable[[Rows], Callable[[LayerRows], None]]) -> None:
-            stream_of_loss(model, loss, *_pair(batch), how, open_, anew=not structure.updated)
+            stream_of_loss(model, loss, *as_pair(batch), how, open_, anew=not structure.updated)
 
         kept = None
         if checkpoint is not None:
             same = identity(structure, model, loss, how)
             kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
-        Fitting(structure, rows_of, stream, as_batches(data), generator, kept, progress).run()
+        Fitting(structure, rows_of, stream if how.single else None, as_batches(data), generator, kept, progress).run()
         structure.forget_batch()
         return structure
 

@@ -44,12 +44,12 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
-from curvlab.rows.autograd import cotangents_at
 from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.modules import is_batch
 from curvlab.rows.owners import owners_of, trainable
 from curvlab.rows.passes import ModelInputs
 from curvlab.rows.products import distinct
+from curvlab.rows.reverse import cotangents_at
 from curvlab.rows.sweep import (
     MakeCotangents,
     PickOutput,

@@ -28,6 +28,19 @@ def as_batches(data: Data) -> Any:
     return [data] if of_one or isinstance(targets, Tensor | Mapping) else data
 
 
+def as_pair(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}{size}.")
+    inputs, targets = batch
+    return inputs, targets
+
+
 def joined(data: Any) -> Any:
     """Return one pair (inputs, targets) of all samples.
 
@@ -37,12 +50,10 @@ def joined(data: Any) -> Any:
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise ValueError(f"The data are a pair (inputs, targets) or an iterable of them, got a {type(data).__name__}.")
     batches = list(as_batches(data))
-    for batch in batches:
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise ValueError(f"Every batch of the data is a pair (inputs, targets), got a {type(batch).__name__}.")
-    if not batches:
+    pairs = list(map(as_pair, batches))
+    if not pairs:
         raise ValueError("The data hold no batch.")
-    return batches[0] if len(batches) == 1 else tree_map(_together, *map(tuple, batches), is_leaf=is_packed)
+    return pairs[0] if len(pairs) == 1 else tree_map(_together, *pairs, is_leaf=is_packed)
 
 
 def _together(*parts: Any) -> Any:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.rows.autograd import backward, backward_over_graphs, dense_rows
+from curvlab.rows.autograd import backward_over_graphs
 from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
@@ -33,13 +33,13 @@ from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.passes import Pass
 from curvlab.rows.record import Call, Recorder, form
 from curvlab.rows.returned import Returned
+from curvlab.rows.reverse import backward
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Samples
+from curvlab.rows.single_samples import dense_rows
 from curvlab.rows.spread import probe, repeats, spread
 from curvlab.rows.sweep import Arguments, detached, in_parameter_order
-
-PROPORTIONAL = 1e-2
-"""Largest relative distance of the gradient at the outputs from a multiple of the loss's own, half precision allowed for."""
+from curvlab.rows.upstream import is_even, multiple_of
 
 
 class Collector(AbstractContextManager["Collector"]):
@@ -169,14 +169,11 @@ class Collector(AbstractContextManager["Collector"]):
     def _spread(self, arguments: Arguments) -> None:
         """Let layers that all samples share see every sample in this pass; looked for among tables only, as positions are."""
         ruled = [owner for owner in self._owners if owner.ruled]
-        checks, tables = self._checks, any(isinstance(owner.module, nn.Embedding) for owner in ruled)
-        if tables and not checks.probed and self._how is not None and self._samples.before() is not None:
+        known, tables = self._checks.known, any(isinstance(owner.module, nn.Embedding) for owner in ruled)
+        if tables and not known.probed and self._how is not None and self._samples.before() is not None:
             with self._watch.kept_quiet():
-                probe(checks.shared, self._model, arguments, ruled, self._samples, checks.signatures)
-            checks.probed = True
-        of_pass = spread(
-            repeats(ruled, self._checks.shared), lambda: self._samples.before() if self._is_watching() else None
-        )
+                probe(known, self._model, arguments, ruled, self._samples)
+        of_pass = spread(repeats(ruled, known.shared), lambda: self._samples.before() if self._is_watching() else None)
         self._leave.enter_context(of_pass)
 
     def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
@@ -267,7 +264,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._recorder.made,
             self.parameters,
             self._samples.along_first(self._count),
-            self._checks.signatures,
+            self._checks.known.signatures,
             coupled=bool(self._coupled),
         )
 
@@ -359,14 +356,14 @@ class Collector(AbstractContextManager["Collector"]):
     def _row_scale(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, of the whole, `w s/√count`."""
         if self._of_whole_samples:
-            return terms.weight.new_full((len(terms.weight),), self._whole_scale(terms) / _multiple(terms, upstream))
+            return terms.weight.new_full((len(terms.weight),), self._whole_scale(terms) / multiple_of(terms, upstream))
         weight = terms.weight[:, 0, 0]
-        kappa = _multiple(terms, upstream)
+        kappa = multiple_of(terms, upstream)
         return torch.where(weight > 0, (terms.count / torch.where(weight > 0, weight, 1)).sqrt() / kappa, 0)
 
     def _is_single(self, terms: LossTerms) -> bool:
         """Whether a sample is one loss term, whose gradient is a multiple of its row."""
-        return self._how is not None and self._how.per == "term" and terms.z.shape[2] == 1 and _even(terms)
+        return self._how is not None and self._how.per == "term" and terms.z.shape[2] == 1 and is_even(terms)
 
     @property
     def _of_whole_samples(self) -> bool:
@@ -403,11 +400,11 @@ class Collector(AbstractContextManager["Collector"]):
                 return None
             return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
         if self._of_whole_samples:
-            return rows.sample_weights.new_full((rows.R,), _multiple(terms, upstream) / self._whole_scale(terms))
-        if rows.kind == "mc" or rows.per == "signs" or not _even(terms):
+            return rows.sample_weights.new_full((rows.R,), multiple_of(terms, upstream) / self._whole_scale(terms))
+        if rows.kind == "mc" or rows.per == "signs" or not is_even(terms):
             return None
         weight = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
-        return (_multiple(terms, upstream) * weight).to(rows.dtype)
+        return (multiple_of(terms, upstream) * weight).to(rows.dtype)
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples, self._count)
@@ -419,30 +416,6 @@ def no_rows_beside(coupled: Sequence[str], without: tuple[str, ...]) -> Unsuppor
         f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none at all. "
         f"Call eval() on the former, or leave the latter to the plain gradient: plain={without}."
     )
-
-
-def _even(terms: LossTerms) -> bool:
-    """Whether all elements of a position have one weight."""
-    return terms.weight.shape[1] == 1 or bool((terms.weight == terms.weight[:, :1]).all())
-
-
-def _multiple(terms: LossTerms, upstream: Tensor) -> float:
-    """Return κ, by which the user has multiplied the loss before `backward()`.
-
-    Raises:
-        ValueError: if the gradient at the outputs is no multiple of the loss's.
-    """
-    expected = (terms.weight * terms.score / terms.count).double().flatten()
-    found = flat_outputs(upstream).double().flatten()
-    if not bool(expected.any() and expected.isfinite().all() and found.isfinite().all()):
-        return 1.0
-    kappa = float(found @ expected / (expected @ expected))
-    if not float((found - kappa * expected).norm()) <= PROPORTIONAL * float(found.norm()) or kappa <= 0:
-        raise ValueError(
-            "The gradient at the model's output is not a multiple of that of the loss that was given: another loss acts "
-            "on the outputs, too. Use kind='mc', which does not need it."
-        )
-    return kappa
 
 
 def _gradient(call: Call, like: Tensor) -> Tensor:

@@ -16,16 +16,7 @@ from curvlab.nn import Linearized
 from curvlab.nn.hooks import unwatched
 from curvlab.rows import autograd, backpack
 from curvlab.rows.autograd import Forward, prepared
-from curvlab.rows.guard import (
-    checks_of,
-    combined,
-    compare_combinations,
-    refuse,
-    unfactored,
-    weights,
-    without_factors,
-    wrong_rows,
-)
+from curvlab.rows.guard import Comparison, checks_of, refuse, unfactored, without_factors, wrong_rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import contiguous_gradients, trainable
 from curvlab.rows.passes import Engine, ModelInputs, Pass
@@ -74,10 +65,8 @@ def _sweep(
             if chosen == "backpack":
                 sweep_result = backpack.sweep(model, inputs, make_cotangents)
             else:
-                checks = checks_of(once_for)
-                sweep_result = autograd.sweep(
-                    model, inputs, make_cotangents, checks.signatures, checks.shared, unfactored(once_for)
-                )
+                known = checks_of(once_for).known
+                sweep_result = autograd.sweep(model, inputs, make_cotangents, known, unfactored(once_for))
         check_finite(sweep_result)
         wrong = wrong_rows(model, forward, sweep_result, chosen, once_for)
         return replace(sweep_result, graph=None), wrong
@@ -128,11 +117,8 @@ def checked_stream(
 def _stream(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, open_: Open, *, anew: bool) -> bool:
     """Whether the rows of layers could be handed on as a reverse pass reached them, and were right."""
     trainable(model)
-    checks = checks_of(model)
-    with (
-        left_as_found(model),
-        prepared(model, inputs, make_cotangents, checks.signatures, checks.shared, unfactored(model)) as forward,
-    ):
+    known, without = checks_of(model).known, unfactored(model)
+    with left_as_found(model), prepared(model, inputs, make_cotangents, known, without) as forward:
         if not forward.streams:
             return False
         check = _Check(model, forward)
@@ -163,7 +149,7 @@ def _repeats(model: nn.Module, inputs: ModelInputs, outputs: Tensor) -> bool:
 
 
 class _Check:
-    """Compares the rows of a pass, as they come, with another reverse pass.
+    """The comparison of the rows of a pass, if it is due.
 
     Attributes:
         new: whether a pass of this kind has not been right yet, in every parameter.
@@ -171,28 +157,20 @@ class _Check:
     """
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
-        self._forward, self._checks, self._parameters = forward, checks_of(model), trainable(model)
-        (V, N), signature = forward.cotangents.shape[:2], forward.signature
+        self._checks, self._signature, parameters = checks_of(model), forward.signature, trainable(model)
         shapes = tuple(call.inputs[0].shape for call in forward.calls)
-        common = (forward.cotangents.shape, forward.z.dtype, tuple(self._parameters), model.training)
-        self._kind = ("stream", *common, signature.functions, shapes)
-        self.new = self._checks.new(self._kind, signature, self._parameters)
-        self.due = self._checks.due(self._kind, signature, self._parameters)
-        self._weights = weights(V, N, forward.z)
-        self._found: dict[str, Tensor] = {}
-
-    def take(self, layer: LayerRows) -> None:
-        """Take the rows of a layer."""
-        self._found.update(combined(layer, self._weights))
+        common = (forward.cotangents.shape, forward.z.dtype, tuple(parameters), model.training)
+        self._kind = ("stream", *common, self._signature.functions, shapes)
+        self.new = self._checks.new(self._kind, self._signature, parameters)
+        self.due = self._checks.due(self._kind, self._signature, parameters)
+        self._comparison = Comparison(parameters, forward.z, forward.cotangents)
+        self.take = self._comparison.take
 
     def passes(self) -> bool:
         """Whether the rows were right."""
-        forward = self._forward
-        wrong, verified = compare_combinations(
-            self._parameters, forward.z, forward.cotangents, self._weights, self._found
-        )
+        wrong, verified = self._comparison.result()
         if not wrong:
-            self._checks.add(self._kind, forward.signature, verified)
+            self._checks.add(self._kind, self._signature, verified)
         return not wrong
 
 

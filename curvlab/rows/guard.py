@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
-from curvlab.rows.graph_signature import GraphSignature, Signatures, remember
+from curvlab.rows.graph_signature import GraphSignature, remember
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import trainable
-from curvlab.rows.spread import Shared
+from curvlab.rows.spread import Known
 from curvlab.rows.sweep import SweepResult, unhooked
 
 logger = logging.getLogger("curvlab")
@@ -50,18 +50,14 @@ class Checks:
     """What has been compared so far, of one model.
 
     Attributes:
-        signatures: what graphs have told.
+        known: what passes have told.
         verified: parameters whose rows were right, by the kind of pass.
         announced: whether it has been said that all passes are compared.
-        shared: layers that all samples share, see `curvlab.rows.spread`.
-        probed: whether a pass of the user's own has been preceded by one that looks for these.
     """
 
-    signatures: Signatures = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
     verified: dict[Hashable, set[str]] = field(default_factory=dict)
     announced: bool = False
-    shared: Shared = field(default_factory=dict)
-    probed: bool = False
 
     def due(self, kind: Hashable, graph_signature: GraphSignature, names: Collection[str]) -> bool:
         """Whether rows of a pass are to be compared."""
@@ -179,50 +175,57 @@ def compare_with_reverse_pass(
 
     Cost: one reverse pass, another one where round-off has to be measured.
     """
-    w = weights(*layers[0].shape, z, coupled=coupled)
-    found = {name: value for layer in layers for name, value in combined(layer, w).items()}
-    return compare_combinations(parameters, z, cotangents, w, found)
+    comparison = Comparison(parameters, z, cotangents, coupled=coupled)
+    for layer in layers:
+        comparison.take(layer)
+    return comparison.result()
 
 
-def weights(V: int, N: int, like: Tensor, *, coupled: bool = False) -> Float[Tensor, "V N"]:
-    """Return random weights of rows, the same every time; one for all samples if these interact."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(like).expand(V, N)
+class Comparison:
+    """Compares a random combination of rows, as they come, with a reverse pass; see `compare_with_reverse_pass`."""
 
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        z: Float[Tensor, "N C ..."],
+        cotangents: Float[Tensor, "V N C ..."],
+        *,
+        coupled: bool = False,
+    ) -> None:
+        self._parameters, self._z, self._cotangents = parameters, z, cotangents
+        V, N = cotangents.shape[:2]
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu")
+        self._weights = drawn.to(z).expand(V, N)
+        self._found: dict[str, Tensor] = {}
 
-def combined(layer: LayerRows, w: Float[Tensor, "V N"]) -> dict[str, Tensor]:
-    """Combine the rows of a layer; the result by parameter."""
-    return layer.layout.split(layer.rmatvec(w.reshape(1, -1).to(layer.dtype))[0])
+    def take(self, layer: LayerRows) -> None:
+        """Take the rows of a layer."""
+        combined = layer.rmatvec(self._weights.reshape(1, -1).to(layer.dtype))[0]
+        self._found.update(layer.layout.split(combined))
 
-
-def compare_combinations(
-    parameters: Mapping[str, Tensor],
-    z: Float[Tensor, "N C ..."],
-    cotangents: Float[Tensor, "V N C ..."],
-    w: Float[Tensor, "V N"],
-    found: Mapping[str, Tensor],
-) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Compare combinations of rows, by parameter, with one reverse pass; see `compare_with_reverse_pass`."""
-    cotangent = torch.einsum("vn,vn...->n...", w, cotangents)
-    expected = _pulled(z, parameters, cotangent)
-    if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
-        return (), frozenset()
-    eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
-    errors = {name: float((value - expected[name]).norm()) for name, value in found.items()}
-    sizes = {name: float(expected[name].norm()) for name in found}
-    limits = {name: eps**0.5 * size for name, size in sizes.items()}
-    largest = max(float(cotangent.norm()), *sizes.values())
-    doubtful = [name for name in found if not errors[name] <= limits[name]]
-    if doubtful:
-        # Gradients that cancel exactly, such as a shift before a softmax, are round-off of what cancels.
-        again = _pulled(z, parameters, cotangent / 3)
-        for name in doubtful:
-            limits[name] += NOISE * float((3 * again[name] - expected[name]).norm())
-            if sizes[name] == 0:
-                limits[name] += NOTHING * eps * largest
-    wrong = tuple(name for name in found if not errors[name] <= limits[name])
-    return wrong, frozenset(name for name in found if sizes[name] > 0 and name not in wrong)
+    def result(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Return the parameters whose rows are wrong, and those that are right."""
+        z, parameters, found = self._z, self._parameters, self._found
+        cotangent = torch.einsum("vn,vn...->n...", self._weights, self._cotangents)
+        expected = _pulled(z, parameters, cotangent)
+        if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
+            return (), frozenset()
+        eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
+        errors = {name: float((value - expected[name]).norm()) for name, value in found.items()}
+        sizes = {name: float(expected[name].norm()) for name in found}
+        limits = {name: eps**0.5 * size for name, size in sizes.items()}
+        largest = max(float(cotangent.norm()), *sizes.values())
+        doubtful = [name for name in found if not errors[name] <= limits[name]]
+        if doubtful:
+            # Gradients that cancel exactly, such as a shift before a softmax, are round-off of what cancels.
+            again = _pulled(z, parameters, cotangent / 3)
+            for name in doubtful:
+                limits[name] += NOISE * float((3 * again[name] - expected[name]).norm())
+                if sizes[name] == 0:
+                    limits[name] += NOTHING * eps * largest
+        wrong = tuple(name for name in found if not errors[name] <= limits[name])
+        return wrong, frozenset(name for name in found if sizes[name] > 0 and name not in wrong)
 
 
 def _pulled(z: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from curvlab.rows.autograd import backward
 from curvlab.rows.graph_signature import edge_of, nearest
+from curvlab.rows.reverse import backward
 from curvlab.rows.sweep import PickOutput
 
 RESHAPING = tuple(

@@ -22,7 +22,7 @@ from curvlab.rows.loss import OutputRoot, RowPer
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
 
-SORT = {"kind": "kind", "reduction": "reduction", "what a row stands for": "per"}
+IN_COMMON = {"kind": "kind", "reduction": "reduction", "what a row stands for": "per"}
 """What rows that are stacked or averaged have in common, by how messages call it."""
 
 
@@ -214,7 +214,7 @@ def merge(parts: Sequence[Rows], decay: Sequence[float] | None = None) -> Rows:
         raise ValueError("There is nothing to stack: merge needs the rows of at least one batch.")
     first = parts[0]
     for part in parts[1:]:
-        for what, name in SORT.items():
+        for what, name in IN_COMMON.items():
             if getattr(part, name) != getattr(first, name):
                 raise ValueError(f"Rows differ in {what}: {getattr(first, name)!r} and {getattr(part, name)!r}.")
         if dict(part.space.shapes) != dict(first.space.shapes):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,21 @@ class Repeat:
 
 Shared = dict[str, Repeat | None]
 """Layers that all samples share, by name, and how their inputs are repeated; None where the model does not allow that."""
+
+
+@dataclass
+class Known:
+    """What passes have told of a model.
+
+    Attributes:
+        signatures: what their graphs have, by digests.
+        shared: layers that all samples share.
+        probed: whether a pass of the user's own has been preceded by one that looks for these.
+    """
+
+    signatures: Signatures = field(default_factory=dict)
+    shared: Shared = field(default_factory=dict)
+    probed: bool = False
 
 
 @contextmanager
@@ -111,13 +126,12 @@ class Observed:
         )
 
 
-def probe(
-    shared: Shared, model: nn.Module, arguments: Arguments, owners: Sequence[Owner], samples: Samples, known: Signatures
-) -> None:
+def probe(known: Known, model: nn.Module, arguments: Arguments, owners: Sequence[Owner], samples: Samples) -> None:
     """Find out in a pass of its own, before the first one that counts, which layers all samples share; see `learn`.
 
     Cost: up to two forward passes, with random numbers of their own.
     """
+    known.probed = True
     args, kwargs = arguments
     devices = list({p.device for p in model.parameters() if p.is_cuda})
 
@@ -135,8 +149,8 @@ def probe(
     z = next(map(samples.lay_out, outputs), None)
     if z is not None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        signature = signature_of(z, plain.recorder.made, parameters, N, known)
-        learn(shared, call, plain, owners, samples, plain.recorder.shared(samples, len(z), signature))
+        signature = signature_of(z, plain.recorder.made, parameters, N, known.signatures)
+        learn(known.shared, call, plain, owners, samples, plain.recorder.shared(samples, len(z), signature))
 
 
 def observed(call: Callable[[], list[Tensor]], owners: Sequence[Owner]) -> Observed:

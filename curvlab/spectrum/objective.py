@@ -20,7 +20,7 @@ from curvlab.nn import WeightedCrossEntropy
 from curvlab.nn.functional import called_with
 from curvlab.nn.hooks import unwatched
 from curvlab.nn.modes import randomness
-from curvlab.rows.batches import Data, as_batches, shuffles
+from curvlab.rows.batches import Data, as_batches, as_pair, shuffles
 from curvlab.rows.loss import LOSSES, divisor, loss_terms
 from curvlab.rows.modules.lookup import check_table
 from curvlab.rows.owners import trainable
@@ -182,9 +182,7 @@ class Objective:
         return self.single or reduction == "sum"
 
     def _part(self, batch: Any) -> Part:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}.")
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
         if isinstance(self.loss, CLASS_LOSSES) and isinstance(targets, Tensor) and targets.dtype == torch.uint8:
             targets = targets.long()  # vmap does not take them, although the losses do
         return Part(self.model, self.loss, as_arguments(inputs), targets, self.pick)

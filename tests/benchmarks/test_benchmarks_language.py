@@ -12,7 +12,7 @@ from benchmarks.language.methods import METHODS
 from benchmarks.language.models import SHAPES, Shape
 from benchmarks.language.worker import Request, measure
 from curvlab.fisher import KFAC
-from curvlab.fisher.kronecker import LinearBlock
+from curvlab.fisher.factors import LinearBlock
 
 
 def test_decoders_see_no_later_token():

@@ -8,7 +8,7 @@ from oracle import DOUBLE, architecture, loss_case
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
-from curvlab.fisher.kronecker import LinearBlock
+from curvlab.fisher.factors import LinearBlock
 from curvlab.fisher.moment import Moment, inverses
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, jacobian, sqrt_fisher

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,13 +15,18 @@ from curvlab.optim import NaturalGradient
 STEPS, BATCH = 4, 12
 
 
-def structures() -> Iterator[tuple[str, Structure, str]]:
-    yield "kfac", KFAC(factored_damping=True, invert_every=2), "mc"
-    yield "kfac-plain", KFAC(), "exact"
-    yield "ekfac", EKFAC(), "mc"
-    yield "diagonal", Diagonal(), "empirical"
-    yield "full", Full(), "exact"
-    yield "unit-wise", UnitWise(), "mc"
+def structures() -> Iterator[tuple[str, Structure, dict[str, Any]]]:
+    """Yield structures by names of their own, and which rows they are made of."""
+    yield "kfac", KFAC(factored_damping=True, invert_every=2), {"kind": "mc"}
+    yield "kfac-plain", KFAC(), {"kind": "exact"}
+    yield "kfac-long", KFAC(max_factor=7, factored_damping=True), {"kind": "mc"}
+    yield "kfac-batch", KFAC(), {"kind": "empirical", "rows": "batch"}
+    yield "ekfac", EKFAC(), {"kind": "mc"}
+    yield "diagonal", Diagonal(), {"kind": "empirical"}
+    yield "diagonal-signs", Diagonal(), {"kind": "empirical", "rows": "signs", "draws": 2}
+    yield "full", Full(), {"kind": "exact"}
+    yield "full-batch", Full(), {"kind": "empirical", "rows": "batch"}
+    yield "unit-wise", UnitWise(), {"kind": "mc"}
 
 
 def network() -> nn.Sequential:
@@ -33,11 +39,11 @@ def network() -> nn.Sequential:
 def train(rank: int = 0, size: int = 1) -> dict[str, Tensor]:
     """Return the parameters after training, by structure."""
     found = {}
-    for name, structure, kind in structures():
+    for name, structure, rows in structures():
         model, loss = network(), nn.CrossEntropyLoss()
         run = DistributedDataParallel(model) if size > 1 else model
         made = NaturalGradient(
-            model, loss, 0.2, structure=structure, kind=kind, damping=0.1, momentum=0.5, refresh_every=2
+            model, loss, 0.2, structure=structure, damping=0.1, momentum=0.5, refresh_every=2, **rows
         )
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(step)

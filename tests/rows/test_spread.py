@@ -76,7 +76,7 @@ def test_positions_that_are_not_broadcast_have_dense_rows(use: Any, zero: bool) 
     for _ in range(2):
         J = curvlab.jacobian(model, x)
         assert_close(J.dense(), dense_jacobian(model, x))
-    assert checks_of(model).shared == {"places": None}
+    assert checks_of(model).known.shared == {"places": None}
 
 
 def test_a_layer_that_all_samples_share() -> None:
@@ -120,7 +120,7 @@ def test_a_pass_of_the_users_own(use: Any, kind: Any) -> None:
     expected = curvlab.sqrt_fisher(model, loss, x, y, kind, **options).dense()
     for rows_found in found:
         assert_close(rows_found, expected)
-    assert (training._checks.shared["places"] is not None) == (use is added)
+    assert (training._checks.known.shared["places"] is not None) == (use is added)
 
 
 def test_dropout_in_training_does_not_hide_that_positions_are_added() -> None:
@@ -133,6 +133,6 @@ def test_dropout_in_training_does_not_hide_that_positions_are_added() -> None:
         z = model(x)
         after = torch.get_rng_state()
         loss(z, y).backward()
-    assert training._checks.shared["0.places"] is not None
+    assert training._checks.known.shared["0.places"] is not None
     assert torch.equal(torch.get_rng_state(), after), "trying takes no random numbers"
     assert not torch.equal(state, after)

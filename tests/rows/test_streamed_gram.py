@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_named() -> None:
         curvlab.gram(model, x, out=torch.zeros(17, 17, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"data are a pair \(inputs, targets\) or an iterable of them, got a Tensor"):
         curvlab.gram(model, x, loss=nn.MSELoss())
-    with pytest.raises(ValueError, match=r"Every batch of the data is a pair \(inputs, targets\), got a Tensor"):
+    with pytest.raises(ValueError, match=r"A batch is a pair \(inputs, targets\), got a Tensor"):
         curvlab.gram(model, [x])
     with pytest.raises(ValueError, match="The data hold no batch"):
         curvlab.gram(model, [], loss=nn.MSELoss())

@@ -125,7 +125,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     Another layer without modules inside has `OWN`; what is left has None.
     """
     known = _entry(_rules(), module) if module._parameters.keys() <= {"weight", "bias"} else None
-    return OWN if known is None and composite_for(module) is None and is_own(module) else known
+    return OWN if known is None and is_own(module) and composite_for(module) is None else known
 
 
 def is_batch(module: nn.Module, x: Tensor) -> bool:

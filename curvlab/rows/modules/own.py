@@ -66,8 +66,13 @@ def _pulled(use: LayerUse, inputs: Sequence[Tensor]) -> Callable[[Tensor], dict[
     return lambda cotangent: pulled[1](cotangent)[0]
 
 
+def _of_samples(inputs: Inputs) -> list[bool]:
+    """Tell inputs with an entry a sample from those that all samples share."""
+    return [bool(x.ndim) and len(x) == len(inputs[0]) for x in inputs]
+
+
 def _vectorised(use: LayerUse, inputs: Inputs, g: Tensor) -> dict[str, Tensor]:
-    of_samples = [len(x) == len(inputs[0]) if x.ndim else False for x in inputs]
+    of_samples = _of_samples(inputs)
 
     def of_sample(row: Tensor, *sample: Tensor) -> dict[str, Tensor]:
         batch = [x[None] if own else x for x, own in zip(sample, of_samples, strict=True)]
@@ -80,7 +85,7 @@ def _vectorised(use: LayerUse, inputs: Inputs, g: Tensor) -> dict[str, Tensor]:
 
 
 def _one_by_one(use: LayerUse, inputs: Inputs, g: Tensor) -> dict[str, Tensor]:
-    of_samples = [len(x) == len(inputs[0]) if x.ndim else False for x in inputs]
+    of_samples = _of_samples(inputs)
     found: dict[str, list[Tensor]] = {local: [] for local in use.names}
     for n in range(g.shape[1]):
         pull = _pulled(use, [x[n : n + 1] if own else x for x, own in zip(inputs, of_samples, strict=True)])

@@ -1,0 +1,156 @@
+"""The Kronecker factors of layers: of Linear and convolutions, and of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.fisher.block import Batch
+from curvlab.fisher.inverse import DiagonalInverse, Inverse
+from curvlab.fisher.kronecker import KroneckerBlock, KroneckerOptions
+from curvlab.fisher.moment import DiagonalMoment, Factor, Moment
+from curvlab.fisher.on_vectors import is_on_vectors
+from curvlab.rows.factored import EmbeddingRows, KroneckerRows
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.parameters import Layout
+
+
+class LinearBlock(KroneckerBlock):
+    """Factors of a layer whose rows are `Σ_t g ⊗ a`: B over units, A over the width, one pair a group.
+
+    Args:
+        name: of the layer.
+        layout: of its parameters.
+        options: how layers are factored.
+        sides: rows of B and of A.
+    """
+
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions, sides: tuple[int, int]) -> None:
+        super().__init__(name, layout, options)
+        self.units, self.width = (self._factor(side) for side in sides)
+
+    def _factor(self, side: int) -> Moment | DiagonalMoment:
+        if side > self.options.max_factor:
+            return DiagonalMoment(self.options.rtol)
+        return Moment(self.options.rtol, complete=self._leaves_span)
+
+    @property
+    def diagonal_sides(self) -> list[str]:
+        """The factors that are diagonal, as they are too large."""
+        return [side for side, factor in (("B", self.units), ("A", self.width)) if isinstance(factor, DiagonalMoment)]
+
+    def elements(self, batch: Batch) -> int:  # noqa: D102
+        rows = self._factored(batch.layers[0], KroneckerRows)
+        (*_, Q, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
+        return Q * sum(side if side > self.options.max_factor else side**2 for side in (O, I))
+
+    @property
+    def _leaves_span(self) -> bool:
+        """Whether the block is not zero outside the range of the factors."""
+        return False
+
+    @property
+    def _reduce(self) -> bool:
+        return self.options.sharing == "reduce"
+
+    def update_factors(self, batch: Batch) -> None:  # noqa: D102
+        rows, weights = self._shared(batch)
+        assert isinstance(rows, KroneckerRows)
+        inputs, scale = rows.input_root(weights, reduce=self._reduce)
+        outputs = rows.output_root(reduce=self._reduce)
+        weight = float(batch.sample_weights.sum())
+        _add(self.width, inputs, weight, scale, batch, additive=False)
+        _add(self.units, outputs, batch.weight, batch.weight, batch, additive=batch.additive)
+
+    def spans(self, rows: LayerRows) -> bool:  # noqa: D102
+        return self.options.sharing == "expand" or (self._reduce and is_on_vectors(rows))
+
+    def rotate(self, rows: LayerRows) -> KroneckerRows:  # noqa: D102
+        assert isinstance(rows, KroneckerRows)
+        u, v = self.units.basis, self.width.basis
+        (Q, r), s = u.values.shape, v.values.shape[1]
+        layout = Layout.of(Q * r, {rows.name: torch.Size((Q, r, s))})
+        inputs = rows.a if v.vectors is None else torch.einsum("ntqi,qij->ntqj", rows.a, v.vectors)
+        outputs = rows.g if u.vectors is None else torch.einsum("vntqo,qop->vntqp", rows.g, u.vectors)
+        return KroneckerRows(rows.name, layout, inputs, outputs, rows.lengths)
+
+    def weigh(  # noqa: D102
+        self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
+    ) -> KroneckerRows:
+        assert isinstance(rows, KroneckerRows)
+        return replace(rows, a=rows.a * width, g=rows.g * units)
+
+    def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> KroneckerRows:  # noqa: D102
+        assert isinstance(rows, KroneckerRows)
+        return replace(rows, a=_per_group(rows.a, width), g=_per_group(rows.g, units))
+
+    def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
+        assert isinstance(rows, KroneckerRows)
+        (V, N, T, _, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
+        adding = N * T * O * I if summed else 0
+        return N * T * ((1 if summed else V) * O**2 + I**2) + adding < O * I * (O + I)
+
+
+def _add(
+    factor: Factor, root: Float[Tensor, "Q m t d"], weight: float, scale: float, batch: Batch, *, additive: bool
+) -> None:
+    """Add `scale·Σ x xᵀ` over x in the root to a factor, or its diagonal where that is all it keeps."""
+    if isinstance(factor, DiagonalMoment):
+        diagonal = scale * torch.einsum("qmtd,qmtd->qd", root, root)
+        factor.update(diagonal, weight, batch.decay, additive=additive, total=batch.total)
+    else:
+        assert isinstance(factor, Moment)
+        factor.update(root, weight, batch.decay, scale=scale, additive=additive, total=batch.total)
+
+
+def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Inverse) -> Float[Tensor, "*K T Q d"]:
+    """Multiply the rows of every group with its inverse."""
+    return inverse.times_rows(x.transpose(-3, -2)).transpose(-3, -2)
+
+
+class EmbeddingBlock(KroneckerBlock):
+    """Factors of an embedding: A, diagonal over the table's rows, and B over their entries."""
+
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
+        super().__init__(name, layout, options)
+        self.units: DiagonalMoment = DiagonalMoment()
+        self.width: Moment = Moment(options.rtol)
+
+    def elements(self, batch: Batch) -> int:  # noqa: D102
+        self._factored(batch.layers[0], EmbeddingRows)
+        return self.parts[0].units + self.parts[0].width ** 2
+
+    def update_factors(self, batch: Batch) -> None:  # noqa: D102
+        rows, weights = self._shared(batch)
+        assert isinstance(rows, EmbeddingRows)
+        outputs, weight = rows.output_root()[None], float(batch.sample_weights.sum())
+        self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
+        self.width.update(
+            outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
+        )
+
+    def rotate(self, rows: LayerRows) -> EmbeddingRows:  # noqa: D102
+        assert isinstance(rows, EmbeddingRows)
+        v = self.width.basis.vectors
+        assert v is not None
+        layout = Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))})
+        return EmbeddingRows(rows.name, layout, rows.index, rows.g @ v[0], rows.lengths)
+
+    def weigh(  # noqa: D102
+        self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
+    ) -> EmbeddingRows:
+        assert isinstance(rows, EmbeddingRows)
+        return replace(rows, g=rows.g * width[0] * units[0, rows.index][..., None])
+
+    def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> EmbeddingRows:  # noqa: D102
+        assert isinstance(rows, EmbeddingRows)
+        assert isinstance(units, DiagonalInverse)
+        weights = units.diagonal[0, rows.index][..., None]
+        return replace(rows, g=width.times_rows(rows.g[..., None, :, :])[..., 0, :, :] * weights)
+
+    def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
+        assert isinstance(rows, EmbeddingRows)
+        return rows.g.shape[summed:3].numel() < rows.layout.units
