@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage
-from curvlab.fisher.factors import EmbeddingBlock, LinearBlock
+from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import KroneckerBlock, KroneckerOptions, Sharing
@@ -88,6 +88,10 @@ class _EmbeddingEKFAC(_Corrected, EmbeddingBlock):
     """EKFAC of an embedding."""
 
 
+class _TiedEKFAC(_Corrected, TiedBlock):
+    """EKFAC of a table that is looked up and multiplied with; what couples the two uses is in its corrections."""
+
+
 class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis", look=Look("#56B4E9", "p", "EKFAC")):
     """K-FAC's eigenbasis with the Fisher's own diagonal in it.
 
@@ -105,6 +109,7 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     passes = 2
     linear = _LinearEKFAC
     embedding = _EmbeddingEKFAC
+    tied = _TiedEKFAC
 
     def __init__(
         self, *, sharing: Sharing = "expand", max_block: int = 1024, max_factor: int = 8192, rtol: float | None = None

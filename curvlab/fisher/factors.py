@@ -1,7 +1,8 @@
-"""The Kronecker factors of layers: of Linear and convolutions, and of embeddings."""
+"""The Kronecker factors of layers: of Linear and convolutions, of embeddings, and of tables that are both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from curvlab.fisher.on_vectors import is_on_vectors
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
+from curvlab.rows.tied import TiedRows
 
 
 class LinearBlock(KroneckerBlock):
@@ -154,3 +156,68 @@ class EmbeddingBlock(KroneckerBlock):
     def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)
         return rows.g.shape[summed:3].numel() < rows.layout.units
+
+
+class TiedBlock(KroneckerBlock):
+    """Factors of a table that is looked up and multiplied with: its partial traces, over positions of both uses.
+
+        F ≈ D ⊗ W / tr W,   D = diag_u(Σ_p |x_p|²_u),   W = Σ_p x_pᵀx_p
+
+    with x_p `[units, width]` what position p of a use adds to a row. Positions count as independent, and D is diagonal. So the
+    block has the trace of F, traces of its blocks of table rows and the sum of these, as far as positions do not interact;
+    scales of the two uses need not match. *reduce* and *gradient* do not apply to it.
+    """
+
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
+        super().__init__(name, layout, options)
+        self.units: DiagonalMoment = DiagonalMoment()
+        self.width: Moment = Moment(options.rtol)
+
+    def elements(self, batch: Batch) -> int:  # noqa: D102
+        self._factored(batch.layers[0], TiedRows)
+        return self.parts[0].units + self.parts[0].width ** 2
+
+    def update_factors(self, batch: Batch) -> None:  # noqa: D102
+        rows = self._factored(batch.layers[0], TiedRows)
+        by_unit, root = rows.partial_traces()
+        by_unit = batch.weight * by_unit
+        self.units.update(by_unit[None], float(by_unit.sum()), batch.decay, total=batch.total)
+        self.width.update(
+            root[None, None], batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
+        )
+
+    def rotate(self, rows: LayerRows) -> TiedRows:  # noqa: D102
+        v = self.width.basis.vectors
+        assert v is not None
+        layout = Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))})
+        return _in_columns(rows, layout, lambda x: x @ v[0])
+
+    def weigh(  # noqa: D102
+        self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
+    ) -> TiedRows:
+        return _by_unit(_in_columns(rows, rows.layout, lambda x: x * width[0]), units[0])
+
+    def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> TiedRows:  # noqa: D102
+        assert isinstance(units, DiagonalInverse)
+        through = _in_columns(rows, rows.layout, lambda x: width.times_rows(x[..., None, :, :])[..., 0, :, :])
+        return _by_unit(through, units.diagonal[0])
+
+    def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
+        assert isinstance(rows, TiedRows)
+        (_, N, T, I), S, U = rows.table.g.shape, rows.head.positions, rows.layout.units  # noqa: E741
+        V = 1 if summed else len(rows.head.g)
+        return N * (V * T + S) * I + (N * S * U if summed else 0) < U * I
+
+
+def _in_columns(rows: LayerRows, layout: Layout, function: Callable[[Tensor], Tensor]) -> TiedRows:
+    """Apply a linear map of `[…, I]` to the columns of a table's rows."""
+    assert isinstance(rows, TiedRows)
+    table = replace(rows.table, layout=layout, g=function(rows.table.g))
+    head = replace(rows.head, layout=layout, a=function(rows.head.a[:, :, 0])[:, :, None])
+    return TiedRows(rows.name, layout, table, head)
+
+
+def _by_unit(rows: TiedRows, weights: Float[Tensor, " U"]) -> TiedRows:
+    """Multiply the rows of a table with weights."""
+    table = replace(rows.table, g=rows.table.g * weights[rows.table.index][..., None])
+    return replace(rows, table=table, head=replace(rows.head, g=rows.head.g * weights))

@@ -4,7 +4,8 @@
 
 with g carrying Λ^{1/2}/√count and ω_n the sample's loss weight. For weights shared over positions t this is K-FAC
 *expand*; *reduce* sums g and averages a over t first. Over batches, A averages by Σω and B by the terms of the loss. An
-embedding has one-hot inputs, so its A is diagonal. Normalisations and bare parameters keep exact blocks.
+embedding has one-hot inputs, so its A is diagonal. An embedding that is the weight of a Linear, too, has one block for both
+uses, see `curvlab.fisher.factors.TiedBlock`. Normalisations and bare parameters keep exact blocks.
 
 In a graph, the positions are its nodes, labelled or not. *gradient* adds the rows of a sample before B is formed, so that
 g is the gradient of the total loss at a position, and sums A over all positions:
@@ -27,7 +28,7 @@ from typing import Literal
 
 from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
-from curvlab.fisher.factors import EmbeddingBlock, LinearBlock
+from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.kronecker import KFACBlock, KroneckerBlock, KroneckerOptions, Sharing
 from curvlab.fisher.moment import Invert, inverses
@@ -37,6 +38,7 @@ from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.tied import TiedRows
 from curvlab.tools.looks import Look
 
 
@@ -46,6 +48,10 @@ class _LinearKFAC(LinearBlock, KFACBlock):
 
 class _EmbeddingKFAC(EmbeddingBlock, KFACBlock):
     """K-FAC of an embedding."""
+
+
+class _TiedKFAC(TiedBlock, KFACBlock):
+    """K-FAC of a table that is looked up and multiplied with."""
 
 
 class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a layer", look=Look("#E69F00", "P", "K-FAC")):
@@ -68,6 +74,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     adds = True
     linear: type[LinearBlock] = _LinearKFAC
     embedding: type[EmbeddingBlock] = _EmbeddingKFAC
+    tied: type[TiedBlock] = _TiedKFAC
 
     def __init__(
         self,
@@ -120,6 +127,8 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             return self.linear(layer.name, layer.layout, self._config, (layer.g.shape[-1], layer.a.shape[-1]))
         if isinstance(layer, EmbeddingRows):
             return self.embedding(layer.name, layer.layout, self._config)
+        if isinstance(layer, TiedRows):
+            return self.tied(layer.name, layer.layout, self._config)
         if layer.size <= self._config.max_block:
             return RowBlock(layer.name, [layer.layout], RowSide("parameters", rtol=self._config.rtol))
         return DiagonalBlock(layer.name, layer.layout, self._config.rtol)

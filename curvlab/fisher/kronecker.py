@@ -30,7 +30,7 @@ from curvlab.rows.side_by_side import times
 
 Sharing = Literal["expand", "reduce", "gradient"]
 
-Factored = TypeVar("Factored", bound=SharedRows)
+Factored = TypeVar("Factored", bound=LayerRows)
 
 
 @dataclass(frozen=True)

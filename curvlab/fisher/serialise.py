@@ -13,8 +13,11 @@ from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.loss import restored
 from curvlab.rows.parameters import Layout, ParameterSpace
+from curvlab.rows.tied import TiedRows
 
-_FORMS: dict[str, type[LayerRows]] = {form.__name__: form for form in (KroneckerRows, EmbeddingRows, DenseRows)}
+_FORMS: dict[str, type[LayerRows]] = {
+    form.__name__: form for form in (KroneckerRows, EmbeddingRows, TiedRows, DenseRows)
+}
 
 
 def without_numbers(rows: Rows) -> Rows:

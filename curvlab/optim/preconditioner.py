@@ -297,7 +297,7 @@ class Preconditioner:
             seen += [p.grad for n, p in self.model.named_parameters() if n not in complete and p.grad is not None]
             for layer in (layer for part in rows for layer in part.layers):
                 # The inputs of a sum that adds up are finite.
-                seen += layer.factors[-1:] if sums.issuperset(layer.layout.names) else layer.factors
+                seen += layer.row_factors if sums.issuperset(layer.layout.names) else layer.factors
             if not self._all_finite(seen, shared=due):
                 self.skip()
                 return None

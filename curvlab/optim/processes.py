@@ -82,8 +82,8 @@ class Processes:
         )
 
     def _gather_layer(self, layer: LayerRows) -> list[LayerRows]:
-        *shared, rows = layer.factors
-        factors = [*(self._gather_samples(factor, 0) for factor in shared), self._gather_samples(rows, 1)]
+        factors = [self._gather_samples(factor, 0) for factor in layer.sample_factors]
+        factors += [self._gather_samples(factor, 1) for factor in layer.row_factors]
         return [layer._with_factors(*parts) for parts in zip(*factors, strict=True)]
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:

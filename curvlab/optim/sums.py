@@ -33,8 +33,8 @@ def adds_up(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Floa
 
 def is_small(layer: LayerRows) -> bool:
     """Whether a sample's row and inputs, of all samples, are so few numbers that factoring the gradient may pay."""
-    *shared, rows = layer.factors
-    return 3 * (sum(factor.numel() for factor in shared) + rows[0].numel()) <= 4 * layer.size
+    numbers = [*layer.sample_factors, *(rows[0] for rows in layer.row_factors)]
+    return 3 * sum(factor.numel() for factor in numbers) <= 4 * layer.size
 
 
 def _agree(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Tensor | None, directions: int) -> bool:

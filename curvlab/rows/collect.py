@@ -335,7 +335,7 @@ class Collector(AbstractContextManager["Collector"]):
         mine = next((found for found in self.rows.layers if found.name == owner.name), None) if self.rows else None
         if mine is None or self.rows is None or self.rows.per == "batch":
             return layer
-        return layer._with_factors(*mine.factors[:-1], layer.factors[-1])
+        return layer._with_factors(*mine.sample_factors, *layer.row_factors)
 
     def _dense(self, z: Tensor, cotangents: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""

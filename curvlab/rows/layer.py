@@ -7,6 +7,7 @@ Row `(v, n)` of a layer is the `[units, width]` matrix
 
     KroneckerRows   Σ_t g[v,n,t,q,o] a[n,t,q,i]       Linear, convolutions; unit = (q, o)
     EmbeddingRows   Σ_t g[v,n,t,i] 1[index[n,t] = u]  Embedding; unit = u, a row of the table
+    TiedRows        the sum of the two                an embedding that is the weight of a Linear, too
     DenseRows       j[v,n,u,i]                        normalisations, bare parameters, whatever is left
 
 A flattened row axis has `R = V·N` entries, `v` outermost. `[R, P_l]` is never formed unless it is the cheaper side of
@@ -18,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +44,9 @@ class LayerRows(ABC):
     name: str
     layout: Layout
 
+    summands: ClassVar[int] = 1
+    """How many factored rows each row is the sum of; so many factors carry the row index."""
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
@@ -51,7 +55,17 @@ class LayerRows(ABC):
     @property
     @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
-        """The tensors that determine the rows; the last one carries the row index, `[V, N, …]`."""
+        """The tensors that determine the rows: `sample_factors`, then `row_factors`."""
+
+    @property
+    def sample_factors(self) -> tuple[Tensor, ...]:
+        """Those that all rows of a sample share, `[N, …]`."""
+        return self.factors[: -self.summands]
+
+    @property
+    def row_factors(self) -> tuple[Tensor, ...]:
+        """Those that carry the row index, `[V, N, …]`."""
+        return self.factors[-self.summands :]
 
     @classmethod
     def of(cls: type[Own], name: str, layout: Layout, *factors: Tensor) -> Own:
@@ -111,8 +125,7 @@ class LayerRows(ABC):
 
     def map_rows(self: Own, function: RowMap) -> Own:
         """Apply a linear map of the row axis."""
-        *shared, rows = self.factors
-        return self._with_factors(*shared, function(rows))
+        return self._with_factors(*self.sample_factors, *map(function, self.row_factors))
 
     def scale(self: Own, by: float) -> Own:
         """Multiply all rows by a number."""
@@ -124,14 +137,15 @@ class LayerRows(ABC):
 
     def select(self: Own, samples: slice) -> Own:
         """Keep some of the samples."""
-        *shared, rows = self.factors
-        return self._with_factors(*(f[samples] for f in shared), rows[:, samples])
+        rows = (factor[:, samples] for factor in self.row_factors)
+        return self._with_factors(*(factor[samples] for factor in self.sample_factors), *rows)
 
     def concatenate(self: Own, others: Sequence[LayerRows]) -> Own:
         """Append the samples of other rows of this layer."""
-        parts = [self.factors, *(other.factors for other in others)]
-        shared = [torch.cat(fs, dim=0) for fs in list(zip(*parts, strict=True))[:-1]]
-        return self._with_factors(*shared, torch.cat([part[-1] for part in parts], dim=1))
+        parts = (self, *others)
+        shared = [torch.cat(factors, dim=0) for factors in zip(*(p.sample_factors for p in parts), strict=True)]
+        rows = [torch.cat(factors, dim=1) for factors in zip(*(p.row_factors for p in parts), strict=True)]
+        return self._with_factors(*shared, *rows)
 
     def same_as(self, other: LayerRows) -> bool:
         """Whether other rows hold equal factors. Cost: one pass over them."""
@@ -159,14 +173,16 @@ class LayerRows(ABC):
 
     def minus(self: Own, other: LayerRows, coefficients: Float[Tensor, " S"]) -> Own:
         """Return rows that add up to `Σ self − otherᵀc`, for one row a sample and others of the same samples and inputs."""
-        V, N = other.shape
-        combined = torch.einsum("vn,vn...->n...", coefficients.view(V, N), other.factors[-1])
-        return self.map_rows(lambda rows: rows - combined)
+        c = coefficients.view(other.shape)
+        pairs = zip(self.row_factors, other.row_factors, strict=True)
+        left = [mine - torch.einsum("vn,vn...->n...", c, theirs) for mine, theirs in pairs]
+        return self._with_factors(*self.sample_factors, *left)
 
     def shares_inputs(self, other: LayerRows) -> bool:
         """Whether other rows are of the same kind, with the very same tensors but for the row index."""
-        mine, theirs = self.factors[:-1], other.factors[:-1]
-        return type(self) is type(other) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        return type(self) is type(other) and all(
+            mine is theirs for mine, theirs in zip(self.sample_factors, other.sample_factors, strict=True)
+        )
 
     def unit_stack(self) -> Float[Tensor, "U R width"]:
         """Form the rows of every unit. Memory `R·P_l`."""
@@ -244,10 +260,11 @@ class SharedRows(LayerRows):
         parts = [self, *(other for other in others if isinstance(other, type(self)))]
         T = max(part.positions for part in parts)
         if any(part.positions < T or part.lengths is not None for part in parts):
-            parts = [part._padded(T) for part in parts]
+            parts = [part.padded(T) for part in parts]
         return super(SharedRows, parts[0]).concatenate(parts[1:])
 
-    def _padded(self: Shared, T: int) -> Shared:
+    def padded(self: Shared, T: int) -> Shared:
+        """Return the same rows at T positions, with the number that every sample has."""
         lengths = self.lengths
         if lengths is None:
             lengths = torch.full(self.g.shape[1:2], self.positions, device=self.g.device)

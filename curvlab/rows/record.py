@@ -26,6 +26,7 @@ from curvlab.rows.modules import OWN, Inputs, LayerUse, is_batch, rule_for
 from curvlab.rows.owners import Owner
 from curvlab.rows.parameters import Layout
 from curvlab.rows.samples import Samples
+from curvlab.rows.tied import TiedRows
 
 
 @dataclass(eq=False)
@@ -183,25 +184,41 @@ def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples, count
 
 
 def _as_positions(owner: Owner, parts: Sequence[LayerRows]) -> LayerRows | None:
-    """Append the positions of all calls, if these have one kind of factored rows and an equal number of positions each."""
-    kronecker = [part for part in parts if isinstance(part, KroneckerRows) and part.lengths is None]
-    if len(kronecker) == len(parts) and len({(part.layout.units, part.a.shape[2]) for part in kronecker}) == 1:
-        a = torch.cat([_columns(part, owner.layout) for part in kronecker], dim=1)
-        return KroneckerRows(owner.name, owner.layout, a, torch.cat([part.g for part in kronecker], dim=2))
+    """Append the positions of all calls that have factored rows of one kind; calls of two kinds are those of a tied table."""
+    heads = [part for part in parts if isinstance(part, KroneckerRows) and part.lengths is None]
     tables = [part for part in parts if isinstance(part, EmbeddingRows) and part.lengths is None]
-    if len(tables) == len(parts):
-        index = torch.cat([part.index for part in tables], dim=1)
-        return EmbeddingRows(owner.name, owner.layout, index, torch.cat([part.g for part in tables], dim=2))
-    return None
+    if len(heads) + len(tables) < len(parts):
+        return None
+    head, table = _one_head(owner, heads), _one_table(owner, tables)
+    if not (heads and tables):
+        return head or table
+    return TiedRows(owner.name, owner.layout, table, head) if head and table and head.a.shape[2] == 1 else None
 
 
-def _columns(part: KroneckerRows, layout: Layout) -> Float[Tensor, "N T Q I"]:
-    """Bring inputs to the columns of a layout, zero where it has parameters that the call did not use."""
-    slots = {slot.name: slot for slot in part.layout.slots}
+def _one_head(owner: Owner, parts: Sequence[KroneckerRows]) -> KroneckerRows | None:
+    """Append positions, if there is an equal number of them in every group."""
+    if len({(part.layout.units, part.a.shape[2]) for part in parts}) != 1:
+        return None
+    a = torch.cat([_columns(part.a, part.layout, owner.layout) for part in parts], dim=1)
+    g = parts[0].g if len(parts) == 1 else torch.cat([part.g for part in parts], dim=2)
+    return KroneckerRows(owner.name, owner.layout, a, g)
+
+
+def _one_table(owner: Owner, parts: Sequence[EmbeddingRows]) -> EmbeddingRows | None:
+    if not parts:
+        return None
+    index = torch.cat([part.index for part in parts], dim=1)
+    g = torch.cat([_columns(part.g, part.layout, owner.layout) for part in parts], dim=2)
+    return EmbeddingRows(owner.name, owner.layout, index, g)
+
+
+def _columns(x: Float[Tensor, "*K I"], own: Layout, layout: Layout) -> Float[Tensor, "*K J"]:
+    """Bring the columns of a layout to those of another, zero where that has parameters that the former has not."""
+    slots = {slot.name: slot for slot in own.slots}
     columns = [
-        part.a[..., slots[slot.name].start : slots[slot.name].stop]
+        x[..., slots[slot.name].start : slots[slot.name].stop]
         if slot.name in slots
-        else part.a.new_zeros(*part.a.shape[:-1], slot.stop - slot.start)
+        else x.new_zeros(*x.shape[:-1], slot.stop - slot.start)
         for slot in layout.slots
     ]
     return torch.cat(columns, dim=-1)

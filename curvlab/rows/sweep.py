@@ -191,9 +191,8 @@ def check_finite(sweep_result: SweepResult) -> None:
 
 def check_layer_finite(layer: LayerRows) -> None:
     """Raise `ValueError` if the rows of a layer are not finite."""
-    *shared, rows = (factor for factor in layer.factors if factor.is_floating_point())
-    for factor in (*shared, rows.transpose(0, 1)):
-        if not (factor.sum().isfinite() or factor.isfinite().all()):
+    for factor in (*layer.sample_factors, *(rows.transpose(0, 1) for rows in layer.row_factors)):
+        if factor.is_floating_point() and not (factor.sum().isfinite() or factor.isfinite().all()):
             sample = int((~factor.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(
                 f"The derivative at layer {layer.name!r} is not finite, first at sample {sample}, although the "

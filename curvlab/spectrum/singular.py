@@ -123,11 +123,12 @@ def descending(eigenvalues: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Te
 def check_finite(layers: Layers) -> None:
     """Raise a ValueError that names the layer and the row of the first entry that is not finite."""
     for layer in layers:
-        *shared, rows = layer.factors
         V, N = layer.shape
-        broken = ~torch.isfinite(rows.flatten(2)).all(-1)
-        for factor in shared:
-            broken = broken | ~torch.isfinite(factor.flatten(1)).all(-1)
+        broken = torch.zeros(V, N, dtype=torch.bool, device=layer.factors[-1].device)
+        for rows in layer.row_factors:
+            broken |= ~torch.isfinite(rows.flatten(2)).all(-1)
+        for factor in layer.sample_factors:
+            broken |= ~torch.isfinite(factor.flatten(1)).all(-1)
         if bool(broken.any()):
             row = int(broken.flatten().nonzero()[0])
             raise ValueError(
@@ -172,12 +173,13 @@ def zero_rows(layers: Layers) -> Bool[Tensor, "V N"]:
     """Return which rows are exactly zero."""
     zero = torch.ones(layers[0].shape, dtype=torch.bool, device=layers[0].factors[-1].device)
     for layer in layers:
-        *shared, rows = layer.factors
-        own = ~rows.flatten(2).any(-1)
-        for factor in shared:
+        own = torch.ones_like(zero)
+        for rows in layer.row_factors:
+            own &= ~rows.flatten(2).any(-1)
+        for factor in layer.sample_factors if layer.summands == 1 else ():
             if factor.is_floating_point():
-                own = own | ~factor.flatten(1).any(-1)
-        zero = zero & own
+                own |= ~factor.flatten(1).any(-1)
+        zero &= own
     return zero
 
 

@@ -17,6 +17,7 @@ from curvlab.rows.layer import DenseRows
 from curvlab.rows.modules import COMPOSITES, RULES, supported_layers
 from curvlab.rows.passes import ModelInputs
 from curvlab.rows.samples import Samples
+from curvlab.rows.tied import TiedRows
 from curvlab.testing.oracle import assert_close, dense_jacobian, trainable
 
 EVERY = [*ARCHITECTURES, *LAYERS]
@@ -114,7 +115,7 @@ KINDS_OF_ROWS = {
     "cross-attention-sizes": (*(3 * [KroneckerRows]), DenseRows, KroneckerRows, KroneckerRows),
     "encoder": (EmbeddingRows, *(2 * [*(4 * [KroneckerRows]), DenseRows, DenseRows]), KroneckerRows),
     "lstm-all": (*(12 * [KroneckerRows]), KroneckerRows),
-    "tied": (DenseRows, KroneckerRows, KroneckerRows, KroneckerRows),
+    "tied": (TiedRows, KroneckerRows, KroneckerRows, KroneckerRows),
     "shared-table": (DenseRows, EmbeddingRows, KroneckerRows),
     "tied-bias": (KroneckerRows, KroneckerRows, KroneckerRows, KroneckerRows, KroneckerRows),
     "bare": (DenseRows, DenseRows, KroneckerRows),
