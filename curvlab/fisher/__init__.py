@@ -8,6 +8,7 @@ from curvlab.fisher.diagonal import Diagonal  # isort: skip
 from curvlab.fisher.component_wise import ComponentWise  # isort: skip
 from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
+from curvlab.fisher.per_layer import PerLayer  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, SolveInfo, Structure, make  # isort: skip
 from curvlab.fisher.step import natural_gradient_step  # isort: skip
 
@@ -21,6 +22,7 @@ __all__ = [
     "Diagonal",
     "Full",
     "LayerWise",
+    "PerLayer",
     "SolveInfo",
     "Structure",
     "UnitWise",

@@ -221,6 +221,9 @@ class Block(ABC):
     def update(self, batch: Batch) -> None:
         """Add a batch to the state."""
 
+    def refine(self, batch: Batch) -> None:  # noqa: B027
+        """Add what is measured against the averages of `update`, which then are those of all batches where possible."""
+
     @abstractmethod
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:
         """Multiply."""

@@ -12,13 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage
+from curvlab.fisher.block import Batch, BlockState, RunningAverage
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
-from curvlab.fisher.intake import Intake
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import KroneckerBlock, KroneckerOptions, Sharing
 from curvlab.fisher.system import rank_tolerance
-from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout
 from curvlab.tools.looks import Look
 
@@ -45,7 +43,7 @@ class _Corrected(KroneckerBlock):
         total = total if over_units is None else over_units @ total
         self.corrections.total = total if over_width is None else total @ over_width.mT
 
-    def correct(self, batch: Batch) -> None:
+    def refine(self, batch: Batch) -> None:
         """Average the diagonal in the present basis."""
         diagonal = self.rotate(batch.layers[0]).diagonal().view_as(super().entries())
         self.corrections.update(diagonal, batch.weight, batch.decay, additive=batch.additive)
@@ -68,12 +66,6 @@ class _Corrected(KroneckerBlock):
     def restore(self, state: BlockState) -> None:
         super().restore(state)
         self.corrections.restore({key: state[f"corrections.{key}"] for key in ("total", "weight")})
-
-
-def _correct(block: Block, batch: Batch) -> None:
-    """Average the diagonal of a block in its present basis; exact blocks have none."""
-    if isinstance(block, _Corrected):
-        block.correct(batch)
 
 
 class _LinearEKFAC(_Corrected, LinearBlock):
@@ -122,19 +114,3 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
         return {
             name: value for name, value in super().options.items() if name not in ("factored_damping", "invert_every")
         }
-
-    def _update_blocks(self, batches: list[Batch]) -> None:
-        super()._update_blocks(batches)
-        for block, batch in zip(self._blocks, batches, strict=True):
-            _correct(block, batch)
-
-    def intake(self, head: Rows, number: int, *, first: bool) -> Intake:
-        """Return what takes factors in the first pass, corrections in their basis in the second."""
-        if number == 0:
-            return super().intake(head, number, first=first)
-        return self._intake(head, 0.0 if first else 1.0, _correct)
-
-    def take_in(self, intake: Intake, number: int) -> None:
-        """End a batch; the second pass adds nothing to what is known of the first."""
-        if number == 0:
-            super().take_in(intake, number)

@@ -131,6 +131,8 @@ class Fitting:
         try:
             if self.structure.by_layer:
                 self._take_in(batch, number, first=first)
+            elif number > 0:
+                self.structure.refine(self._rows(batch), first=first)
             else:
                 self.structure.update(self._rows(batch), 1.0)
         except Weightless:

@@ -22,15 +22,14 @@ Izadi et al. 2020 (graphs).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Literal
 
 from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
-from curvlab.fisher.intake import Intake
-from curvlab.fisher.kronecker import KFACBlock, KroneckerBlock, KroneckerOptions, Sharing
+from curvlab.fisher.kronecker import KFACBlock, KroneckerOptions, Sharing, share_inverses, stagger
 from curvlab.fisher.moment import Invert, inverses
 from curvlab.fisher.row_block import RowBlock
 from curvlab.fisher.side import RowSide
@@ -96,16 +95,10 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         return asdict(self._config)
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
-        blocks = [self._make_block(layer) for layer in rows.layers]
-        _stagger(blocks)
-        return blocks
+        return [self._make_block(layer) for layer in rows.layers]
 
-    def take_in(self, intake: Intake, number: int) -> None:
-        """End a batch that has arrived layer by layer."""
-        begins = self._shapes is None
-        super().take_in(intake, number)
-        if begins:
-            _stagger(self._blocks)
+    def _begin(self, blocks: list[Block], rows: Rows) -> None:  # noqa: ARG002
+        stagger(blocks)
 
     def _prepare(self, damping: float) -> None:
         super()._prepare(damping)
@@ -113,14 +106,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
 
     def share_inverses(self, damping: float, inverses: Invert) -> None:
         """Make the inverses of damped factors that are due; see `Structure.share_inverses`."""
-        due = {
-            block: wanted
-            for block in self._blocks
-            if isinstance(block, KroneckerBlock) and (wanted := block.invert_factors(damping))
-        }
-        found = inverses([pair for wanted in due.values() for pair in wanted], self._config.invert_every)
-        for block, units, width in zip(due, found[::2], found[1::2], strict=True):
-            block.set_inverses(damping, units, width)
+        share_inverses(self._blocks, damping, inverses)
 
     def _make_block(self, layer: LayerRows) -> Block:
         if isinstance(layer, KroneckerRows):
@@ -145,10 +131,3 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         ]
         factors = [f"diagonal factors: {', '.join(long)}"] if long else []
         return factors + named("exact blocks", RowBlock) + named("diagonal", DiagonalBlock)
-
-
-def _stagger(blocks: Sequence[Block]) -> None:
-    """Let layers take turns in making inverses anew."""
-    kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
-    for turn, block in enumerate(kronecker):
-        block.stagger(turn, len(kronecker))

@@ -9,6 +9,8 @@ in that span, except with *reduce* and *gradient*, whose factors know sums only;
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from curvlab.errors import StateError, unknown_name
 from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, check_rtol
 from curvlab.fisher.inverse import Inverse, restored
-from curvlab.fisher.moment import Factor, inverses
+from curvlab.fisher.moment import Factor, Invert, inverses
 from curvlab.fisher.on_vectors import weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.system import inverse_values
@@ -316,3 +318,22 @@ class KFACBlock(KroneckerBlock):
         units = inverse_values(self.units.basis.values, 0.0, self.units.basis.null)
         width = inverse_values(self.width.basis.values, 0.0, self.width.basis.null)
         return gram([x], [self.weigh(y, units, width)])
+
+
+def stagger(blocks: Iterable[Block]) -> None:
+    """Let layers take turns in making inverses anew."""
+    kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
+    for turn, block in enumerate(kronecker):
+        block.stagger(turn, len(kronecker))
+
+
+def share_inverses(blocks: Iterable[Block], damping: float, invert: Invert) -> None:
+    """Make the inverses of damped factors that are due, those of blocks that keep them equally long together."""
+    due: dict[int, dict[KroneckerBlock, list[tuple[Factor, Tensor]]]] = defaultdict(dict)
+    for block in blocks:
+        if isinstance(block, KroneckerBlock) and (wanted := block.invert_factors(damping)):
+            due[block.options.invert_every][block] = wanted
+    for uses, of_block in due.items():
+        found = invert([pair for wanted in of_block.values() for pair in wanted], uses)
+        for block, units, width in zip(of_block, found[::2], found[1::2], strict=True):
+            block.set_inverses(damping, units, width)

@@ -8,7 +8,7 @@ until it is forgotten, but it is no part of the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from operator import mul
@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from curvlab.errors import StateError
-from curvlab.fisher.block import Batch, Block, RunningAverage, Total, batches_of
+from curvlab.fisher.block import Block, RunningAverage, Total, batches_of
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.memory import check_memory
 from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
@@ -38,11 +38,11 @@ class State(ABC):
 
     key: ClassVar[str]
     summary: ClassVar[str]
-    averages: ClassVar[bool] = False
+    averages: bool = False
     """Whether the state are averages of layers' moments, which take any decay and stay defined where samples interact."""
-    passes: ClassVar[int] = 1
-    """How often `fit` goes over the data; more than once for structures `by_layer`, which are told the number of the pass."""
-    adds: ClassVar[bool] = False
+    passes: int = 1
+    """How often `fit` goes over the data: `Block.refine` is called in the second pass."""
+    adds: bool = False
     """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
 
     joins_positions: bool = False
@@ -62,7 +62,7 @@ class State(ABC):
         """Leave the last batch out of copies and pickles."""
         return {**self.__dict__, "_latest": None}
 
-    by_layer: ClassVar[bool] = False
+    by_layer: bool = False
     """Whether every layer is treated by itself, and of its rows only moments are needed, so that `fit` never holds those of all."""
 
     @property
@@ -83,7 +83,7 @@ class State(ABC):
         """Return what a reader of the repr should know about the state."""
         return []
 
-    def intake(self, head: Rows, number: int, *, first: bool) -> Intake:  # noqa: ARG002
+    def intake(self, head: Rows, number: int, *, first: bool) -> Intake:
         """Return what takes a batch of a data set layer by layer, for `take_in`.
 
         Args:
@@ -91,24 +91,42 @@ class State(ABC):
             number: of the pass over the data, from 0.
             first: whether the batch is the first of its pass.
         """
-        decay = 0.0 if self._shapes is None else 1.0
-        if self._shapes is not None:
-            self._check_fits(head, self._shapes, decay)
-        return self._intake(head, decay, lambda block, batch: block.update(batch))
-
-    def _intake(self, head: Rows, decay: float, absorb: Callable[[Block, Batch], None]) -> Intake:
         known: dict[str, list[Block]] = {}
         for block in self._blocks:
             known.setdefault(block.name, []).append(block)
-        return Intake(self.key, head, decay, known, self._make_blocks, absorb)
+        if number > 0:
+            again = 0.0 if first else 1.0
+            return Intake(self.key, head, again, known, self._make_blocks, lambda block, batch: block.refine(batch))
+        decay = 0.0 if self._shapes is None else 1.0
+        if self._shapes is not None:
+            self._check_fits(head, self._shapes, decay)
+        return Intake(self.key, head, decay, known, self._make_blocks, lambda block, batch: block.update(batch))
 
-    def take_in(self, intake: Intake, number: int) -> None:  # noqa: ARG002
-        """End a batch that has arrived layer by layer."""
+    def take_in(self, intake: Intake, number: int) -> None:
+        """End a batch that has arrived layer by layer; a second pass adds nothing to what is known of the first."""
+        if number > 0:
+            self._largest = None
+            return
         rows = intake.rows
         if self._shapes is None:
             self._blocks = intake.blocks
+            self._begin(self._blocks, rows)
         _add_count(self._counts, rows, 0.0 if self._shapes is None else 1.0)
         self._shapes, self._latest, self._largest = rows, None, None
+
+    def refine(self, rows: Rows, *, first: bool) -> None:
+        """Add a batch in the second pass over a data set; see `Block.refine`."""
+        for block, batch in zip(self._blocks, batches_of(self._blocks, rows, 0.0 if first else 1.0), strict=True):
+            block.refine(batch)
+        self._largest = None
+
+    def _cut(self, rows: Rows) -> list[Block]:
+        blocks = self._make_blocks(rows)
+        self._begin(blocks, rows)
+        return blocks
+
+    def _begin(self, blocks: list[Block], rows: Rows) -> None:  # noqa: B027
+        """See all blocks, made of the rows of all layers, before they have a state."""
 
     def update(self: Own, rows: Rows, decay: float = 0.0, *, total: Total | None = None) -> Own:
         """Decay the state and add the rows of a batch.
@@ -135,7 +153,7 @@ class State(ABC):
             decay = 0.0
         else:
             self._check_fits(rows, self._shapes, decay)
-        blocks = self._blocks or self._make_blocks(rows)
+        blocks = self._blocks or self._cut(rows)
         batches = [
             replace(batch, decay=0.0) if block in self._anew else batch
             for block, batch in zip(blocks, batches_of(blocks, rows, decay, total), strict=True)
@@ -146,7 +164,9 @@ class State(ABC):
             if decay and block.keeps_rows and not stays and self._merged is not None:
                 block.leave_rows(1.0 if rows.reduction == "sum" else self._merged.terms)
         self._blocks, self._anew = blocks, []
-        self._update_blocks(batches)
+        for block, batch in zip(blocks, batches, strict=True):
+            block.update(batch)
+            block.refine(batch)
         history: list[tuple[float, Rows]] = []
         if any(staying):
             before = self._kept if decay else []
@@ -188,7 +208,7 @@ class State(ABC):
         if self._shapes is None:
             return self
         former = {name: name for name in self.space.shapes} if names is None else names
-        blocks = self._make_blocks(rows)
+        blocks = self._cut(rows)
         kept = {
             block: old
             for block in blocks
@@ -233,10 +253,6 @@ class State(ABC):
                 f"Blocks that keep rows need as many rows a sample in every batch, got {last.shape[0]} and then "
                 f"{rows.shape[0]}. Use side='parameters'."
             )
-
-    def _update_blocks(self, batches: list[Batch]) -> None:
-        for block, batch in zip(self._blocks, batches, strict=True):
-            block.update(batch)
 
     @property
     def _keeps_rows(self) -> bool:
@@ -326,7 +342,7 @@ class State(ABC):
         if state["key"] != self.key:
             raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
         shapes = unpack_rows(state["shapes"])
-        blocks = self._make_blocks(shapes)
+        blocks = self._cut(shapes)
         made, saved = [repr(block) for block in blocks], [name for name, *_ in state["blocks"]]
         if made != saved:
             raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")

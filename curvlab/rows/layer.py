@@ -142,7 +142,7 @@ class LayerRows(ABC):
 
     def concatenate(self: Own, others: Sequence[LayerRows]) -> Own:
         """Append the samples of other rows of this layer."""
-        parts = (self, *others)
+        parts: list[LayerRows] = [self, *others]
         shared = [torch.cat(factors, dim=0) for factors in zip(*(p.sample_factors for p in parts), strict=True)]
         rows = [torch.cat(factors, dim=1) for factors in zip(*(p.row_factors for p in parts), strict=True)]
         return self._with_factors(*shared, *rows)
