@@ -142,6 +142,8 @@ class ComponentWise(
     Source: Tran, Irvan, Yamaguchi & Nakata 2022; Tran et al. 2023 ("semantic").
     """
 
+    within_layers = True
+
     def __init__(
         self,
         *,

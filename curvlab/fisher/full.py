@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from curvlab.errors import PartitionError, unknown_name
 from curvlab.fisher.block import Block
@@ -17,9 +18,13 @@ from curvlab.tools.looks import Look
 class RowStructure(Structure):
     """A structure whose blocks are exact Fisher blocks."""
 
+    within_layers: ClassVar[bool] = False
+    """Whether no block reaches over several layers."""
+
     def __init__(self, *, side: Side = "auto", window: int | None = None, rtol: float | None = None) -> None:
         super().__init__()
         self._config = RowSide(side, window, rtol)
+        self.by_layer = self.within_layers and side == "parameters"
 
     @property
     def options(self) -> Mapping[str, object]:
@@ -62,6 +67,8 @@ class BlockDiagonal(
         rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
     """
 
+    within_layers = True
+
     def __init__(
         self,
         *,
@@ -72,6 +79,7 @@ class BlockDiagonal(
     ) -> None:
         super().__init__(side=side, window=window, rtol=rtol)
         self._partition = None if partition is None else tuple(tuple(group) for group in partition)
+        self.by_layer = self.by_layer and partition is None
 
     @property
     def options(self) -> Mapping[str, object]:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,7 +68,26 @@ class Deep(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("structure", [KFAC, EKFAC, Diagonal])
+EXACT = ("block-diagonal", "unit-wise", "component-wise")
+
+
+@pytest.mark.parametrize("key", EXACT)
+@pytest.mark.parametrize("name", ["mlp", "tied", "bare"])
+def test_exact_blocks_on_the_parameter_side_are_fitted_layer_by_layer(key: str, name: str) -> None:
+    model, x = architecture(name).make(4)
+    loss, y = loss_case("half").make(outputs(model, x), "mean")
+    how: Any = {"kind": "empirical", "rows": "sample"}
+    expected = make(key, side="parameters").update(sqrt_fisher(model, loss, x, y, **how))
+    for data in ((x, y), [(x[:1], y[:1]), (x[1:], y[1:])]):
+        fitted = STRUCTURES[key].fit(model, loss, data, **how, side="parameters")
+        assert fitted.by_layer
+        assert_close(fitted.to_dense(), expected.to_dense(), 1e-9)
+    assert not make(key).by_layer, "rows are kept"
+
+
+@pytest.mark.parametrize(
+    "structure", [KFAC, EKFAC, Diagonal, *(partial(make, key, side="parameters") for key in EXACT)]
+)
 def test_no_more_than_one_layer_has_rows_at_a_time(structure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the rows of a layer are taken, those of the layers before are gone, and the last one reached comes first."""
     model = Deep(6).to(DOUBLE)
@@ -84,9 +104,10 @@ def test_no_more_than_one_layer_has_rows_at_a_time(structure: Any, monkeypatch: 
         order.append(layer.name)
 
     monkeypatch.setattr(Intake, "take", watched)
-    structure.fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator())
+    made = structure()
+    type(made).fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator(), **made.options)
     names = [f"layers.{k}" for k in reversed(range(6))]
-    assert order == names * structure.passes
+    assert order == names * made.passes
 
 
 def test_graph_and_hooks_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
