@@ -58,6 +58,7 @@ class Batch:
         additive: whether the loss is a sum, so that matrices of batches add.
         sample_weights: ω_n.
         total: sums over processes, each of which holds some samples of the batch; None if this one holds all.
+        further: whether these are more rows of the samples of the update before, whose weights are in the state.
     """
 
     layers: tuple[LayerRows, ...]
@@ -66,9 +67,13 @@ class Batch:
     additive: bool
     sample_weights: Float[Tensor, " N"]
     total: Total | None = None
+    further: bool = False
 
     def average(self, average: RunningAverage, value: Tensor) -> None:
         """Add the batch's matrix, of which this process has its samples' share, to a running average."""
+        if self.further:
+            average.add(self.weight * value)
+            return
         weight = self.weight
         if self.total is not None:
             value = self.total(weight * value)
@@ -80,6 +85,11 @@ class Batch:
     def weight(self) -> float:
         """The batch's weight in a running average."""
         return 1.0 if self.additive else self.terms
+
+    @property
+    def fresh_weight(self) -> float:
+        """What is to be added to the weight of a running average."""
+        return 0.0 if self.further else self.weight
 
     @property
     def fading(self) -> bool:
@@ -105,6 +115,10 @@ class RunningAverage:
         self.total = decay * self.total + weight * value
         if not (additive and decay == 1):
             self.weight = decay * self.weight + weight
+
+    def add(self, amount: Tensor) -> None:
+        """Add more of the last batch, whose weight is counted."""
+        self.total = amount if self.total is None else self.total + amount
 
     @property
     def value(self) -> Tensor:

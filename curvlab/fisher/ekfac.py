@@ -46,7 +46,7 @@ class _Corrected(KroneckerBlock):
     def refine(self, batch: Batch) -> None:
         """Average the diagonal in the present basis."""
         diagonal = self.rotate(batch.layers[0]).diagonal().view_as(super().entries())
-        self.corrections.update(diagonal, batch.weight, batch.decay, additive=batch.additive)
+        batch.average(self.corrections, diagonal)
 
     def entries(self) -> Float[Tensor, "Q r s"]:
         """Return the corrections."""

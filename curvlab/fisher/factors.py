@@ -63,9 +63,9 @@ class LinearBlock(KroneckerBlock):
         assert isinstance(rows, KroneckerRows)
         inputs, scale = rows.input_root(weights, reduce=self._reduce)
         outputs = rows.output_root(reduce=self._reduce)
-        weight = float(batch.sample_weights.sum())
-        _add(self.width, inputs, weight, scale, batch, additive=False)
-        _add(self.units, outputs, batch.weight, batch.weight, batch, additive=batch.additive)
+        if not batch.further:
+            _add(self.width, inputs, float(batch.sample_weights.sum()), scale, batch, additive=False)
+        _add(self.units, outputs, batch.fresh_weight, batch.weight, batch, additive=batch.additive)
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: D102
         return self.options.sharing == "expand" or (self._reduce and is_on_vectors(rows))
@@ -128,10 +128,16 @@ class EmbeddingBlock(KroneckerBlock):
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows, weights = self._shared(batch)
         assert isinstance(rows, EmbeddingRows)
-        outputs, weight = rows.output_root()[None], float(batch.sample_weights.sum())
-        self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
+        if not batch.further:
+            weight = float(batch.sample_weights.sum())
+            self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
         self.width.update(
-            outputs, batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
+            rows.output_root()[None],
+            batch.fresh_weight,
+            batch.decay,
+            scale=batch.weight,
+            additive=batch.additive,
+            total=batch.total,
         )
 
     def rotate(self, rows: LayerRows) -> EmbeddingRows:  # noqa: D102
@@ -183,7 +189,12 @@ class TiedBlock(KroneckerBlock):
         by_unit = batch.weight * by_unit
         self.units.update(by_unit[None], float(by_unit.sum()), batch.decay, total=batch.total)
         self.width.update(
-            root[None, None], batch.weight, batch.decay, scale=batch.weight, additive=batch.additive, total=batch.total
+            root[None, None],
+            batch.fresh_weight,
+            batch.decay,
+            scale=batch.weight,
+            additive=batch.additive,
+            total=batch.total,
         )
 
     def rotate(self, rows: LayerRows) -> TiedRows:  # noqa: D102

@@ -12,7 +12,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -30,6 +30,7 @@ from curvlab.rows.batches import shuffles
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss.terms import weightless
 from curvlab.rows.passes import Pass
+from curvlab.rows.products import CHUNK_ELEMENTS
 from curvlab.tools import storage
 from curvlab.tools.progress import progress
 
@@ -68,6 +69,37 @@ class FitProgress:
     seen: list[str] = field(default_factory=list)
 
 
+class Kept:
+    """The rows of an only batch, for the next pass over it, unless they are too many.
+
+    Args:
+        head: its rows, without layers.
+    """
+
+    def __init__(self, head: Rows) -> None:
+        self.head = head
+        self.complete = True
+        self._parts: list[LayerRows] = []
+        self._elements = 0
+
+    def beside(self, take: Callable[[LayerRows], None]) -> Callable[[LayerRows], None]:
+        """Return what keeps the rows of a layer, too."""
+
+        def taking(layer: LayerRows) -> None:
+            take(layer)
+            self._elements += sum(factor.numel() for factor in layer.factors)
+            self.complete = self._elements <= CHUNK_ELEMENTS
+            self._parts = [*self._parts, layer] if self.complete else []
+
+        return taking
+
+    def replay(self, open_: Callable[[Rows], Callable[[LayerRows], None]]) -> None:
+        """Hand on the rows again."""
+        take = open_(self.head)
+        for layer in self._parts:
+            take(layer)
+
+
 @dataclass
 class Fitting:
     """Goes over the data as often as a structure needs it.
@@ -75,8 +107,7 @@ class Fitting:
     Attributes:
         structure: takes the rows.
         rows_of: forms those of a batch.
-        stream: hands on the rows of a batch layer by layer, for a structure that treats every layer by itself; None where a
-            sweep makes the rows of all layers at once.
+        stream: hands on the rows of a batch layer by layer, for a structure that treats every layer by itself.
         batches: the data.
         generator: of draws; every pass starts from its present state.
         checkpoint: None to keep none.
@@ -85,7 +116,7 @@ class Fitting:
 
     structure: State
     rows_of: Callable[[Any], Rows]
-    stream: Callable[[Any, Callable[[Rows], Callable[[LayerRows], None]]], None] | None
+    stream: Callable[[Any, Callable[[Rows], Callable[[LayerRows], None]]], None]
     batches: Any
     generator: torch.Generator | None
     checkpoint: Checkpoint | None
@@ -101,7 +132,8 @@ class Fitting:
         self._check()
         self._start = None if self.generator is None else self.generator.get_state()
         self._at = FitProgress()
-        self._only: Rows | None = None
+        self._keeping: Kept | None = None
+        self._kept: Kept | None = None
         self._written = time.monotonic()
         if self.checkpoint is not None and self.checkpoint.path.exists():
             self._restore(self.checkpoint)
@@ -132,9 +164,9 @@ class Fitting:
             if self.structure.by_layer:
                 self._take_in(batch, number, first=first)
             elif number > 0:
-                self.structure.refine(self._rows(batch), first=first)
+                self.structure.refine(self.rows_of(batch), first=first)
             else:
-                self.structure.update(self._rows(batch), 1.0)
+                self.structure.update(self.rows_of(batch), 1.0)
         except Weightless:
             logger.info("Batch %d of pass %d has no target that carries weight.", self._at.done + 1, number + 1)
             return
@@ -143,27 +175,21 @@ class Fitting:
     def _take_in(self, batch: Any, number: int, *, first: bool) -> None:
         """Add a batch layer by layer; an intake that was opened anew has not changed anything."""
         intakes: list[Intake] = []
+        keeps = self.structure.passes > 1 and hasattr(self.batches, "__len__") and len(self.batches) == 1
 
         def open_(head: Rows) -> Callable[[LayerRows], None]:
             intakes.append(self.structure.intake(head, number, first=first))
-            return intakes[-1].take
+            if not keeps or self._kept is not None:
+                return intakes[-1].take
+            self._keeping = Kept(head)
+            return self._keeping.beside(intakes[-1].take)
 
-        if self.stream is not None:
-            self.stream(batch, open_)
+        if self._kept is not None:
+            self._kept.replay(open_)
         else:
-            rows = self._rows(batch)
-            take = open_(replace(rows, layers=(), root=None, _jacobian=None))
-            for layer in rows.layers:
-                take(layer)
+            self.stream(batch, open_)
+        self._kept = self._keeping if self._keeping is not None and self._keeping.complete else None
         self.structure.take_in(intakes[-1], number)
-
-    def _rows(self, batch: Any) -> Rows:
-        """Form the rows of a batch, those of an only one once for all passes."""
-        if not (hasattr(self.batches, "__len__") and len(self.batches) == 1):
-            return self.rows_of(batch)
-        if self._only is None:
-            self._only = self.rows_of(batch)
-        return self._only
 
     def _length(self) -> int:
         if not self.shows:
@@ -185,7 +211,7 @@ class Fitting:
         if number < self._at.number:
             yield from [None] * len(self._at.seen)
             return
-        if self.generator is not None and self._at.done == 0 and self._start is not None and self._only is None:
+        if self.generator is not None and self._at.done == 0 and self._start is not None and self._kept is None:
             self.generator.set_state(self._start)
         done = self._at.done
         compared = self.checkpoint is not None or self.structure.passes > 1

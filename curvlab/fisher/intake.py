@@ -1,7 +1,7 @@
 """A batch whose rows arrive layer by layer, for structures that treat every layer by itself.
 
 intake = structure.intake(rows_without_layers, number, first=True)
-intake.take(layer)      # as often as there are layers; nothing of it is kept but moments
+intake.take(layer)      # as often as there are layers, or parts of their rows; nothing of it is kept but moments
 structure.take_in(intake, number)
 """
 
@@ -46,8 +46,12 @@ class Intake:
         self._blocks: dict[str, list[Block]] = {}
 
     def take(self, layer: LayerRows) -> None:
-        """Add the rows of a layer; those in half precision are converted to float32."""
+        """Add the rows of a layer, or more of them; those in half precision are converted to float32."""
         rows = replace(self.head, layers=(layer.to(torch.promote_types(layer.dtype, torch.float32)),))
+        if (taken := self._blocks.get(layer.name)) is not None:
+            for block, batch in zip(taken, batches_of(taken, rows, 1.0), strict=True):
+                self.absorb(block, replace(batch, further=True))
+            return
         blocks = self.known[layer.name] if self.known else self.make(rows)
         batches = batches_of(blocks, rows, self.decay)
         check_memory(self.key, blocks, batches)

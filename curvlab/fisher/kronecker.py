@@ -139,7 +139,7 @@ class KroneckerBlock(Block):
 
     def update(self, batch: Batch) -> None:  # noqa: D102
         self.update_factors(batch)
-        self._age += 1
+        self._age += not batch.further
         if self._age >= self.options.invert_every:
             self._inverses, self._age = None, 0
 

@@ -151,13 +151,15 @@ class Structure(State):
             return rows_of_loss(model, loss, *as_pair(batch), how)
 
         def stream(batch: Sequence[Any], open_: Callable[[Rows], Callable[[LayerRows], None]]) -> None:
-            stream_of_loss(model, loss, *as_pair(batch), how, open_, anew=not structure.updated)
+            stream_of_loss(
+                model, loss, *as_pair(batch), how, open_, anew=not structure.updated, whole=structure.joins_positions
+            )
 
         kept = None
         if checkpoint is not None:
             same = identity(structure, model, loss, how)
             kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
-        Fitting(structure, rows_of, stream if how.single else None, as_batches(data), generator, kept, progress).run()
+        Fitting(structure, rows_of, stream, as_batches(data), generator, kept, progress).run()
         structure.forget_batch()
         return structure
 

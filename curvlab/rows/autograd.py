@@ -8,6 +8,7 @@ inputs have no sample axis in front, get dense rows per sample by `torch.func` (
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -163,22 +164,42 @@ class Forward:
                 arguments, pick = self.inputs.arguments, self.inputs.output
                 dense = dense_rows(self.model, arguments, pick, self.chosen.detach(), at_output, len(z), self.others)
             gradients = backward(z, edges, cotangents, keep=signature.unknown is not None)
-        at = {call: self._or_zero(call, g) for call, g in zip(self.calls, gradients, strict=True)}
+        at = {call: self._or_zero(call, g, cotangents) for call, g in zip(self.calls, gradients, strict=True)}
         layers = [self._form(owner, {call: at[call] for call in own}) for owner, own in self.factored.items()]
         return [*layers, *dense], signature
 
     @property
     def streams(self) -> bool:
-        """Whether rows can be taken layer by layer: one a sample, of samples that stay apart, all of them factored."""
-        return len(self.cotangents) == 1 and not self.others and not self.inputs.samples.interact
+        """Whether rows can be taken layer by layer: of samples that stay apart, all of them factored."""
+        return not self.others and not self.inputs.samples.interact
 
-    def stream(self, take: Callable[[LayerRows], None], *, keep: bool) -> None:
-        """Hand on the rows of every layer as soon as the reverse pass has reached it, and forget them.
+    def groups(self) -> list[slice]:
+        """Cut the rows v so that the gradients at all layers of those that are brought there at once stay small, if they can."""
+        return list(chunks(len(self.cotangents), sum(call.shape.numel() for call in self.calls)))
+
+    def stream(self, rows: slice, take: Callable[[LayerRows], None], *, keep: bool) -> None:
+        """Hand on some rows of one layer after the other, and forget them; a single one as the reverse pass reaches each.
 
         Args:
-            take: called with the rows of one layer after the other.
+            rows: which ones, a slice of v.
+            take: called with the rows of a layer.
             keep: whether another pass through the graph follows; what layers were called on is kept, too.
         """
+        cotangents = self.cotangents[rows]
+        if len(cotangents) == 1:
+            self._stream_single(cotangents, take, keep=keep)
+            return
+        at = dict(zip(self.calls, backward(self.z, [c.edge for c in self.calls], cotangents, keep=keep), strict=True))
+        users = Counter(call for own in self.factored.values() for call in own)
+        for owner, own in self.factored.items():
+            take(self._form(owner, {call: self._or_zero(call, at[call], cotangents) for call in own}))
+            users.subtract(own)
+            for call in own:
+                if users[call] == 0:
+                    del at[call]
+                    call.forget(inputs=not keep)
+
+    def _stream_single(self, cotangents: Tensor, take: Callable[[LayerRows], None], *, keep: bool) -> None:
         waiting = {owner: len(own) for owner, own in self.factored.items()}
         users: dict[Call, list[Owner]] = {}
         for owner, own in self.factored.items():
@@ -193,9 +214,8 @@ class Forward:
 
         def hand_on(owner: Owner) -> None:
             own = self.factored[owner]
-            take(
-                self._form(owner, {c: self._or_zero(c, None if c.gradient is None else c.gradient[None]) for c in own})
-            )
+            arrived = {call: None if call.gradient is None else call.gradient[None] for call in own}
+            take(self._form(owner, {call: self._or_zero(call, g, cotangents) for call, g in arrived.items()}))
             del waiting[owner]
             for call in own:
                 if all(other not in waiting for other in users[call]):
@@ -206,15 +226,16 @@ class Forward:
         try:
             edges = deepest([call.edge for call in users if call.edge is not None])
             # What is returned has arrived.
-            backward(self.z, edges, self.cotangents, keep=keep)
+            backward(self.z, edges, cotangents, keep=keep)
             for owner in list(waiting):
                 hand_on(owner)
         finally:
             for call in users:
                 call.arrived = None
 
-    def _or_zero(self, call: Call, gradient: Tensor | None) -> Tensor:
-        return self.cotangents.new_zeros(len(self.cotangents), *call.shape) if gradient is None else gradient
+    @staticmethod
+    def _or_zero(call: Call, gradient: Tensor | None, cotangents: Tensor) -> Tensor:
+        return cotangents.new_zeros(len(cotangents), *call.shape) if gradient is None else gradient
 
     def _form(self, owner: Owner, gradients: Mapping[Call, Tensor]) -> LayerRows:
         return form(owner, gradients, self.inputs.samples, len(self.z))

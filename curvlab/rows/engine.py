@@ -88,11 +88,13 @@ def checked_stream(
     open_: Open,
     *,
     anew: bool = False,
+    whole: bool = False,
 ) -> None:
     """Run one engine, checked, and hand on the rows of one layer after the other.
 
-    With one row a sample each is forgotten before the next one is formed. Where rows have to be compared first, that is done in
-    a reverse pass of its own, unless what takes them can be opened anew.
+    Of a sweep by autograd, each is forgotten before the next one is formed. Rows that are too many at once are brought back some
+    after the others; those of a layer then come in as many parts, of the same samples. Where rows have to be compared first, those
+    of the first part are, in a reverse pass of its own, unless what takes them can be opened anew.
 
     Args:
         model: any module.
@@ -101,10 +103,11 @@ def checked_stream(
         how: which rows.
         open_: is given the model's output, and returns what takes the rows of a layer.
         anew: whether another call of `open_` makes up for rows that were wrong.
+        whole: whether the rows of a layer have to come in one part.
     """
     start = None if how.generator is None else how.generator.get_state()
-    if how.single and not isinstance(model, Linearized) and _choose(model, how, model) == "autograd":
-        if _stream(model, inputs, make_cotangents, open_, anew=anew):
+    if not isinstance(model, Linearized) and _choose(model, how, model) == "autograd":
+        if _stream(model, inputs, make_cotangents, open_, anew=anew, whole=whole):
             return
         if how.generator is not None and start is not None:
             how.generator.set_state(start)
@@ -114,18 +117,21 @@ def checked_stream(
         take(layer)
 
 
-def _stream(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, open_: Open, *, anew: bool) -> bool:
+def _stream(
+    model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, open_: Open, *, anew: bool, whole: bool
+) -> bool:
     """Whether the rows of layers could be handed on as a reverse pass reached them, and were right."""
     trainable(model)
     known, without = checks_of(model).known, unfactored(model)
     with left_as_found(model), prepared(model, inputs, make_cotangents, known, without) as forward:
         if not forward.streams:
             return False
-        check = _Check(model, forward)
+        first, *others = [slice(None)] if whole else forward.groups()
+        check = _Check(model, forward, first)
         if check.new and not (forward.repeated or _repeats(model, inputs, forward.chosen)):
             return False
         if check.due and not anew:
-            forward.stream(check.take, keep=True)
+            forward.stream(first, check.take, keep=True)
             if not check.passes():
                 return False
             check.due = False
@@ -137,8 +143,13 @@ def _stream(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangen
                 check.take(layer)
             take(layer)
 
-        forward.stream(take_finite, keep=check.due)
-        return not check.due or check.passes()
+        forward.stream(first, take_finite, keep=check.due or bool(others))
+        if check.due and not check.passes():
+            return False
+        check.due = False
+        for position, rows in enumerate(others, 1):
+            forward.stream(rows, take_finite, keep=position < len(others))
+        return True
 
 
 def _repeats(model: nn.Module, inputs: ModelInputs, outputs: Tensor) -> bool:
@@ -149,21 +160,21 @@ def _repeats(model: nn.Module, inputs: ModelInputs, outputs: Tensor) -> bool:
 
 
 class _Check:
-    """The comparison of the rows of a pass, if it is due.
+    """The comparison of some rows of a pass, if it is due.
 
     Attributes:
         new: whether a pass of this kind has not been right yet, in every parameter.
         due: whether the comparison is to be done.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
+    def __init__(self, model: nn.Module, forward: Forward, rows: slice) -> None:
         self._checks, self._signature, parameters = checks_of(model), forward.signature, trainable(model)
         shapes = tuple(call.inputs[0].shape for call in forward.calls)
         common = (forward.cotangents.shape, forward.z.dtype, tuple(parameters), model.training)
         self._kind = ("stream", *common, self._signature.functions, shapes)
         self.new = self._checks.new(self._kind, self._signature, parameters)
         self.due = self._checks.due(self._kind, self._signature, parameters)
-        self._comparison = Comparison(parameters, forward.z, forward.cotangents)
+        self._comparison = Comparison(parameters, forward.z, forward.cotangents[rows])
         self.take = self._comparison.take
 
     def passes(self) -> bool:

@@ -200,7 +200,7 @@ class Comparison:
         self._found: dict[str, Tensor] = {}
 
     def take(self, layer: LayerRows) -> None:
-        """Take the rows of a layer."""
+        """Take the rows of a layer, of all cotangents."""
         combined = layer.rmatvec(self._weights.reshape(1, -1).to(layer.dtype))[0]
         self._found.update(layer.layout.split(combined))
 

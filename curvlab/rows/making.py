@@ -161,6 +161,7 @@ def stream_of_loss(
     open_: Callable[[Rows], Callable[[LayerRows], None]],
     *,
     anew: bool = False,
+    whole: bool = False,
 ) -> None:
     """Hand on the rows of S layer by layer, so that those of all layers need not be in memory; see `sqrt_fisher`.
 
@@ -172,6 +173,7 @@ def stream_of_loss(
         how: which rows.
         open_: is given rows without layers, and returns what takes the rows of one layer after the other.
         anew: whether it can be called anew, to make up for rows that turn out wrong.
+        whole: whether the rows of a layer have to come in one part; if not, many rows come in parts, all of the same samples.
     """
     asked = how.read(model, inputs)
     at = _AtOutput(model, loss, targets, asked.samples, how)
@@ -183,7 +185,7 @@ def stream_of_loss(
         take = open_(replace(rows, sample_weights=rows.sample_weights.sum(0, keepdim=True)) if of_batch else rows)
         return lambda layer: take(layer.of_batch().to(at.dtype) if of_batch else layer.to(at.dtype))
 
-    checked_stream(model, asked, at.cotangents, how, opened, anew=anew)
+    checked_stream(model, asked, at.cotangents, how, opened, anew=anew, whole=whole)
 
 
 class _AtOutput:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab.errors import UnsupportedModel
-from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Diagonal, make
+from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Diagonal, fitting, make
 from curvlab.fisher.intake import Intake
 from curvlab.rows import autograd, sqrt_fisher
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.products import chunks
 from curvlab.testing.oracle import assert_close, outputs
 
 KEYS = ("kfac", "ekfac", "diagonal")
@@ -85,6 +86,46 @@ def test_exact_blocks_on_the_parameter_side_are_fitted_layer_by_layer(key: str, 
     assert not make(key).by_layer, "rows are kept"
 
 
+OPTIONS: dict[str, dict[str, Any]] = {key: {"side": "parameters"} for key in EXACT}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("at_once", [1, 2], ids=["one row at a time", "two rows at a time"])
+@pytest.mark.parametrize("name", ["reused", "tied", "layernorm", "residual"])
+def test_many_rows_are_brought_back_some_after_the_others(
+    name: str, at_once: int, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part of the rows adds to the same batch: weights of samples and inputs count once."""
+    model, x = architecture(name).make(4)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), reduction)
+    expected = {
+        key: make(key, **OPTIONS.get(key, {})).update(sqrt_fisher(model, loss, x, y)) for key in (*KEYS, *EXACT)
+    }
+    parts: list[int] = []
+    stream = autograd.Forward.stream
+
+    def watched(self: autograd.Forward, rows: slice, *args: Any, **kwargs: Any) -> None:
+        parts.append(rows.stop - rows.start)
+        stream(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(autograd.Forward, "stream", watched)
+    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, at_once)))
+    for key, whole in expected.items():
+        for data in ((x, y), [(x[:1], y[:1]), (x[1:], y[1:])]):
+            fitted = STRUCTURES[key].fit(model, loss, data, kind="exact", engine="autograd", **OPTIONS.get(key, {}))
+            assert_close(fitted.to_dense(), whole.to_dense(), 1e-9)
+    assert set(parts) == {at_once, *([1] if at_once == 2 else [])}, "of three rows a sample"
+
+
+def test_rows_of_which_only_the_sum_counts_come_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = architecture("mlp").make(4)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), "mean")
+    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, 1)))
+    how: Any = {"kind": "exact", "engine": "autograd", "sharing": "gradient"}
+    expected = KFAC(sharing="gradient").update(sqrt_fisher(model, loss, x, y))
+    assert_close(KFAC.fit(model, loss, (x, y), **how).to_dense(), expected.to_dense(), 1e-9)
+
+
 @pytest.mark.parametrize(
     "structure", [KFAC, EKFAC, Diagonal, *(partial(make, key, side="parameters") for key in EXACT)]
 )
@@ -104,6 +145,9 @@ def test_no_more_than_one_layer_has_rows_at_a_time(structure: Any, monkeypatch: 
         order.append(layer.name)
 
     monkeypatch.setattr(Intake, "take", watched)
+    monkeypatch.setattr(
+        fitting, "CHUNK_ELEMENTS", 0
+    )  # rows of an only batch are kept for a second pass if they are few
     made = structure()
     type(made).fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator(), **made.options)
     names = [f"layers.{k}" for k in reversed(range(6))]
