@@ -61,9 +61,9 @@ class LinearBlock(KroneckerBlock):
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows, weights = self._shared(batch)
         assert isinstance(rows, KroneckerRows)
-        inputs, scale = rows.input_root(weights, reduce=self._reduce)
         outputs = rows.output_root(reduce=self._reduce)
         if not batch.further:
+            inputs, scale = rows.input_root(weights, reduce=self._reduce)
             _add(self.width, inputs, float(batch.sample_weights.sum()), scale, batch, additive=False)
         _add(self.units, outputs, batch.fresh_weight, batch.weight, batch, additive=batch.additive)
 

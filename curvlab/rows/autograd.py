@@ -192,7 +192,7 @@ class Forward:
         at = dict(zip(self.calls, backward(self.z, [c.edge for c in self.calls], cotangents, keep=keep), strict=True))
         users = Counter(call for own in self.factored.values() for call in own)
         for owner, own in self.factored.items():
-            take(self._form(owner, {call: self._or_zero(call, at[call], cotangents) for call in own}))
+            take(self._form(owner, {call: self._or_zero(call, at[call], cotangents) for call in own}, defer=True))
             users.subtract(own)
             for call in own:
                 if users[call] == 0:
@@ -215,7 +215,8 @@ class Forward:
         def hand_on(owner: Owner) -> None:
             own = self.factored[owner]
             arrived = {call: None if call.gradient is None else call.gradient[None] for call in own}
-            take(self._form(owner, {call: self._or_zero(call, g, cotangents) for call, g in arrived.items()}))
+            gradients = {call: self._or_zero(call, g, cotangents) for call, g in arrived.items()}
+            take(self._form(owner, gradients, defer=True))
             del waiting[owner]
             for call in own:
                 if all(other not in waiting for other in users[call]):
@@ -237,8 +238,8 @@ class Forward:
     def _or_zero(call: Call, gradient: Tensor | None, cotangents: Tensor) -> Tensor:
         return cotangents.new_zeros(len(cotangents), *call.shape) if gradient is None else gradient
 
-    def _form(self, owner: Owner, gradients: Mapping[Call, Tensor]) -> LayerRows:
-        return form(owner, gradients, self.inputs.samples, len(self.z))
+    def _form(self, owner: Owner, gradients: Mapping[Call, Tensor], *, defer: bool = False) -> LayerRows:
+        return form(owner, gradients, self.inputs.samples, len(self.z), defer=defer)
 
 
 def backward_over_graphs(

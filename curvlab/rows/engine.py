@@ -138,10 +138,13 @@ def _stream(
         take = open_(forward.chosen.detach())
 
         def take_finite(layer: LayerRows) -> None:
-            check_layer_finite(layer)
+            check_layer_finite(layer, inputs=layer.name not in seen)
+            seen.add(layer.name)
             if check.due:
                 check.take(layer)
             take(layer)
+
+        seen: set[str] = set()
 
         forward.stream(first, take_finite, keep=check.due or bool(others))
         if check.due and not check.passes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from curvlab.rows.aligned import product
 from curvlab.rows.layer import LayerRows, SharedRows
+from curvlab.rows.parameters import Layout
 from curvlab.rows.products import add_pairs, add_product, cached, chunks, pairs_cost
 
 PAIRING_OVERHEAD = 2
@@ -31,9 +33,32 @@ class KroneckerRows(SharedRows):
     g: Float[Tensor, "V N T Q O"]
     lengths: Int[Tensor, " N"] | None = None
 
+    @classmethod
+    def deferred(
+        cls, name: str, layout: Layout, unfold: Callable[[], Tensor], g: Float[Tensor, "V N T Q O"]
+    ) -> KroneckerRows:
+        """Return rows whose inputs are formed when they are first asked for, from what must not change until then."""
+        rows = object.__new__(cls)
+        for field, value in {"name": name, "layout": layout, "g": g, "lengths": None, "_unfold": unfold}.items():
+            object.__setattr__(rows, field, value)
+        return rows
+
+    def __getattr__(self, name: str) -> Any:
+        unfold = self.__dict__.get("_unfold")
+        if name != "a" or unfold is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        object.__setattr__(self, "a", unfold())
+        object.__setattr__(self, "_unfold", None)
+        return self.a
+
     @property
     def inputs(self) -> Tensor:  # noqa: D102
         return self.a
+
+    def to(self, dtype: torch.dtype) -> KroneckerRows:  # noqa: D102
+        if self.__dict__.get("_unfold") is None:
+            return super().to(dtype)
+        return self.deferred(self.name, self.layout, lambda: self.a.to(dtype), self.g.to(dtype))
 
     def restrict(self, names: Iterable[str]) -> KroneckerRows:  # noqa: D102
         layout, columns = self.layout.restrict(names)

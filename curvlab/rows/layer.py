@@ -67,6 +67,11 @@ class LayerRows(ABC):
         """Those that carry the row index, `[V, N, …]`."""
         return self.factors[-self.summands :]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the rows."""
+        return self.row_factors[-1].dtype
+
     @classmethod
     def of(cls: type[Own], name: str, layout: Layout, *factors: Tensor) -> Own:
         """Return rows with given factors, in the order of `factors`."""
@@ -117,11 +122,6 @@ class LayerRows(ABC):
     def size(self) -> int:
         """Number of parameters `P_l`."""
         return self.layout.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the rows."""
-        return self.factors[-1].dtype
 
     def map_rows(self: Own, function: RowMap) -> Own:
         """Apply a linear map of the row axis."""
@@ -233,6 +233,10 @@ class SharedRows(LayerRows):
     @property
     def factors(self) -> tuple[Tensor, ...]:  # noqa: D102
         return (self.inputs, self.g) if self.lengths is None else (self.inputs, self.lengths, self.g)
+
+    @property
+    def row_factors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (self.g,)
 
     def sizes(self) -> Float[Tensor, " N"]:
         """Return the number of positions of every sample, 1 for one without any."""

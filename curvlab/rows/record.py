@@ -174,9 +174,22 @@ def _has_samples_first(call: Call, samples: Samples, count: int) -> bool:
     return is_batch(call.use.module, x) and samples.fit(x, call.shape[0], count)
 
 
-def form(owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples, count: int) -> LayerRows:
-    """Form the rows of an owner, of a number of samples, from the rows `[V, N, *output]` at the outputs of its calls."""
+def form(
+    owner: Owner, gradients: Mapping[Call, Tensor], samples: Samples, count: int, *, defer: bool = False
+) -> LayerRows:
+    """Form the rows of an owner, of a number of samples, from the rows `[V, N, *output]` at the outputs of its calls.
+
+    Args:
+        owner: of the parameters.
+        gradients: rows at the outputs.
+        samples: what a sample is.
+        count: their number N.
+        defer: whether inputs may be unfolded when they are first asked for, as nothing will have changed them.
+    """
     parts = [samples.form(call.use, call.inputs, g, count) for call, g in gradients.items()]
+    if not defer:
+        for part in parts:
+            _ = part.factors
     if len(parts) == 1:
         (rows,) = parts
         return rows if rows.layout == owner.layout else rows.restrict(owner.layout.names)

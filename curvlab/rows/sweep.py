@@ -189,9 +189,10 @@ def check_finite(sweep_result: SweepResult) -> None:
         check_layer_finite(layer)
 
 
-def check_layer_finite(layer: LayerRows) -> None:
-    """Raise `ValueError` if the rows of a layer are not finite."""
-    for factor in (*layer.sample_factors, *(rows.transpose(0, 1) for rows in layer.row_factors)):
+def check_layer_finite(layer: LayerRows, *, inputs: bool = True) -> None:
+    """Raise `ValueError` if the rows of a layer are not finite; what all rows of a sample share is looked at if `inputs`."""
+    shared = layer.sample_factors if inputs else ()
+    for factor in (*shared, *(rows.transpose(0, 1) for rows in layer.row_factors)):
         if factor.is_floating_point() and not (factor.sum().isfinite() or factor.isfinite().all()):
             sample = int((~factor.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(

@@ -1,5 +1,6 @@
 """Layers × engines: rows of J against `torch.func.jacrev` on the model as a whole."""
 
+import copy
 import logging
 from typing import Any
 
@@ -304,3 +305,14 @@ def test_rows_do_not_alias_the_inputs() -> None:
         before = rows.dense()
         x.zero_()
         assert torch.equal(rows.dense(), before)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "conv1d", "bilinear", "embedding"])
+def test_rows_stay_what_they_are_when_the_inputs_change(name: str) -> None:
+    """A loader may put the next batch into the same memory."""
+    model, x = next(case for case in EVERY if case.name == name).make(N=2)
+    rows = curvlab.rows.jacobian(model, x, engine="autograd")
+    untouched = curvlab.rows.jacobian(model, copy.deepcopy(x), engine="autograd").dense()
+    for tensor in x if isinstance(x, tuple) else (x,):
+        tensor.zero_()
+    assert torch.equal(rows.dense(), untouched)

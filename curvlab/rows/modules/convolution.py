@@ -9,7 +9,7 @@ Source: Grosse & Martens 2016, section 3; Dumoulin & Visin 2016, section 4 (tran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -25,20 +25,28 @@ def _convolution(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
     module: Any = use.module
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padding = module._reversed_padding_repeated_twice
-    padded = F.pad(inputs[0], padding, mode=mode) if any(padding) else inputs[0]
-    return _on_patches(use, _patches(padded, module.kernel_size, module.stride, module.dilation), g)
+
+    def patches() -> Tensor:
+        padded = F.pad(inputs[0], padding, mode=mode) if any(padding) else inputs[0]
+        return _patches(padded, module.kernel_size, module.stride, module.dilation)
+
+    return _on_patches(use, patches, g)
 
 
 def _transposed_convolution(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
     module: Any = use.module
     kernel, dilation = module.kernel_size, module.dilation
-    stuffed, outputs = _stuffed(inputs[0], module.stride), g.shape[3:]
-    padding: list[int] = []
-    for size, out, k, d, p in zip(stuffed.shape[2:], outputs, kernel, dilation, module.padding, strict=True):
-        before = d * (k - 1) - p
-        padding = [before, out + d * (k - 1) - before - size, *padding]
-    patches = _patches(F.pad(stuffed, padding), kernel, (1,) * len(kernel), dilation)
-    return _on_patches(use, patches.flip(tuple(range(-len(kernel), 0))), g)
+
+    def patches() -> Tensor:
+        stuffed, outputs = _stuffed(inputs[0], module.stride), g.shape[3:]
+        padding: list[int] = []
+        for size, out, k, d, p in zip(stuffed.shape[2:], outputs, kernel, dilation, module.padding, strict=True):
+            before = d * (k - 1) - p
+            padding = [before, out + d * (k - 1) - before - size, *padding]
+        seen = _patches(F.pad(stuffed, padding), kernel, (1,) * len(kernel), dilation)
+        return seen.flip(tuple(range(-len(kernel), 0)))
+
+    return _on_patches(use, patches, g)
 
 
 def _stuffed(x: Float[Tensor, "N C ..."], stride: Sequence[int]) -> Float[Tensor, "N C ..."]:
@@ -58,13 +66,16 @@ def _patches(
     return x
 
 
-def _on_patches(use: LayerUse, patches: Float[Tensor, "N C ..."], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
+def _on_patches(use: LayerUse, patches: Callable[[], Tensor], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
     (V, N), groups, axes = g.shape[:2], use.module.groups, g.ndim - 3
     assert isinstance(groups, int)
-    features = patches.movedim(1, 1 + axes).unflatten(1 + axes, (groups, -1))
-    a = augmented(features, use.names, axes=1 + axes).flatten(1, axes)
+
+    def unfolded() -> Tensor:
+        features = patches().movedim(1, 1 + axes).unflatten(1 + axes, (groups, -1))
+        return augmented(features, use.names, axes=1 + axes).flatten(1, axes)
+
     rows = g.reshape(V, N, groups, g.shape[2] // groups, -1).permute(0, 1, 4, 2, 3)
-    return KroneckerRows(use.name, use.layout, a, rows)
+    return KroneckerRows.deferred(use.name, use.layout, unfolded, rows)
 
 
 def _axes(module: Any) -> int:

@@ -27,8 +27,10 @@ def _on_vectors(use: LayerUse, x: Tensor, g: Tensor, bias_scale: float = 1.0) ->
     """Return the rows of a layer on the last axis; axes between the first and the last are positions."""
     V, N = g.shape[:2]
     T = x.shape[1:-1].numel()
-    a = augmented(x.reshape(N, T, 1, x.shape[-1]), use.names, bias_scale)
-    return KroneckerRows(use.name, use.layout, a, g.reshape(V, N, T, 1, g.shape[-1]))
+    rows = g.reshape(V, N, T, 1, g.shape[-1])
+    return KroneckerRows.deferred(
+        use.name, use.layout, lambda: augmented(x.reshape(N, T, 1, x.shape[-1]), use.names, bias_scale), rows
+    )
 
 
 LINEAR = Rule(lambda m: m.weight.shape[0], _linear)
