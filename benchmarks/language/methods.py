@@ -1,8 +1,8 @@
 """What is computed on a decoder, and by which library.
 
 Targets are drawn once a token (Monte-Carlo Fisher matrix). curvlab factors all layers, norms and tables by their exact blocks or
-diagonals. curvlinops factors `Linear` alone and refuses other parameters, which are frozen for it; the output layer of a vocabulary
-too large for a matrix is frozen, too.
+diagonals. curvlinops factors `Linear` alone and refuses other parameters, which are frozen for it; kronfluence leaves them out.
+Both are spared the output layer of a vocabulary too large for a matrix.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.language import kronfluence
 from benchmarks.language.models import Decoder
 from curvlab.fisher import EKFAC, KFAC, Diagonal, Structure
 from curvlab.fisher.kronecker import KroneckerBlock
 
-MethodName = Literal["plain", "kfac", "kfac-curvlinops", "ekfac", "eigenvectors", "diagonal"]
+MethodName = Literal[
+    "plain",
+    "kfac",
+    "kfac-curvlinops",
+    "kfac-kronfluence",
+    "ekfac",
+    "eigenvectors",
+    "ekfac-curvlinops",
+    "ekfac-kronfluence",
+    "diagonal",
+]
 
 LARGEST = 8192
 """Rows of the largest factor that is formed as a matrix."""
@@ -94,11 +105,21 @@ def _curvlinops(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
     return prepare
 
 
+def _kronfluence(*, corrections: bool) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    def compute(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        return kronfluence.prepare(decoder, tokens, targets, largest=LARGEST, corrections=corrections)
+
+    return compute
+
+
 METHODS: Mapping[MethodName, Method] = {
     "plain": Method("forward and backward", _plain),
     "kfac": Method("K-FAC, curvlab", _fit(KFAC)),
     "kfac-curvlinops": Method("K-FAC, curvlinops", _curvlinops("KFACLinearOperator")),
+    "kfac-kronfluence": Method("K-FAC, kronfluence", _kronfluence(corrections=False)),
     "ekfac": Method("EKFAC, curvlab", _fit(EKFAC)),
     "eigenvectors": Method("of that, eigenvectors", _eigenvectors),
+    "ekfac-curvlinops": Method("EKFAC, curvlinops", _curvlinops("EKFACLinearOperator")),
+    "ekfac-kronfluence": Method("EKFAC, kronfluence, eigenvectors given", _kronfluence(corrections=True)),
     "diagonal": Method("diagonal, curvlab", _fit(Diagonal)),
 }

@@ -1,5 +1,6 @@
 """The benchmark of language models: decoders, that all libraries compute the same, and the command line."""
 
+import importlib.util
 import json
 
 import pytest
@@ -40,17 +41,22 @@ def test_libraries_factor_the_same_inputs():
     fitted = KFAC.fit(decoder, nn.CrossEntropyLoss(), data, kind="mc", generator=generator)
     mine = {block.name: block.width.dense()[0] for block in fitted._blocks if isinstance(block, LinearBlock)}
     operator = METHODS["kfac-curvlinops"].prepare(decoder, tokens, targets)()
-    theirs = list(operator._input_covariances.values())
-    assert len(theirs) == len(mine) == 5
-    for name, A in mine.items():
-        assert any(B.shape == A.shape and torch.allclose(A, B / (B.trace() / A.trace()), atol=1e-5) for B in theirs), (
-            name
-        )
+    peers = [list(operator._input_covariances.values())]
+    if importlib.util.find_spec("kronfluence"):
+        factors = METHODS["kfac-kronfluence"].prepare(decoder, tokens, targets)()
+        peers.append(list(factors["activation_covariance"].values()))
+    for theirs in peers:
+        assert len(theirs) == len(mine) == 5
+        for name, A in mine.items():
+            scaled = [B / (B.trace() / A.trace()) for B in theirs if B.shape == A.shape]
+            assert any(torch.allclose(A, B, atol=1e-5) for B in scaled), name
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_measured(method, tmp_path):
+    if "kronfluence" in method:
+        pytest.importorskip("kronfluence", reason="kronfluence is not installed")
     asked = {"repeats": 2, "seconds": 60.0, "threads": 1, "device": "cpu"}
     found = measure(Request(method=method, model="tiny", **asked), tmp_path)
     assert found.outcome == "done"
