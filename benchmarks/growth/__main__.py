@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 
 from benchmarks.growth import report
-from benchmarks.growth.methods import AXES, QUANTITIES, AxisName, MethodName, QuantityName
+from benchmarks.growth.methods import QUANTITIES, AxisName, MethodName, QuantityName
 from benchmarks.growth.report import Line
 from benchmarks.growth.worker import Measurement, Request
 from benchmarks.options import CommonOptions, command
@@ -23,7 +23,7 @@ from curvlab.study.faults import UsageError
 
 @dataclass(frozen=True)
 class Options(CommonOptions):
-    """Time Gram matrix and K-FAC fit as samples, outputs, width and depth grow, and fit exponents.
+    """Time Gram matrix and K-FAC fit as samples, outputs, width and depth grow, of a decoder tokens and vocabulary; fit exponents.
 
     Every method has a process of its own for every axis. Exit code 1 if one fails; one that runs out of memory or time is
     reported as such.
@@ -42,7 +42,7 @@ class Options(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = min(len(values) for values in AXES.values())
+        most = min(len(values) for quantity in QUANTITIES.values() for values in quantity.axes.values())
         if not 1 <= self.values <= most:
             raise UsageError(f"--values must be from 1 to {most}, got {self.values}")
 
@@ -63,11 +63,11 @@ def _measure(options: Options, console: Console, progress: Console) -> int:
 def _run(quantity: QuantityName, options: Options, console: Console, progress: Console) -> list[Line]:
     title, lines = QUANTITIES[quantity].title, []
     with progress.status(title) as status:
-        for axis in options.axes:
+        for axis in (axis for axis in options.axes if axis in QUANTITIES[quantity].axes):
             for method in QUANTITIES[quantity].methods:
                 if method in options.methods:
                     status.update(f"{title}: {axis}, {method}")
-                    values = AXES[axis][: options.values]
+                    values = QUANTITIES[quantity].axes[axis][: options.values]
                     request = Request(quantity=quantity, method=method, axis=axis, values=values, **options.machine)
                     with tempfile.TemporaryDirectory() as folder:
                         measured = in_own_process(

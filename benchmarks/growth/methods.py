@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.language.methods import LARGEST
+from benchmarks.language.models import Block, Shape
 from benchmarks.operations import layers_of, operations
 from benchmarks.peers import METHODS as GRAM
 from benchmarks.structures import kronecker
 from benchmarks.structures.tasks import Batch
 from curvlab.fisher import KFAC
 
-AxisName = Literal["samples", "outputs", "width", "depth"]
-QuantityName = Literal["gram", "kfac"]
+AxisName = Literal["samples", "outputs", "tokens", "width", "depth", "vocabulary"]
+QuantityName = Literal["gram", "kfac", "decoder"]
 MethodName = Literal["curvlab", "curvlinops", "nngeometry"]
 
 FEATURES = 64
+
+
+class Growing(Protocol):
+    """What grows along some axes."""
+
+    def grown(self, axis: AxisName, value: int) -> Growing:
+        """Return another value of one of them."""
+
+    def build(self, device: str) -> Batch:
+        """Return network and batch, the same numbers in every process and on every device."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,47 @@ class Size:
             targets = torch.randint(self.outputs, (self.samples,))
         return Batch(network.to(device), inputs.to(device), targets.to(device))
 
+    def __str__(self) -> str:
+        return (
+            f"a ReLU network on {FEATURES} inputs; where they do not grow, N = {self.samples}, C = {self.outputs}, "
+            f"width {self.width}, depth {self.depth}"
+        )
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """A decoder with a loss per token, and its sequences.
+
+    Attributes:
+        samples: N.
+        tokens: T, of a sequence.
+        width: of the residual stream.
+        depth: blocks.
+        vocabulary: outputs a token.
+    """
+
+    samples: int = 4
+    tokens: int = 64
+    width: int = 128
+    depth: int = 2
+    vocabulary: int = 512
+
+    def grown(self, axis: AxisName, value: int) -> DecoderSize:
+        """Return another value of one of them."""
+        return replace(self, **{axis: value})
+
+    def build(self, device: str) -> Batch:
+        """Return decoder and batch, the same numbers in every process and on every device."""
+        shape = Shape(self.depth, self.width, self.vocabulary, self.samples, self.tokens)
+        decoder, tokens, targets = shape.build(device)
+        return Batch(decoder, tokens, targets.flatten())
+
+    def __str__(self) -> str:
+        return (
+            f"a decoder; where they do not grow, {self.samples} × {self.tokens} tokens, width {self.width}, depth {self.depth}, "
+            f"vocabulary {self.vocabulary}"
+        )
+
 
 AXES: dict[AxisName, tuple[int, ...]] = {
     "samples": (16, 32, 64, 128, 256, 512),
@@ -60,7 +113,15 @@ AXES: dict[AxisName, tuple[int, ...]] = {
     "width": (64, 128, 256, 512, 1024, 2048),
     "depth": (1, 2, 4, 8, 16, 32),
 }
-"""The values of each, the others as `Size` has them; each is twice the one before."""
+"""The values of each of a `Size`, the others as it has them; each is twice the one before."""
+
+DECODER_AXES: dict[AxisName, tuple[int, ...]] = {
+    "tokens": (32, 64, 128, 256, 512, 1024),
+    "width": (64, 128, 256, 512, 1024, 2048),
+    "depth": (1, 2, 4, 8, 16, 32),
+    "vocabulary": (256, 512, 1024, 2048, 4096, 8192),
+}
+"""The values of each of a `DecoderSize`."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +132,17 @@ class Quantity:
         title: in words.
         methods: the ways to compute it.
         operations: counts the multiply-adds that the factored form needs.
+        size: what grows.
+        least: the smallest of it, to begin with.
+        axes: how, with the values of each.
     """
 
     title: str
     methods: dict[MethodName, Callable[[Batch], Callable[[], object]]]
     operations: Callable[[Batch], int]
+    size: Growing = Size()  # frozen
+    least: Growing = Size(samples=2, width=8)  # frozen
+    axes: Mapping[AxisName, tuple[int, ...]] = field(default_factory=lambda: AXES)
 
 
 def _gram(method: Literal["curvlab", "nngeometry"]) -> Callable[[Batch], Callable[[], Tensor]]:
@@ -110,11 +177,42 @@ def _kfac_operations(batch: Batch) -> int:
     return operations(batch.network, batch.inputs).sweep + factors
 
 
+def _decoder(batch: Batch) -> Callable[[], object]:
+    generator = torch.Generator(batch.inputs.device).manual_seed(0)
+    data = (batch.inputs, batch.targets)
+    return lambda: KFAC.fit(batch.network, nn.CrossEntropyLoss(), data, kind="mc", generator=generator)
+
+
+def _decoder_operations(batch: Batch) -> int:
+    """Count a forward and a backward pass without gradients of parameters, and the second moments of inputs and of rows.
+
+    The outputs' moment is diagonal where it is too long for a matrix.
+    """
+    tokens, total = batch.inputs.numel(), 0
+    for layer in batch.network.modules():
+        if isinstance(layer, nn.Linear):
+            i, o = layer.in_features + (layer.bias is not None), layer.out_features
+            moments = sum(side * (side + 1) // 2 if side <= LARGEST else side for side in (i, o))
+            total += tokens * (2 * i * o + moments)
+        elif isinstance(layer, Block):
+            attention = 2 * batch.inputs.shape[1] * layer.mix.in_features
+            total += 3 * tokens * attention
+    return total
+
+
 QUANTITIES: dict[QuantityName, Quantity] = {
     "gram": Quantity("Gram matrix", {"curvlab": _gram("curvlab"), "nngeometry": _gram("nngeometry")}, _gram_operations),
     "kfac": Quantity(
         "K-FAC fit, exact rows",
         {"curvlab": _kfac, "curvlinops": _kfac_curvlinops, "nngeometry": _kfac_nngeometry},
         _kfac_operations,
+    ),
+    "decoder": Quantity(
+        "K-FAC fit, one drawn row a sequence",
+        {"curvlab": _decoder},
+        _decoder_operations,
+        DecoderSize(),
+        DecoderSize(samples=2, tokens=4, width=64, depth=1, vocabulary=8),
+        DECODER_AXES,
     ),
 }

@@ -11,13 +11,13 @@ from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.fits import exponent
-from benchmarks.growth.methods import AXES, FEATURES, QUANTITIES, Size
+from benchmarks.growth.methods import QUANTITIES
 from benchmarks.growth.worker import Measurement, Request
 
 LEGEND = (
     "Exponents: slopes of log cost against log size over the larger half of the values, at least three, ± standard error. "
-    "Counted: that of the multiply-adds that the factored form needs, at the same values. Rows are R = N·C, so that both "
-    "samples and outputs make R grow; parameters grow as width² and as depth."
+    "Counted: that of the multiply-adds that the factored form needs, at the same values. Rows of the ReLU network are R = N·C, so "
+    "that both samples and outputs make R grow; parameters grow as width² and as depth."
 )
 
 
@@ -31,18 +31,15 @@ class Line:
 
 def heading(lines: Sequence[Line]) -> str:
     """Say what grew, and on what it was measured."""
-    request, base = lines[0].request, Size()
-    return (
-        f"{QUANTITIES[request.quantity].title} of a ReLU network on {FEATURES} inputs; where they do not grow, "
-        f"N = {base.samples}, C = {base.outputs}, width {base.width}, depth {base.depth}; "
-        f"{tables.computed(request)}"
-    )
+    request = lines[0].request
+    quantity = QUANTITIES[request.quantity]
+    return f"{quantity.title} of {quantity.size}; {tables.computed(request)}"
 
 
 def table(lines: Sequence[Line], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one quantity, by axis and method."""
     made = tables.empty(style, ["grows", "method"], ["values", "ms", "exponent", "counted", "of memory"])
-    for axis in AXES:
+    for axis in QUANTITIES[lines[0].request.quantity].axes:
         for line in lines:
             if line.request.axis == axis:
                 made.add_row(axis, line.request.method, *_cells(line))

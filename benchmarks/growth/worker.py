@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import meter
-from benchmarks.growth.methods import QUANTITIES, AxisName, MethodName, QuantityName, Size
+from benchmarks.growth.methods import QUANTITIES, AxisName, MethodName, QuantityName
 from benchmarks.process import Machine, Result, serve
 
 
@@ -49,13 +49,13 @@ def measure(request: Request, _: Path) -> Measurement:
     meter.use(request.device, request.threads)
     quantity = QUANTITIES[request.quantity]
     prepare = quantity.methods[request.method]
-    prepare(Size(samples=2, width=8).build(request.device))()
+    prepare(quantity.least.build(request.device))()
     seconds: list[float] = []
     peaks: list[int] = []
     counted: list[int] = []
     spent = 0.0
     for value in request.values:
-        batch = Size().grown(request.axis, value).build(request.device)
+        batch = quantity.size.grown(request.axis, value).build(request.device)
         compute = prepare(batch)
         peaks.append(meter.growth(compute, request.device))
         taken = meter.repeated(compute, request)

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks import fits
 from benchmarks.growth import __main__ as command
 from benchmarks.growth.__main__ import main
-from benchmarks.growth.methods import AXES, QUANTITIES, Size
+from benchmarks.growth.methods import AXES, DECODER_AXES, QUANTITIES, DecoderSize, Size
 from benchmarks.growth.worker import Request, measure
 
 
@@ -27,9 +27,9 @@ def test_exponents_have_standard_errors():
 
 
 def test_networks_grow_along_one_axis_by_doubling():
-    for axis, values in AXES.items():
+    for axis, values in (*AXES.items(), *DECODER_AXES.items()):
         assert all(b == 2 * a for a, b in pairwise(values))
-        grown = Size().grown(axis, values[1])
+        grown = (Size() if hasattr(Size(), axis) else DecoderSize()).grown(axis, values[1])
         assert getattr(grown, axis) == values[1]
     batch = Size(samples=5, outputs=3, width=7, depth=2).build("cpu")
     assert [tuple(m.weight.shape) for m in batch.network if isinstance(m, nn.Linear)] == [(7, 64), (7, 7), (3, 7)]
@@ -44,11 +44,20 @@ def test_operations_of_a_fit_by_hand():
     assert QUANTITIES["kfac"].operations(batch) == sweep + moments
 
 
+def test_operations_of_a_fit_of_a_decoder_by_hand():
+    batch = DecoderSize(samples=2, tokens=3, width=64, depth=1, vocabulary=8).build("cpu")
+    # Layers 65 → 192, 65 → 64, 65 → 256 and 257 → 64 with a bias, and 64 → 8 without; scores and averages of 3 tokens.
+    shapes = [(65, 192), (65, 64), (65, 256), (257, 64), (64, 8)]
+    layers = sum(2 * i * o + (i * (i + 1) + o * (o + 1)) // 2 for i, o in shapes)
+    assert QUANTITIES["decoder"].operations(batch) == 6 * (layers + 3 * 2 * 3 * 64)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("quantity", "method"), [(q, m) for q, chosen in QUANTITIES.items() for m in chosen.methods])
 def test_a_measurement_covers_the_values(quantity, method, tmp_path):
     asked = {"repeats": 1, "seconds": 60.0, "threads": 1, "device": "cpu"}
-    found = measure(Request(quantity=quantity, method=method, axis="width", values=(4, 8), **asked), tmp_path)
+    values = (64, 128) if quantity == "decoder" else (4, 8)
+    found = measure(Request(quantity=quantity, method=method, axis="width", values=values, **asked), tmp_path)
     assert len(found.seconds) == len(found.peak_bytes) == len(found.counted) == 2
     assert min(found.seconds) > 0
 
