@@ -25,7 +25,8 @@ class PerLayer(Structure):
     A layer is called as in `model.named_modules()`; a pattern fits as in a shell, with `*`, `?` and `[…]`, and `*.head` fits a
     layer `head` of the model itself, too. A parameter of the model itself belongs to the layer "". Tied parameters belong to
     their first layer. Layers that share a structure that couples them, as 'full', are coupled: the blocks are those that it
-    makes of these layers alone.
+    makes of these layers alone. A fit holds the rows of one layer at a time if all structures do, as K-FAC and the diagonal,
+    and exact blocks with `side="parameters"`.
 
     Args:
         choices: structures, not updated yet, or keys of `curvlab.fisher.STRUCTURES`, by pattern.
