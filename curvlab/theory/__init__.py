@@ -5,8 +5,9 @@ themselves from layer kernels and from back-propagated rows, `dynamics` and `cro
 losses after t steps, `kernels` the infinite-width kernels, `forster` the Forster transform. Source, unless
 noted: Karakida & Osawa (2020, arXiv 2010.00879). `fast_convergence` gives the Gram matrices, rates and
 conditions of Zhang, Martens & Grosse (2019, arXiv 1905.10961), `stability` the largest stable curvature of first-order
-methods (Cohen et al. 2021, arXiv 2103.00065). `graph_dynamics`, imported by itself, gives the bounds and identities of Xu,
-Zhang, Jegelka & Kawaguchi (2021) for linear graph networks.
+methods (Cohen et al. 2021, arXiv 2103.00065). Imported by themselves: `block_structure`, what block-diagonal parts of a
+matrix leave out, and `graph_dynamics`, the bounds and identities of Xu, Zhang, Jegelka & Kawaguchi (2021) for linear
+graph networks.
 """
 
 from curvlab.theory.cross_entropy import (
