@@ -14,6 +14,7 @@ from curvlab.problems.classification import image_problem
 from curvlab.problems.graphs import GRAPHS, graph_problem
 from curvlab.problems.images import IMAGE_SETS
 from curvlab.problems.problem import Problem
+from curvlab.problems.short_text import SHORT_TEXT
 from curvlab.problems.text import character_problem
 from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
 from curvlab.problems.vision import cifar_cnn_problem, digits_mlp_problem, digits_residual_problem, lenet_problem
@@ -43,13 +44,15 @@ _OURS: Mapping[str, Callable[..., Problem]] = {
     "fashion-lenet": lenet_problem,
     "cifar10-5k-cnn": cifar_cnn_problem,
     "characters": character_problem,
+    **SHORT_TEXT,
 }
 """`digits` needs no file: classes 0 and 1, N = 40, below the rank that 64 pixels allow.
 `karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3.
 `two-layer` has the data of `digits`, `synthetic-two-layer` random inputs; both have the network of Zhang,
 Martens & Grosse. `karate-gcn`, `cora-gcn`, `citeseer-gcn` and `pubmed-gcn` classify the nodes of a graph; karate needs
 no file. `digits-mlp`, `digits-residual`, `fashion-lenet`, `cifar10-5k-cnn` and `characters` are whole training tasks,
-`chebyshev` a regression in one variable."""
+`short-text`, `short-text-cnn`, `short-text-mlp` and `short-text-mixer` four small networks on the same text, `chebyshev` a
+regression in one variable."""
 
 PROBLEMS: Registry[Callable[..., Problem]] = Registry(
     "problem", "curvlab.problems", _OURS, form="a function", fits=callable

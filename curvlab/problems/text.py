@@ -117,7 +117,7 @@ def manual() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def encoded(text: str) -> Int64[Tensor, " T"]:
-    """Return the positions of characters in `ALPHABET`."""
-    place = {character: index for index, character in enumerate(ALPHABET)}
+def encoded(text: str, alphabet: str = ALPHABET) -> Int64[Tensor, " T"]:
+    """Return the positions of characters in an alphabet that has the blank, which stands for all that it has not."""
+    place = {character: index for index, character in enumerate(alphabet)}
     return torch.tensor([place.get(character, place[" "]) for character in text], device="cpu")

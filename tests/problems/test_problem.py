@@ -9,6 +9,7 @@ from torch import nn
 from curvlab.errors import CurvlabError
 from curvlab.nn import HalfSquaredError, Linearized, ntk_mlp
 from curvlab.problems import ARGUMENTS, GRAPHS, PROBLEMS, Problem, ProblemError, resolve, swept_arguments
+from curvlab.problems.short_text import SHORT_TEXT
 
 
 def make(model: nn.Module | None = None, **changes: object) -> Problem:
@@ -176,7 +177,9 @@ def test_misspelt_argument_is_refused():
 
 def test_registered_problems_take_the_arguments_that_an_analysis_may_pass():
     on_images = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar10-5k", "karakida-osawa"}
-    trained = {"digits-mlp", "digits-residual", "fashion-lenet", "cifar10-5k-cnn", "characters", "chebyshev"}
+    trained = {"digits-mlp", "digits-residual", "fashion-lenet", "cifar10-5k-cnn", "characters", "chebyshev"} | set(
+        SHORT_TEXT
+    )
     two_layer = {"two-layer", "synthetic-two-layer"}
     assert set(PROBLEMS) == on_images | two_layer | trained | {f"{graph}-gcn" for graph in GRAPHS}
     for name in on_images:

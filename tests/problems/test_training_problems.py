@@ -11,6 +11,7 @@ from torch import nn
 
 import curvlab
 from curvlab.problems import DataUnavailable, resolve
+from curvlab.problems.short_text import SHORT_TEXT, short_text_problem
 from curvlab.problems.text import ALPHABET, CharacterTransformer, character_problem, encoded, manual
 from curvlab.problems.vision import standardised
 
@@ -121,3 +122,41 @@ def test_text_that_is_not_there_is_said(monkeypatch):
 def test_text_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         character_problem(**options)
+
+
+@pytest.mark.parametrize("name", SHORT_TEXT)
+def test_short_text_networks_are_of_like_size_and_have_rows(name):
+    problem = resolve(name, samples=3)
+    x, y = problem.train
+    rows = curvlab.sqrt_fisher(problem.model, problem.loss, x, y)
+    assert 1500 < rows.P < 2100
+    assert y.shape == ((3, 8) if name in ("short-text", "short-text-cnn") else (3,))
+    assert problem.model(x).shape == (3, 28, *y.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["short-text", "short-text-cnn"])
+def test_short_text_networks_that_predict_everywhere_see_no_later_character(name):
+    problem = resolve(name, samples=2)
+    x = problem.train[0]
+    changed = x.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 28
+    before, after = problem.model(x), problem.model(changed)
+    torch.testing.assert_close(before[..., :5], after[..., :5], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(before[..., 5:], after[..., 5:])
+
+
+def test_all_short_text_networks_have_the_same_text_and_frequent_characters_first():
+    first, *others = (resolve(name, samples=4) for name in SHORT_TEXT)
+    for other in others:
+        assert torch.equal(other.train[0], first.train[0])
+    few = short_text_problem(characters=3, samples=4)
+    text = manual().lower()[:32]
+    assert few.train[0].flatten().tolist() == [max(0, " et".find(character)) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"characters": 29}, "28"), ({"width": 7}, "heads"), ({"depth": 0}, "depth")]
+)
+def test_short_text_options_are_checked(options, named):
+    with pytest.raises(ValueError, match=named):
+        short_text_problem(**options)
