@@ -1,6 +1,16 @@
-"""Spectra of curvature matrices: operators, eigenpairs, density, trace and determinant, numerical rank."""
+"""Spectra of curvature matrices: operators, eigenpairs, density, trace and determinant, numerical rank, mass by blocks."""
 
 from curvlab.spectrum.autodiff import GGN, Hessian
+from curvlab.spectrum.blocks import (
+    BlockDiagonalPart,
+    BlockMap,
+    Partition,
+    block_map,
+    by_layer,
+    by_tensor,
+    by_unit,
+    rows_block_map,
+)
 from curvlab.spectrum.density import Density, density, logdet
 from curvlab.spectrum.eigen import Eigenpairs, NotConverged, eigenpairs
 from curvlab.spectrum.estimates import DiagonalEstimate, Estimate, diagonal, trace
@@ -16,6 +26,8 @@ from curvlab.spectrum.rank import Rank, condition_number, effective_dimension, r
 
 __all__ = [
     "GGN",
+    "BlockDiagonalPart",
+    "BlockMap",
     "DenseOperator",
     "Density",
     "DiagonalEstimate",
@@ -26,11 +38,16 @@ __all__ = [
     "Hessian",
     "NotConverged",
     "Operator",
+    "Partition",
     "Preconditioned",
     "Rank",
     "RowsOperator",
     "StructureOperator",
     "SupportsSolve",
+    "block_map",
+    "by_layer",
+    "by_tensor",
+    "by_unit",
     "condition_number",
     "density",
     "diagonal",
@@ -38,5 +55,6 @@ __all__ = [
     "eigenpairs",
     "logdet",
     "rank",
+    "rows_block_map",
     "trace",
 ]
