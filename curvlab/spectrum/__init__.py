@@ -2,13 +2,13 @@
 
 from curvlab.spectrum.autodiff import GGN, Hessian
 from curvlab.spectrum.blocks import (
-    BlockDiagonalPart,
     BlockMap,
     Partition,
     block_map,
     by_layer,
     by_tensor,
     by_unit,
+    diagonal_part,
     rows_block_map,
 )
 from curvlab.spectrum.density import Density, density, logdet
@@ -26,7 +26,6 @@ from curvlab.spectrum.rank import Rank, condition_number, effective_dimension, r
 
 __all__ = [
     "GGN",
-    "BlockDiagonalPart",
     "BlockMap",
     "DenseOperator",
     "Density",
@@ -51,6 +50,7 @@ __all__ = [
     "condition_number",
     "density",
     "diagonal",
+    "diagonal_part",
     "effective_dimension",
     "eigenpairs",
     "logdet",

@@ -22,7 +22,7 @@ from torch import Tensor
 from curvlab.rows import Rows
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import gram
-from curvlab.spectrum.operator import Operator
+from curvlab.spectrum.operator import DenseOperator, Operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class BlockMap:
 def block_map(
     operator: Operator, partition: Partition, *, probes: int = 16, generator: torch.Generator | None = None
 ) -> BlockMap:
-    """Return the map of an operator, estimated by random signs; exact by its dense matrix if that takes no more products.
+    """Return the map of an operator, estimated by random signs; exact if its matrix is at hand or takes no more products.
 
     Args:
         operator: symmetric in the Euclidean inner product.
@@ -147,7 +147,7 @@ def block_map(
     _check(operator, partition)
     if probes < 2:
         raise ValueError(f"probes must be at least 2, got {probes}.")
-    if operator.size <= probes * len(partition):
+    if isinstance(operator, DenseOperator) or operator.size <= probes * len(partition):
         return dense_block_map(operator.to_dense(), partition)
     source = generator or torch.Generator().manual_seed(0)
     inside = partition.indicator(torch.zeros((), dtype=operator.dtype, device=operator.device))
@@ -183,22 +183,32 @@ def rows_block_map(rows: Rows) -> BlockMap:
     return BlockMap(tuple(layer.name for layer in rows.layers), kernels @ kernels.T)
 
 
-class BlockDiagonalPart(Operator):
-    """BD(C), the diagonal blocks of an operator. Cost of a product: B products with C, as many as there are blocks.
+def diagonal_part(operator: Operator, partition: Partition) -> Operator:
+    """Return BD(C), the diagonal blocks of an operator; masked, if its matrix is at hand.
+
+    Cost of a product otherwise: B products with C, as many as there are blocks.
 
     Raises:
         ValueError: for a partition of other parameters, or another inner product.
     """
+    _check(operator, partition)
+    if isinstance(operator, DenseOperator):
+        labels = partition.labels.to(operator.device)
+        return DenseOperator(operator.matrix * (labels[:, None] == labels), operator.space)
+    return _DiagonalPart(operator, partition)
+
+
+class _DiagonalPart(Operator):
+    """The diagonal blocks of an operator, by its products with one block of a vector at a time."""
 
     def __init__(self, operator: Operator, partition: Partition) -> None:
-        _check(operator, partition)
         self.operator, self.partition = operator, partition
         self.space, self.dtype, self.device = operator.space, operator.dtype, operator.device
 
-    def held(self) -> AbstractContextManager[None]:  # noqa: D102
+    def held(self) -> AbstractContextManager[None]:
         return self.operator.held()
 
-    def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
+    def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         inside = self.partition.indicator(block)
         products = self.operator.matmat((inside[:, None] * block).flatten(0, 1))
         return (inside[:, None] * products.view(len(inside), *block.shape)).sum(0)

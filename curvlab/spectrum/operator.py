@@ -137,6 +137,12 @@ class DenseOperator(Operator):
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
         return block @ self.matrix
 
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        """Return the matrix itself."""
+        if not bool(self.matrix.sum().isfinite()):
+            raise ValueError(f"The matrix of {self!r} is not finite.")
+        return self.matrix
+
 
 class RowsOperator(Operator):
     """`SᵀS` for rows S that are at hand. Cost of a product: that of `Rows.matvec` and `Rows.rmatvec`, no sweep."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 SOURCES: Mapping[str, str] = {
+    "block_structure": "",
     "edge_of_stability": "Cohen et al. 2021",
     "gnn_acceleration": "Xu, Zhang, Jegelka & Kawaguchi 2021",
     "gnn_natural_gradient": "Izadi, Fang, Stevenson & Lin 2020",
@@ -18,6 +19,7 @@ SOURCES: Mapping[str, str] = {
 """By analysis, what every claim's source names; "" where the sources are several."""
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "block_structure": {"depths": (1, 2), "widths": (6, 8), "races": True},
     "edge_of_stability": {
         "adam": (0.001,), "batch_size": (16, 32), "sweep_depths": (2,), "sweep_widths": (16,), "sweep_samples": (64,),
         "published": True,

@@ -18,6 +18,7 @@ KARATE = "karate-gcn"
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "ntk_isotropy": {"widths": (8, 16), "structures": ("full", "kfac")},
     "jacobian_rank": {"samples": 4, "widths": (8, 16), "activation": ("relu",), "structures": ("full", "kfac")},
+    "block_structure": {"steps": 3, "structures": ("kfac",), "beside": (), "directions": 8, "permutations": 2, "classes": (2, 3)},
     "spectrum": {"width": 8, "structures": ("full", "kfac"), "top": 2, "probes": 2, "lanczos": 8},
     "edge_of_stability": {
         "steps": 20, "every": 5, "etas": (0.3,), "structures": ("kfac",), "preconditioners": ("full",),

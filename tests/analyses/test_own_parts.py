@@ -67,7 +67,7 @@ def test_those_of_a_script_run_by_it(folder: Path) -> None:
     assert f"assemble: python script.py {' '.join(own)}" in said
 
 
-GENERAL = ("edge_of_stability", "jacobian_rank", "ntk_isotropy", "spectrum", "training")
+GENERAL = ("block_structure", "edge_of_stability", "jacobian_rank", "ntk_isotropy", "spectrum", "training")
 
 
 @pytest.mark.parametrize("name", GENERAL)

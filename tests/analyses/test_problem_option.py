@@ -13,7 +13,7 @@ from torch import nn
 from curvlab.problems import Problem, data_hash, digest_of
 from curvlab.study.runner import main
 
-GENERAL = ("edge_of_stability", "jacobian_rank", "ntk_isotropy", "spectrum", "training")
+GENERAL = ("block_structure", "edge_of_stability", "jacobian_rank", "ntk_isotropy", "spectrum", "training")
 GRAPHS = ("gnn_acceleration", "gnn_natural_gradient")
 
 
