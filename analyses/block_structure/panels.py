@@ -129,7 +129,7 @@ def densities(measurements: pd.DataFrame) -> Rows:
 
 
 def density(axes: Axes, measurements: pd.DataFrame, *, problem: str) -> None:
-    """Densities of log₁₀|λ| of the Hessian's diagonal block of every tensor at initialisation, at the first seed."""
+    """Densities of log₁₀|λ| of the Hessian's diagonal block of every tensor at initialisation; at the left: zero."""
     table = _compared(measurements, "density", problem=problem)
     table = table[table["seed"] == table["seed"].min()]
     for (kind, _), rows in table.groupby(["kind", "tensor"]):
