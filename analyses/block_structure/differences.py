@@ -33,7 +33,8 @@ class Differences(Operator):
             return torch.zeros_like(vector)
         move = vector * (self.epsilon * theta.norm() / length)
         difference = self._gradient(theta + move) - self._gradient(theta - move)
-        return difference * (length / (2 * self.epsilon * theta.norm()))
+        product: Tensor = difference * (length / (2 * self.epsilon * theta.norm()))
+        return product
 
     def _gradient(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
         """The gradient at other parameters, rounded to the network's type."""

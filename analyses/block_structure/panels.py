@@ -58,7 +58,7 @@ def block_map(axes: Axes, measurements: pd.DataFrame, *, matrix: str) -> None:
     axes.set_yticks(range(len(names)), [short(name) for name in names], fontsize=4.5)
     axes.set_xticks([])
     axes.grid(visible=False)
-    axes.set(title=rf"{LOOKS[matrix].label}, $\omega = {share:.2f}$", xlabel="layers, from input to output")
+    axes.set(title=rf"{LOOKS[matrix].label}, $\omega = {share:.2f}$", xlabel="layers")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
     bar.ax.tick_params(labelsize=5)
 
@@ -84,9 +84,10 @@ def share_in_time(axes: Axes, measurements: pd.DataFrame, *, problem: str) -> No
             rows = table[(table["matrix"] == matrix) & (table["partition"] == partition)]
             label = f"{LOOKS[matrix].label}, {partition}s"
             style.measured(
-                axes, rows, "place", LOOKS[matrix], shift=9 * (index - 1) + 4 * hollow, label=label, hollow=hollow
+                axes, rows, "place", LOOKS[matrix], shift=8 * (index - 1) + 3 * hollow, label=label, hollow=hollow
             )
     level(axes, FAILING**2)
+    axes.margins(x=0.25)
     axes.set_xticks(range(len(TIMES)), TIMES)
     axes.set_ylim(0, 1)
     axes.set(ylabel=r"off-block share $\omega$", title=problem)

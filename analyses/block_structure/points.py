@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
@@ -35,16 +34,6 @@ def correlation(first: str, second: str, *across: str) -> Estimate:
             if len(group) > 2 and min(group[first].nunique(), group[second].nunique()) > 1
         }
         return pd.DataFrame({"seed": list(found), "value": list(found.values())})
-
-    return estimate
-
-
-def ratio(first: str, second: str) -> Estimate:
-    """Return the estimate by the geometric mean of one quantity over that of another, at each seed."""
-
-    def estimate(table: pd.DataFrame) -> pd.DataFrame:
-        logs = table.assign(value=np.log(table["value"])).pivot_table("value", "seed", "quantity")
-        return np.exp(logs[first] - logs[second]).rename("value").reset_index()
 
     return estimate
 

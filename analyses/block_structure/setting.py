@@ -93,11 +93,11 @@ class Point:
 
     def operator(self, matrix: str) -> Operator:
         """A matrix by its products."""
-        data, options = (self.inputs, self.targets), {"chunk_size": CHUNK}
+        data = (self.inputs, self.targets)
         if matrix == HESSIAN:
-            return spectrum.Hessian(self.model, self.loss, data, **options)
+            return spectrum.Hessian(self.model, self.loss, data, chunk_size=CHUNK)
         if matrix == GGN:
-            return spectrum.GGN(self.model, self.loss, data, **options)
+            return spectrum.GGN(self.model, self.loss, data, chunk_size=CHUNK)
         return spectrum.Fisher(self.model, self.loss, data, kind="empirical")
 
     def dense(self, matrix: str) -> DenseOperator:

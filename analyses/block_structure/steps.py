@@ -82,7 +82,7 @@ class Blocks:
         """‖M − ᾱI‖_F/‖ᾱI‖_F of M = S(BD + ρI)⁻¹Sᵀ `[R, R]`, ᾱ = tr M/R, for SᵀS the matrix: from the traces of M and M²."""
         product = self.solve(self.matrix.matrix, damping)
         trace, square = float(product.trace()), float((product * product.T).sum())
-        return max(0.0, rows * square / trace**2 - 1) ** 0.5
+        return float(max(0.0, rows * square / trace**2 - 1) ** 0.5)
 
 
 def cosine(first: Tensor, second: Tensor) -> float:

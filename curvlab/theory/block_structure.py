@@ -194,7 +194,7 @@ def best_difference(unit: float) -> float:
         ValueError: for u that is not above 0.
     """
     positive("unit", unit)
-    return unit ** (1 / 3)
+    return float(unit ** (1 / 3))
 
 
 def _share(share: float) -> float:

@@ -105,5 +105,5 @@ CLASSES: Experiment[Config] = Experiment(
     measure=measure,
     varies=("initialisation", "data"),
     claims=CLAIMS,
-    seconds=2.0,
+    seconds=0.5,
 )

@@ -14,6 +14,7 @@ from analyses.claims import claim
 from curvlab.study import (
     Claim,
     Equivalence,
+    Expected,
     Experiment,
     Inequality,
     Share,
@@ -28,6 +29,7 @@ from curvlab.study import (
     undecided,
 )  # fmt: skip
 from curvlab.study import Point as Place
+from curvlab.study.claims import Group
 
 VECTORS = ("random", "gradient", "top")
 FAILING = 0.5
@@ -43,7 +45,7 @@ def cells(config: Config) -> list[Place]:
     found += [{"problem": config.problem, "width": width} for width in config.widths]
     if config.races:
         found += [{"problem": problem, "width": width} for problem in config.compared for width in RACED]
-    points = []
+    points: list[Place] = []
     for point in found:
         wanted = {"depth": 0, "width": 0} | point
         sizes = {key: value for key, value in wanted.items() if isinstance(value, int)}
@@ -158,7 +160,7 @@ def _heterogeneous(first: str, other: str, compared: Mapping[str, object]) -> li
         if "cnn" in other
         else undecided("Published against convolutional networks only.")
     )
-    variants = [
+    variants: list[tuple[str, str, str, Expected, Group, Mapping[str, object]]] = [
         ("hessian", "Hessian's spectra of tensors", published, paper, "paper", _distance(HESSIAN, "linear")),
         ("ggn", "Gauss–Newton matrix' spectra of tensors", published,
          undecided("Published of the Hessian."), "exploration", _distance(GGN, "linear")),
@@ -263,7 +265,7 @@ def _sweeps(problem: str) -> list[Claim]:
               f"The off-block share of layers rises with {words} after training.",
               f"Slope of log ω against log {name}, Hessian.", undecided("Published as a matter of scale."), group="exploration",
               at={"problem": problem, name: lambda value: bool(value)},
-              estimate=among(lambda table, name=name: slope_by_seed(table, name), matrix=HESSIAN, partition="layer", time=END),
+              estimate=among(partial(slope_by_seed, against=name), matrix=HESSIAN, partition="layer", time=END),
               assumptions=needs_several(name, f"{name}s (--{name}s)"))
         for name, words in (("depth", "the depth (measured by --depths)"), ("width", "the width (measured by --widths)"))
     ]  # fmt: skip
@@ -275,6 +277,6 @@ CURVATURE: Experiment[Config] = Experiment(
     measure=measure,
     varies=("initialisation", "batches", "draws"),
     claims=_claims,
-    seconds=8.0,
+    seconds=5.0,
     memory=1.2e9,
 )

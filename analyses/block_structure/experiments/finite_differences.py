@@ -115,5 +115,5 @@ FINITE: Experiment[Config] = Experiment(
     measure=measure,
     varies=("initialisation", "batches", "draws"),
     claims=CLAIMS,
-    seconds=4.0,
+    seconds=2.0,
 )

@@ -127,5 +127,5 @@ KERNELS: Experiment[Config] = Experiment(
     measure=measure,
     varies=("initialisation", "batches", "draws"),
     claims=CLAIMS,
-    seconds=2.0,
+    seconds=1.0,
 )

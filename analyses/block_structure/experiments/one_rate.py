@@ -79,5 +79,5 @@ ONE_RATE: Experiment[Config] = Experiment(
     measure=measure,
     varies=("initialisation", "batches"),
     claims=CLAIMS,
-    seconds=3.0,
+    seconds=0.6,
 )

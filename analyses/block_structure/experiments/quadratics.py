@@ -97,5 +97,5 @@ QUADRATICS: Experiment[Config] = Experiment(
     measure=measure,
     varies=("data",),
     claims=CLAIMS,
-    seconds=0.4,
+    seconds=0.2,
 )

@@ -65,6 +65,6 @@ STRUCTURE: Experiment[Config] = Experiment(
     measure=measure,
     varies=("initialisation", "batches"),
     claims=_claims,
-    seconds=6.0,
+    seconds=2.5,
     memory=1.5e9,
 )
