@@ -1,5 +1,6 @@
 """The analysis as one object: its experiments and figures."""
 
+import hashlib
 from functools import partial
 
 from analyses.block_structure import panels
@@ -25,7 +26,8 @@ def _subject(config: Config) -> dict[str, object]:
 
 
 def _data_hash(config: Config) -> str:
-    return " ".join(digest_of(instance(name, **config.arguments(name)))[:24] for name in config.compared)
+    digests = [digest_of(instance(name, **config.arguments(name))) for name in config.compared]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 _layout = partial(PanelGrid, "python -m analyses.block_structure")
@@ -76,6 +78,6 @@ ANALYSIS: Analysis[Config] = Analysis(
     subject=_subject,
     data_hash=_data_hash,
     figures=FIGURES,
-    axes=("beside", "depths", "widths", "classes", "races"),
+    axes=("depths", "widths", "classes", "races"),
     memory_option="--terms",
 )

@@ -84,7 +84,7 @@ def share_in_time(axes: Axes, measurements: pd.DataFrame, *, problem: str) -> No
             rows = table[(table["matrix"] == matrix) & (table["partition"] == partition)]
             label = f"{LOOKS[matrix].label}, {partition}s"
             style.measured(
-                axes, rows, "place", LOOKS[matrix], shift=8 * (index - 1) + 3 * hollow, label=label, hollow=hollow
+                axes, rows, "place", LOOKS[matrix], shift=8.0 * (index - 1) + 3.0 * hollow, label=label, hollow=hollow
             )
     level(axes, FAILING**2)
     axes.margins(x=0.25)
@@ -99,7 +99,7 @@ def products(axes: Axes, measurements: pd.DataFrame) -> None:
     order = {"random": 0, "gradient": 1, "top": 2}
     table = table.assign(place=table["vectors"].map(order))
     for index, matrix in enumerate(MATRICES):
-        style.measured(axes, table[table["matrix"] == matrix], "place", LOOKS[matrix], shift=5 * (index - 1))
+        style.measured(axes, table[table["matrix"] == matrix], "place", LOOKS[matrix], shift=5.0 * (index - 1))
     level(axes, FAILING)
     axes.set_xticks(range(3), ["random", "gradient", "leading\neigenvectors"])
     axes.set_ylim(bottom=0)
@@ -239,7 +239,7 @@ def quadratics(axes: Axes, measurements: pd.DataFrame) -> None:
     labels = {UNLIKE: "unlike blocks", ALIKE: "alike blocks", MIXED: "unlike, mixed"}
     for index, ((spectra, label), colour, marker) in enumerate(zip(labels.items(), COLOURS, MARKERS, strict=False)):
         rows = table[table["spectra"] == spectra]
-        style.measured(axes, rows, "place", style.Look(colour, marker, label), shift=4 * (index - 1))
+        style.measured(axes, rows, "place", style.Look(colour, marker, label), shift=4.0 * (index - 1))
     names = [
         name.replace("-fixed", "\nfixed").replace("adam-mini", "mini").replace("block-", "block\n") for name in METHODS
     ]
