@@ -45,7 +45,7 @@ class Config(CommonOptions):
     classes: tuple[int, ...] = (2, 8, 32, 128)
     """Numbers of classes of the perceptron in which classes are the blocks."""
     races: bool = False
-    """Race SGD, Adam and Adam-mini, each tuned, on every problem at two widths: ten minutes a seed."""
+    """Race SGD, Adam and Adam-mini, each tuned, on every problem at three widths: about three minutes a seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
