@@ -37,6 +37,7 @@ from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.parameters import Layout
 from curvlab.rows.tied import TiedRows
 from curvlab.tools.looks import Look
 
@@ -103,6 +104,11 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     def _prepare(self, damping: float) -> None:
         super()._prepare(damping)
         self.share_inverses(damping, inverses)
+
+    def work(self, layout: Layout) -> float:
+        """Return the cubes of the sides of the factors, the sides themselves where these are diagonal."""
+        sides = (layout.units, layout.width)
+        return float(sum(side if side > self._config.max_factor else side**3 for side in sides))
 
     def share_inverses(self, damping: float, inverses: Invert) -> None:
         """Make the inverses of damped factors that are due; see `Structure.share_inverses`."""

@@ -14,6 +14,8 @@ WORTH_CHECKING = 1 << 28
 
 def check_memory(key: str, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
     """Raise `MemoryError` before an allocation that cannot succeed: matrices, and as much again to factorise them."""
+    if not blocks:
+        return
     elements = {block: block.elements(batch) for block, batch in zip(blocks, batches, strict=True)}
     rows = batches[0].layers[0].factors[-1]
     needed = 2 * sum(elements.values()) * rows.element_size()

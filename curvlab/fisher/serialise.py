@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvlab.rows import Rows
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
-from curvlab.rows.layer import DenseRows, LayerRows
+from curvlab.rows.layer import DenseRows, LayerRows, blank
 from curvlab.rows.loss import restored
 from curvlab.rows.parameters import Layout, ParameterSpace
 from curvlab.rows.tied import TiedRows
@@ -24,16 +23,11 @@ def without_numbers(rows: Rows) -> Rows:
     """Return rows of zeros with the same layers, shapes, type and device, which take no memory."""
     return replace(
         rows,
-        layers=tuple(layer._with_factors(*map(_blank, layer.factors)) for layer in rows.layers),
-        sample_weights=_blank(rows.sample_weights),
+        layers=tuple(layer.without_numbers() for layer in rows.layers),
+        sample_weights=blank(rows.sample_weights),
         root=None,
         _jacobian=None,
     )
-
-
-def _blank(tensor: Tensor) -> Tensor:
-    """Return zeros that share one entry of memory."""
-    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def pack_rows(rows: Rows) -> dict[str, Any]:

@@ -8,7 +8,7 @@ until it is forgotten, but it is no part of the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from operator import mul
@@ -57,6 +57,7 @@ class State(ABC):
         self._counts = RunningAverage()
         self._largest: float | None = None  # eigenvalue, from when it is asked for until the state changes
         self._anew: list[Block] = []  # those that have no state since `rebind`
+        self._held: frozenset[str] | None = None  # parameters whose blocks there are, all if None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last batch out of copies and pickles."""
@@ -73,6 +74,32 @@ class State(ABC):
     @abstractmethod
     def _make_blocks(self, rows: Rows) -> list[Block]:
         """Cut the parameters into blocks; every parameter belongs to exactly one."""
+
+    def hold(self, names: Collection[str]) -> None:
+        """Have the blocks of some parameters only, as other processes have the others'; before the first update."""
+        self._held = frozenset(names)
+
+    def couples(self, rows: Rows) -> bool:
+        """Whether a block would span several layers of these rows, whose numbers do not matter."""
+        return any(len(block.parts) > 1 for block in self._make_blocks(without_numbers(rows)))
+
+    def lend(self, rows: Rows, names: Collection[str], total: Total) -> None:
+        """Add this process' samples to blocks that another one holds, and that updates its state with the same total.
+
+        Args:
+            rows: see `update`.
+            names: the parameters of these blocks.
+            total: sums a tensor over the processes, for the other one.
+
+        Memory: that of one block, after the other.
+        """
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        blocks = [block for block in self._make_blocks(rows) if set(names).issuperset(block.names)]
+        while blocks:
+            block = blocks.pop(0)
+            (batch,) = batches_of([block], rows, 0.0, total)
+            block.update(batch)
+        _add_count(RunningAverage(), rows, 0.0, total)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -121,9 +148,10 @@ class State(ABC):
         self._largest = None
 
     def _cut(self, rows: Rows) -> list[Block]:
+        """Make the blocks that this process holds."""
         blocks = self._make_blocks(rows)
         self._begin(blocks, rows)
-        return blocks
+        return blocks if self._held is None else [block for block in blocks if self._held.issuperset(block.names)]
 
     def _begin(self, blocks: list[Block], rows: Rows) -> None:  # noqa: B027
         """See all blocks, made of the rows of all layers, before they have a state."""
@@ -361,8 +389,8 @@ class State(ABC):
 
 def _add_count(counts: RunningAverage, rows: Rows, decay: float, total: Total | None = None) -> None:
     """Add the count of a batch, of all processes if `total` sums over them, to those of the batches before it."""
-    count = torch.tensor(rows.count, dtype=torch.float64, device="cpu")
-    counts.update(count if total is None else total(count), 1.0, decay, additive=True)
+    count = torch.tensor(rows.count, dtype=torch.float64, device="cpu" if total is None else rows.device)
+    counts.update(count if total is None else total(count).cpu(), 1.0, decay, additive=True)
 
 
 def _counted(batches: Iterable[tuple[float, Rows]]) -> RunningAverage:

@@ -33,7 +33,7 @@ from curvlab.rows.batches import as_batches, as_pair
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import DiagonalRoot, Kind, RowPer
 from curvlab.rows.making import rows_of_loss, stream_of_loss
-from curvlab.rows.parameters import Vector
+from curvlab.rows.parameters import Layout, Vector
 from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.samples import NodeChoice
 from curvlab.rows.sweep import PickOutput
@@ -179,6 +179,10 @@ class Structure(State):
         """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
         prepare([system for block in self._blocks for system in block.systems()], damping)
 
+    def work(self, layout: Layout) -> float:
+        """Return roughly how many operations a layer's block takes in every factorisation, to share layers out by it."""
+        return float(layout.size)
+
     def share_inverses(self, damping: float, inverses: Invert) -> None:
         """Make the inverses that solves with a damping will need, if several processes can share the work.
 
@@ -320,7 +324,7 @@ class Structure(State):
         """Return `(F + ρI)⁻¹g` as `solve` does, by a cheaper route where one is open and without its report.
 
         Args:
-            gradient: g by name.
+            gradient: g by name; where other processes hold blocks (`hold`), only of the parameters of those that are here.
             damping: ρ, absolute or relative.
             per_sample_gradients: returns, for the name of a parameter, rows of its layer that add up to g there, one a
                 sample: the layer's inputs, and the gradients at its outputs; None if there are none. Blocks with Kronecker
@@ -336,7 +340,7 @@ class Structure(State):
             else:
                 solution, _ = block.solve(block.join({name: gradient[name][None] for name in block.names}), rho)
                 block.put(solution, found)
-        return {name: found[name][0] for name in self.space.shapes}
+        return {name: found[name][0] for name in self.space.shapes if name in found}
 
     def _per_sample_gradients(
         self, block: Block, damping: float, per_sample_gradients: Callable[[str], LayerRows | None] | None

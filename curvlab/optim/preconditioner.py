@@ -8,9 +8,9 @@
 The rows of S come from the forward and backward pass that the user runs (`curvlab.rows.collect`). The direction is that
 of the structure's own `solve`, by the cheapest route that is open (`curvlab.optim.routes`).
 
-Under `torch.distributed`, with `DistributedDataParallel` averaging the gradients, every process collects from its own
-samples. K-FAC and the diagonal add up their moments, all other structures gather rows; draws are those of one process
-with the whole batch, and the inverses of Kronecker factors are shared out.
+Under `torch.distributed`, with `DistributedDataParallel` or `fully_shard` averaging the gradients, every process collects from
+its own samples. K-FAC and the diagonal add up their moments, all other structures gather rows; draws are those of one process
+with the whole batch. The inverses of Kronecker factors are shared out; under `fully_shard`, so is the whole state.
 """
 
 from __future__ import annotations
@@ -18,27 +18,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from curvlab.errors import StateError, UnsupportedModel, unknown_name
+from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
-from curvlab.optim.processes import Processes, own_share
+from curvlab.optim.plain import preconditioned
+from curvlab.optim.processes import inverses_by, own_share
 from curvlab.optim.quadratic import BatchLoss
 from curvlab.optim.routes import Step, route_of
-from curvlab.rows.collect import Collector, no_rows_beside
+from curvlab.optim.sharding import Sharding
+from curvlab.rows.collect import Collector
 from curvlab.rows.guard import Checks
 from curvlab.rows.loss import Kind, RowPer, check_loss
-from curvlab.rows.owners import Owner, owners_of
+from curvlab.rows.loss.terms import weightless
+from curvlab.rows.owners import no_rows_beside
 from curvlab.rows.passes import Pass
+from curvlab.rows.processes import Processes
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
+from curvlab.rows.sharded import is_sharded, own_part, reshard
 
 CHANGED = "Call rebind() of the Preconditioner; instead of a NaturalGradient, make a new one."
 """What to do when the model is another one: optimisers hold parameters of the former one."""
@@ -50,7 +56,8 @@ class Preconditioner:
     Curvature is in the parameters' widest type, in float32 where that is half precision.
 
     Args:
-        model: the model; under `DistributedDataParallel`, its `.module`. Hooks are on it within `collect` only.
+        model: the model; under `DistributedDataParallel`, its `.module`; after `fully_shard`, if that is applied. Hooks are on it
+            within `collect` only.
         loss: the loss module that the training loop calls on the model's output and the targets, flattened or not: in
             `loss(logits.view(-1, C), targets.view(-1))`, positions of a sample have one row as in logits `[N, C, T]`.
         structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
@@ -114,7 +121,7 @@ class Preconditioner:
         self.how = Pass(kind, whole("draws", draws), self._generator, share=own_share, rows=rows)
 
     def _bind(self, model: nn.Module) -> None:
-        self._owners = _preconditioned(model, self.plain)
+        self._owners = preconditioned(model, self.plain)
         self.model = model
         self._names = {name for owner in self._owners for name in owner.names.values()}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -123,6 +130,11 @@ class Preconditioner:
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
         self._checks = Checks()
+        reshard(model)
+        self._sharding = Sharding.of(self.parameters, self._owners, self.structure)
+        if self._sharding is not None:
+            self.structure.hold(self._sharding.own)
+            self._blank.hold(self._sharding.own)
 
     def rebind(self, model: nn.Module | None = None, names: Mapping[str, str] | None = None) -> None:
         """Precondition a model whose parameters or layers have changed, as a network that has grown.
@@ -136,8 +148,13 @@ class Preconditioner:
                 `Parameter`, by whatever name.
 
         Raises:
-            ValueError, UnsupportedModel: see `Preconditioner`; nothing has changed then.
+            ValueError, UnsupportedModel: see `Preconditioner`; nothing has changed then. And for sharded models.
         """
+        if self._sharding is not None:
+            raise UnsupportedModel(
+                "Layers of a model under fully_shard would change hands with its shapes, which their curvature does not: make a "
+                "new Preconditioner."
+            )
         former = self._trained
         self._bind(self.model if model is None else model)
         if names is None:
@@ -201,6 +218,8 @@ class Preconditioner:
             samples=Nodes(None) if self.graph else None,
             checks=self._checks,
             coupled=coupled,
+            part=Processes.present() is not None,
+            anywhere=bool if self._sharding is None else self._sharding.anywhere,
         )
         with collector:
             yield
@@ -220,6 +239,8 @@ class Preconditioner:
             raise StateError(
                 f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. {CHANGED}"
             )
+        if is_sharded(self.model) and self._sharding is None and Processes.present() is not None:
+            raise StateError(f"Since the preconditioner was made, fully_shard was applied to the model. {CHANGED}")
         present = dict(self.model.named_modules())
         replaced = [name for name, module in self._modules.items() if present.get(name) is not module]
         if replaced:
@@ -246,6 +267,7 @@ class Preconditioner:
             StateError: if curvature is due and nothing was collected.
             FloatingPointError: if more steps in a row than `patience` were skipped.
         """
+        reshard(self.model)
         parameters = self.parameters
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         of_this_pass = self._is_untouched(gradients)
@@ -264,7 +286,16 @@ class Preconditioner:
 
     @property
     def batch_loss(self) -> BatchLoss | None:
-        """The loss on the batch of this step, if there was one pass."""
+        """The loss on the batch of this step, if there was one pass.
+
+        Raises:
+            UnsupportedModel: for a sharded model, which cannot be called at other parameters.
+        """
+        if self._sharding is not None:
+            raise UnsupportedModel(
+                "The quadratic model calls the model at other parameters, which fully_shard does not allow: give numbers or "
+                'functions of the step for lr and damping, instead of "quadratic" and LevenbergMarquardt.'
+            )
         return BatchLoss(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
 
     def direction(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -289,25 +320,30 @@ class Preconditioner:
         passes, self._passes, self._untouched = self._passes, [], {}
         rows = [found.rows for found in passes if found.rows is not None]
         dtype = rows[0].dtype if rows else self.structure.dtype
-        complete = {name: gradient.to(dtype) for name, gradient in complete.items()}
-        looks = due or next(iter(complete.values())).device.type == "cpu"
+        complete = {name: own_part(gradient).to(dtype) for name, gradient in complete.items()}
+        looks = due or self._sharding is not None or next(iter(complete.values())).device.type == "cpu"
         sums = route.sums(complete, looks=looks)
         if looks:
             seen = [g for name, g in complete.items() if name not in sums]
-            seen += [p.grad for n, p in self.model.named_parameters() if n not in complete and p.grad is not None]
+            seen += [
+                own_part(p.grad) for n, p in self.model.named_parameters() if n not in complete and p.grad is not None
+            ]
             for layer in (layer for part in rows for layer in part.layers):
                 # The inputs of a sum that adds up are finite.
                 seen += layer.row_factors if sums.issuperset(layer.layout.names) else layer.factors
-            if not self._all_finite(seen, shared=due):
+            if not self._all_finite(seen, shared=due or self._sharding is not None):
                 self.skip()
                 return None
         self._skipped_in_a_row = 0
         if due:
             self._update(rows)
         damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
-        if (processes := Processes.present()) is not None:
-            self.structure.share_inverses(damping, processes.inverses)
-        found = route.direction(complete, sums, damping)
+        if self._sharding is not None:
+            found = self._sharding.direction(self.structure, complete, damping)
+        else:
+            if (processes := Processes.present()) is not None:
+                self.structure.share_inverses(damping, partial(inverses_by, processes))
+            found = route.direction(complete, sums, damping)
         self.structure.forget_batch()
         self._advance(due=due)
         found = found if looks else masked(found, complete)
@@ -326,6 +362,11 @@ class Preconditioner:
         for position, part in enumerate([batch_row(rows)] if of_batch else rows):
             step = decay if position == 0 else 1.0
             adds = processes is not None and self.structure.adds and not of_batch
+            if processes is not None and not processes.total(part.sample_weights.new_tensor(part.terms)):
+                raise weightless()
+            if self._sharding is not None:
+                self._sharding.update(self.structure, part, step, adds=adds)
+                continue
             whole = part if processes is None or adds else processes.gather(part)
             if self._former is not None:
                 self.structure.rebind(whole, self._former)
@@ -392,23 +433,3 @@ class Preconditioner:
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._generator.set_state(state["generator"])
         self._former = state["former"]
-
-
-def _preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
-    """Return the owners of parameters that are not left to the plain gradient."""
-    known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules() if name}
-    for name in plain:
-        if name not in known:
-            raise unknown_name("module or parameter in plain", name, known)
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and name not in plain:
-            raise UnsupportedModel(
-                f"{name} has sparse gradients, which a structure would fill up: make it with sparse=False, or leave it to the "
-                f"plain gradient: plain=({name!r},)."
-            )
-    left = {n for n, _ in model.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in plain)}
-    owners = owners_of(model, fixed=False, without=left)
-    if not owners:
-        raise UnsupportedModel("All parameters are left to the plain gradient: there is nothing to precondition.")
-    return owners

@@ -78,7 +78,7 @@ UNKNOWN = Function(_mixing)
 
 class _ByType(dict[type, Function]):
     def __missing__(self, kind: type) -> Function:
-        if kind is BackwardHookFunction._backward_cls:
+        if kind is BackwardHookFunction._backward_cls or _is_of_shards(kind):
             return HOOKED
         # A function of one's own may have the name of a known one.
         if issubclass(kind, torch._C._FunctionBase):
@@ -88,12 +88,20 @@ class _ByType(dict[type, Function]):
         return self[kind]
 
 
+def _is_of_shards(kind: type) -> bool:
+    """Whether a function is the identity by which `fully_shard` learns that a module's reverse pass is done."""
+    forward = getattr(kind, "_forward_cls", None)
+    return getattr(forward, "__name__", "") == "RegisterPostBackwardFunction" and getattr(
+        forward, "__module__", ""
+    ).startswith("torch.distributed.fsdp.")
+
+
 def _hooked(_: Saved, axis: int, __: Shape, inputs: Sequence[Shape | None]) -> Sequence[int]:
     return [axis] if len(inputs) == 1 else _mixing()
 
 
 HOOKED = Function(_hooked)
-"""The identity by which torch calls hooks on the gradients of a module with one input or output."""
+"""The identity by which torch calls what waits for the gradients of a module, with one input or output."""
 
 
 FUNCTIONS = _ByType()

@@ -25,10 +25,10 @@ from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.autograd import backward_over_graphs
 from curvlab.rows.graph_signature import GraphSignature, signature_of
-from curvlab.rows.guard import Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
+from curvlab.rows.guard import Anywhere, Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import LossTerms, flat_outputs, identity_cotangents, watching
-from curvlab.rows.owners import Owner, decomposing, widest
+from curvlab.rows.owners import Owner, decomposing, no_rows_beside, no_rows_of_shards, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.passes import Pass
 from curvlab.rows.record import Call, Recorder, form
@@ -36,6 +36,7 @@ from curvlab.rows.returned import Returned
 from curvlab.rows.reverse import backward
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Samples
+from curvlab.rows.sharded import is_sharded, reshard
 from curvlab.rows.single_samples import dense_rows
 from curvlab.rows.spread import probe, repeats, spread
 from curvlab.rows.sweep import Arguments, detached, in_parameter_order
@@ -53,6 +54,8 @@ class Collector(AbstractContextManager["Collector"]):
         samples: what a sample is; the first axis of the model's inputs if None.
         checks: what has been compared with a reverse pass so far; what is compared here is added.
         coupled: modules in which samples interact, as in batch normalisation; rows are then those of the batch as it is.
+        part: whether the samples are part of a larger batch, so that none of their targets need count.
+        anywhere: whether a flag is set in any of the processes that run each pass of a sharded model together.
 
     Raises:
         StateError: on exit, unless there was one forward pass, one call of the loss and one backward pass.
@@ -72,6 +75,8 @@ class Collector(AbstractContextManager["Collector"]):
         samples: Samples | None = None,
         checks: Checks | None = None,
         coupled: Sequence[str] = (),
+        part: bool = False,
+        anywhere: Anywhere = bool,
     ) -> None:
         self.rows: Rows | None = None
         """Rows of S."""
@@ -80,11 +85,14 @@ class Collector(AbstractContextManager["Collector"]):
         self.cleared = False
         """Whether there were no gradients to add to when the loss was called."""
         self._model, self._loss, self._owners, self._how = model, loss, owners, how
-        self._checks, self._coupled = checks or Checks(), coupled
+        self._checks, self._coupled, self._part, self._anywhere = checks or Checks(), coupled, part, anywhere
+        self._sharded = is_sharded(model)
+        reshard(model)
         self._samples, self._given = samples or Samples(), samples
         names = {name for owner in owners for name in owner.names.values()}
         self.parameters = {name: p for name, p in model.named_parameters() if name in names}
         """Those of the owners."""
+        self._used: dict[str, Tensor] = {}  # what stands in for parameters in the pass
         # Half precision is enough for a sweep, not for factorisations.
         self._dtype = torch.promote_types(widest(self.parameters.values()), torch.float32)
         self._space = ParameterSpace({name: p.shape for name, p in self.parameters.items()})
@@ -181,6 +189,9 @@ class Collector(AbstractContextManager["Collector"]):
             self._returned = Returned.of(returned)
 
     def _on_layer(self, call: Call, output: Tensor) -> None:
+        if self._sharded:
+            self._used |= {name: getattr(call.use.module, local) for local, name in call.use.names.items()}
+
         def take(gradient: Tensor) -> None:
             if not self._watch.quiet:
                 call.gradient = gradient.detach()
@@ -226,7 +237,7 @@ class Collector(AbstractContextManager["Collector"]):
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
         if self._how is None:
             return
-        terms.check(self._how.kind)
+        terms.check(self._how.kind, part=self._part)
         spans = self._how.spans_outputs
         rows = identity_cotangents(flat_outputs(z.detach())) if spans else self._how.at_output(terms)
         cotangents = rows.view(-1, *z.shape).to(z.dtype)
@@ -237,7 +248,9 @@ class Collector(AbstractContextManager["Collector"]):
         if checks or not scales:
             self._propagated = self._sweep(z, cotangents)
         self._dense_layers = self._dense(z, cotangents)
-        if checks and (wrong := self._wrong(z, cotangents)):
+        if checks and self._anywhere(bool(wrong := self._wrong(z, cotangents))):
+            if self._sharded:
+                refuse(wrong or ("a layer in another process",))
             with without_factors(self._model, wrong):
                 self._take_factored()
                 self._dense_layers = self._dense(z, cotangents)
@@ -255,21 +268,28 @@ class Collector(AbstractContextManager["Collector"]):
                 self._signature, unknown=f"{apart}, whose rows are formed by calls on single samples"
             )
         self._kind = (self._signature.functions, self._z.shape, tuple(call.inputs[0].shape for call in self._calls()))
-        return self._checks.due(self._kind, self._signature, self.parameters)
+        return self._anywhere(self._checks.due(self._kind, self._signature, self.parameters))
 
     def _read_graph(self) -> None:
         assert self._z is not None
         self._signature = signature_of(
             self._z,
             self._recorder.made,
-            self.parameters,
+            self._in_pass,
             self._samples.along_first(self._count),
             self._checks.known.signatures,
             coupled=bool(self._coupled),
         )
 
+    @property
+    def _in_pass(self) -> dict[str, Tensor]:
+        """The parameters as the graph of the pass knows them."""
+        return {name: self._used.get(name, p) for name, p in self.parameters.items()}
+
     def _take_factored(self) -> None:
         apart = unfactored(self._model)
+        if self._sharded:
+            apart = apart.union(*(o.names.values() for o in self._owners if o.calls_layers))
         found = self._recorder.calls(self._samples, self._count, self._signature)
         self._factored = {o: calls for o, calls in found.items() if apart.isdisjoint(o.names.values())}
         without = tuple(name for o in self._owners if o not in self._factored for name in o.names.values())
@@ -279,7 +299,9 @@ class Collector(AbstractContextManager["Collector"]):
     def _wrong(self, z: Tensor, cotangents: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
         layers = [*self._factored_layers(), *self._dense_layers]
-        wrong, verified = compare_with_reverse_pass(self.parameters, z, cotangents, layers, coupled=bool(self._coupled))
+        wrong, verified = compare_with_reverse_pass(
+            self._in_pass, z, cotangents, layers, coupled=bool(self._coupled), anywhere=self._anywhere
+        )
         if not wrong:
             self._checks.add(self._kind, self._signature, verified)
         return wrong
@@ -314,7 +336,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._propagated = {call: _scaled(_gradient(call, upstream), scale)[None] for call in self._calls()}
         if self._how is not None:
             self.rows = self._whole(self._how, self._terms, [*self._factored_layers(), *self._dense_layers])
-            self.coefficients = self._coefficients(self.rows, self._terms, upstream)
+            self.coefficients = None if self._part else self._coefficients(self.rows, self._terms, upstream)
         self._returned, self._z = self._returned.detached(self._z), self._z.detach()
 
     def per_sample_gradient(self, name: str) -> LayerRows | None:
@@ -342,6 +364,8 @@ class Collector(AbstractContextManager["Collector"]):
         left = [owner for owner in self._owners if owner not in self._factored]
         if not left:
             return []
+        if self._sharded:
+            raise no_rows_of_shards(left)
         if self._samples.interact:
             return backward_over_graphs(z, [], cotangents, left, [slice(None)])[1]
         found = self._returned.behind(z, cotangents)
@@ -408,14 +432,6 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples, self._count)
-
-
-def no_rows_beside(coupled: Sequence[str], without: tuple[str, ...]) -> UnsupportedModel:
-    """Return the error for parameters without factored rows in a model whose samples interact."""
-    return UnsupportedModel(
-        f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none at all. "
-        f"Call eval() on the former, or leave the latter to the plain gradient: plain={without}."
-    )
 
 
 def _gradient(call: Call, like: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ KINDS = 1024
 NOTHING = 10.0
 """Largest rows beside a gradient of zero that count as round-off, in units of that of the largest gradient."""
 
+Anywhere = Callable[[bool], bool]
+"""Whether a flag is set in any of several processes."""
+
 _unfactored: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
@@ -159,6 +162,7 @@ def compare_with_reverse_pass(
     layers: Sequence[LayerRows],
     *,
     coupled: bool = False,
+    anywhere: Anywhere = bool,
 ) -> tuple[tuple[str, ...], frozenset[str]]:
     """Compare random combinations of rows with one reverse pass through a graph, which is kept.
 
@@ -168,6 +172,7 @@ def compare_with_reverse_pass(
         cotangents: rows at the output.
         layers: rows of the layers.
         coupled: whether samples interact, as in batch normalisation, so that only sums over them are gradients.
+        anywhere: whether a flag is set in any of the processes that run each pass together.
 
     Returns:
         The parameters whose rows are wrong, and those that are right. A parameter is neither if its gradient is zero, and all are
@@ -175,7 +180,7 @@ def compare_with_reverse_pass(
 
     Cost: one reverse pass, another one where round-off has to be measured.
     """
-    comparison = Comparison(parameters, z, cotangents, coupled=coupled)
+    comparison = Comparison(parameters, z, cotangents, coupled=coupled, anywhere=anywhere)
     for layer in layers:
         comparison.take(layer)
     return comparison.result()
@@ -191,8 +196,9 @@ class Comparison:
         cotangents: Float[Tensor, "V N C ..."],
         *,
         coupled: bool = False,
+        anywhere: Anywhere = bool,
     ) -> None:
-        self._parameters, self._z, self._cotangents = parameters, z, cotangents
+        self._parameters, self._z, self._cotangents, self._anywhere = parameters, z, cotangents, anywhere
         V, N = cotangents.shape[:2]
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(V, 1 if coupled else N, generator=generator, dtype=torch.float64, device="cpu")
@@ -209,7 +215,7 @@ class Comparison:
         z, parameters, found = self._z, self._parameters, self._found
         cotangent = torch.einsum("vn,vn...->n...", self._weights, self._cotangents)
         expected = _pulled(z, parameters, cotangent)
-        if not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values())):
+        if self._anywhere(not all(bool(g.isfinite().all()) for g in (cotangent, *expected.values()))):
             return (), frozenset()
         eps = max(torch.finfo(tensor.dtype).eps for tensor in (z, *expected.values()))
         errors = {name: float((value - expected[name]).norm()) for name, value in found.items()}
@@ -217,7 +223,7 @@ class Comparison:
         limits = {name: eps**0.5 * size for name, size in sizes.items()}
         largest = max(float(cotangent.norm()), *sizes.values())
         doubtful = [name for name in found if not errors[name] <= limits[name]]
-        if doubtful:
+        if self._anywhere(bool(doubtful)):
             # Gradients that cancel exactly, such as a shift before a softmax, are round-off of what cancels.
             again = _pulled(z, parameters, cotangent / 3)
             for name in doubtful:
@@ -230,8 +236,10 @@ class Comparison:
 
 def _pulled(z: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
     """Return gradients by name, dense ones, zero where the output does not depend on a parameter."""
-    with torch.enable_grad(), unhooked(parameters.values()):
-        # A zero term ties outputs that depend on no parameter, or not on all, to the graph.
-        zero = sum(p.sum() * 0 for p in parameters.values())
-        gradients = torch.autograd.grad(z + zero, list(parameters.values()), cotangent, retain_graph=True)
+    if not z.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    with unhooked(parameters.values()):
+        gradients = torch.autograd.grad(
+            z, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, gradients, strict=True)}

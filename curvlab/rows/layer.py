@@ -80,6 +80,10 @@ class LayerRows(ABC):
     def _with_factors(self: Own, *factors: Tensor) -> Own:
         return self.of(self.name, self.layout, *factors)
 
+    def without_numbers(self: Own) -> Own:
+        """Return rows of zeros with the same shapes, type and device, which take no memory."""
+        return self._with_factors(*map(blank, self.factors))
+
     @abstractmethod
     def group(self, grouping: Grouping) -> LayerRows:
         """Return the rows of samples to which the present ones, of single entries, belong."""
@@ -314,3 +318,8 @@ class DenseRows(LayerRows):
 
     def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
         return self.j.flatten(2).flatten(0, 1)
+
+
+def blank(tensor: Tensor) -> Tensor:
+    """Return zeros that share one entry of memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.modes import randomness, refuse_script
 from curvlab.rows.modules import (
+    OWN,
     Composite,
     LayerUse,
     Names,
@@ -56,6 +57,11 @@ class Owner:
     def ruled(self) -> bool:
         """Whether all modules that use its parameters have rules."""
         return all(rule_for(use.module) is not None for use in self.uses)
+
+    @property
+    def calls_layers(self) -> bool:
+        """Whether its rows take calls of a layer of somebody's own, with the numbers of its parameters."""
+        return any(rule_for(use.module) is OWN for use in self.uses)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,6 +150,23 @@ def _uses(model: nn.Module, names: dict[int, str]) -> Iterator[LayerUse]:
 def _projections(module: nn.Module) -> Project:
     composite = composite_for(module)
     return {} if composite is None else composite.projections(module)
+
+
+def no_rows_beside(coupled: Sequence[str], without: tuple[str, ...]) -> UnsupportedModel:
+    """Return the error for parameters without factored rows in a model whose samples interact."""
+    return UnsupportedModel(
+        f"{', '.join(coupled)} normalise by the batch, so {', '.join(without)}, which have no factored rows, have none at all. "
+        f"Call eval() on the former, or leave the latter to the plain gradient: plain={without}."
+    )
+
+
+def no_rows_of_shards(left: Iterable[Owner]) -> UnsupportedModel:
+    """Return the error for owners without factored rows in a sharded model."""
+    names = tuple(name for owner in left for name in owner.names.values())
+    return UnsupportedModel(
+        f"The parameters {', '.join(names)} have no factored rows, and others take calls of the model or of a layer on single "
+        f"samples, which fully_shard does not allow. Leave them to the plain gradient: plain={names}."
+    )
 
 
 @contextmanager

@@ -1,0 +1,129 @@
+"""Processes that hold some samples each, and what they add up or gather of what they make of them.
+
+All calls are collective: every process of the group has to make them, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, distributed
+
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.rows import Rows, batch_row, merge
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a group.
+
+    Attributes:
+        group: the group; None for all processes.
+        rank: number of this one.
+        size: how many there are.
+    """
+
+    group: distributed.ProcessGroup | None
+    rank: int
+    size: int
+
+    @classmethod
+    def present(cls) -> Processes | None:
+        """Return all processes of the run, or None if this is the only one."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return None
+        size = distributed.get_world_size()
+        return cls(None, distributed.get_rank(), size) if size > 1 else None
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the processes."""
+        summed = tensor.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(summed, group=self.group)
+        return summed
+
+    def total_for(self, rank: int) -> Callable[[Tensor], Tensor]:
+        """Return the function that sums a tensor over the processes for one of them; what others get has no meaning."""
+
+        def total(tensor: Tensor) -> Tensor:
+            summed = tensor.clone(memory_format=torch.contiguous_format)
+            distributed.reduce(summed, rank, group=self.group)
+            return summed
+
+        return total
+
+    def agree(self, flag: bool, device: torch.device) -> bool:
+        """Whether a flag is true in all processes."""
+        return bool(self.total(torch.tensor(float(flag), device=device)) == self.size)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether a flag is true in any process."""
+        return not self.agree(not flag, device)
+
+    def share(self, samples: int, device: torch.device) -> tuple[int, int]:
+        """Return where this process' samples start in the batch of all, and how many that has."""
+        sizes = [int(count) for count in self._gather(torch.tensor([samples], device=device))]
+        return sum(sizes[: self.rank]), sum(sizes)
+
+    def gather(self, rows: Rows) -> Rows:
+        """Return the rows of all processes, those of the first one first; one for rows of batches.
+
+        Memory: `R` of the whole batch.
+        """
+        return self._joined(rows, [self._gather_layer(layer) for layer in rows.layers])
+
+    def gather_for(self, rows: Rows, owners: Mapping[str, int]) -> Rows:
+        """Return the rows of all processes, of the layers that this one owns; those of others without numbers.
+
+        Args:
+            rows: those of this process.
+            owners: ranks by the name of a parameter.
+        """
+        gathered = {layer: self._gather_layer(layer, owners[layer.layout.names[0]]) for layer in rows.layers}
+        own = {layer: parts for layer, parts in gathered.items() if parts}
+        whole = self._joined(replace(rows, layers=tuple(own)), list(own.values()))
+        found = dict(zip(own, whole.layers, strict=True))
+        return replace(whole, layers=tuple(found.get(layer) or layer.without_numbers() for layer in rows.layers))
+
+    def _joined(self, rows: Rows, layers: list[list[LayerRows]]) -> Rows:
+        """Put layers of all processes together with the rest of their rows."""
+        weights = self._gather_shaped(rows.sample_weights)
+        sizes = torch.tensor([rows.count, rows.terms], dtype=torch.float64, device=rows.sample_weights.device)
+        numbers = [[float(number) for number in of_process] for of_process in self._gather(sizes)]
+        parts = [
+            replace(
+                rows,
+                layers=tuple(of_layer[rank] for of_layer in layers),
+                count=numbers[rank][0],
+                terms=numbers[rank][1],
+                sample_weights=weights[rank],
+                root=None,
+                _jacobian=None,
+            )
+            for rank in range(self.size)
+        ]
+        if not layers:
+            return parts[self.rank]
+        return batch_row(parts) if rows.per == "batch" else merge(parts)
+
+    def _gather_layer(self, layer: LayerRows, to: int | None = None) -> list[LayerRows]:
+        """Gather the rows of a layer, in all processes or in one; nothing in others."""
+        factors = [self._gather_shaped(factor, to) for factor in layer.factors]
+        return [layer._with_factors(*parts) for parts in zip(*factors, strict=True)]
+
+    def _gather(self, tensor: Tensor, to: int | None = None) -> list[Tensor]:
+        """Gather tensors of one shape, in all processes or in one; nothing in others."""
+        found = [torch.empty_like(tensor) for _ in range(self.size)] if to in (None, self.rank) else []
+        if to is None:
+            distributed.all_gather(found, tensor.contiguous(), group=self.group)
+        else:
+            distributed.gather(tensor.contiguous(), found or None, to, group=self.group)
+        return found
+
+    def _gather_shaped(self, tensor: Tensor, to: int | None = None) -> list[Tensor]:
+        """Gather tensors of as many axes, such as those of other numbers of samples and positions."""
+        shapes = [s.tolist() for s in self._gather(torch.tensor(tensor.shape, device=tensor.device))]
+        padded = tensor.new_zeros([max(lengths) for lengths in zip(*shapes, strict=True)])
+        padded[tuple(map(slice, tensor.shape))] = tensor
+        return [part[tuple(map(slice, shape))] for part, shape in zip(self._gather(padded, to), shapes, strict=False)]

@@ -1,0 +1,182 @@
+"""Trains a model under `fully_shard`: `torchrun … sharded_training.py FILE STRUCTURE…`; alone, the model as it is."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from curvlab.errors import StateError, UnsupportedModel
+from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, Structure, UnitWise
+from curvlab.optim import NaturalGradient
+
+STEPS, BATCH, WORDS, LENGTH = 4, 12, 7, 5
+
+STRUCTURES: dict[str, tuple[Callable[[], Structure], dict[str, Any]]] = {
+    "kfac": (lambda: KFAC(factored_damping=True, invert_every=2), {"kind": "mc"}),
+    "ekfac": (EKFAC, {"kind": "mc"}),
+    "diagonal": (Diagonal, {"kind": "empirical"}),
+    "component-wise": (ComponentWise, {"kind": "empirical"}),
+    "kfac-exact": (KFAC, {"kind": "exact"}),
+    "kfac-long": (lambda: KFAC(max_factor=7, factored_damping=True), {"kind": "mc"}),
+    "kfac-batch": (KFAC, {"kind": "empirical", "rows": "batch"}),
+    "diagonal-signs": (Diagonal, {"kind": "empirical", "rows": "signs", "draws": 2}),
+    "block-diagonal": (BlockDiagonal, {"kind": "mc"}),
+    "unit-wise": (UnitWise, {"kind": "mc"}),
+}
+
+
+class Sentences(nn.Module):
+    """Embeddings of words and positions, a residual block with a normalisation, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(WORDS, 6), nn.Embedding(LENGTH, 6)
+        self.block = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+        self.head = nn.Linear(6, WORDS)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words) + self.positions(torch.arange(words.shape[1]))
+        return self.head(x + self.block(x)).transpose(1, 2)
+
+
+def sentences(size: int) -> Sentences:
+    torch.manual_seed(0)
+    model = Sentences().double()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        fully_shard(model.block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def parameters(model: nn.Module) -> Tensor:
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def natural(model: nn.Module, name: str, loss: nn.Module | None = None, **options: Any) -> NaturalGradient:
+    structure, rows = STRUCTURES[name]
+    made = structure()
+    loss = loss or nn.CrossEntropyLoss()
+    return NaturalGradient(model, loss, 0.2, structure=made, damping=0.1, refresh_every=2, **rows, **options)
+
+
+def train(name: str, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    """Return the parameters after training, how many numbers the state of this process holds, and whether passes are checked."""
+    model = sentences(size)
+    made = natural(model, name, momentum=0.5, kl_clip=0.1)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x, y = (torch.randint(WORDS, (BATCH, LENGTH), generator=generator).chunk(size)[rank] for _ in range(2))
+        made.zero_grad()
+        with made.collect():
+            made.preconditioner.loss(model(x), y).backward()
+        made.step()
+    state = made.preconditioner.state_dict()["structure"]["blocks"]
+    held = sum(leaf.numel() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    return {"parameters": parameters(model), "held": held, "checked": made.preconditioner._checks.announced}
+
+
+def ignoring(name: str, rank: int = 0, size: int = 1, *, whole: bool = False) -> Tensor:
+    """Return the parameters after a step on a batch of which the last process has no target; with whole parameters or not."""
+    model, loss = sentences(1 if whole else size), nn.CrossEntropyLoss(ignore_index=0)
+    run: nn.Module = DistributedDataParallel(model) if whole else model
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(1, WORDS, (BATCH, LENGTH), generator=generator) for _ in range(2))
+    y[BATCH // 2 :] = 0
+    mine = y.chunk(size)[rank]
+    share = size * int((mine != 0).sum()) / int((y != 0).sum())
+    made = natural(model, name, loss)
+    with made.collect():
+        (share * loss(run(x.chunk(size)[rank]), mine)).backward()
+    made.step()
+    return parameters(model)
+
+
+def one_layer(size: int = 1) -> Tensor:
+    """Return the parameters after a step of a model that has fewer layers than there are processes."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    if size > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    made = natural(model, "kfac-exact")
+    for _ in range(2):
+        made.zero_grad()
+        with made.collect():
+            made.preconditioner.loss(model(torch.eye(3).double()), torch.tensor([0, 1, 1])).backward()
+        made.step()
+    return parameters(model)
+
+
+def refused(size: int) -> dict[str, str]:
+    """Return what is said of what cannot be sharded."""
+    mesh = init_device_mesh("cpu", (size,))
+    y = torch.tensor([0, 1, 1])
+
+    def step(model: nn.Module, **options: Any) -> None:
+        made = NaturalGradient(model, nn.CrossEntropyLoss(), **{"lr": 0.1, **options})
+        with made.collect():
+            made.preconditioner.loss(model(torch.eye(3)), y).backward()
+        made.step()
+
+    def cut(model: nn.Module, **options: Any) -> nn.Module:
+        fully_shard(model, mesh=mesh, **options)
+        return model
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    class Scaled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 2))
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
+
+    partly = network()
+    fully_shard(partly[0], mesh=mesh)
+    late = NaturalGradient(model := network(), nn.CrossEntropyLoss(), 0.1)
+    cut(model)
+    made = NaturalGradient(cut(network()), nn.CrossEntropyLoss(), 0.1)
+    cases: dict[str, Callable[[], Any]] = {
+        "full": lambda: step(cut(network()), structure="full"),
+        "bare parameter": lambda: step(cut(Scaled())),
+        "quadratic": lambda: step(cut(network()), lr="quadratic"),
+        "partly": lambda: step(partly),
+        "another axis": lambda: step(
+            cut(network(), shard_placement_fn=lambda p: Shard(1) if p.shape == (2, 4) else None)
+        ),
+        "late": lambda: late.collect().__enter__(),
+        "rebind": made.preconditioner.rebind,
+    }
+    said = {}
+    for name, case in cases.items():
+        try:
+            case()
+        except (UnsupportedModel, StateError) as error:
+            said[name] = str(error)
+    return said
+
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    found: dict[str, Any] = {name: train(name, rank, size) for name in sys.argv[2:]}
+    found["ignoring"] = {
+        (name, whole): ignoring(name, rank, size, whole=whole)
+        for name in ("kfac", "diagonal", "ekfac")
+        for whole in (False, True)
+    }
+    found["refused"] = refused(size)
+    found["one layer"] = one_layer(size)
+    torch.save(found, f"{sys.argv[1]}.{os.environ['RANK']}")
+    distributed.destroy_process_group()
