@@ -106,9 +106,11 @@ class RunningAverage:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.weight = 0.0
+        self.additive = False
 
     def update(self, value: Tensor, weight: float, decay: float, *, additive: bool = False) -> None:
         """Decay the state and add a batch."""
+        self.additive = additive
         if self.total is None or decay == 0:
             self.total, self.weight = weight * value, weight
             return
@@ -119,6 +121,12 @@ class RunningAverage:
     def add(self, amount: Tensor) -> None:
         """Add more of the last batch, whose weight is counted."""
         self.total = amount if self.total is None else self.total + amount
+
+    def add_up(self, total: Total) -> None:
+        """Turn the average over a part of a data set into that over the parts of all processes."""
+        assert self.total is not None
+        self.total = total(self.total)
+        self.weight = weight_of_all(self.weight, self.additive, total, self.total)
 
     @property
     def value(self) -> Tensor:
@@ -136,6 +144,12 @@ class RunningAverage:
         assert not isinstance(total, float)
         assert isinstance(weight, float)
         self.total, self.weight = total, weight
+
+
+def weight_of_all(weight: float, additive: bool, total: Total, like: Tensor) -> float:
+    """Return the weight of averages that are added up: their sum, or that of each where the averages are sums that add."""
+    summed, adding = total(like.new_tensor([weight, float(additive)], dtype=torch.float64)).tolist()
+    return weight if adding else summed
 
 
 class Block(ABC):
@@ -237,6 +251,20 @@ class Block(ABC):
 
     def refine(self, batch: Batch) -> None:  # noqa: B027
         """Add what is measured against the averages of `update`, which then are those of all batches where possible."""
+
+    def add_up(self, total: Total) -> None:
+        """Turn the state of a part of a data set into that of the parts of all processes.
+
+        Raises:
+            NotImplementedError: if the block does not implement this, so that one process has to see all data.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} of layers {self.name} cannot be added up over processes, as it does not implement add_up(). "
+            "Fit it in one process; whoever writes the block, implement Block.add_up."
+        )
+
+    def add_up_refined(self, total: Total) -> None:  # noqa: B027
+        """Do the same for what `refine` has added, after the second pass."""
 
     @abstractmethod
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:

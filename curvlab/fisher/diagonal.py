@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, RunningAverage, check_rtol
+from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, RunningAverage, Total, check_rtol
 from curvlab.fisher.on_vectors import weighted_product
 from curvlab.fisher.power import Power
 from curvlab.fisher.structure import Structure
@@ -29,6 +29,9 @@ class DiagonalBlock(Block):
 
     def update(self, batch: Batch) -> None:  # noqa: D102
         batch.average(self.average, self._entries(batch.layers[0].diagonal()))
+
+    def add_up(self, total: Total) -> None:  # noqa: D102
+        self.average.add_up(total)
 
     def _entries(self, x: Float[Tensor, "*K P_l"]) -> Float[Tensor, "*K P_b"]:
         return x if self.index is None else x[..., self.index]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, BlockState, RunningAverage
+from curvlab.fisher.block import Batch, BlockState, RunningAverage, Total
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import KroneckerBlock, KroneckerOptions, Sharing
@@ -47,6 +47,10 @@ class _Corrected(KroneckerBlock):
         """Average the diagonal in the present basis."""
         diagonal = self.rotate(batch.layers[0]).diagonal().view_as(super().entries())
         batch.average(self.corrections, diagonal)
+
+    def add_up_refined(self, total: Total) -> None:
+        """Add up the corrections, which are in one basis, that of the factors of all."""
+        self.corrections.add_up(total)
 
     def entries(self) -> Float[Tensor, "Q r s"]:
         """Return the corrections."""

@@ -3,6 +3,9 @@
 A checkpoint holds the structure's state after some batch, the state of the generator and fingerprints of the batches seen.
 A fit that finds one checks that model, loss, options and data are those of the interrupted fit, skips the batches that are
 done without a sweep, and ends in the same state to the last bit.
+
+Several processes go over a part of the data each, without a word between them until the end of a pass, where their states are
+added up.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -26,10 +30,12 @@ from curvlab.errors import StateError, Weightless
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.state import State
 from curvlab.rows import Rows
-from curvlab.rows.batches import shuffles
+from curvlab.rows.batches import as_pair, shuffles
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss.terms import weightless
+from curvlab.rows.making import rows_of_loss, stream_of_loss
 from curvlab.rows.passes import Pass
+from curvlab.rows.processes import Processes
 from curvlab.rows.products import CHUNK_ELEMENTS
 from curvlab.tools import storage
 from curvlab.tools.progress import progress
@@ -111,6 +117,7 @@ class Fitting:
         batches: the data.
         generator: of draws; every pass starts from its present state.
         checkpoint: None to keep none.
+        processes: those with a part of the data each; None for one with all.
         shows: whether to show progress, on stderr.
     """
 
@@ -120,6 +127,7 @@ class Fitting:
     batches: Any
     generator: torch.Generator | None
     checkpoint: Checkpoint | None
+    processes: Processes | None
     shows: bool
 
     def run(self) -> None:
@@ -127,13 +135,14 @@ class Fitting:
 
         Raises:
             ValueError: the data are empty, shuffled, differ between passes, or lack a length where progress is asked for.
-            StateError: a checkpoint is damaged or of another fit.
+            StateError: a checkpoint is damaged or of another fit, or another process failed.
         """
         self._check()
         self._start = None if self.generator is None else self.generator.get_state()
         self._at = FitProgress()
         self._keeping: Kept | None = None
         self._kept: Kept | None = None
+        self._weight = 0.0
         self._written = time.monotonic()
         if self.checkpoint is not None and self.checkpoint.path.exists():
             self._restore(self.checkpoint)
@@ -142,20 +151,29 @@ class Fitting:
         labels = iter(steps)
         with progress(Console(stderr=True), steps, not self.shows, unit="batches") as advance:
             for number in range(passes):
-                found = 0
-                for batch in self._new_batches(number):
-                    found += 1
-                    if batch is not None:
-                        self._absorb(batch, number)
-                        self._at.done += 1
-                        self._write(whenever=False)
-                    if self.shows:
-                        advance(next(labels), "skipped" if batch is None else "done", False)
-                self._check_found(number, found)
+                with nullcontext() if self.processes is None else self.processes.together():
+                    found = 0
+                    for batch in self._new_batches(number):
+                        found += 1
+                        if batch is not None:
+                            self._absorb(batch, number)
+                            self._at.done += 1
+                            self._write(whenever=False)
+                        if self.shows:
+                            advance(next(labels), "skipped" if batch is None else "done", False)
+                    self._check_found(number, found)
+                if self.processes is not None:
+                    self._add_up(self.processes, number)
                 if number == self._at.number:
                     self._write(whenever=True)
                     if number + 1 < passes:
                         self._at.number, self._at.done, self._at.absorbed = number + 1, 0, 0
+
+    def _add_up(self, processes: Processes, number: int) -> None:
+        weight = torch.tensor(self._weight, dtype=torch.float64, device=self.structure.device)
+        if not processes.total(weight):
+            raise weightless()
+        self.structure.add_up(processes, number)
 
     def _absorb(self, batch: Any, number: int) -> None:
         """Add a batch, unless none of its targets counts."""
@@ -166,7 +184,9 @@ class Fitting:
             elif number > 0:
                 self.structure.refine(self.rows_of(batch), first=first)
             else:
-                self.structure.update(self.rows_of(batch), 1.0)
+                rows = self.rows_of(batch)
+                self._weight += rows.terms
+                self.structure.update(rows, 1.0)
         except Weightless:
             logger.info("Batch %d of pass %d has no target that carries weight.", self._at.done + 1, number + 1)
             return
@@ -178,6 +198,7 @@ class Fitting:
         keeps = self.structure.passes > 1 and hasattr(self.batches, "__len__") and len(self.batches) == 1
 
         def open_(head: Rows) -> Callable[[LayerRows], None]:
+            self._weight += head.terms
             intakes.append(self.structure.intake(head, number, first=first))
             if not keeps or self._kept is not None:
                 return intakes[-1].take
@@ -285,6 +306,50 @@ class Fitting:
         if self.generator is not None:
             self.generator.set_state(content["generator"])
         self.structure.load_state_dict(content["state"])
+
+
+def fit(
+    structure: State,
+    model: nn.Module,
+    loss: nn.Module,
+    batches: Any,
+    how: Pass,
+    checkpoint: tuple[Path, float] | None,
+    processes: Processes | None,
+    *,
+    shows: bool,
+) -> None:
+    """Fit a structure to the rows that a pass describes; see `Structure.fit`.
+
+    Args:
+        structure: that has no state yet.
+        model: as there.
+        loss: as there.
+        batches: as there.
+        how: which rows.
+        checkpoint: the file, and the seconds between two writings.
+        processes: those with a part of the data each; None for one with all.
+        shows: whether to show progress.
+    """
+    if processes is not None:
+        if checkpoint is not None:
+            raise ValueError("A checkpoint is that of a fit in one process: leave checkpoint, or leave group.")
+        if structure.options.get("window") is not None:
+            raise ValueError(
+                "A window keeps the latest batches, and those of several processes have no order: leave one."
+            )
+        # Of all samples some have weight, even where those of a batch have none.
+        how = replace(how, share=lambda samples, _: (0, samples))
+
+    def rows_of(batch: Any) -> Rows:
+        return rows_of_loss(model, loss, *as_pair(batch), how)
+
+    def stream(batch: Any, open_: Callable[[Rows], Callable[[LayerRows], None]]) -> None:
+        anew, whole = not structure.updated, structure.joins_positions
+        stream_of_loss(model, loss, *as_pair(batch), how, open_, anew=anew, whole=whole)
+
+    kept = None if checkpoint is None else Checkpoint(*checkpoint, identity(structure, model, loss, how))
+    Fitting(structure, rows_of, stream, batches, how.generator, kept, processes, shows).run()
 
 
 def identity(structure: State, model: nn.Module, loss: nn.Module, how: Pass) -> dict[str, str]:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, check_rtol
+from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, Total, check_rtol
 from curvlab.fisher.inverse import Inverse, restored
 from curvlab.fisher.moment import Factor, Invert, inverses
 from curvlab.fisher.on_vectors import weighted_product
@@ -142,6 +142,11 @@ class KroneckerBlock(Block):
         self._age += not batch.further
         if self._age >= self.options.invert_every:
             self._inverses, self._age = None, 0
+
+    def add_up(self, total: Total) -> None:
+        """Add up the factors."""
+        self.units.add_up(total)
+        self.width.add_up(total)
 
     def entries(self) -> Float[Tensor, "Q r s"]:
         """Return the diagonal in the basis."""

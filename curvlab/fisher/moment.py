@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from curvlab.fisher.block import BlockState, RunningAverage, Total
+from curvlab.fisher.basis import Basis
+from curvlab.fisher.block import BlockState, RunningAverage, Total, weight_of_all
 from curvlab.fisher.inverse import CholeskyInverse, DiagonalInverse, Inverse, LowRankInverse, MatrixInverse
 from curvlab.fisher.system import condition_limit, naming_overflow
 from curvlab.rows.aligned import aligned, padded_columns
@@ -27,46 +27,6 @@ WORTH_SQUARING = 256
 
 WORTH_CUTTING = 512
 """Columns from which on strips save more work than they cost a matrix product speed."""
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Eigenvectors of a stack of moments that span their ranges.
-
-    Attributes:
-        values: eigenvalues.
-        vectors: orthonormal columns `[Q, d, r]`; None for the unit vectors.
-        null: directions that count as null at the rank tolerance.
-    """
-
-    values: Float[Tensor, "Q r"]
-    vectors: Float[Tensor, "Q d r"] | None
-    null: Bool[Tensor, "Q r"]
-
-    @property
-    def complete(self) -> bool:
-        """Whether the vectors span the whole space."""
-        return self.vectors is None or self.vectors.shape[1] == self.vectors.shape[2]
-
-    def into(self, x: Float[Tensor, "*K Q d m"]) -> Float[Tensor, "*K Q r m"]:
-        """Return the coordinates `Vᵀx`."""
-        return x if self.vectors is None else self.vectors.mT @ x
-
-    def back(self, y: Float[Tensor, "*K Q r m"]) -> Float[Tensor, "*K Q d m"]:
-        """Return the vectors with given coordinates, `Vy`."""
-        return y if self.vectors is None else self.vectors @ y
-
-    def shifted(self, rho: Float[Tensor, " Q"], power: float) -> Callable[[Tensor], Tensor]:
-        """Return the function that multiplies `[*K, Q, d, m]` with `(M + ρI)^power`, from the left."""
-        outside = (rho**power)[:, None, None]
-        within = ((self.values + rho[:, None]) ** power)[..., None] - outside
-        return lambda x: self.back(within * self.into(x)) + outside * x
-
-    def overlaps(self, other: Basis) -> Float[Tensor, "Q r s"] | None:
-        """Return the squared inner products with another basis' vectors; None if both are the unit vectors."""
-        if self.vectors is None or other.vectors is None:
-            return None
-        return (self.vectors.mT @ other.vectors).square()
 
 
 class Factor(ABC):
@@ -91,6 +51,10 @@ class Factor(ABC):
         """Return the trace over the dimension."""
 
     @abstractmethod
+    def add_up(self, total: Total) -> None:
+        """Turn the average over a part of a data set into that over the parts of all processes."""
+
+    @abstractmethod
     def state(self) -> BlockState:
         """Return what `restore` needs."""
 
@@ -113,7 +77,7 @@ class Moment(Factor):
     def __init__(self, rtol: float | None, *, complete: bool = False) -> None:
         self.rtol = rtol
         self.complete = complete
-        self.weight = 0.0
+        self.weight, self.additive = 0.0, False
         self.root: Tensor | None = None
         self.matrix: Tensor | None = None
         self._basis: Basis | None = None
@@ -133,7 +97,7 @@ class Moment(Factor):
 
         With `total`, the products and weights of several processes add up to those of their batch.
         """
-        self._basis = None
+        self._basis, self.additive = None, additive
         if total is not None:
             weight = weight if additive else float(total(root.new_tensor(weight)))
         fresh = decay == 0 or self.weight == 0
@@ -148,9 +112,7 @@ class Moment(Factor):
         else:
             if self.matrix is None:
                 self.matrix = _zeros(root)
-                if self.root is not None:
-                    self._add(self.root[:, :, None], 0.0, 1.0)
-                    self.root = None
+                self._square()
             self._add(root, decay, scale)
         if fresh:
             self.weight = weight
@@ -175,6 +137,21 @@ class Moment(Factor):
                 beta = decay if part == 0 else 1.0
                 strip.baddbmm_(piece[..., rows].mT, piece[..., columns], beta=beta, alpha=scale)
         self._mirrored = False
+
+    def _square(self) -> None:
+        """Add what is kept as a root to a matrix of zeros."""
+        if self.root is not None:
+            self._add(self.root[:, :, None], 0.0, 1.0)
+            self.root = None
+
+    def add_up(self, total: Total) -> None:  # noqa: D102
+        if self.root is not None:
+            self.matrix = _zeros(self.root[:, :, None])
+            self._square()
+        assert self.matrix is not None
+        self.matrix.copy_(total(self.matrix))
+        self.weight = weight_of_all(self.weight, self.additive, total, self.matrix)
+        self._basis = None
 
     def _mirror(self) -> None:
         """Complete the matrix from what is on and above its diagonal."""
@@ -357,6 +334,9 @@ class DiagonalMoment(Factor):
             self.average.add(diagonal)
             return
         self.average.update(diagonal / (weight or 1.0), weight, decay, additive=additive)
+
+    def add_up(self, total: Total) -> None:  # noqa: D102
+        self.average.add_up(total)
 
     @property
     def basis(self) -> Basis:  # noqa: D102

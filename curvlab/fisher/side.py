@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from curvlab.errors import StateError, unknown_name
-from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage, check_rtol
+from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage, Total, check_rtol
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 
@@ -115,6 +115,10 @@ class SidedBlock(Block):
         else:
             self.layers = ()
             batch.average(self.average, self._form(batch.layers))
+
+    def add_up(self, total: Total) -> None:  # noqa: D102
+        self._reset()
+        self.average.add_up(total)
 
     def set_rows(self, layers: tuple[LayerRows, ...]) -> None:  # noqa: D102
         self._reset()

@@ -25,6 +25,7 @@ from curvlab.fisher.memory import check_memory
 from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
 from curvlab.rows import Rows, merge
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.processes import Processes
 from curvlab.rows.rows import IN_COMMON
 
 Own = TypeVar("Own", bound="State")
@@ -206,6 +207,34 @@ class State(ABC):
         self._shapes, self._latest, self._largest = without_numbers(rows), rows, None
         self._merge(history)
         return self
+
+    def add_up(self, processes: Processes, number: int) -> None:
+        """Turn the state of a part of a data set, after a pass over it, into that of the parts of all processes.
+
+        Args:
+            processes: those with a part each; all end with the same state.
+            number: of the pass, from 0.
+
+        Raises:
+            NotImplementedError: if a block is no sum over samples.
+        """
+        self._largest = None
+        if number > 0:
+            for block in self._blocks:
+                block.add_up_refined(processes.total)
+            return
+        kept = [float(block.keeps_rows) for block in self._blocks]
+        everywhere = (processes.total(torch.tensor(kept, device=self.device)) == processes.size).tolist()
+        whole = processes.gather(self._merged) if any(everywhere) and self._merged is not None else None
+        for block, rows_of_all in zip(self._blocks, everywhere, strict=True):
+            if rows_of_all and whole is not None:
+                block.update(*batches_of([block], whole, 0.0))
+                continue
+            if block.keeps_rows and self._merged is not None:
+                block.leave_rows(1.0 if self._merged.reduction == "sum" else self._merged.terms)
+            block.add_up(processes.total)
+        self._counts.add_up(lambda count: processes.total(count.to(self.device)).cpu())
+        self._merge([(0.0, whole)] if whole is not None and self._keeps_rows else [])
 
     def _merge(self, batches: list[tuple[float, Rows]]) -> None:
         """Keep the rows of batches, as one where there is no window, and hand them to the blocks that keep rows."""

@@ -19,23 +19,25 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
 from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.damping import Damping, absolute
-from curvlab.fisher.fitting import Checkpoint, Fitting, identity
+from curvlab.fisher.fitting import fit
 from curvlab.fisher.moment import Invert
 from curvlab.fisher.power import Damps, Power, check_power
 from curvlab.fisher.state import State
 from curvlab.fisher.system import decompose, prepare
 from curvlab.rows import Rows
-from curvlab.rows.batches import as_batches, as_pair
+from curvlab.rows.batches import as_batches
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import DiagonalRoot, Kind, RowPer
-from curvlab.rows.making import rows_of_loss, stream_of_loss
 from curvlab.rows.parameters import Layout, Vector
 from curvlab.rows.passes import Engine, Pass
+from curvlab.rows.processes import Processes
 from curvlab.rows.samples import NodeChoice
+from curvlab.rows.sharded import as_whole
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.looks import REGISTRIES, WITHOUT_STRUCTURE, Look, distinct
 from curvlab.tools.registry import Registry
@@ -116,6 +118,7 @@ class Structure(State):
         progress: bool = False,
         checkpoint: str | Path | None = None,
         checkpoint_every: float = 60.0,
+        group: ProcessGroup | None = None,
         **options: Any,
     ) -> Own:
         """Return the structure of a whole data set; one batch and many batches give the same, but for rows of batches.
@@ -137,29 +140,22 @@ class Structure(State):
             checkpoint: file that keeps the state, so that a fit that was interrupted goes on when it is called again, and
                 ends in the same state to the last bit. It stays when the fit is done.
             checkpoint_every: seconds between two writings.
+            group: processes that call this with a part of the data each, such as `torch.distributed.group.WORLD`; all get the
+                structure of all data. Batches may differ in number. Generators should be in states of their own, for draws
+                that are independent.
             options: the structure's own.
 
         Raises:
-            ValueError: if the data are empty, cannot be passed as often as needed, or differ between passes.
-            StateError: if the checkpoint is damaged, is that of another fit, or cannot be written.
+            ValueError: if the data are empty, cannot be passed as often as needed, or differ between passes; for a checkpoint or a
+                window of several processes.
+            StateError: if the checkpoint is damaged, is that of another fit, or cannot be written; if another process failed.
             UnsupportedModel: see `curvlab.sqrt_fisher`; for dropout and batch normalisation in training mode, too.
         """
         structure = cls(**options)
         how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=not structure.averages, rows=rows)
-
-        def rows_of(batch: Sequence[Any]) -> Rows:
-            return rows_of_loss(model, loss, *as_pair(batch), how)
-
-        def stream(batch: Sequence[Any], open_: Callable[[Rows], Callable[[LayerRows], None]]) -> None:
-            stream_of_loss(
-                model, loss, *as_pair(batch), how, open_, anew=not structure.updated, whole=structure.joins_positions
-            )
-
-        kept = None
-        if checkpoint is not None:
-            same = identity(structure, model, loss, how)
-            kept = Checkpoint(Path(checkpoint), checkpoint_every, same)
-        Fitting(structure, rows_of, stream, as_batches(data), generator, kept, progress).run()
+        kept = None if checkpoint is None else (Path(checkpoint), checkpoint_every)
+        with as_whole(model) as whole:
+            fit(structure, whole, loss, as_batches(data), how, kept, Processes.of(group), shows=progress)
         structure.forget_batch()
         return structure
 

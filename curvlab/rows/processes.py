@@ -5,12 +5,14 @@ All calls are collective: every process of the group has to make them, in the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, distributed
 
+from curvlab.errors import StateError
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.rows import Rows, batch_row, merge
 
@@ -37,6 +39,22 @@ class Processes:
         size = distributed.get_world_size()
         return cls(None, distributed.get_rank(), size) if size > 1 else None
 
+    @classmethod
+    def of(cls, group: distributed.ProcessGroup | None) -> Processes | None:
+        """Return the processes of a group; None for one of this process alone, and if there is none.
+
+        Raises:
+            ValueError: if this process is not in the group.
+        """
+        if group is None:
+            return None
+        rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+        if rank < 0:
+            raise ValueError(
+                "This process is not in the group that it was given: only those that are may make the call."
+            )
+        return cls(group, rank, size) if size > 1 else None
+
     def total(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes."""
         summed = tensor.clone(memory_format=torch.contiguous_format)
@@ -60,6 +78,24 @@ class Processes:
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether a flag is true in any process."""
         return not self.agree(not flag, device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a failure in one process, within the block, end it in all, at the end of the block.
+
+        Raises:
+            StateError: if another process has failed; the message is that of its error.
+        """
+        said: list[str | None] = [None] * self.size
+        try:
+            yield
+        except Exception as error:
+            distributed.all_gather_object(said, f"{type(error).__name__}: {error}", group=self.group)
+            raise
+        distributed.all_gather_object(said, None, group=self.group)
+        failed = [f"Process {rank} has failed. {what}" for rank, what in enumerate(said) if what is not None]
+        if failed:
+            raise StateError("\n".join(failed))
 
     def share(self, samples: int, device: torch.device) -> tuple[int, int]:
         """Return where this process' samples start in the batch of all, and how many that has."""

@@ -272,6 +272,6 @@ def _stacked(layers: Sequence[LayerRows]) -> LayerRows:
 
 def _merge_scales(parts: Sequence[Rows], weights: Sequence[float]) -> list[float]:
     if parts[0].reduction == "mean":
-        total = sum(w * part.terms for w, part in zip(weights, parts, strict=True))
+        total = sum(w * part.terms for w, part in zip(weights, parts, strict=True)) or 1.0
         return [(w * part.terms / total) ** 0.5 for w, part in zip(weights, parts, strict=True)]
     return [w**0.5 for w in weights]

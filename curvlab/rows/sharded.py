@@ -7,7 +7,13 @@ for it anew. All processes run the same passes together, so none may run one mor
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 if distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -35,3 +41,51 @@ def reshard(model: nn.Module) -> None:
 def own_part(tensor: Tensor) -> Tensor:
     """Return this process' part of a tensor that was cut up; others as they are."""
     return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextmanager
+def as_whole(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model itself, as functions of its parameters take it: not cut up, and not wrapped to average gradients.
+
+    Memory: the parameters of a sharded model, in every process; they are gathered now and forgotten afterwards.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if not is_sharded(model):
+        yield model
+        return
+    reshard(model)
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for p in model.parameters():
+        whole = p.full_tensor() if is_cut(p) else p  # type: ignore[attr-defined]
+        shared[id(p)] = nn.Parameter(whole.detach(), requires_grad=p.requires_grad)
+    yield _without_shards(model, shared)
+
+
+def _without_shards(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy a module tree, without what `fully_shard` has put on it; it forbids copies by its classes."""
+    classes: set[Any] = {type(module) for module in model.modules() if isinstance(module, FSDPModule)}
+    kinds = {kind: kind.__deepcopy__ for kind in classes}
+
+    def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        plain: Any = type(module).__mro__[2]
+        memo[id(module)] = found = plain.__new__(plain)
+        for name, value in vars(module).items():
+            if not name.startswith("__composable_api"):
+                is_hooks = name.endswith("_hooks") and isinstance(value, dict)
+                kept = {key: hook for key, hook in value.items() if _is_own(hook)} if is_hooks else value
+                found.__dict__[name] = copy.deepcopy(type(value)(kept) if is_hooks else kept, memo)
+        return found  # type: ignore[no-any-return]
+
+    for kind in kinds:
+        kind.__deepcopy__ = copied
+    try:
+        return copy.deepcopy(model, memo)
+    finally:
+        for kind, forbids in kinds.items():
+            kind.__deepcopy__ = forbids
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is not one by which `fully_shard` follows the passes."""
+    return not (getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.distributed.")

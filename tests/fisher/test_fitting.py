@@ -81,7 +81,7 @@ def test_a_fit_goes_on_where_it_was_interrupted(key: str, kind: str, tmp_path: P
 def test_batches_that_are_done_cost_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = case("mlp", "ce", N=6)
     cf.EKFAC.fit(data.model, data.loss, Loader(data.inputs, data.targets), checkpoint=tmp_path / "done")
-    monkeypatch.setattr("curvlab.fisher.structure.rows_of_loss", lambda *_, **__: pytest.fail("swept again"))
+    monkeypatch.setattr("curvlab.fisher.fitting.rows_of_loss", lambda *_, **__: pytest.fail("swept again"))
     cf.EKFAC.fit(data.model, data.loss, Loader(data.inputs, data.targets), checkpoint=tmp_path / "done")
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def refused(size: int) -> dict[str, str]:
         return model
 
     def network() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return nn.Sequential(nn.Linear(3, 3 * size), nn.Linear(3 * size, 4), nn.Linear(4, 2))
 
     class Scaled(nn.Sequential):
         def __init__(self) -> None:
@@ -153,7 +154,7 @@ def refused(size: int) -> dict[str, str]:
         "quadratic": lambda: step(cut(network()), lr="quadratic"),
         "partly": lambda: step(partly),
         "another axis": lambda: step(
-            cut(network(), shard_placement_fn=lambda p: Shard(1) if p.shape == (2, 4) else None)
+            cut(network(), shard_placement_fn=lambda p: Shard(1) if p.shape == (4, 3 * size) else None)
         ),
         "late": lambda: late.collect().__enter__(),
         "rebind": made.preconditioner.rebind,
@@ -168,7 +169,7 @@ def refused(size: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = distributed.get_rank(), distributed.get_world_size()
     found: dict[str, Any] = {name: train(name, rank, size) for name in sys.argv[2:]}
     found["ignoring"] = {
