@@ -401,15 +401,19 @@ class State(ABC):
         shapes = unpack_rows(state["shapes"])
         blocks = self._cut(shapes)
         made, saved = [repr(block) for block in blocks], [name for name, *_ in state["blocks"]]
-        if made != saved:
+        if sorted(made) != sorted(saved):
             raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
-        for block, (name, names, entries, _) in zip(blocks, state["blocks"], strict=True):
+        alike: dict[str, list[Any]] = {name: [] for name in saved}
+        for of_block in state["blocks"]:
+            alike[of_block[0]].append(of_block)
+        ordered = [alike[name].pop(0) for name in made]
+        for block, (name, names, entries, _) in zip(blocks, ordered, strict=True):
             if list(block.names) != names or not torch.equal(_entries(block), entries):
                 raise ValueError(
                     f"The state's {name} covers other parameters than that of this configuration, which cuts them by another "
                     "partition. Load the state into a structure with the same one."
                 )
-        for block, (*_, content) in zip(blocks, state["blocks"], strict=True):
+        for block, (*_, content) in zip(blocks, ordered, strict=True):
             block.restore(content)
         self._shapes, self._blocks, self._anew, self._latest, self._largest = shapes, blocks, [], None, None
         self._counts.restore(state["counts"])

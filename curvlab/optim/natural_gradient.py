@@ -316,6 +316,29 @@ class NaturalGradient(torch.optim.Optimizer):
             self.state[p]["last_step"] = step = sum(c * d[name] for c, d in zip(best.tolist(), directions, strict=True))
             p.add_(step)
 
+    def momentum(self) -> dict[str, Tensor]:
+        """Return the momentum by parameter, zeros before the first step; none where there is no momentum at all."""
+        return {
+            self._names[p]: self.state[p].get("momentum", torch.zeros_like(p))
+            for group in self.param_groups
+            if group["momentum"]
+            for p in group["params"]
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what the state holds beside the momentum and the preconditioner's state."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        return {"groups": groups, "rho": self._rho.value}
+
+    def take_up(self, numbers: Mapping[str, Any], momentum: Mapping[str, Tensor]) -> None:
+        """Restore `numbers` and `momentum`; the preconditioner is restored by itself."""
+        for group, saved in zip(self.param_groups, numbers["groups"], strict=True):
+            group.update(saved)
+        self._rho.value = numbers["rho"]
+        for p, name in self._names.items():
+            if name in momentum:
+                self.state[p]["momentum"] = momentum[name].detach().clone()
+
     def state_dict(self) -> dict[str, Any]:
         """Return SGD's state and the preconditioner's; loading it continues bit for bit."""
         return super().state_dict() | {"preconditioner": self.preconditioner.state_dict(), "rho": self._rho.value}

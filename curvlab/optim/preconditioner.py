@@ -198,6 +198,12 @@ class Preconditioner:
         """The parameters whose gradients are preconditioned."""
         return {name: p for name, p in self.model.named_parameters() if name in self._names}
 
+    @property
+    def held_layers(self) -> list[str]:
+        """The first parameters of the layers whose curvature this process has: of all, unless the model is sharded."""
+        held = self._names if self._sharding is None else set(self._sharding.own)
+        return [first for owner in self._owners if (first := next(iter(owner.names.values()))) in held]
+
     @contextmanager
     def collect(self) -> Iterator[None]:
         """Collect from one forward pass, call of the loss and backward pass; several before a step accumulate.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -15,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, Structure, UnitWise
-from curvlab.optim import NaturalGradient
+from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, PerLayer, Structure, UnitWise
+from curvlab.optim import ByLayer, NaturalGradient
 
 STEPS, BATCH, WORDS, LENGTH = 4, 12, 7, 5
 
@@ -31,6 +32,7 @@ STRUCTURES: dict[str, tuple[Callable[[], Structure], dict[str, Any]]] = {
     "diagonal-signs": (Diagonal, {"kind": "empirical", "rows": "signs", "draws": 2}),
     "block-diagonal": (BlockDiagonal, {"kind": "mc"}),
     "unit-wise": (UnitWise, {"kind": "mc"}),
+    "per-layer": (lambda: PerLayer({"block.1": EKFAC(), "*.block.*": Diagonal(), "*": KFAC()}), {"kind": "mc"}),
 }
 
 
@@ -70,20 +72,43 @@ def natural(model: nn.Module, name: str, loss: nn.Module | None = None, **option
     return NaturalGradient(model, loss, 0.2, structure=made, damping=0.1, refresh_every=2, **rows, **options)
 
 
-def train(name: str, rank: int = 0, size: int = 1) -> dict[str, Any]:
-    """Return the parameters after training, how many numbers the state of this process holds, and whether passes are checked."""
-    model = sentences(size)
-    made = natural(model, name, momentum=0.5, kl_clip=0.1)
-    for step in range(STEPS):
+def steps(model: nn.Module, made: NaturalGradient, numbers: range, rank: int, size: int) -> None:
+    for step in numbers:
         generator = torch.Generator().manual_seed(step)
         x, y = (torch.randint(WORDS, (BATCH, LENGTH), generator=generator).chunk(size)[rank] for _ in range(2))
         made.zero_grad()
         with made.collect():
             made.preconditioner.loss(model(x), y).backward()
         made.step()
+
+
+def train(name: str, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    """Return the parameters after training, how many numbers the state of this process holds, and whether passes are checked."""
+    model = sentences(size)
+    made = natural(model, name, momentum=0.5, kl_clip=0.1)
+    steps(model, made, range(STEPS), rank, size)
     state = made.preconditioner.state_dict()["structure"]["blocks"]
     held = sum(leaf.numel() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
     return {"parameters": parameters(model), "held": held, "checked": made.preconditioner._checks.announced}
+
+
+def save_half(name: str, path: str, rank: int = 0, size: int = 1) -> None:
+    """Train for half of the steps, and leave a checkpoint."""
+    model = sentences(size)
+    made = natural(model, name, momentum=0.5, kl_clip=0.1)
+    steps(model, made, range(STEPS // 2), rank, size)
+    checkpoint.save({"model": model.state_dict(), "natural": ByLayer(made)}, checkpoint_id=path)
+
+
+def go_on(name: str, path: str, rank: int = 0, size: int = 1) -> Tensor:
+    """Return the parameters after the other half of the steps."""
+    model = sentences(size)
+    made = natural(model, name, momentum=0.5, kl_clip=0.1)
+    kept = {"model": model.state_dict(), "natural": ByLayer(made)}
+    checkpoint.load(kept, checkpoint_id=path)
+    model.load_state_dict(kept["model"])
+    steps(model, made, range(STEPS // 2, STEPS), rank, size)
+    return parameters(model)
 
 
 def ignoring(name: str, rank: int = 0, size: int = 1, *, whole: bool = False) -> Tensor:
@@ -172,6 +197,9 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = distributed.get_rank(), distributed.get_world_size()
     found: dict[str, Any] = {name: train(name, rank, size) for name in sys.argv[2:]}
+    for name in sys.argv[2:]:
+        save_half(name, f"{sys.argv[1]}.{name}.several", rank, size)
+    found["gone on"] = {name: go_on(name, f"{sys.argv[1]}.{name}.one", rank, size) for name in sys.argv[2:]}
     found["ignoring"] = {
         (name, whole): ignoring(name, rank, size, whole=whole)
         for name in ("kfac", "diagonal", "ekfac")
