@@ -40,7 +40,7 @@ def put_together(common: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any
 
 
 def _first(layer: Mapping[str, Any]) -> str:
-    return next(iter(layer["parameters"]))
+    return str(next(iter(layer["parameters"])))
 
 
 def _layer(packed: Mapping[str, Any], first: str) -> Any:

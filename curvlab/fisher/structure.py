@@ -37,7 +37,7 @@ from curvlab.rows.parameters import Layout, Vector
 from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.processes import Processes
 from curvlab.rows.samples import NodeChoice
-from curvlab.rows.sharded import as_whole
+from curvlab.rows.sharded import whole
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.looks import REGISTRIES, WITHOUT_STRUCTURE, Look, distinct
 from curvlab.tools.registry import Registry
@@ -124,7 +124,7 @@ class Structure(State):
         """Return the structure of a whole data set; one batch and many batches give the same, but for rows of batches.
 
         Args:
-            model: any module whose samples do not interact.
+            model: any module whose samples do not interact; one under `fully_shard` is gathered in every process.
             loss: a module of `curvlab.rows.loss.LOSSES` or of one's own, see `curvlab.sqrt_fisher`.
             data: one pair (inputs, targets), or an iterable of pairs such as a DataLoader; an iterator that can be
                 passed once only will not do for a structure that goes over the data twice.
@@ -154,8 +154,7 @@ class Structure(State):
         structure = cls(**options)
         how = Pass(kind, draws, generator, nodes, output, engine, keep_jacobian=not structure.averages, rows=rows)
         kept = None if checkpoint is None else (Path(checkpoint), checkpoint_every)
-        with as_whole(model) as whole:
-            fit(structure, whole, loss, as_batches(data), how, kept, Processes.of(group), shows=progress)
+        fit(structure, whole(model), loss, as_batches(data), how, kept, Processes.of(group), shows=progress)
         structure.forget_batch()
         return structure
 

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from curvlab.fisher.inverse import Inverse, from_dense
 from curvlab.fisher.moment import Factor, inverses
-from curvlab.rows.processes import Processes
+from curvlab.rows.processes import Processes, spread
 
 
 def inverses_by(processes: Processes, wanted: Sequence[tuple[Factor, Tensor]], uses: int) -> list[Inverse]:
@@ -34,12 +34,3 @@ def own_share(samples: int, device: torch.device) -> tuple[int, int]:
     """Return where this process' samples start in the batch of all processes, and how many that has."""
     processes = Processes.present()
     return (0, samples) if processes is None else processes.share(samples, device)
-
-
-def spread(costs: Sequence[int | float], processes: int) -> list[int]:
-    """Give the dearest task first, each to the process with the least to do."""
-    load, owners = [0.0] * processes, [0] * len(costs)
-    for task in sorted(range(len(costs)), key=lambda k: -costs[k]):
-        owners[task] = min(range(processes), key=load.__getitem__)
-        load[owners[task]] += costs[task]
-    return owners

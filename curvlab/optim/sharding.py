@@ -19,9 +19,8 @@ from torch import Size, Tensor, distributed
 
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Structure
-from curvlab.optim.processes import spread
 from curvlab.rows.owners import Owner, widest
-from curvlab.rows.processes import Processes
+from curvlab.rows.processes import Processes, spread
 from curvlab.rows.rows import Rows
 from curvlab.rows.sharded import is_cut
 

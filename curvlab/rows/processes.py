@@ -5,8 +5,8 @@ All calls are collective: every process of the group has to make them, in the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,18 +84,33 @@ class Processes:
         """Let a failure in one process, within the block, end it in all, at the end of the block.
 
         Raises:
-            StateError: if another process has failed; the message is that of its error.
+            StateError: if another process has failed, with the message of its error, or has ended or is late.
         """
-        said: list[str | None] = [None] * self.size
         try:
             yield
         except Exception as error:
-            distributed.all_gather_object(said, f"{type(error).__name__}: {error}", group=self.group)
+            with suppress(StateError):
+                self._told(f"{type(error).__name__}: {error}")
             raise
-        distributed.all_gather_object(said, None, group=self.group)
+        said = self._told(None)
         failed = [f"Process {rank} has failed. {what}" for rank, what in enumerate(said) if what is not None]
         if failed:
             raise StateError("\n".join(failed))
+
+    def _told(self, word: str | None) -> list[str | None]:
+        """Return what every process tells the others."""
+        said: list[str | None] = [None] * self.size
+        try:
+            if distributed.get_backend(self.group) == "gloo":
+                # Says which process is missing.
+                distributed.monitored_barrier(self.group, wait_all_ranks=True)
+            distributed.all_gather_object(said, word, group=self.group)
+        except RuntimeError as error:
+            raise StateError(
+                "A process has ended, or has not come within the timeout that init_process_group was given: see what it wrote "
+                f"last. {error}"
+            ) from error
+        return said
 
     def share(self, samples: int, device: torch.device) -> tuple[int, int]:
         """Return where this process' samples start in the batch of all, and how many that has."""
@@ -163,3 +178,12 @@ class Processes:
         padded = tensor.new_zeros([max(lengths) for lengths in zip(*shapes, strict=True)])
         padded[tuple(map(slice, tensor.shape))] = tensor
         return [part[tuple(map(slice, shape))] for part, shape in zip(self._gather(padded, to), shapes, strict=False)]
+
+
+def spread(costs: Sequence[int | float], processes: int) -> list[int]:
+    """Give the dearest task first, each to the process with the least to do."""
+    load, owners = [0.0] * processes, [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        owners[task] = min(range(processes), key=load.__getitem__)
+        load[owners[task]] += costs[task]
+    return owners

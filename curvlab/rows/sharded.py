@@ -8,8 +8,6 @@ for it anew. All processes run the same passes together, so none may run one mor
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -43,23 +41,23 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
-@contextmanager
-def as_whole(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model itself, as functions of its parameters take it: not cut up, and not wrapped to average gradients.
+def whole(model: nn.Module) -> nn.Module:
+    """Return the model as functions of its parameters take it: not wrapped to average gradients, and not cut up.
 
-    Memory: the parameters of a sharded model, in every process; they are gathered now and forgotten afterwards.
+    A model that `fully_shard` has cut up is copied, with its parameters gathered: all processes have to make the call.
+
+    Memory: the parameters of a sharded model, in every process, for as long as the copy is there.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
     if not is_sharded(model):
-        yield model
-        return
+        return model
     reshard(model)
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for p in model.parameters():
-        whole = p.full_tensor() if is_cut(p) else p  # type: ignore[attr-defined]
-        shared[id(p)] = nn.Parameter(whole.detach(), requires_grad=p.requires_grad)
-    yield _without_shards(model, shared)
+        gathered = p.full_tensor() if is_cut(p) else p  # type: ignore[attr-defined]
+        shared[id(p)] = nn.Parameter(gathered.detach(), requires_grad=p.requires_grad)
+    return _without_shards(model, shared)
 
 
 def _without_shards(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

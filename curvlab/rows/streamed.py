@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import ceil, isqrt
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map
 
 from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
@@ -29,8 +31,10 @@ from curvlab.rows.loss.terms import weightless
 from curvlab.rows.making import rows_of_loss, rows_of_model
 from curvlab.rows.packed import is_packed, leaves, length, taken
 from curvlab.rows.passes import Engine, Pass
+from curvlab.rows.processes import Processes, spread
 from curvlab.rows.rows import Rows
 from curvlab.rows.rows import gram as product
+from curvlab.rows.sharded import whole
 from curvlab.rows.sweep import PickOutput, as_arguments, call, left_as_found
 from curvlab.tools.progress import progress as showing
 from curvlab.tools.text import as_bytes, size
@@ -61,6 +65,7 @@ def gram(
     output: PickOutput = None,
     engine: Engine = "auto",
     progress: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, "R R"]:
     """Return `J Jᵀ`, or `S Sᵀ` if there is a loss, within a given memory beside the result.
 
@@ -83,6 +88,8 @@ def gram(
         output: which tensor of a structured output: a key, an attribute, an index or a function.
         engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
         progress: whether to show it, on stderr.
+        group: processes that are given the same data, with generators in the same state, and share out the work, such as
+            `torch.distributed.group.WORLD`; each gets the whole matrix. None for this one alone.
 
     Raises:
         UnsupportedModel: as in `curvlab.sqrt_fisher`, and for a loss of one's own that holds one entry a sample.
@@ -97,11 +104,12 @@ def gram(
         raise ValueError(
             "rows='batch' makes one row, of which there is no Gram matrix: use 'term', 'sample' or 'signs'."
         )
-    chunks = _Chunks(model, loss, _whole(data, loss), how)
+    processes = Processes.of(group)
+    chunks = _Chunks(whole(model), loss, _whole(data, loss), how)
     first = chunks.probe()
     V, dtype = first.shape[0], first.dtype
     R, budget = V * chunks.total, as_bytes(memory)
-    step, panel = _plan(first, budget, chunks.total)
+    step, panel = _plan(first, budget, chunks.total, 1 if processes is None else processes.size)
     if out is None:
         out = torch.empty(R, R, dtype=dtype, device=first.device)
     elif out.shape != (R, R) or out.dtype != dtype or not out.is_contiguous():
@@ -111,21 +119,30 @@ def gram(
     chunks.check_loss(parts)
     terms = torch.zeros(chunks.total, dtype=torch.float64, device="cpu")
     last = len(parts)
-    work = {_label(p, k): float(min(k - p, panel) + 1) for p in range(0, last, panel) for k in range(p, last)}
-    with showing(Console(stderr=True), work, not progress, unit="chunks") as advance:
-        for start in range(0, last, panel):
+    panels = list(range(0, last, panel))
+    if processes is not None:
+        owners = spread([last - start for start in panels], processes.size)
+        panels = [start for start, owner in zip(panels, owners, strict=True) if owner == processes.rank]
+        out.zero_()
+    work = {_label(p, k): float(min(k - p, panel) + 1) for p in panels for k in range(p, last)}
+    together = nullcontext() if processes is None else processes.together()
+    with together, showing(Console(stderr=True), work, not progress, unit="chunks") as advance:
+        for start in panels:
             held: list[Rows] = []
             for k, part in enumerate(parts[start:], start):
                 found = chunks.rows(part)
-                terms[part] = found.terms / (part.stop - part.start)
                 for other, earlier in zip(parts[start:], held, strict=False):
                     block = product(earlier.layers, found.layers).view(*earlier.shape, *found.shape)
                     view[:, other, :, part] = block
                     view[:, part, :, other] = block.permute(2, 3, 0, 1)
                 if k < start + panel:
+                    terms[part] = found.terms / (part.stop - part.start)
                     view[:, part, :, part] = found.gram().view(*found.shape, *found.shape)
                     held.append(found)
                 advance(_label(start, k), "done", False)
+    if processes is not None:
+        out.copy_(processes.total(out))
+        terms = processes.total(terms.to(out.device)).cpu()
     if first.reduction == "mean":
         _merge(view, terms, parts)
     return out
@@ -147,8 +164,8 @@ def bytes_of(rows: Rows) -> int:
     return sum(factor.numel() * factor.element_size() for layer in rows.layers for factor in layer.factors)
 
 
-def _plan(first: Rows, budget: int, total: int) -> tuple[int, int]:
-    """Return the samples of a chunk, and the chunks of a panel."""
+def _plan(first: Rows, budget: int, total: int, processes: int) -> tuple[int, int]:
+    """Return the samples of a chunk, and the chunks of a panel, of which each process has two if there are several."""
     V, N = first.shape
     each = ceil(bytes_of(first) / N)
     # While rows of S are formed there are those of J, too, and twice as much in the sweep.
@@ -160,7 +177,11 @@ def _plan(first: Rows, budget: int, total: int) -> tuple[int, int]:
         raise MemoryError(
             f"The rows of one sample take {size(each)}, so memory must be at least {size(needed)}; it is {size(budget)}."
         )
-    return step, max(1, budget // (2 * step * each))
+    held = max(1, budget // (2 * step * each))
+    if processes == 1:
+        return step, held
+    step = min(step, ceil(total / (2 * processes)))
+    return step, min(held, ceil(ceil(total / step) / (2 * processes)))
 
 
 def _merge(view: Float[Tensor, "V N V N"], terms: Float[Tensor, " N"], parts: Sequence[slice]) -> None:

@@ -27,6 +27,7 @@ from weakref import WeakSet
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.func import grad, jvp, vjp, vmap
 
 from curvlab.errors import UnsupportedModel
@@ -65,6 +66,8 @@ class DerivativeOperator(Operator):
         output: which tensor of a structured output to use, as in `curvlab.jacobian`.
         batched: whether several vectors may go through at once; if not, products go by double backward.
         chunk_size: vectors that go through at once; memory is `chunk_size` times that of a forward pass with its gradient.
+        group: processes that have a part of the data each and ask for the same products, such as
+            `torch.distributed.group.WORLD`; None for this one with all data.
 
     Raises:
         UnsupportedModel: if the model has no trainable parameter, a function in it can be differentiated once only, or two
@@ -82,10 +85,11 @@ class DerivativeOperator(Operator):
         output: PickOutput = None,
         batched: bool = True,
         chunk_size: int = CHUNK_SIZE,
+        group: ProcessGroup | None = None,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size is a number of vectors ≥ 1, got {chunk_size}.")
-        self.objective = Objective(model, loss, data, parameters, output)
+        self.objective = Objective(model, loss, data, parameters, output, group)
         self.space, self.dtype, self.device = self.objective.space, self.objective.dtype, self.objective.device
         self.chunk_size = chunk_size
         self._recorded: list[Product] | None = None
@@ -116,11 +120,14 @@ class DerivativeOperator(Operator):
         return (self._by_forward if self.batched else self._by_backward)(self.space.unflatten(block))
 
     def _by_forward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
-        return self.objective.total(lambda part: self.space.flatten(vmap(self._forward(part))(vectors)))
+        return self._total(lambda part: self.space.flatten(vmap(self._forward(part))(vectors)), vectors)
 
     def _by_backward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
         with torch.enable_grad(), _named_derivatives():
-            return self.objective.total(lambda part: self._products(self._product(part), vectors))
+            return self._total(lambda part: self._products(self._product(part), vectors), vectors)
+
+    def _total(self, share: Callable[[Part], Tensor], vectors: Parameters) -> Float[Tensor, "K P"]:
+        return self.objective.total(share, len(next(iter(vectors.values()))), self.size)
 
     def _product(self, part: Part) -> Product:
         if self._recorded is None:
@@ -157,8 +164,8 @@ class DerivativeOperator(Operator):
 
     def _announce(self, reason: str) -> Literal[False]:
         """Say once why products go by double backward."""
-        if self.objective.model not in _announced:
-            _announced.add(self.objective.model)
+        if self.objective.given not in _announced:
+            _announced.add(self.objective.given)
             logger.info("Products by double backward, one vector at a time: %s.", reason.rstrip("."))
         return False
 
@@ -284,9 +291,10 @@ class GGN(DerivativeOperator):
         output: PickOutput = None,
         batched: bool = True,
         chunk_size: int = CHUNK_SIZE,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            model, loss, data, parameters=parameters, output=output, batched=batched, chunk_size=chunk_size
+            model, loss, data, parameters=parameters, output=output, batched=batched, chunk_size=chunk_size, group=group
         )
         if kind == "exact":
             self.objective.check_fisher()

@@ -11,19 +11,24 @@ is for many products at one point, and for the kinds that are no Gauss-Newton ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from curvlab.errors import Weightless
 from curvlab.rows import Rows, merge
 from curvlab.rows.batches import Data
 from curvlab.rows.loss import Kind, RowPer
+from curvlab.rows.loss.terms import weightless
 from curvlab.rows.making import rows_of_loss
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
-from curvlab.rows.passes import Engine, Pass
+from curvlab.rows.passes import Engine, Pass, Share
+from curvlab.rows.processes import Processes
+from curvlab.rows.sharded import own_part, whole
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.objective import repeatable
 from curvlab.spectrum.operator import Operator, RowsOperator
@@ -45,6 +50,8 @@ class Fisher(Operator):
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use.
         engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
+        group: processes that have a part of the data each and ask for the same products, such as
+            `torch.distributed.group.WORLD`; `rows` are those of this process then. None for this one with all data.
 
     Raises:
         UnsupportedModel, ValueError: see `curvlab.sqrt_fisher`; and for data that are empty or can be passed once only.
@@ -65,11 +72,12 @@ class Fisher(Operator):
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
         engine: Engine = "auto",
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.model, self.loss, self.batches = model, loss, repeatable(data)
-        self.how = Pass(kind, draws, generator, output=output, engine=engine, rows=rows)
+        self.model, self.loss, self.batches, self.processes = model, loss, repeatable(data), Processes.of(group)
+        self.how = Pass(kind, draws, generator, output=output, engine=engine, rows=rows, share=self._share)
         self._state = None if generator is None else generator.get_state()
-        own = trainable(model)
+        own = trainable(whole(model))
         names = choose(own, parameters)
         if not names:
             raise ValueError("parameters=[] leaves no column; leave it out for all of them.")
@@ -83,27 +91,50 @@ class Fisher(Operator):
     def rows(self) -> Rows:
         """The rows S at the model's present parameters."""
         at = self._parameters()
-        if not torch.equal(at, self._at):
+        changed = not torch.equal(at, self._at)
+        if changed if self.processes is None else self.processes.any(changed, self.device):
             self._at, self._rows = at, self._sweep()
         return self._rows
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
-        return RowsOperator(self.rows).matmat(block)
+        rows = self.rows
+        product = RowsOperator(rows).matmat(block)
+        if self.processes is None:
+            return product
+        if rows.reduction == "sum":
+            return self.processes.total(product)
+        terms = self.processes.total(torch.tensor(rows.terms, dtype=torch.float64, device=self.device))
+        return self.processes.total(product * (rows.terms / float(terms)))
+
+    @property
+    def _share(self) -> Share | None:
+        """With several processes, a batch is part of a larger one, so that none of its targets need count."""
+        return None if self.processes is None else lambda samples, _: (0, samples)
 
     def _parameters(self) -> Float[Tensor, " Q"]:
-        """Copy all parameters, frozen ones and those that are left out included."""
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        """Copy all parameters, of a sharded model those of this process, frozen ones and those that are left out included."""
+        return torch.cat([own_part(p.detach()).flatten() for p in self.model.parameters()])
 
     def _sweep(self) -> Rows:
+        model = whole(self.model)
+        with nullcontext() if self.processes is None else self.processes.together():
+            rows = self._rows_of(model)
+        if self.processes is not None:
+            terms = torch.tensor(rows.terms, dtype=torch.float64, device=self.device)
+            if not self.processes.total(terms):
+                raise weightless()
+        return rows
+
+    def _rows_of(self, model: nn.Module) -> Rows:
         if self.how.generator is not None and self._state is not None:
             self.how.generator.set_state(self._state)
         parts: list[Rows] = []
-        weightless: Weightless | None = None
+        without: Weightless | None = None
         for inputs, targets in self.batches:
             try:
-                parts.append(rows_of_loss(self.model, self.loss, inputs, targets, self.how))
+                parts.append(rows_of_loss(model, self.loss, inputs, targets, self.how))
             except Weightless as error:
-                weightless = error
+                without = error
         if not parts:
-            raise weightless or ValueError("The data hold no batch: they are empty, or can be passed once only.")
+            raise without or ValueError("The data hold no batch: they are empty, or can be passed once only.")
         return restricted(merge(parts), self._names)

@@ -8,12 +8,14 @@ A batch whose divisor is 0, such as one whose targets are all ignored, has no me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import WeightedCrossEntropy
@@ -25,6 +27,8 @@ from curvlab.rows.loss import LOSSES, divisor, loss_terms
 from curvlab.rows.modules.lookup import check_table
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.rows.processes import Processes
+from curvlab.rows.sharded import whole
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, left_as_found, select_output
 from curvlab.spectrum.selection import choose
 
@@ -73,6 +77,7 @@ class Objective:
         data: see `Data`.
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use, as in `curvlab.jacobian`.
+        group: processes that have a part of the data each; None for this one with all.
 
     Raises:
         UnsupportedModel: if there is no trainable parameter, gradients of an embedding are not its derivative, or two passes
@@ -90,11 +95,13 @@ class Objective:
         data: Data,
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.model, self.loss, self.pick = model, loss, output
+        self.given, self.loss, self.pick, self.processes = model, loss, output, Processes.of(group)
         self.batches = repeatable(data)
-        own = trainable(model)
-        for name, module in model.named_modules():
+        self._whole: nn.Module | None = None
+        own = trainable(self.model)
+        for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 check_table(module, name)
         self.names = choose(own, parameters)
@@ -106,49 +113,68 @@ class Objective:
         self._check()
 
     @property
+    def model(self) -> nn.Module:
+        """The model; a sharded one with its parameters as they are now, gathered once a pass over the data."""
+        return whole(self.given) if self._whole is None else self._whole
+
+    @property
     def parameters(self) -> Parameters:
         """The chosen parameters as they are now, detached."""
         own = dict(self.model.named_parameters())
         return {name: own[name].detach() for name in self.names}
 
-    def total(self, share: Callable[[Part], Tensor]) -> Tensor:
+    def total(self, share: Callable[[Part], Tensor], *shape: int) -> Tensor:
         """Merge over all batches what `share` makes of each, which is to be linear in the loss.
+
+        Args:
+            share: returns a tensor of a batch.
+            shape: that of the tensor.
 
         Raises:
             ValueError: if there is no batch, or none whose mean has a term.
         """
-        merged: Tensor | None = None
-        weights, skipped = 0.0, 0
-        adds = self._adds
-        with left_as_found(self.model):
-            for batch in self.batches:
-                part = self._part(batch)
-                weight = 1.0 if adds else self._terms(part)
-                if weight == 0:
-                    skipped += 1
-                    continue
-                own = share(part) if adds else weight * share(part)
-                merged = own if merged is None else merged + own
-                weights += weight
-        if merged is None and skipped:
+        self._whole = self.model
+        try:
+            with left_as_found(self._whole), nullcontext() if self.processes is None else self.processes.together():
+                merged, weight, skipped = self._merged(share, torch.zeros(shape, dtype=self.dtype, device=self.device))
+        finally:
+            self._whole = None
+        if self.processes is not None:
+            merged = self.processes.total(merged)
+            weight = float(self.processes.total(torch.tensor(weight, dtype=torch.float64, device=self.device)))
+        if weight == 0:
             raise ValueError(
                 f"{_name(self.loss)} is a mean over no terms in any of the {skipped} batches: all targets are ignored or of "
                 "weight 0. Check the targets, ignore_index and the weights of the loss."
             )
-        if merged is None:
+        return merged if self._adds else merged / weight
+
+    def _merged(self, share: Callable[[Part], Tensor], merged: Tensor) -> tuple[Tensor, float, int]:
+        """Return what batches add up to, their weight, and how many have none."""
+        weights, skipped, adds = 0.0, 0, self._adds
+        for batch in self.batches:
+            part = self._part(batch)
+            weight = 1.0 if adds else self._terms(part)
+            if weight == 0:
+                skipped += 1
+                continue
+            own = share(part) if adds else weight * share(part)
+            merged = merged + own if weights else own
+            weights += weight
+        if not (weights or skipped):
             raise ValueError("The data hold no batch: they are empty, or can be passed once only.")
-        return merged if adds else merged / weights
+        return merged, weights, skipped
 
     def gradient(self) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
         """Return the loss and its gradient."""
-        both = self.total(self._value_and_gradient)
+        both = self.total(self._value_and_gradient, 1 + self.space.size)
         return both[0], both[1:]
 
     def moved(self, direction: Float[Tensor, " P"], step: float) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
         """Return the loss and its gradient at parameters that have moved along a direction."""
         here, move = self.parameters, self.space.unflatten(step * direction)
         at = {name: value + move[name] for name, value in here.items()}
-        both = self.total(lambda part: self._value_and_gradient(part, at))
+        both = self.total(lambda part: self._value_and_gradient(part, at), 1 + self.space.size)
         return both[0], both[1:]
 
     def check_fisher(self) -> None:
@@ -168,7 +194,7 @@ class Objective:
     @property
     def single(self) -> bool:
         """Whether the data are one batch."""
-        return hasattr(self.batches, "__len__") and len(self.batches) == 1
+        return self.processes is None and hasattr(self.batches, "__len__") and len(self.batches) == 1
 
     @property
     def _adds(self) -> bool:
@@ -216,7 +242,7 @@ class Objective:
         return torch.cat([value.detach().reshape(1).to(self.dtype), *(g.flatten() for g in gradient)])
 
     def _check(self) -> None:
-        first, second = (self.total(self._value_and_gradient) for _ in range(2))
+        first, second = (self.total(self._value_and_gradient, 1 + self.space.size) for _ in range(2))
         if not bool(first.isfinite().all()):
             bad = [name for name, g in self.space.unflatten(first[1:]).items() if not bool(g.isfinite().all())]
             raise ValueError(

@@ -7,8 +7,7 @@ import torch
 from shared_training import structures, train
 from torchrun import run
 
-from curvlab.optim.processes import spread
-from curvlab.rows.processes import Processes
+from curvlab.rows.processes import Processes, spread
 from curvlab.testing.oracle import assert_close
 
 

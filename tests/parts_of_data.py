@@ -1,4 +1,4 @@
-"""Fits structures to a part of the data in every process: `torchrun … fitting_in_parts.py FILE SHARDS STRUCTURE…`."""
+"""Fits structures to a part of the data in every process, and multiplies: `torchrun … parts_of_data.py FILE STRUCTURE…`."""
 
 import os
 import sys
@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import curvlab
 from curvlab.errors import StateError
 from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, Full, LayerWise, Structure, UnitWise
+from curvlab.spectrum import GGN, Fisher, Hessian
 
 SAMPLES = 21
 
@@ -60,6 +62,24 @@ def fitted(name: str, reduction: str, rank: int = 0, size: int = 1, model: nn.Mo
     }
 
 
+def products(rank: int = 0, size: int = 1, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return the matrices of operators and a Gram matrix, of all data together."""
+    group = distributed.group.WORLD if size > 1 else None
+    loss, data, model = nn.CrossEntropyLoss(), batches(rank, size), model or network()
+    inputs = torch.cat([x for x, _ in batches()])
+    targets = torch.cat([y for _, y in batches()]).clamp_min(0)
+    added = nn.CrossEntropyLoss(reduction="sum")
+    return {
+        "hessian": Hessian(model, loss, data, group=group).to_dense(),
+        "hessian of a sum": Hessian(model, added, data, group=group).to_dense(),
+        "ggn": GGN(model, loss, data, group=group).to_dense(),
+        "fisher": Fisher(model, loss, data, kind="empirical", group=group).to_dense(),
+        "fisher of a sum": Fisher(model, added, data, group=group).to_dense(),
+        "gram": curvlab.gram(model, inputs, group=group),
+        "gram of a loss": curvlab.gram(model, (inputs, targets), loss=loss, memory="100KiB", group=group),
+    }
+
+
 def failing(rank: int) -> str:
     """Return what a process says when the last one has a batch that is none."""
     data: Any = batches(rank, 2) if rank == 0 else [*batches(rank, 2), "nonsense"]
@@ -84,6 +104,7 @@ if __name__ == "__main__":
         for reduction in ("mean", "sum"):
             for kind in models if number == 0 else ("plain",):
                 found[f"{name} {reduction} {kind}"] = fitted(name, reduction, rank, size, models[kind])
+    found["products"] = {kind: products(rank, size, models[kind]) for kind in ("plain", "sharded")}
     found["failing"] = failing(rank)
     torch.save(found, f"{file}.{os.environ['RANK']}")
     distributed.destroy_process_group()
