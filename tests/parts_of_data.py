@@ -1,6 +1,5 @@
 """Fits structures to a part of the data in every process, and multiplies: `torchrun … parts_of_data.py FILE STRUCTURE…`."""
 
-import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
 
 import curvlab
 from curvlab.errors import StateError
@@ -106,5 +106,4 @@ if __name__ == "__main__":
                 found[f"{name} {reduction} {kind}"] = fitted(name, reduction, rank, size, models[kind])
     found["products"] = {kind: products(rank, size, models[kind]) for kind in ("plain", "sharded")}
     found["failing"] = failing(rank)
-    torch.save(found, f"{file}.{os.environ['RANK']}")
-    distributed.destroy_process_group()
+    leave(found, file)

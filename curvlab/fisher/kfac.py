@@ -105,10 +105,11 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         super()._prepare(damping)
         self.share_inverses(damping, inverses)
 
-    def work(self, layout: Layout) -> float:
+    def work(self, layout: Layout, *, table: bool = False) -> float:
         """Return the cubes of the sides of the factors, the sides themselves where these are diagonal."""
-        sides = (layout.units, layout.width)
-        return float(sum(side if side > self._config.max_factor else side**3 for side in sides))
+        sides = ((layout.units, table), (layout.width, False))
+        most = self._config.max_factor
+        return float(sum(side if diagonal or side > most else side**3 for side, diagonal in sides))
 
     def share_inverses(self, damping: float, inverses: Invert) -> None:
         """Make the inverses of damped factors that are due; see `Structure.share_inverses`."""

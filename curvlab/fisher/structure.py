@@ -174,8 +174,13 @@ class Structure(State):
         """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
         prepare([system for block in self._blocks for system in block.systems()], damping)
 
-    def work(self, layout: Layout) -> float:
-        """Return roughly how many operations a layer's block takes in every factorisation, to share layers out by it."""
+    def work(self, layout: Layout, *, table: bool = False) -> float:  # noqa: ARG002
+        """Return roughly how many operations a layer's block takes in every factorisation, to share layers out by it.
+
+        Args:
+            layout: of its parameters.
+            table: whether its units are looked up, as those of an embedding.
+        """
         return float(layout.size)
 
     def share_inverses(self, damping: float, inverses: Invert) -> None:

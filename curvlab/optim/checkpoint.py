@@ -3,7 +3,7 @@
     torch.distributed.checkpoint.save({"model": …, "natural": ByLayer(optimizer)}, checkpoint_id=path)
     torch.distributed.checkpoint.load({"model": …, "natural": ByLayer(optimizer)}, checkpoint_id=path)
 
-Every layer's curvature is one item, which its owner writes, and whoever owns the layer then reads.
+Every layer's curvature is one item, which its holder writes, and whoever holds the layer then reads.
 """
 
 from __future__ import annotations

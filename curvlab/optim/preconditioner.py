@@ -245,7 +245,7 @@ class Preconditioner:
             raise StateError(
                 f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. {CHANGED}"
             )
-        if is_sharded(self.model) and self._sharding is None and Processes.present() is not None:
+        if is_sharded(self.model) and self._sharding is None:
             raise StateError(f"Since the preconditioner was made, fully_shard was applied to the model. {CHANGED}")
         present = dict(self.model.named_modules())
         replaced = [name for name, module in self._modules.items() if present.get(name) is not module]
@@ -371,7 +371,7 @@ class Preconditioner:
             if processes is not None and not processes.total(part.sample_weights.new_tensor(part.terms)):
                 raise weightless()
             if self._sharding is not None:
-                self._sharding.update(self.structure, part, step, adds=adds)
+                self._sharding.update(self.structure, part, step, adds=self.structure.adds and not of_batch)
                 continue
             whole = part if processes is None or adds else processes.gather(part)
             if self._former is not None:
@@ -383,6 +383,7 @@ class Preconditioner:
         """Whether the gradients are those of the one backward pass before this step, in this process alone."""
         return (
             Processes.present() is None
+            and self._sharding is None
             and len(self._passes) == 1
             and self._passes[0].cleared
             and all(

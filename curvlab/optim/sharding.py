@@ -1,9 +1,9 @@
 """Curvature of a model that `fully_shard` has cut up: every layer's belongs to one process.
 
-    gradients, cut along their first axis   ──to_owners──>   whole gradients, each in one process
+    gradients, cut along their first axis   ──to_holders──>  whole gradients, each in one process
     steps, cut in the same way              <──to_shards──   whole steps
 
-The owner of a layer keeps its factors and inverses, and no other process does. Layers are given out by how much work their
+The holder of a layer keeps its factors and inverses, and no other process does. Layers are given out by how much work their
 factorisations are. Both exchanges are one collective each, in which a process sends and receives no more than its own share.
 """
 
@@ -15,7 +15,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from torch import Size, Tensor, distributed
+from torch import Size, Tensor, distributed, nn
 
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Structure
@@ -32,12 +32,12 @@ class Sharding:
     Attributes:
         processes: those that have a part of every parameter each.
         parameters: as they are cut.
-        owners: ranks by name.
+        holders: ranks by name.
     """
 
     processes: Processes
     parameters: Mapping[str, Any]
-    owners: Mapping[str, int]
+    holders: Mapping[str, int]
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor], layers: Sequence[Owner], structure: Structure) -> Sharding | None:
@@ -46,23 +46,25 @@ class Sharding:
         Raises:
             UnsupportedModel: if parameters are cut up in another way than over all processes along their first axis.
         """
-        processes = Processes.present()
-        if processes is None or not any(map(is_cut, parameters.values())):
+        if not any(map(is_cut, parameters.values())):
             return None
+        processes = Processes.all()
         for name, parameter in parameters.items():
             _check_cut(name, parameter, processes)
-        ranks = spread([structure.work(layer.layout) for layer in layers], processes.size)
-        owners = {name: rank for layer, rank in zip(layers, ranks, strict=True) for name in layer.names.values()}
-        return cls(processes, parameters, {name: owners[name] for name in parameters})
+        tables = [isinstance(layer.module, nn.Embedding | nn.EmbeddingBag) for layer in layers]
+        work = [structure.work(layer.layout, table=table) for layer, table in zip(layers, tables, strict=True)]
+        ranks = spread(work, processes.size)
+        holders = {name: rank for layer, rank in zip(layers, ranks, strict=True) for name in layer.names.values()}
+        return cls(processes, parameters, {name: holders[name] for name in parameters})
 
-    def owned_by(self, rank: int) -> list[str]:
+    def held_by(self, rank: int) -> list[str]:
         """Return the parameters whose curvature a process has."""
-        return [name for name, owner in self.owners.items() if owner == rank]
+        return [name for name, holder in self.holders.items() if holder == rank]
 
     @property
     def own(self) -> list[str]:
         """The parameters whose curvature this process has."""
-        return self.owned_by(self.processes.rank)
+        return self.held_by(self.processes.rank)
 
     def anywhere(self, flag: bool) -> bool:
         """Whether a flag is set in any process."""
@@ -75,37 +77,42 @@ class Sharding:
             structure: holds the blocks of this process.
             rows: of all layers, and the samples of this process.
             decay: weight of the state so far.
-            adds: whether moments are added up; rows of a layer are gathered otherwise, in its owner.
+            adds: whether moments are added up; rows of a layer are gathered otherwise, in its holder.
 
         Raises:
             UnsupportedModel: if blocks span several layers.
         """
+        if rows.device != self._nothing.device:
+            raise UnsupportedModel(
+                f"Parameters wait on {self._nothing.device} and passes run on {rows.device}: leave CPUOffloadPolicy, which "
+                "fully_shard was given."
+            )
         if not structure.updated and structure.couples(rows):
             raise UnsupportedModel(
                 f"A block of the {structure.key} structure spans several layers, which belong to different processes under "
                 "fully_shard. Use one that treats every layer by itself, such as 'kfac', 'ekfac', 'block-diagonal' or 'diagonal'."
             )
         if not adds:
-            structure.update(self.processes.gather_for(rows, self.owners), decay)
+            structure.update(self.processes.gather_for(rows, self.holders), decay)
             return
         for rank in range(self.processes.size):
             total = self.processes.total_for(rank)
             if rank == self.processes.rank:
                 structure.update(rows, decay, total=total)
             else:
-                structure.lend(rows, self.owned_by(rank), total)
+                structure.lend(rows, self.held_by(rank), total)
 
     def direction(self, structure: Structure, parts: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         """Return `(F + ρI)⁻¹ grad`, cut up, from this process' parts of the gradient."""
-        return self.to_shards(structure.direction(self.to_owners(parts), damping))
+        return self.to_shards(structure.direction(self.to_holders(parts), damping))
 
-    def to_owners(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring parts of gradients, those of this process, to the owners; returns the whole ones of its own layers.
+    def to_holders(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring parts of gradients, those of this process, to the holders; returns the whole ones of its own layers.
 
         Memory: that of the gradients of these layers, twice.
         """
         mine = self.own
-        sent = [[parts[name] for name in self.owned_by(rank)] for rank in range(self.processes.size)]
+        sent = [[parts[name] for name in self.held_by(rank)] for rank in range(self.processes.size)]
         sizes = [[self._part(name, rank).numel() for name in mine] for rank in range(self.processes.size)]
         arrived = self._exchange(sent, sizes)
         return {
@@ -114,11 +121,11 @@ class Sharding:
         }
 
     def to_shards(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut up what the owners have, in the type and the way of the parameters."""
+        """Cut up what the holders have, in the type and the way of the parameters."""
         ranks, mine = range(self.processes.size), self.own
         cut = {name: whole[name].split([self._part(name, rank)[0] for rank in ranks]) for name in mine}
         sent = [[cut[name][rank] for name in mine] for rank in ranks]
-        names = [self.owned_by(rank) for rank in ranks]
+        names = [self.held_by(rank) for rank in ranks]
         arrived = self._exchange(
             sent, [[self._part(name, self.processes.rank).numel() for name in owned] for owned in names]
         )

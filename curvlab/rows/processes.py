@@ -36,8 +36,13 @@ class Processes:
         """Return all processes of the run, or None if this is the only one."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return None
-        size = distributed.get_world_size()
-        return cls(None, distributed.get_rank(), size) if size > 1 else None
+        found = cls.all()
+        return found if found.size > 1 else None
+
+    @classmethod
+    def all(cls) -> Processes:
+        """Return all processes of the run, be it one, of `torch.distributed`, which has to be initialised."""
+        return cls(None, distributed.get_rank(), distributed.get_world_size())
 
     @classmethod
     def of(cls, group: distributed.ProcessGroup | None) -> Processes | None:
@@ -57,9 +62,12 @@ class Processes:
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes."""
-        summed = tensor.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(summed, group=self.group)
-        return summed
+        return self.total_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def total_(self, tensor: Tensor) -> Tensor:
+        """Sum a contiguous tensor over the processes, in place."""
+        distributed.all_reduce(tensor, group=self.group)
+        return tensor
 
     def total_for(self, rank: int) -> Callable[[Tensor], Tensor]:
         """Return the function that sums a tensor over the processes for one of them; what others get has no meaning."""
@@ -124,14 +132,14 @@ class Processes:
         """
         return self._joined(rows, [self._gather_layer(layer) for layer in rows.layers])
 
-    def gather_for(self, rows: Rows, owners: Mapping[str, int]) -> Rows:
-        """Return the rows of all processes, of the layers that this one owns; those of others without numbers.
+    def gather_for(self, rows: Rows, holders: Mapping[str, int]) -> Rows:
+        """Return the rows of all processes, of the layers that this one holds; those of others without numbers.
 
         Args:
             rows: those of this process.
-            owners: ranks by the name of a parameter.
+            holders: ranks by the name of a parameter.
         """
-        gathered = {layer: self._gather_layer(layer, owners[layer.layout.names[0]]) for layer in rows.layers}
+        gathered = {layer: self._gather_layer(layer, holders[layer.layout.names[0]]) for layer in rows.layers}
         own = {layer: parts for layer, parts in gathered.items() if parts}
         whole = self._joined(replace(rows, layers=tuple(own)), list(own.values()))
         found = dict(zip(own, whole.layers, strict=True))

@@ -141,7 +141,7 @@ def gram(
                     held.append(found)
                 advance(_label(start, k), "done", False)
     if processes is not None:
-        out.copy_(processes.total(out))
+        processes.total_(out)
         terms = processes.total(terms.to(out.device)).cpu()
     if first.reduction == "mean":
         _merge(view, terms, parts)

@@ -1,6 +1,5 @@
 """Trains a model under `fully_shard`: `torchrun … sharded_training.py FILE STRUCTURE…`; alone, the model as it is."""
 
-import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+from torchrun import leave
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, PerLayer, Structure, UnitWise
@@ -53,7 +53,7 @@ class Sentences(nn.Module):
 def sentences(size: int) -> Sentences:
     torch.manual_seed(0)
     model = Sentences().double()
-    if size > 1:
+    if size and distributed.is_initialized():
         mesh = init_device_mesh("cpu", (size,))
         fully_shard(model.block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -113,7 +113,7 @@ def go_on(name: str, path: str, rank: int = 0, size: int = 1) -> Tensor:
 
 def ignoring(name: str, rank: int = 0, size: int = 1, *, whole: bool = False) -> Tensor:
     """Return the parameters after a step on a batch of which the last process has no target; with whole parameters or not."""
-    model, loss = sentences(1 if whole else size), nn.CrossEntropyLoss(ignore_index=0)
+    model, loss = sentences(0 if whole else size), nn.CrossEntropyLoss(ignore_index=0)
     run: nn.Module = DistributedDataParallel(model) if whole else model
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(1, WORDS, (BATCH, LENGTH), generator=generator) for _ in range(2))
@@ -131,7 +131,7 @@ def one_layer(size: int = 1) -> Tensor:
     """Return the parameters after a step of a model that has fewer layers than there are processes."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
-    if size > 1:
+    if distributed.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     made = natural(model, "kfac-exact")
     for _ in range(2):
@@ -207,5 +207,4 @@ if __name__ == "__main__":
     }
     found["refused"] = refused(size)
     found["one layer"] = one_layer(size)
-    torch.save(found, f"{sys.argv[1]}.{os.environ['RANK']}")
-    distributed.destroy_process_group()
+    leave(found, sys.argv[1])

@@ -94,7 +94,7 @@ def test_a_process_without_layers_takes_part(trained: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_structure_of_single_layers_can_be_sharded(processes: int, tmp_path: Path) -> None:
     for of_process in trained_by(processes, tmp_path / "found", STRUCTURES):
         for name in STRUCTURES:
