@@ -38,10 +38,16 @@ def environment(source: Path, device: str) -> dict[str, object]:
             "processor": _processor(),
             "cores": os.cpu_count(),
             "memory_bytes": physical_memory(),
-            "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+            "device": _name(device),
         },
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
     }
+
+
+def _name(device: str) -> str:
+    """What a device is, if it is one of this machine."""
+    here = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if here else device
 
 
 def check_device(device: str) -> None:

@@ -11,21 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import Generic
 from uuid import uuid4
 
-import torch
-
 from curvlab.study.analysis import Analysis
 from curvlab.study.cache import CellCache
 from curvlab.study.cells import Cell
 from curvlab.study.claims import Claim, Failure
 from curvlab.study.environment import check_device
+from curvlab.study.executors import Machines, machines
 from curvlab.study.faults import MemoryShortage, UsageError
 from curvlab.study.logbook import replay
 from curvlab.study.measurements import Row
-from curvlab.study.options import SEEDS, SHOWN, C, names_script, recorded, repeats, share
+from curvlab.study.options import SEEDS, SHOWN, C, names_script, recorded, repeats, settings, share
 from curvlab.study.statistics.multiplicity import LOOKS, Looks
 from curvlab.study.statistics.rules import Observed, Tested
 from curvlab.study.task import Attempt, Task
-from curvlab.study.workers import chunked, cores, in_processes
 from curvlab.tools.errors import CommandError
 from curvlab.tools.memory import available_memory
 from curvlab.tools.progress import Advance
@@ -33,8 +31,6 @@ from curvlab.tools.text import duration, size, unknown
 
 log = logging.getLogger(__name__)
 
-STARTING = 3.0
-"""Seconds in which a process starts and imports what it needs."""
 WORTH_WORKERS = 10.0
 """Seconds of work from which starting processes pays."""
 
@@ -53,6 +49,7 @@ class Plan(Generic[C]):
         cells: The cells that this run measures: its share of them under ``--shard``.
         data: Digest of the data.
         cache: Where finished cells are kept.
+        machines: Where cells are measured; whoever makes a plan closes them.
     """
 
     analysis: Analysis[C]
@@ -64,19 +61,24 @@ class Plan(Generic[C]):
     cells: tuple[Cell, ...]
     data: str
     cache: CellCache
+    machines: Machines
 
     @classmethod
     def of(cls, analysis: Analysis[C], config: C) -> "Plan[C]":
         """The plan of a configuration.
 
         Raises:
-            UsageError: an unknown claim, an option that names a value twice, or a device that cannot be used.
+            UsageError: an unknown claim, an option that names a value twice, a device that cannot be used, or an executor
+                that cannot.
+            UnknownName: an unknown executor.
             DataUnavailable: from the analysis.
             ValueError: the analysis has two claims of the same name, or one that is given a claim which there is not.
         """
-        check_device(config.device)
         if repeated_values := repeats(config):
             raise UsageError(f"{repeated_values}; name each once")
+        where = machines(config.executor, settings(config))
+        if where.here:
+            check_device(config.device)
         claims = tuple(analysis.claims(config))
         if repeated := sorted(name for name, count in Counter(claim.id for claim in claims).items() if count > 1):
             raise ValueError(f"{analysis.name} has claims that are called the same: {', '.join(repeated)}")
@@ -106,7 +108,7 @@ class Plan(Generic[C]):
             "data": data,
         }
         cache = CellCache(config.results / ".cache" / analysis.name, context, uuid4().hex)
-        return cls(analysis, config, claims, shown, planned, left_out, cells, data, cache)
+        return cls(analysis, config, claims, shown, planned, left_out, cells, data, cache, where)
 
     @property
     def looks(self) -> Looks | None:
@@ -145,7 +147,7 @@ class Plan(Generic[C]):
         costs = {cell: seconds for cell, (seconds, _) in needs.items()}
         largest = sorted(needs, key=lambda cell: needs[cell][1], reverse=True)
         totals = list(itertools.accumulate(needs[cell][1] for cell in largest))
-        available = available_memory(self.config.device)
+        available = available_memory(self.config.device) if self.machines.here else None
         workers = self._workers(costs)
         if available is not None and totals:
             fitting = sum(total <= available for total in totals[:workers])
@@ -158,24 +160,38 @@ class Plan(Generic[C]):
             memory=totals[workers - 1] if totals else 0.0,
             largest=largest[0] if largest else None,
             available=available,
+            starting=self.machines.starting,
+            where=self.machines.named(workers) if costs else "",
         )
 
     def _workers(self, costs: Mapping[Cell, float]) -> int:
-        """How many processes are worth their start and can be given work, whatever their memory."""
-        wanted = self.config.workers or (cores() if torch.device(self.config.device).type == "cpu" else 1)
-        if wanted == 1 or sum(costs.values()) < WORTH_WORKERS:
+        """How many processes or jobs are worth their start and can be given work, whatever their memory.
+
+        Raises:
+            UsageError: the analysis cannot be sent to another machine.
+        """
+        here = self.machines.here
+        if not costs or (here and sum(costs.values()) < WORTH_WORKERS):
             return 1
+        wanted = self.config.workers or self.machines.capacity(self.config.device)
+        if here and wanted == 1:
+            return 1
+        if reason := self._stays():
+            if not here:
+                raise UsageError(f"--executor {self.config.executor}: {reason}; --executor local measures here")
+            log.info("one worker instead of %d, because %s", wanted, reason)
+            return 1
+        return min(wanted, len(self.machines.chunking.chunks(costs, wanted)))
+
+    def _stays(self) -> str:
+        """Why its cells cannot be sent to other processes; empty if they can."""
         if names_script(self.config) and not hasattr(sys.modules["__main__"], "__file__"):
-            log.info("one worker instead of %d, because what is defined in no file cannot be sent to others", wanted)
-            return 1
+            return "what is defined in no file cannot be sent to others"
         try:
             pickle.dumps(self.task())
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            log.info(
-                "one worker instead of %d, because %s cannot be sent to others: %s", wanted, self.analysis.name, error
-            )
-            return 1
-        return min(wanted, len(chunked(costs, wanted)))
+            return f"{self.analysis.name} cannot be sent to others: {error}"
+        return ""
 
 
 def _check_known(option: str, what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -233,10 +249,12 @@ class Workload:
 
     Attributes:
         costs: Seconds of each cell.
-        workers: Processes that measure side by side.
+        workers: Processes or jobs that measure side by side.
         memory: Bytes that they need together at worst.
         largest: The cell that needs most of it; None if there are no cells.
-        available: Bytes that can be had; None where the system does not tell.
+        available: Bytes that can be had; None where the system does not tell, or another one measures.
+        starting: Seconds until others have begun.
+        where: The workers in words; empty if this process measures.
     """
 
     costs: Mapping[Cell, float]
@@ -244,14 +262,16 @@ class Workload:
     memory: float
     largest: Cell | None
     available: float | None
+    starting: float
+    where: str
 
     @property
     def time(self) -> str:
-        """How long that takes a command that has started, in words; the start of other processes is part of it."""
+        """How long that takes a command that has started, in words; the start of others is part of it."""
         seconds = sum(self.costs.values())
-        if self.workers == 1:
+        if not self.where:
             return f"about {duration(seconds)}"
-        return f"about {duration(STARTING + seconds / self.workers)} in {self.workers} processes"
+        return f"about {duration(self.starting + seconds / self.workers)} in {self.where}"
 
 
 @dataclass
@@ -318,13 +338,10 @@ def measure(plan: Plan[C], cached: dict[Cell, list[Row]], estimate: Workload, ad
 
 def _outcomes(plan: Plan[C], estimate: Workload) -> Generator[Attempt]:
     task = plan.task()
-    if estimate.workers > 1:
-        log.info("measuring in %d processes", estimate.workers)
+    if estimate.where:
+        log.info("measuring in %s", estimate.where)
     for costs in plan.stages(estimate.costs):
-        if estimate.workers > 1:
-            yield from in_processes(task, chunked(costs, estimate.workers), estimate.workers)
-        else:
-            yield from map(task, costs)
+        yield from plan.machines.outcomes(task, costs, estimate.workers)
 
 
 def _shortage(plan: Plan[C], outcome: Attempt) -> CommandError | None:

@@ -50,12 +50,25 @@ def recording(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def forward(records: queue.SimpleQueue[logging.LogRecord]) -> None:
-    """Put what `recording` would write into a queue, for another process to `replay`; for good."""
+_logged: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+"""What this process has logged and not yet forwarded."""
+
+
+def forward() -> None:
+    """Keep what `recording` would write, for another process to `replay`; for good."""
     for name in RECORDED:
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(records))
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(_logged))
     logging.captureWarnings(True)
+
+
+def forwarded() -> tuple[logging.LogRecord, ...]:
+    """What was logged since the last call, if this process forwards that."""
+    records = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            records.append(_logged.get_nowait())
+    return tuple(records)
 
 
 def replay(records: Iterable[logging.LogRecord]) -> None:

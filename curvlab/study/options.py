@@ -38,6 +38,11 @@ class CommonOptions:
     """Floating-point precision of the measurements."""
     workers: int = 0
     """Processes that measure side by side; 0 means one per core on the CPU and one elsewhere (unit: processes)."""
+    executor: str = "local"
+    """Where cells are measured: local, ray, slurm, or module:Name of anything with submit; then workers is the number of
+    jobs at a time, and 0 what the executor has."""
+    executor_options: tuple[str, ...] = ()
+    """Settings of the executor, each as name=value, such as partition=gpu time=60."""
     results: Path = Path("results")
     """Folder for results and for the cache of finished cells."""
     config: Path | None = None
@@ -69,6 +74,7 @@ class CommonOptions:
             raise ValueError(f"--workers must be at least 1, or 0 for one per core; got {self.workers}")
         if self.shard is not None:
             share(self.shard)
+        settings(self)
         for field in dataclasses.fields(self):
             for value in _values(self, field.name):
                 if isinstance(value, float) and not math.isfinite(value):
@@ -158,7 +164,10 @@ def names_script(config: CommonOptions) -> bool:
 
 
 HOW = frozenset(
-    {"workers", "results", "config", "list_claims", "dry_run", "shard", "fresh", "strict", "quiet", "redraw"}
+    {
+        *("workers", "executor", "executor_options", "results", "config", "list_claims", "dry_run"),
+        *("shard", "fresh", "strict", "quiet", "redraw"),
+    }
 )
 """Options that say how to run, not what to measure; they are not recorded in ``config.json``."""
 SHOWN = frozenset({"claims", "experiments"})
@@ -179,6 +188,24 @@ def share(text: str) -> tuple[int, int]:
     if not (index.isdigit() and total.isdigit() and 1 <= int(index) <= int(total)):
         raise ValueError(f"--shard is i/n with 1 ≤ i ≤ n, such as 1/4; got {text!r}")
     return int(index), int(total)
+
+
+def settings(config: CommonOptions) -> dict[str, Any]:
+    """The settings of the executor by name: a value that is JSON as what it says, any other as text.
+
+    Raises:
+        ValueError: one is not of the form name=value, or there are two of one name.
+    """
+    found: dict[str, Any] = {}
+    for word in config.executor_options:
+        name, equals, value = word.partition("=")
+        if not (equals and name.isidentifier()) or name in found:
+            raise ValueError(f"--executor-options are name=value, each name once, such as partition=gpu; got {word!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def parse(defaults: C, argv: Sequence[str], *, prog: str, description: str) -> C:

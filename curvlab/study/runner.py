@@ -16,7 +16,7 @@ from rich.console import Console
 from curvlab.study import report
 from curvlab.study.analysis import Analysis
 from curvlab.study.environment import environment
-from curvlab.study.execution import STARTING, Measured, Plan, measure
+from curvlab.study.execution import Measured, Plan, measure
 from curvlab.study.judging import wants_seeds
 from curvlab.study.logbook import recording
 from curvlab.study.measurements import tabulate
@@ -31,6 +31,8 @@ from curvlab.tools.text import duration, size
 
 log = logging.getLogger(__name__)
 
+IMPORTING = 3.0
+"""Seconds in which the command itself starts."""
 DONE, CONTRADICTED, FAILED, INTERRUPTED = 0, 1, 1, 130
 
 
@@ -70,11 +72,12 @@ def _dispatch(analysis: Analysis[C], config: C, arguments: Sequence[str], consol
     if config.list_claims:
         return _list_claims(analysis, config, console)
     plan = Plan.of(analysis, config)
-    if config.dry_run:
-        return _dry_run(plan, console)
-    if config.shard:
-        return _run_shard(plan, arguments, console)
-    return _run(plan, arguments, console)
+    with contextlib.closing(plan.machines):
+        if config.dry_run:
+            return _dry_run(plan, console)
+        if config.shard:
+            return _run_shard(plan, arguments, console)
+        return _run(plan, arguments, console)
 
 
 def _run(plan: Plan[C], arguments: Sequence[str], console: Console) -> int:
@@ -194,7 +197,9 @@ def _dry_run(plan: Plan[C], console: Console) -> int:
     cached = plan.cached()
     estimate = plan.estimate([cell for cell in plan.cells if cell not in cached])
     say(console, f"cells:  {len(plan.cells)}, {len(cached)} cached, {len(estimate.costs)} to run")
-    say(console, f"time:   {estimate.time}, after about {duration(STARTING)} to start; figures take a few seconds more")
+    say(
+        console, f"time:   {estimate.time}, after about {duration(IMPORTING)} to start; figures take a few seconds more"
+    )
     where = f" for cell {estimate.largest}" if estimate.largest else ""
     others = f" and {estimate.workers - 1} more at the same time" if estimate.workers > 1 else ""
     free = f", {size(estimate.available)} available" if estimate.available is not None else ""

@@ -4,11 +4,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -16,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from curvlab.study.cells import Cell
-from curvlab.study.logbook import forward
+from curvlab.study.logbook import forward, forwarded
 from curvlab.study.task import Attempt
 
 log = logging.getLogger(__name__)
@@ -24,45 +23,15 @@ log = logging.getLogger(__name__)
 START = "spawn"
 """How processes are started: torch and its threads do not survive a fork."""
 
-CHUNKS_PER_WORKER = 8
-CHUNK_SECONDS = 10.0
-
-SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-}
-"""Variables that a worker starts with: one thread for the numerical libraries, and a C library (glibc) that keeps freed memory.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that say how many threads the numerical libraries use."""
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+"""Variables that let the C library (glibc) keep freed memory.
 
 Tensors of the size of the parameters are otherwise returned to the system after every operation and zeroed again for the
 next, which takes two fifths of the time of cells with four million parameters."""
 
 Job = Callable[[Cell], Attempt]
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def chunked(costs: Mapping[Cell, float], workers: int) -> list[list[Cell]]:
-    """The cells in order, in chunks of at most ten seconds and at most an eighth of a worker's share of ``costs``.
-
-    Neighbours share what their analysis keeps from one cell to the next, so a chunk goes to one worker whole. A cell
-    above the limit is a chunk of its own.
-    """
-    limit = min(sum(costs.values()) / (CHUNKS_PER_WORKER * workers), CHUNK_SECONDS)
-    chunks: list[list[Cell]] = []
-    filled = 0.0
-    for cell, seconds in costs.items():
-        if not chunks or filled + seconds > limit:
-            chunks.append([])
-            filled = 0.0
-        chunks[-1].append(cell)
-        filled += seconds
-    return chunks
 
 
 def in_processes(job: Job, chunks: Sequence[Sequence[Cell]], workers: int) -> Iterator[Attempt]:
@@ -174,17 +143,14 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """A process that is started in here computes on one thread and leaves Ctrl-C to this one."""
-    before = {name: os.environ.get(name) for name in SETTINGS}
-    os.environ.update(SETTINGS)
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    before_masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else set()
+def variables(threads: int = 1) -> Iterator[None]:
+    """What is started in here computes on so many threads, and keeps memory that it has freed."""
+    settings = KEPT | dict.fromkeys(THREADS, str(threads))
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before_masked)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -192,14 +158,23 @@ def _starting() -> Iterator[None]:
                 os.environ[name] = value
 
 
-_logged: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-"""What a worker has logged and not yet reported."""
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """A process that is started in here computes on one thread and leaves Ctrl-C to this one."""
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    before_masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else set()
+    try:
+        with variables():
+            yield
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before_masked)
 
 
 def _prepare() -> None:
     """Set up a worker process."""
     torch.set_num_threads(1)
-    forward(_logged)
+    forward()
     threading.Thread(target=_follow, daemon=True).start()
 
 
@@ -217,4 +192,4 @@ def _begin(job: Job) -> None:
 
 def _measure(job: Job, cell: Cell) -> Attempt:
     outcome = job(cell)
-    return replace(outcome, logged=tuple(_logged.get() for _ in range(_logged.qsize())))
+    return replace(outcome, logged=forwarded())

@@ -16,7 +16,9 @@ import pandas as pd
 import pytest
 
 from curvlab.study import Cell, MemoryShortage, execution, workers
+from curvlab.study.chunks import Chunking
 from curvlab.study.execution import Plan
+from curvlab.study.executors import local
 from curvlab.tools.errors import DataUnavailable
 from curvlab.tools.storage import StorageFull
 
@@ -56,7 +58,7 @@ def test_chunks_are_runs_of_neighbours_of_a_bounded_cost():
     cells = [Cell({"seed": seed}) for seed in range(100)]
     costs = {cell: 25.0 if cell["seed"] % 10 == 0 else 0.5 for cell in cells}
     for count, limit in ((2, 10.0), (40, sum(costs.values()) / 320)):
-        chunks = workers.chunked(costs, count)
+        chunks = Chunking().chunks(costs, count)
         assert [cell for chunk in chunks for cell in chunk] == cells
         totals = [sum(costs[cell] for cell in chunk) for chunk in chunks]
         assert all(total <= limit or len(chunk) == 1 for total, chunk in zip(totals, chunks, strict=True))
@@ -64,7 +66,7 @@ def test_chunks_are_runs_of_neighbours_of_a_bounded_cost():
 
 
 def test_how_many_workers(monkeypatch):
-    monkeypatch.setattr(execution, "cores", lambda: 4)
+    monkeypatch.setattr(local, "cores", lambda: 4)
     assert estimate().workers == 1, "too little work"
     monkeypatch.setenv("DUMMY_CLAIM", "1.0")
     assert estimate().workers == 4
