@@ -58,7 +58,10 @@ def forward() -> None:
     """Keep what `recording` would write, for another process to `replay`; for good."""
     for name in RECORDED:
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(_logged))
+    root = logging.getLogger()
+    for inherited in [handler for handler in root.handlers if isinstance(handler, _LogFile)]:  # by a fork
+        root.removeHandler(inherited)
+    root.addHandler(logging.handlers.QueueHandler(_logged))
     logging.captureWarnings(True)
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -48,6 +49,7 @@ class Ray:
         self.address, self.runtime_env = address, runtime_env
         self.num_cpus, self.num_gpus = num_cpus, resources.get("num_gpus", 0)
         self.connects = False
+        self.going: set[Any] = set()
         settings = {**resources, "num_cpus": num_cpus, "max_retries": 0}
         try:
             self.remote = self.ray.remote(_called).options(**settings)
@@ -68,13 +70,22 @@ class Ray:
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> _RayFuture:
         """Call a function in the cluster."""
         ray = self._cluster
-        return _RayFuture(ray, self.remote.remote(function, *arguments))
+        reference = self.remote.remote(function, *arguments)
+        self.going.add(reference)
+        return _RayFuture(ray, reference, self.going)
 
     def close(self) -> None:
-        """Leave the cluster, whose tasks of this run then end."""
-        if self.connects:
+        """End the tasks that are left, and leave the cluster if this has joined it."""
+        if self.connects:  # then its workers are killed
             self.ray.shutdown()
-            self.connects = False
+        else:
+            left, end = list(self.going), time.monotonic() + ENDING
+            while left and time.monotonic() < end:
+                for reference in left:
+                    self.ray.cancel(reference, force=True)
+                _, left = self.ray.wait(left, num_returns=len(left), timeout=0.5, fetch_local=False)
+        self.connects = False
+        self.going.clear()
         self.__dict__.pop("_cluster", None)
 
     @cached_property
@@ -97,8 +108,8 @@ class Ray:
 
 
 class _RayFuture:
-    def __init__(self, ray: Any, reference: Any) -> None:
-        self.ray, self.reference = ray, reference
+    def __init__(self, ray: Any, reference: Any, going: set[Any]) -> None:
+        self.ray, self.reference, self.going = ray, reference, going
 
     def done(self) -> bool:
         ready, _ = self.ray.wait([self.reference], timeout=0, fetch_local=False)
@@ -106,6 +117,7 @@ class _RayFuture:
 
     def result(self) -> Any:
         exceptions = self.ray.exceptions
+        self.going.discard(self.reference)
         try:
             return self.ray.get(self.reference)
         except exceptions.OutOfMemoryError as error:

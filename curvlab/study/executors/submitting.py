@@ -98,7 +98,7 @@ class Submitted:
                 if self.make is not None:
                     for process in multiprocessing.active_children():
                         if process not in strangers:
-                            process.terminate()
+                            process.kill()
                 self.close()
                 raise
 

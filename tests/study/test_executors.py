@@ -1,0 +1,395 @@
+"""Cells measured by pools, Ray, Slurm and executors of one's own: the same numbers, and nothing lost that an executor loses."""
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import types
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import dummy_analysis
+import own_executors
+import pandas as pd
+import pytest
+from own_executors import Losing, lost, pretended_slurm
+
+import curvlab.study.executors
+from curvlab.study import Analysis, Experiment, latest, load, main
+from curvlab.study.execution import Plan
+from curvlab.study.executors import EXECUTORS
+from curvlab.study.executors.slurm_jobs import Slurm
+from curvlab.study.registry import ANALYSES
+
+ANALYSIS = replace(dummy_analysis.ANALYSIS, figures={})
+TWO = ("--seeds", "4", "--workers", "2")
+WITHOUT = {name: not find_spec(name) for name in ("ray", "submitit")}
+
+
+def case(name, *settings, needs="", study=False):
+    """An executor with its settings as a case of the fixture `executor`, of long runs only or of all."""
+    marks = [pytest.mark.skipif(WITHOUT[needs], reason=f"{needs} is not installed")] if needs else []
+    options = ("--executor-options", *settings) if settings else ()
+    return pytest.param(("--executor", name, *options), id=name, marks=[*marks, pytest.mark.study] if study else marks)
+
+
+THREADS = case("concurrent.futures:ThreadPoolExecutor")
+PROCESSES = case("own_executors:processes", "max_workers=2")
+RAY = case("ray", needs="ray", study=True)
+SLURM = case("slurm", "cluster=local", needs="submitit", study=True)
+POOL = ("--executor", "own_executors:processes")
+needs_submitit = pytest.mark.skipif(WITHOUT["submitit"], reason="submitit is not installed")
+
+
+def measuring(measure, **fields):
+    """The dummy with another measurement, in an environment that travels with it."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("DUMMY_")}
+    measure = partial(measure, environment)
+    return replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=measure, seconds=1.0, **fields),))
+
+
+def plain():
+    return measuring(dummy_analysis.measure_in)
+
+
+def struck(folder, once, always, environment, cell, context):
+    """The dummy, whose process is killed on a cell of one seed the first time, and on one of another seed every time."""
+    marker = Path(folder) / "struck"
+    full = cell["structure"] == "full" and cell["offset"] == 0.0
+    if full and (cell["seed"] == always or (cell["seed"] == once and not marker.exists())):
+        if cell["seed"] == once:
+            marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return dummy_analysis.measure_in(environment, cell, context)
+
+
+def out_of_time(folder, environment, cell, context):
+    """The dummy; on one cell its job is told once that its time is up."""
+    marker = Path(folder) / "told"
+    if cell["structure"] == "block-diagonal" and cell["seed"] == 1 and not marker.exists():
+        marker.touch()
+        signal.raise_signal(signal.SIGUSR2)
+    return dummy_analysis.measure_in(environment, cell, context)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two cores on this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def executor(request):
+    """Options that choose an executor; Ray's has a cluster to go to."""
+    if "ray" in request.param:
+        request.getfixturevalue("cluster")
+    return request.param
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """What one process measures of the dummy at a number of seeds."""
+
+    def measurements(seeds):
+        assert main(ANALYSIS, ["--seeds", str(seeds), "--workers", "1", "--results", str(tmp_path / "alone")]) == 0
+        return load(tmp_path / "alone" / "dummy" / "latest").measurements
+
+    return measurements
+
+
+def log_of(folder):
+    return (folder / "log.txt").read_text()
+
+
+def failures_of(results):
+    """The reason of each failure, by seed."""
+    return {failure.cell["seed"]: failure.reason for failure in results.failures}
+
+
+def without(failures, measurements):
+    """Measurements but for those of failed cells."""
+    failed = measurements["cell"].isin([failure.cell.key for failure in failures])
+    return measurements[~failed].reset_index(drop=True)
+
+
+@pytest.mark.parametrize("executor", [THREADS, PROCESSES], indirect=True)
+def test_a_pool_measures_what_one_process_does_and_logs_it_once(run, executor, alone):
+    assert run(*TWO, "--problem", "failing", *executor, analysis=plain()) == 0
+    assert len(run.measured) == len(set(run.measured)) == 16
+    found = run.stored()
+    assert failures_of(found) == {1: "RuntimeError: this cell always fails"}
+    log = log_of(found.folder)
+    assert log.count("2 observations in") == 15
+    assert log.count("Traceback") == 1
+    pd.testing.assert_frame_equal(found.measurements, without(found.failures, alone(4)))
+    assert multiprocessing.active_children() == []
+    assert {path.suffix for path in (run.results / ".cache" / "dummy").iterdir()} == {".json"}
+
+    assert run("--seeds", "5", "--workers", "2", "--problem", "failing", *executor, analysis=plain()) == 0
+    assert len(run.measured) == 5, "only what is missing, and what failed"
+
+
+def test_a_killed_worker_of_ray_loses_nothing_and_a_cell_that_always_kills_it_fails_alone(run, cluster, alone):
+    analysis = measuring(partial(struck, str(run.results.parent), 0, 2))
+    assert run(*TWO, "--problem", "failing", "--executor", "ray", analysis=analysis) == 0
+    found = run.stored()
+    assert failures_of(found) == {
+        1: "RuntimeError: this cell always fails",
+        2: "its job was lost (its worker died, as one does that is killed or whose memory runs out)",
+    }
+    log = log_of(found.folder)
+    assert log.count("2 observations in") >= 14
+    assert "structure=full, offset=0.0, seed=0: its job was lost" in log
+    assert "measuring in 2 jobs at a time, by --executor ray" in log
+    pd.testing.assert_frame_equal(found.measurements, without(found.failures, alone(4)))
+    assert cluster.is_initialized(), "a cluster that was there before stays"
+
+
+def test_a_pool_that_breaks_loses_nothing_and_a_cell_that_always_breaks_it_fails_alone(run, alone):
+    analysis = measuring(partial(struck, str(run.results.parent), 0, 2))
+    assert run(*TWO, *POOL, analysis=analysis) == 0
+    found = run.stored()
+    [(seed, reason)] = failures_of(found).items()
+    assert (seed, reason.partition(":")[0]) == (2, "its job was lost (BrokenProcessPool")
+    assert "is broken" in log_of(found.folder)
+    pd.testing.assert_frame_equal(found.measurements, without(found.failures, alone(4)))
+
+
+@pytest.fixture
+def losing(monkeypatch):
+    """An executor that loses jobs as it is told; what it was given stands in its `jobs`."""
+
+    def make(**losses):
+        executor = Losing({f"structure={name}": reasons for name, reasons in losses.items()})
+        monkeypatch.setattr(own_executors, "OPEN", executor)
+        return executor
+
+    return make
+
+
+def test_a_lost_job_is_done_again_cell_by_cell_and_three_times_at_most(run, losing):
+    executor = losing(block=lost(2), full=lost(9))
+    assert run("--seeds", "1", "--workers", "1", "--executor", "own_executors:OPEN", analysis=plain()) == 0
+    assert {cell.split(", ")[1] for cell in run.measured} == {"structure=block-diagonal"}
+    reasons = [failure.reason for failure in run.stored().failures]
+    assert reasons == ["its job was lost (the roof fell in)"] * 2
+    assert max(sum(job == other for other in executor.jobs) for job in executor.jobs) <= 3
+
+
+def test_memory_that_runs_out_elsewhere_is_named(run, losing, capsys):
+    losing(full=lost(9, out_of_memory=True, again=False))
+    assert run("--seeds", "1", "--workers", "1", "--executor", "own_executors:OPEN", analysis=plain()) == 3
+    shown = capsys.readouterr().err
+    assert "not enough memory for cell experiment=numbers, structure=full" in shown
+    assert "--offsets lowers it" in shown
+    assert len(run.measured) == 2, "the other cells are measured"
+
+
+def summed(environment, cell, context):
+    """What the numbers of a seed add up to."""
+    found = context.rows("numbers", seed=cell["seed"])
+    return [{"quantity": "sum", "value": float(found["value"].sum())}]
+
+
+def test_machines_that_share_no_folder_read_what_was_measured_before_and_their_results_are_kept(run):
+    before = plain().experiments[0]
+    after = Experiment(
+        name="sums", cells=({},), measure=partial(summed, {}), varies=("draws",), seconds=1.0, after=("numbers",)
+    )
+    analysis = replace(ANALYSIS, experiments=(before, after))
+    assert run(*TWO, "--executor", "own_executors:Apart", analysis=analysis) == 0
+    assert len(run.measured) == 16, "none is measured a second time where it is read"
+    found = run.stored().measurements
+    sums = found[found["quantity"] == "sum"].set_index("seed")["value"]
+    pd.testing.assert_series_equal(
+        sums, found[found["experiment"] == "numbers"].groupby("seed")["value"].sum(), check_names=False
+    )
+    assert run(*TWO, analysis=analysis) == 0
+    assert run.measured == []
+
+
+def found_data(environment, cell, context):
+    """Whether the folder of data sets is known, and to whom."""
+    return [{"quantity": "known", "value": float(Path(os.environ["CURVLAB_DATA"]).is_dir())}]
+
+
+def test_jobs_are_told_where_data_sets_lie(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
+    forgetful = ("--executor", "own_executors:forgetful")
+    assert run("--seeds", "2", "--workers", "2", *forgetful, analysis=measuring(found_data)) == 0
+    assert set(run.stored().measurements["value"]) == {1.0}
+
+
+@needs_submitit
+def test_a_job_whose_time_is_up_hands_back_what_it_has_and_the_rest_goes_into_another(run, alone):
+    options = ("--executor", "slurm", "--executor-options", "cluster=local", "cpus=1", "partition=any")
+    analysis = measuring(partial(out_of_time, str(run.results.parent)))
+    assert run("--seeds", "2", "--workers", "1", *options, analysis=analysis) == 0
+    assert len(run.measured) == len(set(run.measured)) == 8
+    assert run.stored().failures == ()
+    assert log_of(run.stored().folder).count("2 observations in") == 8
+    pd.testing.assert_frame_equal(run.stored().measurements, alone(2))
+
+
+@needs_submitit
+def test_slurm_gets_one_array_of_jobs_with_many_cells_each(run, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    record = pretended_slurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    options = ("partition=gpu", "time=30", "mem=8", "cpus=2", "account=physics")
+    analysis = replace(
+        plain(), experiments=tuple(replace(one, seconds=40.0) for one in plain().experiments)
+    )  # 80 s: one cell more than a minute
+    assert (
+        run("--seeds", "2", "--workers", "3", "--executor", "slurm", "--executor-options", *options, analysis=analysis)
+        == 0
+    )
+    assert len(run.measured) == 8
+    script = record.read_text()
+    for line in ("partition=gpu", "time=30", "mem=8GB", "cpus-per-task=2", "account=physics", "array=0-3%3"):
+        assert f"#SBATCH --{line}" in script
+    assert "cancelled" not in script
+    assert not list((run.results / ".cache" / "dummy").glob("*.jobs"))
+
+
+@needs_submitit
+def test_chunks_for_slurm_fill_a_quarter_of_a_job_and_a_minute_at_least(monkeypatch):
+    costs = dict.fromkeys(Plan.of(ANALYSIS, dummy_analysis.Options(seeds=100)).cells, 10.0)
+    slurm = Slurm(cluster="local", time=20)
+    assert {len(chunk) for chunk in slurm.chunking.chunks(costs, 4)} == {30, 10}, "5 minutes of 20"
+    assert {len(chunk) for chunk in slurm.chunking.chunks(costs, 400)} == {6, 4}, "a minute"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--executor", "rai"], r"Unknown executor 'rai'. Did you mean 'ray'\? Known: local, ray, slurm"),
+        (["--executor", "slurm", "--executor-options", "cluster=local", "colour=red"], "Unknown argument 'colour'"),
+        (["--executor", "slurm"], 'Could not detect "srun"'),
+        (["--executor", "ray", "--executor-options", "num_cpu=1"], "num_cpu"),
+        (["--executor", "local", "--executor-options", "time=60"], "cannot be started with these --executor-options"),
+        (["--executor-options", "time"], "are name=value, each name once, such as partition=gpu; got 'time'"),
+        (["--executor", "own_executors:NOTHING"], "NOTHING is object, not a class or function"),
+        (["--executor", "own_executors:lost", "--executor-options", "count=1"], "gives list, which has no submit"),
+        (["--executor", "own_executors:OPEN", "--executor-options", "a=1"], "is there already"),
+        (["--executor", "own_executors:Refusing"], "takes no jobs: RuntimeError: closed for the season"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_a_reason(run, capsys, words, said):
+    for name, package in {"ray": "ray", "slurm": "submitit"}.items():
+        if name in words and WITHOUT[package]:
+            pytest.skip(f"{package} is not installed")
+    assert run("--seeds", "1", *words) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert re.search(said, shown), shown
+    assert run.measured == []
+
+
+@pytest.mark.parametrize(("name", "package"), [("ray", "ray>=2.40"), ("slurm", "submitit>=1.5")])
+def test_a_package_that_is_not_there_is_named_with_the_command_that_installs_it(
+    run, capsys, monkeypatch, name, package
+):
+    monkeypatch.setitem(sys.modules, package.partition(">")[0], None)
+    assert run("--seeds", "1", "--executor", name) == 2
+    assert f"pip install '{package}'" in capsys.readouterr().err
+
+
+def test_an_analysis_that_other_machines_cannot_import_is_refused_with_a_reason(run, capsys):
+    module = types.ModuleType("of_this_process_only")
+    exec("def measure(cell, context):\n    return []", module.__dict__)
+    module.measure.__module__ = module.__name__
+    sys.modules[module.__name__] = module
+    analysis = replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=module.measure),))
+    try:
+        assert run("--seeds", "1", *POOL, analysis=analysis) == 2
+    finally:
+        del sys.modules[module.__name__]
+    shown = capsys.readouterr().err
+    assert "No module named 'of_this_process_only'" in shown
+    assert "installed on every machine" in shown
+
+
+def test_an_analysis_that_cannot_be_sent_is_refused_with_a_reason(run, capsys):
+    local = replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=lambda *a: []),))
+    assert run("--seeds", "1", *POOL, analysis=local) == 2
+    assert "dummy cannot be sent to others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "executor",
+    [PROCESSES, RAY, SLURM],
+    indirect=True,
+)
+def test_sigterm_stops_an_executor_and_the_next_run_goes_on(run, executor, monkeypatch):
+    def stop():
+        while len(list((run.results / ".cache" / "dummy").glob("*.json"))) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("DUMMY_SLEEP", "0.3")
+    (run.results / ".cache" / "dummy").mkdir(parents=True)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert run(*TWO, *executor, analysis=plain()) == 130
+    thread.join()
+    assert multiprocessing.active_children() == []
+    stored = len(list((run.results / ".cache" / "dummy").glob("*.json")))
+    assert 3 <= stored < 16
+    monkeypatch.delenv("DUMMY_SLEEP")
+    assert run(*TWO, *executor, analysis=plain()) == 0
+    assert len(run.measured) == 16 - stored
+
+
+def test_shards_later_looks_and_fresh_runs_go_through_an_executor_too(run, capsys):
+    executor = ("--executor", "concurrent.futures:ThreadPoolExecutor")
+    for share in ("1/2", "2/2"):
+        assert run("--seeds", "3", "--shard", share, *executor, analysis=plain()) == 0
+        assert len(run.measured) == 6
+    assert f"run dummy --seeds 3 {' '.join(executor)}" in capsys.readouterr().out.replace("\n", "")
+    assert run("--seeds", "3", "--fresh", *executor, analysis=plain()) == 0
+    assert len(run.measured) == 12
+    assert run("--seeds", "auto", *executor, analysis=plain()) == 0
+    assert len(run.measured) >= 36
+    assert latest(run.results, "dummy") is not None
+
+
+def test_a_dry_run_says_how_many_jobs_there_will_be(run, capsys):
+    assert run("--dry-run", "--seeds", "4", "--workers", "3", *POOL, analysis=plain()) == 0
+    shown = capsys.readouterr().out
+    assert "in 3 jobs at a time, by --executor own_executors:processes" in shown
+    assert "available" not in shown, "memory of other machines is not known"
+
+
+def test_executors_of_ours_are_registered_as_anyones(monkeypatch):
+    assert list(EXECUTORS)[:3] == ["local", "ray", "slurm"]
+    EXECUTORS.register("mine", own_executors.processes)
+    try:
+        assert (
+            curvlab.study.executors.machines("mine", {"max_workers": 1}).named(1)
+            == "1 job at a time, by --executor mine"
+        )
+    finally:
+        EXECUTORS.unregister("mine")
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("executor", [PROCESSES, RAY, SLURM], indirect=True)
+@pytest.mark.parametrize("name", list(ANALYSES))
+def test_every_analysis_measures_the_same_by_every_executor(name, executor, tmp_path):
+    analysis: Analysis = ANALYSES[name]
+    entries = []
+    for folder, words in (("local", ()), ("executor", executor)):
+        shard = ("--seeds", "1", "--shard", "1/40", "--workers", "2", "--results", str(tmp_path / folder))
+        assert main(analysis, [*shard, *words]) == 0
+        found = sorted((tmp_path / folder / ".cache" / name).glob("*.json"))
+        entries.append({path.name: pd.read_json(path, typ="series")["rows"] for path in found})
+    assert entries[0] == entries[1] != {}
