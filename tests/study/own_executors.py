@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from curvlab.study.executors import Lost
+from curvlab.study.executors.parcel import Delivery
 
 
 def processes(max_workers=2):
@@ -56,6 +57,28 @@ class Losing:
                     future.set_exception(reasons.pop(0))
                     return future
         future.set_result(function(parcel, cells))
+        return future
+
+
+class Short:
+    """Jobs that end before they come to a cell of one structure, the first few times; some leave a checkpoint every time."""
+
+    capacity = 2
+
+    def __init__(self, structure, times, checkpoint=None):
+        self.structure, self.times, self.checkpoint = structure, times, checkpoint
+
+    def submit(self, function, parcel, cells):
+        future = Future()
+        short = cells[0]["structure"] == self.structure and self.times > 0
+        if short:
+            self.times -= 1
+        if short and self.checkpoint:
+            path = self.checkpoint(parcel, cells[0])
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("state")
+            os.utime(path, ns=(self.times, self.times))
+        future.set_result(Delivery(()) if short else function(parcel, cells))
         return future
 
 

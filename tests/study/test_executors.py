@@ -18,7 +18,7 @@ import dummy_analysis
 import own_executors
 import pandas as pd
 import pytest
-from own_executors import Losing, lost, pretended_slurm
+from own_executors import Losing, Short, lost, pretended_slurm
 
 import curvlab.study.executors
 from curvlab.study import Analysis, Experiment, latest, load, main
@@ -183,6 +183,23 @@ def test_a_lost_job_is_done_again_cell_by_cell_and_three_times_at_most(run, losi
     reasons = [failure.reason for failure in run.stored().failures]
     assert reasons == ["its job was lost (the roof fell in)"] * 2
     assert max(sum(job == other for other in executor.jobs) for job in executor.jobs) <= 3
+
+
+def checkpoint_of(parcel, cell):
+    return parcel.unpacked().cache.checkpoint(cell)
+
+
+def test_a_cell_for_which_jobs_are_too_short_fails_unless_its_checkpoint_moves_on(run, monkeypatch):
+    options = ("--seeds", "1", "--offsets", "0", "--workers", "1", "--executor", "own_executors:OPEN")
+    monkeypatch.setattr(own_executors, "OPEN", Short("full", 9))
+    assert run(*options, analysis=plain()) == 0
+    [reason] = failures_of(run.stored()).values()
+    assert reason.startswith("3 jobs ran out of time in it")
+    assert len(run.measured) == 1
+
+    monkeypatch.setattr(own_executors, "OPEN", Short("full", 9, checkpoint_of))
+    assert run(*options, analysis=plain()) == 0
+    assert run.stored().failures == ()
 
 
 def test_memory_that_runs_out_elsewhere_is_named(run, losing, capsys):

@@ -147,6 +147,8 @@ def measured(parcel: Parcel, cells: Sequence[Cell]) -> Delivery:
     try:
         task = parcel.unpacked()
         shares = task.cache.folder == parcel.sign.parent
+        if not parcel.is_here:
+            log.info("%d cells on %s, in process %d", len(cells), *_here())
         for cell in cells:
             if shares and not parcel.sign.exists():
                 break

@@ -138,6 +138,7 @@ class _Jobs:
         self.suspects: deque[Cell] = deque()
         self.alone: set[Cell] = set()
         self.tries: Counter[Cell] = Counter()
+        self.written: dict[Cell, int] = {}
 
     def ready(self, free: int) -> list[list[Cell]]:
         """What can be handed out where so many workers are free; a suspect only if nothing else is going on."""
@@ -166,10 +167,9 @@ class _Jobs:
 
     def _lost(self, cells: Sequence[Cell], lost: Lost) -> Iterator[Attempt]:
         """Cells whose job came to nothing for a reason of its own: again, one by one, so that only the one to blame can fail."""
-        self.tries.update(cells)
         divided = len(cells) > 1 and (lost.again or lost.out_of_memory)
         for cell in cells:
-            if divided or (lost.again and self.tries[cell] < TRIES):
+            if self._tried(cell) < TRIES and (divided or lost.again):
                 self.waiting.append([cell])
                 log.warning("cell %s: its job was lost (%s); it is measured again", cell, lost.reason)
             else:
@@ -191,18 +191,25 @@ class _Jobs:
                 log.warning("cell %s: its job was lost (%s); it is measured again, alone", cell, reason)
 
     def _ended_early(self, left: Sequence[Cell], *, progress: bool) -> Iterator[Attempt]:
-        """Cells that a job did not come to: again; the first counts as tried, unless it goes on from a checkpoint."""
+        """Cells that a job did not come to: again; the first counts as tried if it was all that the job was on."""
         if not left:
             return
         first, *others = left
-        if not progress and not self.task.cache.checkpoint(first).exists():
-            self.tries[first] += 1
-        if self.tries[first] < TRIES:
+        if progress or self._tried(first) < TRIES:
             self.waiting.append([first, *others])
             return
-        yield _failed(first, f"{TRIES} jobs ran out of time in it; it keeps no checkpoint, so it needs a longer one")
+        yield _failed(first, f"{TRIES} jobs ran out of time in it, and its checkpoint, if it has one, did not move on")
         if others:
             self.waiting.append(others)
+
+    def _tried(self, cell: Cell) -> int:
+        """How often a cell has been tried in vain, this time included; going on from its checkpoint is not in vain."""
+        path = self.task.cache.checkpoint(cell)
+        written = path.stat().st_mtime_ns if path.exists() else 0
+        if written == self.written.get(cell, 0):
+            self.tries[cell] += 1
+        self.written[cell] = written
+        return self.tries[cell]
 
 
 def _summary(error: Exception) -> str:
