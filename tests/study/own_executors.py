@@ -30,14 +30,18 @@ class Apart:
 
     capacity = 2
 
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(2)
+    def __init__(self, make=processes):
+        self.pool = make(2)
 
     def submit(self, function, parcel, cells):
         return self.pool.submit(function, replace(parcel, sign=Path("/nowhere/at/all")), cells)
 
     def shutdown(self):
         self.pool.shutdown()
+
+
+def threads_apart():
+    return Apart(ThreadPoolExecutor)
 
 
 class Losing:

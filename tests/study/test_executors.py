@@ -24,6 +24,7 @@ import curvlab.study.executors
 from curvlab.study import Analysis, Experiment, latest, load, main
 from curvlab.study.execution import Plan
 from curvlab.study.executors import EXECUTORS
+from curvlab.study.executors.parcel import Parcel, measured
 from curvlab.study.executors.slurm_jobs import Slurm
 from curvlab.study.registry import ANALYSES
 
@@ -185,6 +186,29 @@ def test_a_lost_job_is_done_again_cell_by_cell_and_three_times_at_most(run, losi
     assert max(sum(job == other for other in executor.jobs) for job in executor.jobs) <= 3
 
 
+def ending_the_run(environment, cell, context):
+    """The dummy; the run is over after its second cell."""
+    if cell["structure"] == "block-diagonal":
+        next(context.cache.folder.glob("*.running")).unlink()
+    return dummy_analysis.measure_in(environment, cell, context)
+
+
+def test_a_job_measures_nothing_again_that_is_finished_and_ends_with_the_run(run):
+    options = dummy_analysis.Options(seeds=1, results=run.results)
+    plan = Plan.of(plain(), options)
+    plan.cache.folder.mkdir(parents=True)
+    parcel = Parcel.of(plan.task(), shared=True)
+    with parcel.signed():
+        before, again = measured(parcel, plan.cells[:2]), measured(parcel, plan.cells)
+    assert [attempt.note == "by a job before" for attempt in again.attempts] == [True, True, False, False]
+    assert [attempt.rows for attempt in again.attempts[:2]] == [attempt.rows for attempt in before.attempts]
+
+    plan = Plan.of(measuring(ending_the_run), replace(options, scale=0.2))
+    parcel = Parcel.of(plan.task(), shared=True)
+    with parcel.signed():
+        assert [attempt.cell for attempt in measured(parcel, plan.cells).attempts] == list(plan.cells[:2])
+
+
 def checkpoint_of(parcel, cell):
     return parcel.unpacked().cache.checkpoint(cell)
 
@@ -217,13 +241,14 @@ def summed(environment, cell, context):
     return [{"quantity": "sum", "value": float(found["value"].sum())}]
 
 
-def test_machines_that_share_no_folder_read_what_was_measured_before_and_their_results_are_kept(run):
+@pytest.mark.parametrize("name", ["Apart", "threads_apart"])
+def test_machines_that_share_no_folder_read_what_was_measured_before_and_their_results_are_kept(run, name):
     before = plain().experiments[0]
     after = Experiment(
         name="sums", cells=({},), measure=partial(summed, {}), varies=("draws",), seconds=1.0, after=("numbers",)
     )
     analysis = replace(ANALYSIS, experiments=(before, after))
-    assert run(*TWO, "--executor", "own_executors:Apart", analysis=analysis) == 0
+    assert run(*TWO, "--executor", f"own_executors:{name}", analysis=analysis) == 0
     assert len(run.measured) == 16, "none is measured a second time where it is read"
     found = run.stored().measurements
     sums = found[found["quantity"] == "sum"].set_index("seed")["value"]
@@ -244,6 +269,12 @@ def test_jobs_are_told_where_data_sets_lie(run, tmp_path, monkeypatch):
     forgetful = ("--executor", "own_executors:forgetful")
     assert run("--seeds", "2", "--workers", "2", *forgetful, analysis=measuring(found_data)) == 0
     assert set(run.stored().measurements["value"]) == {1.0}
+
+
+def hanging(environment, cell, context):
+    """The dummy, which takes minutes at later seeds."""
+    time.sleep(300.0 if cell["seed"] > 1 else 0.0)
+    return dummy_analysis.measure_in(environment, cell, context)
 
 
 @needs_submitit
@@ -346,22 +377,22 @@ def test_an_analysis_that_cannot_be_sent_is_refused_with_a_reason(run, capsys):
     [PROCESSES, RAY, SLURM],
     indirect=True,
 )
-def test_sigterm_stops_an_executor_and_the_next_run_goes_on(run, executor, monkeypatch):
+def test_sigterm_stops_an_executor_and_the_next_run_goes_on(run, executor):
     def stop():
         while len(list((run.results / ".cache" / "dummy").glob("*.json"))) < 3:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setenv("DUMMY_SLEEP", "0.3")
     (run.results / ".cache" / "dummy").mkdir(parents=True)
     thread = threading.Thread(target=stop)
+    start = time.monotonic()
     thread.start()
-    assert run(*TWO, *executor, analysis=plain()) == 130
+    assert run(*TWO, *executor, analysis=measuring(hanging)) == 130
     thread.join()
+    assert time.monotonic() - start < 120, "cells that hang are not waited for"
     assert multiprocessing.active_children() == []
     stored = len(list((run.results / ".cache" / "dummy").glob("*.json")))
     assert 3 <= stored < 16
-    monkeypatch.delenv("DUMMY_SLEEP")
     assert run(*TWO, *executor, analysis=plain()) == 0
     assert len(run.measured) == 16 - stored
 

@@ -9,6 +9,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ PASSED_ON = ("CURVLAB_DATA",)
 """Variables that name folders, which other machines are told."""
 MAIN = ("init_main_from_name", "init_main_from_path")
 """What `multiprocessing` says about the script that was started, so that what it defines is found elsewhere."""
+
+_UNPACKING = threading.Lock()
 
 
 class Stopped(BaseException):
@@ -106,11 +109,15 @@ class Parcel:
         return self.sender == _here()
 
     def unpacked(self) -> Task[Any]:
-        """The task, with a cache that lies on this machine.
+        """The task, with a cache that lies on this machine; threads unpack one after the other.
 
         Raises:
             UsageError: what it consists of cannot be imported here.
         """
+        with _UNPACKING:
+            return self._unpacked()
+
+    def _unpacked(self) -> Task[Any]:
         if not self.is_here:
             _settle()
             for name, folder in self.variables.items():
