@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -10,6 +14,16 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from curvlab.errors import UnsupportedModel
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled models as the modules that they were made from, as they would run past hooks on layers."""
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def refuse_script(model: nn.Module) -> None:

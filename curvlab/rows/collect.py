@@ -7,7 +7,6 @@ the graph while it stands. A hook on the loss shows outputs and targets.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
+from curvlab.nn.modes import eagerly
 from curvlab.rows.autograd import backward_over_graphs
 from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Anywhere, Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
@@ -115,9 +115,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._watch, self._watching = HookWatch(), ExitStack()
 
     def __enter__(self) -> Collector:
-        if "torch._dynamo" in sys.modules:
-            # A compiled model would run past the hooks.
-            self._leave.enter_context(torch.compiler.set_stance("force_eager"))
+        self._leave.enter_context(eagerly())
         self._leave.enter_context(decomposing(self._model, self._owners))
         self._leave.enter_context(self._watch.on(self._model))
         if self._how is not None and not self._how.plain:

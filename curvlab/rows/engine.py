@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvlab.errors import UnsupportedModel, unknown_name
 from curvlab.nn import Linearized
 from curvlab.nn.hooks import unwatched
+from curvlab.nn.modes import eagerly
 from curvlab.rows import autograd, backpack
 from curvlab.rows.autograd import Forward, prepared
 from curvlab.rows.guard import Comparison, checks_of, refuse, unfactored, without_factors, wrong_rows
@@ -38,6 +39,7 @@ Open = Callable[[Tensor], Callable[[LayerRows], None]]
 _announced: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
+@eagerly()
 def checked_sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents, how: Pass) -> SweepResult:
     """Run one engine, checked; a linearised model is swept at its origin, with the cotangents of its own output.
 
@@ -80,6 +82,7 @@ def _sweep(
     return sweep_result
 
 
+@eagerly()
 def checked_stream(
     model: nn.Module,
     inputs: ModelInputs,

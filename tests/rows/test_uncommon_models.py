@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from curvlab import gram, jacobian, sqrt_fisher
 from curvlab.errors import UnsupportedModel
+from curvlab.fisher import KFAC
 from curvlab.optim import Preconditioner
+from curvlab.rows.factored import KroneckerRows
 from curvlab.spectrum import GGN, Hessian
 from curvlab.testing.oracle import assert_close, dense_jacobian
 
@@ -113,6 +115,67 @@ def test_checkpoints(N: int) -> None:
     preconditioner = Preconditioner(reentrant, loss, "full", kind="exact")
     with pytest.raises(UnsupportedModel, match=r"use_reentrant=True"), preconditioner.collect():
         loss(reentrant(x), targets).backward()
+
+
+class Dropping(nn.Module):
+    """Noise inside a layer that is computed again in the backward pass, or not."""
+
+    def __init__(self, *, again: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.drop, self.again = nn.Dropout(0.5), again
+
+    def block(self, h: Tensor) -> Tensor:
+        return self.drop(torch.tanh(self.inner(self.drop(h))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(checkpoint(self.block, h, use_reentrant=False) if self.again else self.block(h))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_checkpoints_is_that_of_the_pass(kind: Any) -> None:
+    x, loss, targets, found = torch.randn(5, 4, dtype=DOUBLE), nn.CrossEntropyLoss(), torch.arange(5) % 3, []
+    for again in (True, False):
+        torch.manual_seed(0)
+        model = Dropping(again=again).to(DOUBLE)
+        preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            model.zero_grad()
+            with preconditioner.collect():
+                loss(model(x), targets).backward()
+            preconditioner.precondition()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+    assert_close(*found)
+    with pytest.raises(UnsupportedModel, match=r"Dropout 'drop' is in training mode.*eval\(\)"):
+        jacobian(model, x)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_of_a_compiled_model_are_those_of_its_layers_and_compile_nothing(whole: bool) -> None:
+    compiled_graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(DOUBLE)
+    x, loss, targets = torch.randn(5, 4, dtype=DOUBLE), nn.CrossEntropyLoss(), torch.arange(5) % 3
+    expected = jacobian(plain, x).dense()
+    if whole:
+        model: Any = torch.compile(plain, backend=backend)
+    else:
+        model = plain
+        model.compile(backend=backend)
+    rows = jacobian(model, x)
+    assert [layer.name.removeprefix("_orig_mod.") for layer in rows.layers] == ["0", "2"]
+    assert_close(rows.dense(), expected)
+    fit = KFAC.fit(model, loss, (x, targets), kind="mc", generator=torch.Generator().manual_seed(0))
+    assert not compiled_graphs
+    assert fit.space.shapes.keys() == dict(model.named_parameters()).keys()
+    assert all(isinstance(layer, KroneckerRows) for layer in rows.layers)
 
 
 def test_what_hooks_store_can_be_used_afterwards() -> None:
