@@ -257,7 +257,7 @@ _FUNCTIONS: Mapping[str, Function] = {
     **_each("Softmax SafeSoftmax LogSoftmax Cumsum", Function(_along, ("_saved_dim",), implied=True)),
     **_each("Split UnsafeSplit", Function(_along, ("_saved_dim", "_saved_split_size"), implied=True)),
     "SplitWithSizes": Function(_along, ("_saved_dim", "_saved_split_sizes"), implied=True),
-    **_each("Cat Slice", Function(_along, ("_saved_dim",))),
+    **_each("Cat Slice Topk", Function(_along, ("_saved_dim",))),
     **_each("Sum Mean Amax Amin Logsumexp Select Unbind Squeeze", Function(_reduced, ("_saved_dim",))),
     "Unsqueeze": Function(_unsqueezed, ("_saved_dim",), implied=True),
     "Stack": Function(_stacked, ("_saved_dim",)),

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvlab.nn.hooks import unwatched
 from curvlab.nn.linearize import differentiable_attention
+from curvlab.rows.broadcast import Broadcast, broadcast
 from curvlab.rows.graph_signature import GraphSignature, deepest, signature_of
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import Owner, decomposing, owners_of, trainable
@@ -92,7 +93,11 @@ def prepared(
         N = len(z)
         factored = recorder.calls(samples, N, signature)
         others = [owner for owner in owners if owner not in factored]
-        yield Forward(model, inputs, chosen, z, make_cotangents(chosen.detach()), signature, factored, others, repeated)
+        may = [] if samples.interact else [o for o in others if not set(without) & set(o.names.values())]
+        shared = broadcast(z, may)
+        others = [owner for owner in others if owner not in shared.owners]
+        cotangents = make_cotangents(chosen.detach())
+        yield Forward(model, inputs, chosen, z, cotangents, signature, factored, shared, others, repeated)
 
 
 def _called(
@@ -128,6 +133,7 @@ class Forward:
         cotangents: rows at the outputs.
         signature: what the graph tells.
         factored: the calls of every owner with factored rows.
+        shared: owners whose parameters all samples share by broadcasting.
         others: owners whose rows are formed otherwise.
         repeated: whether another pass is known to have returned the same.
     """
@@ -139,6 +145,7 @@ class Forward:
     cotangents: Float[Tensor, "V N C ..."]
     signature: GraphSignature
     factored: Mapping[Owner, Sequence[Call]]
+    shared: Broadcast
     others: Sequence[Owner]
     repeated: bool
 
@@ -156,13 +163,13 @@ class Forward:
             pieces = chunks(len(cotangents), MESSAGES * largest)
             gradients, dense = backward_over_graphs(z, edges, cotangents, self.others, pieces)
         else:
-            dense = []
+            dense = self.shared.rows(z, cotangents)
             if self.others:
                 label = self.others[0].label
                 signature = replace(signature, unknown=f"{label}, whose rows are formed by calls on single samples")
                 at_output = cotangents_at(self.chosen, z, cotangents)
                 arguments, pick = self.inputs.arguments, self.inputs.output
-                dense = dense_rows(self.model, arguments, pick, self.chosen.detach(), at_output, len(z), self.others)
+                dense += dense_rows(self.model, arguments, pick, self.chosen.detach(), at_output, len(z), self.others)
             gradients = backward(z, edges, cotangents, keep=signature.unknown is not None)
         at = {call: self._or_zero(call, g, cotangents) for call, g in zip(self.calls, gradients, strict=True)}
         layers = [self._form(owner, {call: at[call] for call in own}) for owner, own in self.factored.items()]
@@ -170,7 +177,7 @@ class Forward:
 
     @property
     def streams(self) -> bool:
-        """Whether rows can be taken layer by layer: of samples that stay apart, all of them factored."""
+        """Whether rows can be taken layer by layer: of samples that stay apart, none by calls of the model."""
         return not self.others and not self.inputs.samples.interact
 
     def groups(self) -> list[slice]:
@@ -186,6 +193,8 @@ class Forward:
             keep: whether another pass through the graph follows; what layers were called on is kept, too.
         """
         cotangents = self.cotangents[rows]
+        for layer in self.shared.rows(self.z, cotangents):
+            take(layer)
         if len(cotangents) == 1:
             self._stream_single(cotangents, take, keep=keep)
             return

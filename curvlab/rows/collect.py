@@ -24,6 +24,7 @@ from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.nn.modes import eagerly
 from curvlab.rows.autograd import backward_over_graphs
+from curvlab.rows.broadcast import Broadcast, broadcast
 from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Anywhere, Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
@@ -99,6 +100,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._leave = ExitStack()
         self._recorder = Recorder([owner for owner in owners if owner.ruled])
         self._factored: dict[Owner, list[Call]] = {}
+        self._shared = Broadcast()
         self._arguments: Arguments | None = None
         self._entered: list[int] = []
         self._z: Tensor | None = None
@@ -217,8 +219,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._count = len(laid_out)
         if self._how is not None:
             self._read_graph()
-        self._take_factored()
         with self._watch.kept_quiet():
+            self._take_factored(laid_out)
             self._propagate(laid_out, self._terms)
 
     @watching
@@ -250,7 +252,7 @@ class Collector(AbstractContextManager["Collector"]):
             if self._sharded:
                 refuse(wrong or ("a layer in another process",))
             with without_factors(self._model, wrong):
-                self._take_factored()
+                self._take_factored(z)
                 self._dense_layers = self._dense(z, cotangents)
                 refuse(self._wrong(z, cotangents))
         if scales:
@@ -260,7 +262,7 @@ class Collector(AbstractContextManager["Collector"]):
     def _is_due(self) -> bool:
         """Whether the rows of this pass are to be compared with a reverse pass."""
         assert self._z is not None
-        apart = next((owner.label for owner in self._owners if owner not in self._factored), None)
+        apart = next((owner.label for owner in self._left), None)
         if apart is not None and not self._samples.interact:
             self._signature = replace(
                 self._signature, unknown=f"{apart}, whose rows are formed by calls on single samples"
@@ -284,7 +286,12 @@ class Collector(AbstractContextManager["Collector"]):
         """The parameters as the graph of the pass knows them."""
         return {name: self._used.get(name, p) for name, p in self.parameters.items()}
 
-    def _take_factored(self) -> None:
+    @property
+    def _left(self) -> list[Owner]:
+        """Owners whose rows are formed in neither of the ways by the graph."""
+        return [o for o in self._owners if o not in self._factored and o not in self._shared.owners]
+
+    def _take_factored(self, z: Tensor) -> None:
         apart = unfactored(self._model)
         if self._sharded:
             apart = apart.union(*(o.names.values() for o in self._owners if o.calls_layers))
@@ -293,6 +300,9 @@ class Collector(AbstractContextManager["Collector"]):
         without = tuple(name for o in self._owners if o not in self._factored for name in o.names.values())
         if self._coupled and without and self._how is not None:
             raise no_rows_beside(self._coupled, without)
+        by_graph = self._how is not None and not (self._samples.interact or self._sharded)
+        may = [o for o in self._owners if o not in self._factored and apart.isdisjoint(o.names.values())]
+        self._shared = broadcast(z, may if by_graph else [])
 
     def _wrong(self, z: Tensor, cotangents: Tensor) -> tuple[str, ...]:
         """Return the parameters whose rows do not add up to the gradient."""
@@ -359,9 +369,9 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _dense(self, z: Tensor, cotangents: Tensor) -> list[LayerRows]:
         """Form the rows of owners without factored ones."""
-        left = [owner for owner in self._owners if owner not in self._factored]
+        formed, left = self._shared.rows(z, cotangents), self._left
         if not left:
-            return []
+            return formed
         if self._sharded:
             raise no_rows_of_shards(left)
         if self._samples.interact:
@@ -373,7 +383,7 @@ class Collector(AbstractContextManager["Collector"]):
                 f"The parameters {', '.join(names)} have no factored rows, and the loss was not called on one tensor that the "
                 f"model returned, or a function of one. Do so, or leave them to the plain gradient: plain={names}."
             )
-        return dense_rows(self._model, self._unchanged(), *found, len(z), left)
+        return [*formed, *dense_rows(self._model, self._unchanged(), *found, len(z), left)]
 
     def _row_scale(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
         """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, of the whole, `w s/√count`."""

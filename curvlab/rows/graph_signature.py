@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -167,11 +167,11 @@ def _read(
 ) -> GraphSignature:
     """Tell what follows from a digest."""
     outputs = {(edge.node, edge.output_nr) for call in calls if (edge := call.edge) is not None}
-    unknown, misplaced = None, set[Edge]()
+    way = Way()
     if samples is None:
-        unknown = "graphs in one batch"
+        way = Way("graphs in one batch")
     elif samples > 1 and end is not None:
-        unknown, misplaced = _follow(end, outputs, samples, coupled)
+        way = follow(end, outputs, samples, coupled=coupled)
     return GraphSignature(
         functions=functions,
         reached=_reached([] if end is None else [end[0]], (), names),
@@ -179,9 +179,9 @@ def _read(
         misplaced=frozenset(
             number
             for number, call in enumerate(calls)
-            if (edge := call.edge) is not None and (edge.node, edge.output_nr) in misplaced
+            if (edge := call.edge) is not None and (edge.node, edge.output_nr) in way.misplaced
         ),
-        unknown=unknown,
+        unknown=way.unknown,
     )
 
 
@@ -200,22 +200,51 @@ def _reached(roots: Iterable[Node], blocked: Collection[Node], names: Mapping[in
     return frozenset(found)
 
 
-def _follow(end: Edge, outputs: Collection[Edge], samples: int, coupled: bool) -> tuple[str | None, set[Edge]]:
-    """Follow the samples from the output to the layers.
+@dataclass(frozen=True)
+class Meeting:
+    """An input of a function that all samples share, beside others that have samples.
 
-    Returns:
-        A function on the way that may not keep them apart, and the outputs of layers among those that were met that do not have
-        the samples on the first axis. What lies behind functions that may mix samples is not met.
+    Attributes:
+        node: the function.
+        input: number of the input.
+        axis: of the samples in the function's output.
     """
+
+    node: Any
+    input: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way of samples from an output to the layers.
+
+    Attributes:
+        unknown: a function on the way that may not keep them apart, None if all are known to.
+        misplaced: the outputs of layers among those that were met that do not have the samples on the first axis. What lies
+            behind functions that may mix samples is not met.
+        meetings: with what all samples share; none if some function is met in two ways.
+    """
+
+    unknown: str | None = None
+    misplaced: Collection[Edge] = ()
+    meetings: Sequence[Meeting] = ()
+
+
+def follow(end: Edge, outputs: Collection[Edge], samples: int, *, coupled: bool = False) -> Way:
+    """Follow a number of samples from an output, where they are the first axis, through functions and layers."""
     unknown: str | None = None
     misplaced: set[Edge] = set()
     axes: dict[Edge, int] = {}
+    meetings: list[Meeting] = []
+    twice = False
     stack = [(end, 0)]
     while stack:
         at, axis = stack.pop()
         node = at[0]
         if at in axes:
-            unknown = node.name() if axes[at] != axis else unknown
+            if axes[at] != axis:
+                unknown, twice = node.name(), True
             continue
         axes[at] = axis
         out = shape(*at)
@@ -239,5 +268,10 @@ def _follow(end: Edge, outputs: Collection[Edge], samples: int, coupled: bool) -
             except (Mixes, AssertionError, IndexError):
                 unknown = node.name()
                 continue
+            meetings += [
+                Meeting(node, number, axis)
+                for number, (other, own) in enumerate(zip(following, found, strict=True))
+                if other is not None and own == SHARED
+            ]
         stack.extend((other, own) for other, own in zip(following, found, strict=True) if other is not None)
-    return unknown, misplaced
+    return Way(unknown, misplaced, () if twice else meetings)

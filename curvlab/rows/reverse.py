@@ -21,23 +21,36 @@ logger = logging.getLogger("curvlab")
 def backward(
     z: Tensor, edges: Sequence[GradientEdge | Tensor | None], cotangents: Tensor, *, keep: bool = False
 ) -> list[Tensor | None]:
-    """Bring the cotangents to the edges, all rows in one pass; a single one as autograd's own, without a batch of one.
+    """Bring the cotangents to the edges, all rows in one pass; see `pull`."""
+    return pull([z], edges, [cotangents], keep=keep) if z.requires_grad else [None for _ in edges]
+
+
+def pull(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    edges: Sequence[GradientEdge | Tensor | None],
+    cotangents: Sequence[Float[Tensor, "V ..."]],
+    *,
+    keep: bool = False,
+) -> list[Tensor | None]:
+    """Bring cotangents at some outputs to edges, all rows in one pass; a single one as autograd's own, without a batch of one.
 
     One row after the other where torch cannot vectorise a layer's reverse pass, as that of a GroupNorm on channels-last data.
     """
     reached: Any = [edge for edge in edges if edge is not None]
-    if not reached or not z.requires_grad:
+    if not reached:
         return [None for _ in edges]
+    rows = len(cotangents[0])
 
-    def pulled(cotangents: Tensor, *, batched: bool, keep: bool) -> Sequence[Tensor | None]:
+    def pulled(at: Sequence[Tensor], *, batched: bool, keep: bool) -> Sequence[Tensor | None]:
         found: Sequence[Tensor | None] = torch.autograd.grad(
-            z, reached, cotangents, is_grads_batched=batched, allow_unused=True, retain_graph=keep
+            outputs, reached, at, is_grads_batched=batched, allow_unused=True, retain_graph=keep
         )
         return found
 
     with unhooked(reached), _named_checkpoints():
-        if len(cotangents) == 1:
-            found = [None if g is None else g[None] for g in pulled(cotangents[0], batched=False, keep=keep)]
+        if rows == 1:
+            single = pulled([c[0] for c in cotangents], batched=False, keep=keep)
+            found = [None if g is None else g[None] for g in single]
         else:
             try:
                 found = list(pulled(cotangents, batched=True, keep=True))
@@ -45,8 +58,8 @@ def backward(
                 raise
             except RuntimeError as error:
                 logger.info("One row after the other, as torch cannot vectorise the reverse pass: %s", error)
-                rows = [pulled(cotangent, batched=False, keep=True) for cotangent in cotangents]
-                arrived = ([g for g in of_edge if g is not None] for of_edge in zip(*rows, strict=True))
+                each = [pulled([c[row] for c in cotangents], batched=False, keep=True) for row in range(rows)]
+                arrived = ([g for g in of_edge if g is not None] for of_edge in zip(*each, strict=True))
                 found = [torch.stack(gradients) if gradients else None for gradients in arrived]
     at_edge = iter(found)
     return [None if edge is None else next(at_edge) for edge in edges]

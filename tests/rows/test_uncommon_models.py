@@ -251,7 +251,7 @@ def test_models_exported_for_one_number_of_samples_are_told_the_remedy(
 ) -> None:
     fixed = exported[2]
     x, y, loss = torch.randn(5, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1]), nn.CrossEntropyLoss()
-    remedy = r"first.weight.* single samples.*dynamic_shapes=\(\{0: torch.export.Dim\('N'\)\},\)"
+    remedy = r"norm.weight.* single samples.*dynamic_shapes=\(\{0: torch.export.Dim\('N'\)\},\)"
     with pytest.raises(UnsupportedModel, match=remedy):
         jacobian(fixed, x)
     with pytest.raises(UnsupportedModel, match=remedy):

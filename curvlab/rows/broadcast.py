@@ -1,0 +1,157 @@
+"""Parameters that all samples share by broadcasting: class tokens, position embeddings, scales of layers, biases by distance.
+
+Where what has no samples meets what has them,
+
+    x + p,   x - p,   x * p,   where(mask, p, x),   p.expand(N, …),   addmm(p, x, W),   x @ p
+
+the part that a sample has in the gradient at p is the gradient at the function's output, times the other factor, at that sample,
+added up over whatever else p is broadcast along, and over the rows of x. From there it goes on to parameters by a reverse pass
+through what all samples share, such as a table of biases. The graph tells where that is, and that there is no other way to a
+parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from curvlab.rows.apart import FUNCTIONS
+from curvlab.rows.digest import named, shape
+from curvlab.rows.graph_signature import Meeting, edge_of, follow
+from curvlab.rows.layer import LayerRows
+from curvlab.rows.owners import Owner
+from curvlab.rows.reverse import backward, pull
+from curvlab.rows.single_samples import as_dense
+
+Factor = Callable[[Any, int], Tensor | float | None]
+"""`(function, number of an input)` to what the gradient at its output is multiplied by there; None if that is not known."""
+
+_FACTORS: Mapping[str, Factor] = {
+    "Add": lambda node, input_: float((1, node._saved_alpha)[input_]),
+    "Sub": lambda node, input_: float((1, -node._saved_alpha)[input_]),
+    "Mul": lambda node, input_: (node._saved_other, node._saved_self)[input_],
+    "Where": lambda node, input_: (node._saved_condition, ~node._saved_condition)[input_],
+    "MaskedFill": lambda node, _: ~node._saved_mask,
+    "Expand": lambda _, __: 1.0,
+    "Addmm": lambda node, input_: float(node._saved_beta) if input_ == 0 else None,
+    "Baddbmm": lambda node, input_: float(node._saved_beta) if input_ == 0 else None,
+}
+
+_LEFT: Mapping[tuple[str, int], str] = {("Mm", 1): "_saved_self", ("Addmm", 2): "_saved_mat1"}
+"""Where functions keep the left factor of a matrix product whose right one is their input of a number."""
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Owners of parameters that all samples share, and where these meet the samples.
+
+    Attributes:
+        owners: those all of whose parameters act through the meetings alone.
+        meetings: with samples, of some of their parameters.
+    """
+
+    owners: Sequence[Owner] = ()
+    meetings: Sequence[Meeting] = ()
+
+    def rows(self, z: Float[Tensor, "N C ..."], cotangents: Float[Tensor, "V N C ..."]) -> list[LayerRows]:
+        """Form the rows of the owners, by a reverse pass to the meetings; the graph is kept. Memory `R·P` of the owners.
+
+        Args:
+            z: outputs, in the layout of rows, with their graph.
+            cotangents: rows there.
+        """
+        if not self.owners:
+            return []
+        V, N = cotangents.shape[:2]
+        parameters = {name: getattr(o.module, local) for o in self.owners for local, name in o.names.items()}
+        if N == 1:
+            found = backward(z, list(parameters.values()), cotangents, keep=True)
+        else:
+            arrived = backward(z, [GradientEdge(m.node, 0) for m in self.meetings], cotangents, keep=True)
+            pairs = [(m, g) for m, g in zip(self.meetings, arrived, strict=True) if g is not None]
+            shared = [GradientEdge(*m.node.next_functions[m.input]) for m, _ in pairs]
+            parts = [_of_samples(m, g, N).flatten(0, 1) for m, g in pairs]
+            found = pull(shared, list(parameters.values()), parts, keep=True) if pairs else [None] * len(parameters)
+        by_name = {
+            name: cotangents.new_zeros(V, N, *p.shape) if g is None else g.reshape(V, N, *p.shape)
+            for (name, p), g in zip(parameters.items(), found, strict=True)
+        }
+        return [as_dense(owner, by_name, cotangents) for owner in self.owners]
+
+
+def broadcast(z: Float[Tensor, "N C ..."], owners: Sequence[Owner]) -> Broadcast:
+    """Find those among the owners whose parameters all samples share by broadcasting alone.
+
+    Of one sample, all are found. Cost: a visit to each function of the graph.
+    """
+    end = edge_of(z)
+    if not owners or end is None or len(z) == 1:
+        return Broadcast(tuple(owners))
+    meetings = [m for m in follow((end.node, end.output_nr), (), len(z)).meetings if _is_known(m)]
+    names = {id(getattr(o.module, local)): name for o in owners for local, name in o.names.items()}
+    otherwise = _reached([end.node], names, {(m.node, m.input) for m in meetings})
+    found = tuple(o for o in owners if otherwise.isdisjoint(o.names.values()))
+    mine = {name for o in found for name in o.names.values()}
+    acting = [m for m in meetings if not mine.isdisjoint(_reached([m.node.next_functions[m.input][0]], names))]
+    return Broadcast(found, acting)
+
+
+def _name(meeting: Meeting) -> str:
+    return FUNCTIONS[type(meeting.node)].name.removesuffix("Backward0")
+
+
+def _factor(meeting: Meeting) -> Tensor | float | None:
+    factor = _FACTORS.get(_name(meeting))
+    return None if factor is None else factor(meeting.node, meeting.input)
+
+
+def _left(meeting: Meeting) -> Float[Tensor, "M I"] | None:
+    """Return the left factor of a product with what all samples share, if it is one and has the samples in its rows."""
+    attribute = _LEFT.get((_name(meeting), meeting.input)) if meeting.axis == 0 else None
+    return None if attribute is None else getattr(meeting.node, attribute)
+
+
+def _is_known(meeting: Meeting) -> bool:
+    return _left(meeting) is not None or _factor(meeting) is not None
+
+
+def _reached(roots: Sequence[Node], names: Mapping[int, str], barred: Collection[tuple[Node, int]] = ()) -> set[str]:
+    """Return the parameters that functions depend on, but for barred inputs."""
+    seen: set[Node] = set()
+    found: set[str] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = named(node, names)
+        if name is not None:
+            found.add(name)
+        stack.extend(
+            other
+            for number, (other, _) in enumerate(node.next_functions)
+            if other is not None and (node, number) not in barred
+        )
+    return found
+
+
+@torch.no_grad()
+def _of_samples(meeting: Meeting, g: Float[Tensor, "V ..."], N: int) -> Float[Tensor, "V N ..."]:
+    """Return the parts that samples have in the gradient at the shared input, from that at the function's output."""
+    left = _left(meeting)
+    if left is not None:
+        return torch.einsum("nti,vnto->vnio", left.unflatten(0, (N, -1)).to(g.dtype), g.unflatten(1, (N, -1)))
+    factor = _factor(meeting)
+    assert factor is not None
+    at = shape(*meeting.node.next_functions[meeting.input])
+    by_sample = (g * factor).unflatten(meeting.axis + 1, (N, -1)).movedim(meeting.axis + 1, 1)
+    axes = (1,) * (by_sample.ndim - 2 - len(at)) + at
+    summed: Tensor = by_sample.sum_to_size(*by_sample.shape[:2], *axes)
+    return summed.reshape(*by_sample.shape[:2], *at)
