@@ -96,7 +96,8 @@ class KroneckerBlock(Block):
         if self.options.sharing != "gradient":
             return rows, batch.sample_weights
         assert isinstance(rows, SharedRows)
-        return rows.map_rows(lambda g: g.sum(0, keepdim=True)), rows.sizes() * (batch.sample_weights > 0)
+        present = (batch.sample_weights > 0).to(rows.dtype)
+        return rows.map_rows(lambda g: g.sum(0, keepdim=True)), torch.einsum("n...,n->n...", rows.sizes(), present)
 
     def _factored(self, rows: LayerRows, expected: type[Factored]) -> Factored:
         """Return rows that have the factors which this block was made for.

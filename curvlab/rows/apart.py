@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
+from curvlab.nn.routed import RoutedLinear
+
 SHARED = -1
 """The axis of samples of a tensor that has none."""
 
@@ -263,3 +265,5 @@ _FUNCTIONS: Mapping[str, Function] = {
     "Stack": Function(_stacked, ("_saved_dim",)),
     **_each("Embedding EmbeddingBag", Function(_no_samples)),
 }
+
+FUNCTIONS[RoutedLinear._backward_cls] = Function(_first_only, name="RoutedLinearBackward")

@@ -31,7 +31,7 @@ class KroneckerRows(SharedRows):
 
     a: Float[Tensor, "N T Q I"]
     g: Float[Tensor, "V N T Q O"]
-    lengths: Int[Tensor, " N"] | None = None
+    lengths: Int[Tensor, "N ..."] | None = None
 
     @classmethod
     def deferred(
@@ -190,15 +190,19 @@ class KroneckerRows(SharedRows):
         return total.flatten()
 
     def input_root(
-        self, sample_weights: Float[Tensor, " N"], *, reduce: bool
+        self, sample_weights: Float[Tensor, "N ..."], *, reduce: bool
     ) -> tuple[Float[Tensor, "Q N T I"], float]:
-        """Return X and s with `s·XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce)."""
+        """Return X and s with `s·XᵀX = Σ_n ω_n (1/T) Σ_t a aᵀ` (expand), or with a averaged over t first (reduce).
+
+        T is the number of positions of a sample, or of a group of it.
+        """
         T = self.sizes()
-        weights = sample_weights.to(self.dtype) / (T.square() if reduce else T)
+        by_sample = sample_weights.to(self.dtype).view(*sample_weights.shape, *(1,) * (T.ndim - sample_weights.ndim))
+        weights = by_sample / (T.square() if reduce else T)
         a = self.a.sum(1, keepdim=True) if reduce else self.a
-        if bool((weights == weights[0]).all()):
-            return a.movedim(2, 0), float(weights[0])
-        return (a * weights.sqrt().view(-1, 1, 1, 1)).movedim(2, 0), 1.0
+        if bool((weights == weights.flatten()[0]).all()):
+            return a.movedim(2, 0), float(weights.flatten()[0])
+        return (a * weights.sqrt().view(len(a), 1, -1, 1)).movedim(2, 0), 1.0
 
     def output_root(self, *, reduce: bool) -> Float[Tensor, "Q R T O"]:
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ` (expand), or with g summed over t first (reduce)."""

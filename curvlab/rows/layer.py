@@ -209,11 +209,11 @@ class SharedRows(LayerRows):
     """Rows of a layer that is applied at T positions of a sample: inputs `[N, T, …]` and rows g `[V, N, T, …]`.
 
     Attributes:
-        lengths: number of positions of every sample, T if None; both factors are zero beyond.
+        lengths: number of positions of every sample, or of every group of every sample, T if None; both factors are zero beyond.
     """
 
     g: Tensor
-    lengths: Int[Tensor, " N"] | None
+    lengths: Int[Tensor, "N ..."] | None
 
     @property
     @abstractmethod
@@ -242,8 +242,8 @@ class SharedRows(LayerRows):
     def row_factors(self) -> tuple[Tensor, ...]:  # noqa: D102
         return (self.g,)
 
-    def sizes(self) -> Float[Tensor, " N"]:
-        """Return the number of positions of every sample, 1 for one without any."""
+    def sizes(self) -> Float[Tensor, "N ..."]:
+        """Return the number of positions of every sample, or of every group of every sample, 1 for one without any."""
         if self.lengths is None:
             return self.g.new_full(self.g.shape[1:2], self.positions)
         return self.lengths.to(self.dtype).clamp_min(1)
@@ -259,6 +259,9 @@ class SharedRows(LayerRows):
         """Return the rows of one sample, whose positions are those of all samples."""
         if self.lengths is None:
             return super().of_batch()
+        if self.lengths.ndim == 2:
+            lengths = self.lengths.sum(0, keepdim=True)
+            return self._with_factors(self.inputs.flatten(0, 1)[None], lengths, self.g.flatten(1, 2)[:, None])
         present = torch.arange(self.positions, device=self.g.device) < self.lengths[:, None]
         inputs, g = self.inputs[present][None], self.g[:, present][:, None]
         return type(self)(self.name, self.layout, inputs, g)  # type: ignore[call-arg]

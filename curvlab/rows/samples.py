@@ -105,6 +105,8 @@ class Samples:
         assert rule is not None
         dtype = getattr(use.module, next(iter(use.names))).dtype
         inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        if grouping is not None and rule.of_samples is not None:
+            return rule.of_samples(use, inputs, g.to(dtype), grouping)
         rows = rule.rows(use, inputs, g.to(dtype))
         return rows if grouping is None else rows.group(grouping)
 

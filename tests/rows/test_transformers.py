@@ -11,7 +11,7 @@ from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import compare
-from curvlab.fisher import Full, make
+from curvlab.fisher import KFAC, Full, make
 from curvlab.optim import Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.factored import KroneckerRows
@@ -223,3 +223,143 @@ def test_t5(t5: Any, T: int, U: int, tied: bool) -> None:
         assert_close(step, make(key).update(rows).solve(gradient, damping), 1e-9)
         if key == "full":
             assert_close(step, torch.linalg.solve(F + damping * torch.eye(len(F), dtype=DOUBLE), gradient), 1e-9)
+
+
+EXPERTS, CHOSEN, WIDTH = 3, 2, 6
+
+
+def moe(library: Any, layers: int = 1) -> nn.Module:
+    config = library.MixtralConfig(
+        vocab_size=5,
+        hidden_size=4,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=8,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        experts_implementation="eager",
+    )
+    return moved(library.MixtralForCausalLM(config)).to(DOUBLE).eval()
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Move parameters away from their first values, at which layers hardly differ."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def per_token(model: nn.Module, x: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Return the gradients of the losses of all tokens that count."""
+    z = model(**x).logits.mT
+    values = nn.CrossEntropyLoss(reduction="none")(z, labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = [
+        torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+        for value in values[labels >= 0]
+    ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def masked_tokens(vocabulary: int, T: int = 5) -> tuple[dict[str, Tensor], Tensor]:
+    """Return inputs with padding, and labels that leave it out."""
+    mask = (torch.arange(T) < torch.tensor([T, T - 2, T - 1])[:, None]).long()
+    tokens = torch.randint(1, vocabulary, (SAMPLES, T))
+    return {"input_ids": tokens, "attention_mask": mask}, torch.where(mask == 1, tokens.roll(-1, 1), -100)
+
+
+def test_experts_have_factored_rows(transformers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights of all experts in one parameter; a token meets those of the experts that it was sent to."""
+    model, loss, options = moe(transformers), nn.CrossEntropyLoss(), {"kind": "empirical", "output": last_axis_second}
+    x, y = masked_tokens(5)
+    rows = sqrt_fisher(model, loss, x, y, **options)  # type: ignore[arg-type]
+    g = per_token(model, x, y)
+    assert_close(rows.dense().T @ rows.dense(), g.T @ g / len(g), 1e-5)
+    experts = [layer for layer in rows.layers if ".experts." in layer.name]
+    assert [layer.name.rpartition(".")[2] for layer in experts] == ["gate_up_proj", "down_proj"]
+    for layer in experts:
+        assert isinstance(layer, KroneckerRows)
+        assert layer.lengths is not None
+        assert layer.lengths.sum(1).tolist() == [5 * CHOSEN] * SAMPLES
+        assert layer.a.shape[1] == int(layer.lengths.max())
+    assert "for every batch" not in caplog.text
+    whole = sqrt_fisher(model, loss, x, y, rows="batch", **options)  # type: ignore[arg-type]
+    assert_close(whole.dense()[0], g.sum(0) / len(g), 1e-5)
+    # In two batches of different lengths, on the side of rows, which are kept together.
+    parts = [({k: v[:1] for k, v in x.items()}, y[:1]), ({k: v[1:, :4] for k, v in x.items()}, y[1:, :4])]
+    by_sample = [
+        per_token(model, {k: v[n : n + 1] for k, v in x_.items()}, y_[n : n + 1]).sum(0)
+        for x_, y_ in parts
+        for n in range(len(y_))
+    ]
+    S = torch.stack(by_sample)
+    count = sum(int((y_ >= 0).sum()) for _, y_ in parts)
+    fit = Full.fit(model, loss, parts, side="rows", rows="sample", **options)  # type: ignore[arg-type]
+    assert_close(fit.to_dense(), S.T @ S / count, 1e-5)
+
+
+def test_kfac_of_experts(transformers: Any) -> None:
+    """One pair of factors an expert, over the tokens that it was sent, against an own forward pass of the experts."""
+    model, loss = moe(transformers), nn.CrossEntropyLoss()
+    x, y = masked_tokens(5)
+    experts: Any = model.get_submodule("model.layers.0.mlp.experts")
+    seen: dict[str, Any] = {}
+
+    def forward(h: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(h)
+        seen["sent"] = [(t, int(e)) for t, own in enumerate(index) for e in own]
+        seen["inputs"], seen["inside"] = [], []
+        for (t, e), w in zip(seen["sent"], weights.flatten(), strict=True):
+            inside = experts.gate_up_proj[e] @ h[t]
+            seen["inputs"].append(h[t].detach())
+            seen["inside"].append(inside)
+            total[t] = total[t] + w * (experts.down_proj[e] @ experts._apply_gate(inside[None])[0])
+        return total
+
+    experts.forward = forward
+    values = nn.CrossEntropyLoss(reduction="none")(model(**x).logits.mT, y)
+    omega = (y >= 0).sum(1).to(DOUBLE)
+    g = torch.zeros(int(omega.sum()), len(seen["sent"]), 2 * WIDTH, dtype=DOUBLE)
+    for row, value in zip(g, values[y >= 0], strict=True):
+        row.copy_(torch.stack(torch.autograd.grad(value, seen["inside"], retain_graph=True, materialize_grads=True)))
+    del experts.forward
+    blocks = []
+    for e in range(EXPERTS):
+        own = [k for k, (_, other) in enumerate(seen["sent"]) if other == e]
+        B = torch.einsum("rko,rkp->op", g[:, own], g[:, own]) / omega.sum()
+        A = torch.zeros(4, 4, dtype=DOUBLE)
+        for n in range(SAMPLES):
+            mine = [seen["inputs"][k] for k in own if seen["sent"][k][0] // 5 == n]
+            A += omega[n] / omega.sum() * sum(torch.outer(a, a) for a in mine) / max(len(mine), 1)
+        blocks.append(torch.kron(B, A))
+    options: Any = {"kind": "empirical", "output": last_axis_second}
+    for structure in (
+        KFAC().update(sqrt_fisher(model, loss, x, y, **options)),
+        KFAC.fit(model, loss, (x, y), **options),
+    ):
+        dense, start = structure.to_dense(), 0
+        for name, shape in structure.space.shapes.items():
+            if name.endswith("gate_up_proj"):
+                break
+            start += shape.numel()
+        part = slice(start, start + shape.numel())
+        assert_close(dense[part, part], torch.block_diag(*blocks), 1e-5)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "full"])
+def test_a_training_step_with_experts(transformers: Any, structure: str) -> None:
+    model, loss = moe(transformers), nn.CrossEntropyLoss()
+    x, y = masked_tokens(5)
+    options: Any = {"kind": "empirical", "rows": "term"}
+    training = Preconditioner(model, loss, structure, damping=0.1, **options)
+    with training.collect():
+        loss(model(**x).logits.mT, y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    training.precondition()
+    step = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    expected = make(structure).update(sqrt_fisher(model, loss, x, y, output=last_axis_second, **options))
+    assert_close(step, expected.solve(gradient, 0.1), 1e-5)

@@ -22,6 +22,7 @@ from curvlab.rows.modules.attention import ATTENTION
 from curvlab.rows.modules.composite import Composite, Project, Projection, decomposed
 from curvlab.rows.modules.convolution import CONVOLUTION, TRANSPOSED_CONVOLUTION
 from curvlab.rows.modules.elementwise import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, PRELU, RMS_NORM
+from curvlab.rows.modules.experts import EXPERTS, ROUTED, RoutedProjection, is_experts
 from curvlab.rows.modules.linear import BILINEAR, INPUT_FIRST_LINEAR, LINEAR
 from curvlab.rows.modules.lookup import EMBEDDING, EMBEDDING_BAG
 from curvlab.rows.modules.own import OWN, is_own
@@ -139,16 +140,21 @@ def is_batch(module: nn.Module, x: Tensor) -> bool:
 def composite_for(module: nn.Module) -> Composite | None:
     """Return how a module is decomposed, or None if it is not, or its forward pass is not that in the table."""
     load_plugins()
-    return _entry(COMPOSITES, module)
+    return _unless_replaced(EXPERTS, module) if is_experts(module) else _entry(COMPOSITES, module)
 
 
 def _entry(table: Mapping[type[nn.Module], Entry], module: nn.Module) -> Entry | None:
     for kind, entry in table.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
-            own = vars(module).get("forward")
-            runs_decomposed = isinstance(entry, Composite) and isinstance(own, partial) and own.func is entry.forward
-            return entry if own is None or runs_decomposed else None
+            return _unless_replaced(entry, module)
     return None
+
+
+def _unless_replaced(entry: Entry, module: nn.Module) -> Entry | None:
+    """Return an entry unless the module has a forward pass of its own, other than that in decomposed form."""
+    own = vars(module).get("forward")
+    runs_decomposed = isinstance(entry, Composite) and isinstance(own, partial) and own.func is entry.forward
+    return entry if own is None or runs_decomposed else None
 
 
 def _rules() -> Mapping[type[nn.Module], Rule]:
@@ -158,7 +164,7 @@ def _rules() -> Mapping[type[nn.Module], Rule]:
         for (path, name), rule in _ELSEWHERE.items()
         if (library := sys.modules.get(path)) is not None
     }
-    return {**RULES, Projection: LINEAR, **loaded}
+    return {**RULES, Projection: LINEAR, RoutedProjection: ROUTED, **loaded}
 
 
 def supported_layers() -> list[str]:

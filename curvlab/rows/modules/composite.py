@@ -74,15 +74,17 @@ class Composite:
     Attributes:
         parts: names of a module's linear maps, and where weight and bias of each are.
         forward: the forward pass, `(module, project, *args, **kwargs)`.
+        stand_in: class of the stand-ins.
     """
 
     parts: Callable[[Any], Mapping[str, Mapping[str, str]]]
     forward: Callable[..., Any]
+    stand_in: type[Projection] = Projection
 
     def projections(self, module: nn.Module) -> Project:
         """Return stand-ins for the module's linear maps."""
         found = self.parts(module)
-        return {part: Projection(module, part, names) for part, names in found.items()}
+        return {part: self.stand_in(module, part, names) for part, names in found.items()}
 
 
 @contextmanager

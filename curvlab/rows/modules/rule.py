@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.rows.aligned import aligned
+from curvlab.rows.grouping import Grouping
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.parameters import Layout
 
@@ -48,6 +49,8 @@ class Rule:
         check: raises `UnsupportedModel` for settings that the rule does not cover, if there are any.
         input_first: number of groups of a weight `[groups·inputs, outputs, …]`; units come first if None.
         axes: number of axes of an input with samples, if a module also takes one without.
+        of_samples: `(use, inputs, g, grouping)` to the rows of samples that have several entries each along the first axis, where
+            that is more than to add these up.
     """
 
     units: Callable[[Any], int]
@@ -55,6 +58,7 @@ class Rule:
     check: Callable[[Any, str], None] | None = None
     input_first: Callable[[Any], int] | None = None
     axes: Callable[[Any], int] | None = None
+    of_samples: Callable[[LayerUse, Inputs, Tensor, Grouping], LayerRows] | None = None
 
 
 def augmented(a: Tensor, names: Names, bias_scale: float = 1.0, *, axes: int = 1) -> Tensor:
