@@ -228,12 +228,12 @@ def test_t5(t5: Any, T: int, U: int, tied: bool) -> None:
 EXPERTS, CHOSEN, WIDTH = 3, 2, 6
 
 
-def moe(library: Any, layers: int = 1) -> nn.Module:
+def moe(library: Any) -> nn.Module:
     config = library.MixtralConfig(
         vocab_size=5,
         hidden_size=4,
         intermediate_size=WIDTH,
-        num_hidden_layers=layers,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=2,
@@ -363,3 +363,255 @@ def test_a_training_step_with_experts(transformers: Any, structure: str) -> None
     step = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
     expected = make(structure).update(sqrt_fisher(model, loss, x, y, output=last_axis_second, **options))
     assert_close(step, expected.solve(gradient, 0.1), 1e-5)
+
+
+# --- every family, every kind of rows ---------------------------------------------------------------------------------
+
+
+def llama(library: Any, **more: Any) -> nn.Module:
+    config = library.LlamaConfig(
+        vocab_size=5,
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=8,
+        pad_token_id=0,
+        **more,
+    )
+    return moved(library.LlamaForCausalLM(config)).to(DOUBLE).eval()
+
+
+def small_gpt2(library: Any) -> nn.Module:
+    config = library.GPT2Config(
+        vocab_size=5, n_positions=6, n_embd=4, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return moved(library.GPT2LMHeadModel(config)).to(DOUBLE).eval()
+
+
+def small_bert(library: Any, kind: str) -> nn.Module:
+    config = library.BertConfig(
+        vocab_size=5,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=6,
+        max_position_embeddings=6,
+        num_labels=3,
+    )
+    return moved(getattr(library, f"BertFor{kind}")(config)).to(DOUBLE).eval()
+
+
+Case = tuple[nn.Module, dict[str, Tensor], Any, Tensor]
+"""A model, its inputs, how its outputs `[N, C, …]` are picked, and the targets."""
+
+
+def of_tokens(model: nn.Module) -> Case:
+    x, y = masked_tokens(5)
+    return model, x, last_axis_second, y
+
+
+def embedded(library: Any) -> Case:
+    model = small_gpt2(library)
+    x, y = masked_tokens(5)
+    x["inputs_embeds"] = torch.randn(*x.pop("input_ids").shape, 4, dtype=DOUBLE)
+    return model, x, last_axis_second, y
+
+
+def packed(library: Any) -> Case:
+    """Several sequences in one, whose positions begin anew."""
+    tokens, places = torch.randint(1, 5, (2, 6)), torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3]])
+    own = (places == 0).cumsum(1)
+    mask = (own[:, :, None] == own[:, None]) & torch.ones(6, 6, dtype=torch.bool).tril()
+    labels = torch.where(own.roll(-1, 1) == own, tokens.roll(-1, 1), -100)
+    labels[:, -1] = -100
+    x = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None]}
+    return llama(library), x, last_axis_second, labels
+
+
+def masked_language_model(library: Any) -> Case:
+    model, x, pick, y = of_tokens(small_bert(library, "MaskedLM"))
+    return model, x, pick, torch.where(torch.rand(y.shape) < 0.6, y, -100)
+
+
+def classifier(library: Any) -> Case:
+    model, x, _, _ = of_tokens(small_bert(library, "SequenceClassification"))
+    x["token_type_ids"] = torch.randint(2, x["input_ids"].shape)
+    return model, x, "logits", torch.tensor([0, 2, 1])
+
+
+def images(library: Any) -> Case:
+    model, x = vit(library)
+    return moved(model).to(DOUBLE).eval(), x, "logits", torch.tensor([0, 2, 1])
+
+
+FAMILIES: dict[str, Callable[[Any], Case]] = {
+    "gpt2": lambda library: of_tokens(small_gpt2(library)),
+    "embedded": embedded,
+    "llama": lambda library: of_tokens(llama(library)),
+    "llama-tied": lambda library: of_tokens(llama(library, tie_word_embeddings=True)),
+    "packed": packed,
+    "mixtral": lambda library: of_tokens(moe(library)),
+    "bert-masked": masked_language_model,
+    "bert-classes": classifier,
+    "vit": images,
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "exact": {"kind": "exact"},
+    "mc": {"kind": "mc"},
+    "mc-term": {"kind": "mc", "rows": "term"},
+    "empirical": {"kind": "empirical"},
+    "sample": {"kind": "empirical", "rows": "sample"},
+    "signs": {"kind": "empirical", "rows": "signs"},
+}
+HALF = 1e-5
+"""Tolerance for models that compute their normalisations in float32."""
+
+
+def check_rows(case: Case, options: dict[str, Any]) -> None:
+    """Check rows against gradients of single outputs, by what they add up to or, of random ones, what they combine."""
+    model, x, pick, y = case
+    random = options["kind"] == "mc" or options.get("rows") == "signs"
+    options = {**options, "output": pick, **({"generator": torch.Generator().manual_seed(1)} if random else {})}
+    S = sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, **options)
+    z = model(**x)[pick] if isinstance(pick, str) else pick(model(**x))
+    N, C = z.shape[:2]
+    J, p, at = gradients(model, z).view(C, -1, N, S.P), z.detach().softmax(1).view(N, C, -1), y.view(N, -1)
+    counts = (at >= 0).to(DOUBLE)
+    count = float(counts.sum())
+    assert S.count == count
+    errors = p - torch.zeros_like(p).scatter_(1, at.clamp_min(0)[:, None], 1.0)
+    g = torch.einsum("ctnp,nct,nt->ntp", J, errors, counts)
+    dense = S.dense()
+    if options["kind"] == "exact":
+        H = torch.einsum("nct,cd->ncdt", p, torch.eye(C, dtype=DOUBLE)) - torch.einsum("nct,ndt->ncdt", p, p)
+        assert_close(dense.T @ dense, torch.einsum("ctnp,ncdt,nt,dtnq->pq", J, H, counts, J) / count, HALF)
+    elif options["kind"] == "mc":
+        # Every term has p minus some unit vector; what that comes to is one of C values for each.
+        V = S.shape[0]
+        assert V == (1 if options.get("rows") is None else at.shape[1])
+        for n in range(N):
+            used = counts[n] > 0
+            J_n, p_n = J[:, used, n], p[n][:, used]
+            unit = torch.eye(C, dtype=DOUBLE)
+            drawn = torch.einsum("ctp,kct->ktp", J_n, p_n[None] - unit[:, :, None]) / count**0.5
+            mine = dense.view(V, N, -1)[:, n]
+            if V == 1:
+                mine, drawn = mine[0], sums(drawn)
+                assert float((drawn - mine).norm(dim=1).min()) < HALF * float(mine.norm())
+            else:
+                found = (drawn - mine[used]).norm(dim=2).min(0).values
+                assert float(found.max()) < HALF * float(mine.norm())
+                assert not mine[~used].any()
+    elif options.get("rows") == "signs":
+        for n in range(N):
+            used = g[n][counts[n] > 0] / count**0.5
+            combined = sums(torch.stack([used, -used]))
+            assert float((combined - dense[n]).norm(dim=1).min()) < HALF * float(used.norm())
+    else:
+        expected = g.sum(1) if options.get("rows") == "sample" else g.flatten(0, 1)
+        assert_close(dense.T @ dense, expected.T @ expected / count, HALF)
+
+
+def sums(choices: Tensor) -> Tensor:
+    """Return all sums over t of one of the choices `[K, t, P]` each, `[Kᵗ, P]`."""
+    total = choices.new_zeros(1, choices.shape[2])
+    for t in range(choices.shape[1]):
+        total = (total[:, None] + choices[None, :, t]).flatten(0, 1)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("gpt2", "mc"),
+        ("embedded", "exact"),
+        ("llama", "mc-term"),
+        ("llama-tied", "signs"),
+        ("packed", "empirical"),
+        ("mixtral", "mc"),
+        ("bert-masked", "sample"),
+        ("bert-classes", "mc"),
+        ("vit", "empirical"),
+    ],
+)
+def test_some_rows_of_every_family(transformers: Any, family: str, rows: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(5)
+    check_rows(FAMILIES[family](transformers), ROWS[rows])
+    assert "single samples" not in caplog.text
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_rows_of_every_family(transformers: Any, family: str, rows: str) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        check_rows(FAMILIES[family](transformers), ROWS[rows])
+
+
+def check_fit(case: Case, key: str, options: dict[str, Any]) -> None:
+    """Check a fit against a structure of all rows, and a step in training against both."""
+    model, x, pick, y = case
+    loss, fresh = nn.CrossEntropyLoss(), lambda: torch.Generator().manual_seed(1)
+    random = {"generator": fresh()} if options["kind"] == "mc" or options.get("rows") == "signs" else {}
+    rows = sqrt_fisher(model, loss, x, y, output=pick, **options, **random)
+    expected = make(key).update(rows)
+    F = rows.dense().T @ rows.dense()
+    if key == "full":
+        assert_close(expected.to_dense(), F)
+    if key == "diagonal":
+        assert_close(expected.to_dense(), F.diagonal().diag())
+    random = {"generator": fresh()} if random else {}
+    fit = type(expected).fit(model, loss, (x, y), output=pick, **options, **random)
+    assert_close(fit.to_dense(), expected.to_dense(), HALF)
+    training = Preconditioner(model, loss, key, damping=0.1, **options, seed=1)
+    model.zero_grad()
+    with training.collect():
+        found = model(**x)
+        loss(found[pick] if isinstance(pick, str) else pick(found), y).backward()
+    gradient = torch.cat(
+        [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
+    )
+    training.precondition()
+    step = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    assert_close(step, expected.solve(gradient, 0.1), HALF)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "rows"),
+    [
+        ("gpt2", "kfac", "mc"),
+        ("llama", "ekfac", "empirical"),
+        ("vit", "component-wise", "mc"),
+        ("mixtral", "diagonal", "mc"),
+    ],
+)
+def test_some_fits(transformers: Any, family: str, key: str, rows: str) -> None:
+    torch.manual_seed(6)
+    check_fit(FAMILIES[family](transformers), key, {"rows": None, **ROWS[rows]})
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("rows", ["exact", "mc", "empirical", "sample"])
+@pytest.mark.parametrize("key", ["full", "block-diagonal", "kfac", "ekfac", "diagonal", "component-wise"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_fits(transformers: Any, family: str, key: str, rows: str) -> None:
+    torch.manual_seed(7)
+    check_fit(FAMILIES[family](transformers), key, {"rows": "term" if rows == "empirical" else None, **ROWS[rows]})
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "bert-masked"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_batches_of_different_lengths_are_their_tokens(transformers: Any, family: str, kind: Any) -> None:
+    """One batch, its sequences without padding, and all in one: the same matrix and count."""
+    torch.manual_seed(8)
+    model, x, pick, y = FAMILIES[family](transformers)
+    lengths = x["attention_mask"].sum(1).tolist()
+    apart = [({"input_ids": x["input_ids"][n : n + 1, :T]}, y[n : n + 1, :T]) for n, T in enumerate(lengths)]
+    options: Any = {"kind": kind, "output": pick, "side": "parameters"}
+    whole, parts = (Full.fit(model, nn.CrossEntropyLoss(), data, **options) for data in ((x, y), apart))
+    assert whole.count == parts.count == int((y >= 0).sum())
+    assert_close(parts.to_dense(), whole.to_dense(), HALF)
