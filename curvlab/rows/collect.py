@@ -333,8 +333,9 @@ class Collector(AbstractContextManager["Collector"]):
     def _finish(self) -> None:
         if self._z is None or self._terms is None:
             raise StateError(
-                f"No rows were collected: call the {type(self._loss).__name__} that was given on the model's output "
-                "within the context."
+                f"No rows were collected: call the {type(self._loss).__name__} that was given on the model's output within the "
+                "context. A model that makes its loss from labels among its inputs does not call it: call it on the model's "
+                "logits and shifted labels, or let the model call it, as in docs/sequence_models.md."
             )
         if self._upstream is None:
             raise StateError("No rows were collected: call backward() within the context.")

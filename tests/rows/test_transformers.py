@@ -1,5 +1,6 @@
 """Models of the transformers library, built from small configurations: keyword inputs and structured outputs."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from oracle import DOUBLE
 from torch import Tensor, nn
 
 from curvlab import compare
+from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, Full, make
-from curvlab.optim import Preconditioner
+from curvlab.optim import NaturalGradient, Preconditioner
 from curvlab.rows import jacobian, sqrt_fisher
 from curvlab.rows.factored import KroneckerRows
 from curvlab.testing.oracle import assert_close, trainable
@@ -491,7 +493,7 @@ def check_rows(case: Case, options: dict[str, Any]) -> None:
     elif options["kind"] == "mc":
         # Every term has p minus some unit vector; what that comes to is one of C values for each.
         V = S.shape[0]
-        assert V == (1 if options.get("rows") is None else at.shape[1])
+        assert (1 if options.get("rows") is None else at.shape[1]) == V
         for n in range(N):
             used = counts[n] > 0
             J_n, p_n = J[:, used, n], p[n][:, used]
@@ -572,11 +574,10 @@ def check_fit(case: Case, key: str, options: dict[str, Any]) -> None:
     with training.collect():
         found = model(**x)
         loss(found[pick] if isinstance(pick, str) else pick(found), y).backward()
-    gradient = torch.cat(
-        [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradient = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in trained])
     training.precondition()
-    step = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    step = torch.cat([p.grad.flatten() for p in trained])  # type: ignore[union-attr]
     assert_close(step, expected.solve(gradient, 0.1), HALF)
 
 
@@ -615,3 +616,209 @@ def test_batches_of_different_lengths_are_their_tokens(transformers: Any, family
     whole, parts = (Full.fit(model, nn.CrossEntropyLoss(), data, **options) for data in ((x, y), apart))
     assert whole.count == parts.count == int((y >= 0).sum())
     assert_close(parts.to_dense(), whole.to_dense(), HALF)
+
+
+# --- how such models are trained --------------------------------------------------------------------------------------
+
+
+def steps_of(model: nn.Module, passes: Callable[[nn.Module, nn.Module], Any], **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradient and the preconditioned one of passes `(model, loss) -> losses`, which share one step."""
+    loss = nn.CrossEntropyLoss()
+    training = Preconditioner(model, loss, **{"kind": "exact", "damping": 0.1, "seed": 1, **options})
+    model.zero_grad()
+    for run in passes(model, loss):
+        with training.collect():
+            run().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    training.precondition()
+    return gradient, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_labels_that_the_model_shifts_itself(transformers: Any) -> None:
+    """The loss on shifted logits, flattened or not, and the model's own loss once it calls the one that is given."""
+    torch.manual_seed(9)
+    x, _ = masked_tokens(5)
+    labels = torch.where(x["attention_mask"] == 1, x["input_ids"], -100)
+
+    def with_classes_second(model: nn.Module, loss: nn.Module) -> Any:
+        return [lambda: loss(model(**x).logits[:, :-1].mT, labels[:, 1:])]
+
+    def flattened(model: nn.Module, loss: nn.Module) -> Any:
+        return [lambda: loss(model(**x).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())]
+
+    def inside(model: nn.Module, loss: nn.Module) -> Any:
+        def shifted(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+            return loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+        model.loss_function = shifted
+        return [lambda: model(**x, labels=labels).loss]
+
+    model = small_gpt2(transformers)
+    found = [steps_of(copy.deepcopy(model), way)[1] for way in (with_classes_second, flattened, inside)]
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
+
+    def unknown_loss(model: nn.Module, _: nn.Module) -> Any:
+        return [lambda: model(**x, labels=labels).loss]
+
+    with pytest.raises(StateError, match=r"labels among its inputs.*sequence_models.md"):
+        steps_of(model, unknown_loss)
+
+
+@pytest.mark.parametrize("key", ["kfac", "full"])
+def test_gradients_that_accumulate_over_batches_of_different_lengths(transformers: Any, key: str) -> None:
+    """Losses are added up with the shares of their tokens; curvature is that of all tokens."""
+    torch.manual_seed(10)
+    model = llama(transformers)
+    parts = [({"input_ids": torch.randint(1, 5, (n, T))}, torch.randint(5, (n, T))) for n, T in ((2, 3), (1, 5))]
+    total = sum(y.numel() for _, y in parts)
+
+    def passes(model: nn.Module, loss: nn.Module) -> Any:
+        return [
+            lambda x=x, y=y: loss(model(**x).logits.flatten(0, 1), y.flatten()) * y.numel() / total for x, y in parts
+        ]
+
+    options: Any = {} if key == "kfac" else {"side": "parameters"}
+    gradient, step = steps_of(model, passes, structure=make(key, **options), decay=0.0)
+    fit = type(make(key)).fit(model, nn.CrossEntropyLoss(), parts, output=last_axis_second, **options)
+    assert_close(step, fit.solve(gradient, 0.1), HALF)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+def test_gradient_checkpointing(transformers: Any, family: str, kind: Any) -> None:
+    """Rows are those without it, in a sweep and in a pass of the user's, with dropout there, too."""
+    torch.manual_seed(11)
+    model, x, pick, y = FAMILIES[family](transformers)
+    random = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+    expected = sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, output=pick, **random).dense()
+    without = model.train()
+
+    def noisy(model: nn.Module, loss: nn.Module) -> Any:
+        torch.manual_seed(12)
+        return [lambda: loss(pick(model(**x)), y)]
+
+    step = steps_of(without, noisy, kind=kind, rows=None)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        assert_close(steps_of(model, noisy, kind=kind, rows=None)[1], step, HALF)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        random = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+        found = sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, kind, output=pick, **random).dense()
+        assert_close(found, expected, HALF)
+        model.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+        with pytest.raises(UnsupportedModel, match=r"use_reentrant=True.*use_reentrant=False"):
+            sqrt_fisher(model, nn.CrossEntropyLoss(), x, y, "exact", output=pick)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize("cast", ["weights", "autocast"])
+def test_half_precision(transformers: Any, family: str, cast: str) -> None:
+    """Rows have the round-off of torch's own gradients in bfloat16, and factors, which add up in float32, four times that.
+
+    A and B are quadratic in what has it, so that each has twice as much, and so has their product.
+    """
+    torch.manual_seed(13)
+    model, x, pick, y = FAMILIES[family](transformers)
+    loss, model = nn.CrossEntropyLoss(), model.float()
+    options: Any = {"kind": "exact", "output": pick}
+
+    def jacobian_of(model: nn.Module) -> Tensor:
+        return gradients(model, pick(model(**x))).float()
+
+    expected, J = KFAC.fit(model, loss, (x, y), **options), jacobian_of(model)
+    half = copy.deepcopy(model).bfloat16() if cast == "weights" else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        roundoff = relative(jacobian_of(half), J)
+        assert roundoff > 2**-10
+        assert relative(jacobian(half, x, output=pick, dtype=torch.float32).dense(), J) < 1.5 * roundoff
+        found = KFAC.fit(half, loss, (x, y), **options)
+    assert found.dtype == torch.float32
+    assert relative(found.to_dense(), expected.to_dense()) < 4 * roundoff
+
+    def autocast(model: nn.Module, loss: nn.Module) -> Any:
+        def run() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+                z = pick(model(**x))
+            return loss(z.float(), y)  # type: ignore[no-any-return]
+
+        return [run]
+
+    gradient, step = steps_of(half, autocast)
+    assert step.dtype == (torch.bfloat16 if cast == "weights" else torch.float32)
+    assert relative(step.float(), found.solve(gradient.float(), 0.1)) < 4 * roundoff
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def peft(transformers: Any) -> Any:
+    return pytest.importorskip("peft", reason="peft is not installed")
+
+
+def adapted(peft: Any, model: nn.Module, *targets: str, **more: Any) -> nn.Module:
+    """Put adapters on a model, B away from zero."""
+    torch.manual_seed(14)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    return adapted.to(DOUBLE).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rows", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_lora_has_factored_rows_on_a_frozen_base(
+    transformers: Any, peft: Any, family: str, rows: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    targets = {"gpt2": ("c_attn", "c_proj"), "llama": ("q_proj", "v_proj")}[family]
+    model, x, pick, y = FAMILIES[family](transformers)
+    model = adapted(peft, model, *targets, fan_in_fan_out=family == "gpt2")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    found = jacobian(model, x, output=pick)
+    assert all(isinstance(layer, KroneckerRows) for layer in found.layers)
+    assert len(found.layers) == len(trained)
+    check_rows((model, x, pick, y), ROWS[rows])
+    check_fit((model, x, pick, y), "kfac", {"rows": "term" if rows == "empirical" else None, **ROWS[rows]})
+    assert "for every batch" not in caplog.text
+
+
+def test_natural_gradient_trains_adapters_alone(transformers: Any, peft: Any) -> None:
+    model, x, pick, _ = FAMILIES["llama"](transformers)
+    y = torch.where(x["attention_mask"] == 1, x["input_ids"].roll(-1, 1), -100)
+    model, loss = adapted(peft, model, "q_proj", "v_proj", lora_dropout=0.1).train(), nn.CrossEntropyLoss()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimiser = NaturalGradient(model, loss, lr=0.3, structure="kfac", kind="mc", damping=1e-2, kl_clip=1e-2)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        with optimiser.collect():
+            value = loss(pick(model(**x)), y)
+            value.backward()
+        optimiser.step()
+        losses.append(float(value.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    for name, p in model.named_parameters():
+        assert torch.equal(before[name], p) != ("lora_" in name)
+
+
+@pytest.mark.parametrize(
+    "more", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target": "embed_tokens"}], ids=str
+)
+def test_other_adapters(transformers: Any, peft: Any, more: dict[str, Any]) -> None:
+    """Weights that are made of adapters, layers that are trained beside them, adapters of embeddings: exact, some dense."""
+    model, x, pick, y = FAMILIES["llama"](transformers)
+    more = dict(more)
+    model = adapted(peft, model, "q_proj", *([more.pop("target")] if "target" in more else []), **more)
+    check_rows((model, x, pick, y), ROWS["exact"])
+    check_rows((model, x, pick, y), ROWS["empirical"])
