@@ -2,7 +2,7 @@
 
 Where what has no samples meets what has them,
 
-    x + p,   x - p,   x * p,   where(mask, p, x),   p.expand(N, …),   addmm(p, x, W),   x @ p
+    x + p,   x - p,   x * p,   where(mask, p, x),   p.expand(N, …),   addmm(p, x, W),   x @ p,   p[index]
 
 the part that a sample has in the gradient at p is the gradient at the function's output, times the other factor, at that sample,
 added up over whatever else p is broadcast along, and over the rows of x. From there it goes on to parameters by a reverse pass
@@ -29,21 +29,26 @@ from curvlab.rows.owners import Owner
 from curvlab.rows.reverse import backward, pull
 from curvlab.rows.single_samples import as_dense
 
-Factor = Callable[[Any, int], Tensor | float | None]
-"""`(function, number of an input)` to what the gradient at its output is multiplied by there; None if that is not known."""
+Part = Callable[[Meeting, Tensor, int], Tensor]
+"""`(meeting, gradient [V, …] at the function's output, N)` to the parts of N samples `[V, N, …]` at what they share."""
 
-_FACTORS: Mapping[str, Factor] = {
-    "Add": lambda node, input_: float((1, node._saved_alpha)[input_]),
-    "Sub": lambda node, input_: float((1, -node._saved_alpha)[input_]),
-    "Mul": lambda node, input_: (node._saved_other, node._saved_self)[input_],
-    "Where": lambda node, input_: (node._saved_condition, ~node._saved_condition)[input_],
-    "MaskedFill": lambda node, _: ~node._saved_mask,
-    "Expand": lambda _, __: 1.0,
-    "Addmm": lambda node, input_: float(node._saved_beta) if input_ == 0 else None,
-    "Baddbmm": lambda node, input_: float(node._saved_beta) if input_ == 0 else None,
+_FACTORS: Mapping[tuple[str, int], Callable[[Any], Tensor | float]] = {
+    ("Add", 0): lambda _: 1.0,
+    ("Add", 1): lambda node: float(node._saved_alpha),
+    ("Sub", 0): lambda _: 1.0,
+    ("Sub", 1): lambda node: -float(node._saved_alpha),
+    ("Mul", 0): lambda node: node._saved_other,
+    ("Mul", 1): lambda node: node._saved_self,
+    ("Where", 0): lambda node: node._saved_condition,
+    ("Where", 1): lambda node: ~node._saved_condition,
+    ("MaskedFill", 0): lambda node: ~node._saved_mask,
+    ("Expand", 0): lambda _: 1.0,
+    ("Addmm", 0): lambda node: float(node._saved_beta),
+    ("Baddbmm", 0): lambda node: float(node._saved_beta),
 }
+"""What the gradient at the output of a function is multiplied by, at its input of a number."""
 
-_LEFT: Mapping[tuple[str, int], str] = {("Mm", 1): "_saved_self", ("Addmm", 2): "_saved_mat1"}
+_LEFT = {("Mm", 1): "_saved_self", ("Addmm", 2): "_saved_mat1"}
 """Where functions keep the left factor of a matrix product whose right one is their input of a number."""
 
 
@@ -76,7 +81,8 @@ class Broadcast:
             arrived = backward(z, [GradientEdge(m.node, 0) for m in self.meetings], cotangents, keep=True)
             pairs = [(m, g) for m, g in zip(self.meetings, arrived, strict=True) if g is not None]
             shared = [GradientEdge(*m.node.next_functions[m.input]) for m, _ in pairs]
-            parts = [_of_samples(m, g, N).flatten(0, 1) for m, g in pairs]
+            with torch.no_grad():
+                parts = [part(m, g, N).flatten(0, 1) for m, g in pairs if (part := _part(m))]
             found = pull(shared, list(parameters.values()), parts, keep=True) if pairs else [None] * len(parameters)
         by_name = {
             name: cotangents.new_zeros(V, N, *p.shape) if g is None else g.reshape(V, N, *p.shape)
@@ -93,7 +99,7 @@ def broadcast(z: Float[Tensor, "N C ..."], owners: Sequence[Owner]) -> Broadcast
     end = edge_of(z)
     if not owners or end is None or len(z) == 1:
         return Broadcast(tuple(owners))
-    meetings = [m for m in follow((end.node, end.output_nr), (), len(z)).meetings if _is_known(m)]
+    meetings = [m for m in follow((end.node, end.output_nr), (), len(z)).meetings if _part(m)]
     names = {id(getattr(o.module, local)): name for o in owners for local, name in o.names.items()}
     otherwise = _reached([end.node], names, {(m.node, m.input) for m in meetings})
     found = tuple(o for o in owners if otherwise.isdisjoint(o.names.values()))
@@ -102,23 +108,17 @@ def broadcast(z: Float[Tensor, "N C ..."], owners: Sequence[Owner]) -> Broadcast
     return Broadcast(found, acting)
 
 
-def _name(meeting: Meeting) -> str:
-    return FUNCTIONS[type(meeting.node)].name.removesuffix("Backward0")
+def _key(meeting: Meeting) -> tuple[str, int]:
+    return FUNCTIONS[type(meeting.node)].name.removesuffix("Backward0"), meeting.input
 
 
-def _factor(meeting: Meeting) -> Tensor | float | None:
-    factor = _FACTORS.get(_name(meeting))
-    return None if factor is None else factor(meeting.node, meeting.input)
-
-
-def _left(meeting: Meeting) -> Float[Tensor, "M I"] | None:
-    """Return the left factor of a product with what all samples share, if it is one and has the samples in its rows."""
-    attribute = _LEFT.get((_name(meeting), meeting.input)) if meeting.axis == 0 else None
-    return None if attribute is None else getattr(meeting.node, attribute)
-
-
-def _is_known(meeting: Meeting) -> bool:
-    return _left(meeting) is not None or _factor(meeting) is not None
+def _part(meeting: Meeting) -> Part | None:
+    """Return how the parts of samples are found there, None if that is not known."""
+    key = _key(meeting)
+    if key in _FACTORS:
+        return _scaled
+    of_rows = {("Embedding", 0): _looked_up, **dict.fromkeys(_LEFT, _multiplied)}
+    return of_rows.get(key) if meeting.axis == 0 else None
 
 
 def _reached(roots: Sequence[Node], names: Mapping[int, str], barred: Collection[tuple[Node, int]] = ()) -> set[str]:
@@ -142,16 +142,27 @@ def _reached(roots: Sequence[Node], names: Mapping[int, str], barred: Collection
     return found
 
 
-@torch.no_grad()
-def _of_samples(meeting: Meeting, g: Float[Tensor, "V ..."], N: int) -> Float[Tensor, "V N ..."]:
-    """Return the parts that samples have in the gradient at the shared input, from that at the function's output."""
-    left = _left(meeting)
-    if left is not None:
-        return torch.einsum("nti,vnto->vnio", left.unflatten(0, (N, -1)).to(g.dtype), g.unflatten(1, (N, -1)))
-    factor = _factor(meeting)
-    assert factor is not None
+def _scaled(meeting: Meeting, g: Float[Tensor, "V ..."], N: int) -> Float[Tensor, "V N ..."]:
+    """Multiply, and add up over what the input is broadcast along."""
     at = shape(*meeting.node.next_functions[meeting.input])
-    by_sample = (g * factor).unflatten(meeting.axis + 1, (N, -1)).movedim(meeting.axis + 1, 1)
+    by_sample = (
+        (g * _FACTORS[_key(meeting)](meeting.node)).unflatten(meeting.axis + 1, (N, -1)).movedim(meeting.axis + 1, 1)
+    )
     axes = (1,) * (by_sample.ndim - 2 - len(at)) + at
     summed: Tensor = by_sample.sum_to_size(*by_sample.shape[:2], *axes)
     return summed.reshape(*by_sample.shape[:2], *at)
+
+
+def _multiplied(meeting: Meeting, g: Float[Tensor, "V M O"], N: int) -> Float[Tensor, "V N I O"]:
+    """Multiply with the rows of a sample in the left factor."""
+    left = getattr(meeting.node, _LEFT[_key(meeting)])
+    return torch.einsum("nti,vnto->vnio", left.unflatten(0, (N, -1)).to(g.dtype), g.unflatten(1, (N, -1)))
+
+
+def _looked_up(meeting: Meeting, g: Float[Tensor, "V M ..."], N: int) -> Float[Tensor, "V N U I"]:
+    """Add up in the rows of the table that a sample looks up, but for that of padding."""
+    node = meeting.node
+    index = node._saved_indices.unflatten(0, (N, -1)).flatten(1)
+    entries = g.unflatten(1, (N, -1)).flatten(2, -2) * (index != node._saved_padding_idx)[..., None]
+    table = g.new_zeros(len(g), N, *shape(*node.next_functions[0]))
+    return table.scatter_add_(2, index[..., None].expand_as(entries), entries)

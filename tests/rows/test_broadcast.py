@@ -55,6 +55,11 @@ def made(h: Tensor, p: Tensor) -> Tensor:
     return h + torch.tanh(F.embedding(torch.tensor([0, 1, 1, 0]), p)).flip(0)
 
 
+def looked_up(h: Tensor, p: Tensor) -> Tensor:
+    """Positions look up one of three rows by their values, of which the first one is padding."""
+    return h + F.embedding((h.detach().sum(-1) > 0).long() + (h.detach()[..., 0] > 0), p, padding_idx=0)
+
+
 def product(h: Tensor, p: Tensor) -> Tensor:
     return h @ p
 
@@ -76,6 +81,7 @@ SHARED: dict[str, tuple[tuple[int, ...], Use]] = {
     "folded": ((D,), folded),
     "twice": ((D,), twice),
     "made": ((2, D), made),
+    "looked-up": ((3, D), looked_up),
     "product": ((D, D), product),
     "linear": ((D, D + 1), linear),
 }
@@ -117,7 +123,7 @@ def placed(model: nn.Module) -> list[tuple[int, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
-@pytest.mark.parametrize("name", ["token", "made", "linear", "both"])
+@pytest.mark.parametrize("name", ["token", "made", "linear", "looked-up", "both"])
 def test_a_pass_of_the_users_own(name: str, kind: Any) -> None:
     torch.manual_seed(0)
     model = Bare(*{**SHARED, **OTHERWISE}[name]).to(DOUBLE)
