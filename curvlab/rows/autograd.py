@@ -163,14 +163,15 @@ class Forward:
             pieces = chunks(len(cotangents), MESSAGES * largest)
             gradients, dense = backward_over_graphs(z, edges, cotangents, self.others, pieces)
         else:
-            dense = self.shared.rows(z, cotangents)
+            dense = []
             if self.others:
                 label = self.others[0].label
                 signature = replace(signature, unknown=f"{label}, whose rows are formed by calls on single samples")
                 at_output = cotangents_at(self.chosen, z, cotangents)
                 arguments, pick = self.inputs.arguments, self.inputs.output
-                dense += dense_rows(self.model, arguments, pick, self.chosen.detach(), at_output, len(z), self.others)
-            gradients = backward(z, edges, cotangents, keep=signature.unknown is not None)
+                dense = dense_rows(self.model, arguments, pick, self.chosen.detach(), at_output, len(z), self.others)
+            gradients, shared = self._brought(edges, cotangents, keep=signature.unknown is not None)
+            dense = [*shared, *dense]
         at = {call: self._or_zero(call, g, cotangents) for call, g in zip(self.calls, gradients, strict=True)}
         layers = [self._form(owner, {call: at[call] for call in own}) for owner, own in self.factored.items()]
         return [*layers, *dense], signature
@@ -193,12 +194,13 @@ class Forward:
             keep: whether another pass through the graph follows; what layers were called on is kept, too.
         """
         cotangents = self.cotangents[rows]
-        for layer in self.shared.rows(self.z, cotangents):
-            take(layer)
         if len(cotangents) == 1:
             self._stream_single(cotangents, take, keep=keep)
             return
-        at = dict(zip(self.calls, backward(self.z, [c.edge for c in self.calls], cotangents, keep=keep), strict=True))
+        gradients, shared = self._brought([call.edge for call in self.calls], cotangents, keep=keep)
+        at = dict(zip(self.calls, gradients, strict=True))
+        for layer in shared:
+            take(layer)
         users = Counter(call for own in self.factored.values() for call in own)
         for owner, own in self.factored.items():
             take(self._form(owner, {call: self._or_zero(call, at[call], cotangents) for call in own}, defer=True))
@@ -235,13 +237,23 @@ class Forward:
             call.arrived = arrived
         try:
             edges = deepest([call.edge for call in users if call.edge is not None])
-            # What is returned has arrived.
-            backward(self.z, edges, cotangents, keep=keep)
+            # What is returned for layers has arrived.
+            _, shared = self._brought(edges, cotangents, keep=keep)
             for owner in list(waiting):
                 hand_on(owner)
+            for layer in shared:
+                take(layer)
         finally:
             for call in users:
                 call.arrived = None
+
+    def _brought(
+        self, edges: Sequence[GradientEdge | None], cotangents: Tensor, *, keep: bool
+    ) -> tuple[list[Tensor | None], list[LayerRows]]:
+        """Bring cotangents to the edges; return what arrives there, and the rows of what all samples share."""
+        keep = keep or bool(self.shared.owners)
+        arrived = backward(self.z, [*edges, *self.shared.ends], cotangents, keep=keep)
+        return arrived[: len(edges)], self.shared.form(arrived[len(edges) :], cotangents)
 
     @staticmethod
     def _or_zero(call: Call, gradient: Tensor | None, cotangents: Tensor) -> Tensor:

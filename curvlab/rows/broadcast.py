@@ -64,31 +64,46 @@ class Broadcast:
     owners: Sequence[Owner] = ()
     meetings: Sequence[Meeting] = ()
 
+    @property
+    def ends(self) -> list[GradientEdge | Tensor]:
+        """Where gradients have to arrive for `form`: at the meetings, or, of a single sample, at the parameters."""
+        return [GradientEdge(m.node, 0) for m in self.meetings] or list(self._parameters.values())
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: getattr(o.module, local) for o in self.owners for local, name in o.names.items()}
+
     def rows(self, z: Float[Tensor, "N C ..."], cotangents: Float[Tensor, "V N C ..."]) -> list[LayerRows]:
-        """Form the rows of the owners, by a reverse pass to the meetings; the graph is kept. Memory `R·P` of the owners.
+        """Form the rows of the owners, by a reverse pass of its own; the graph is kept.
 
         Args:
             z: outputs, in the layout of rows, with their graph.
             cotangents: rows there.
         """
-        if not self.owners:
-            return []
+        return self.form(backward(z, self.ends, cotangents, keep=True), cotangents) if self.owners else []
+
+    def form(self, arrived: Sequence[Tensor | None], cotangents: Float[Tensor, "V N C ..."]) -> list[LayerRows]:
+        """Form the rows of the owners from what has arrived at the ends, in a graph that is kept. Memory `R·P` of the owners."""
         V, N = cotangents.shape[:2]
-        parameters = {name: getattr(o.module, local) for o in self.owners for local, name in o.names.items()}
-        if N == 1:
-            found = backward(z, list(parameters.values()), cotangents, keep=True)
-        else:
-            arrived = backward(z, [GradientEdge(m.node, 0) for m in self.meetings], cotangents, keep=True)
-            pairs = [(m, g) for m, g in zip(self.meetings, arrived, strict=True) if g is not None]
-            shared = [GradientEdge(*m.node.next_functions[m.input]) for m, _ in pairs]
-            with torch.no_grad():
-                parts = [part(m, g, N).flatten(0, 1) for m, g in pairs if (part := _part(m))]
-            found = pull(shared, list(parameters.values()), parts, keep=True) if pairs else [None] * len(parameters)
+        parameters = self._parameters
+        if self.meetings:
+            arrived = self._through_meetings(arrived, N, list(parameters.values()))
         by_name = {
             name: cotangents.new_zeros(V, N, *p.shape) if g is None else g.reshape(V, N, *p.shape)
-            for (name, p), g in zip(parameters.items(), found, strict=True)
+            for (name, p), g in zip(parameters.items(), arrived, strict=True)
         }
         return [as_dense(owner, by_name, cotangents) for owner in self.owners]
+
+    def _through_meetings(
+        self, arrived: Sequence[Tensor | None], N: int, parameters: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Bring the parts of samples on to the parameters."""
+        pairs = [(m, g) for m, g in zip(self.meetings, arrived, strict=True) if g is not None]
+        if not pairs:
+            return [None for _ in parameters]
+        with torch.no_grad():
+            parts = [part(m, g, N).flatten(0, 1) for m, g in pairs if (part := _part(m))]
+        return pull([GradientEdge(*m.node.next_functions[m.input]) for m, _ in pairs], parameters, parts, keep=True)
 
 
 def broadcast(z: Float[Tensor, "N C ..."], owners: Sequence[Owner]) -> Broadcast:
