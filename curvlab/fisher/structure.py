@@ -29,6 +29,7 @@ from curvlab.fisher.moment import Invert
 from curvlab.fisher.power import Damps, Power, check_power
 from curvlab.fisher.state import State
 from curvlab.fisher.system import decompose, prepare
+from curvlab.nn.modes import without_autocast
 from curvlab.rows import Rows
 from curvlab.rows.batches import as_batches
 from curvlab.rows.layer import LayerRows
@@ -102,6 +103,7 @@ class Structure(State):
             cls.look = distinct(key, look, others | WITHOUT_STRUCTURE)
 
     @classmethod
+    @without_autocast()
     def fit(
         cls: type[Own],
         model: nn.Module,

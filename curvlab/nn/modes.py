@@ -1,10 +1,11 @@
-"""Modules that are not a fixed function of each sample as they stand."""
+"""Modules that are not a fixed function of each sample as they stand, and modes of torch under which models are called."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -23,6 +24,38 @@ def eagerly() -> Iterator[None]:
         with torch.compiler.set_stance("force_eager"):
             yield
     else:
+        yield
+
+
+DEVICES = ("cpu", "cuda", "xpu", "mps")
+"""Types of devices for which autocast is looked for."""
+
+_casting = ContextVar[dict[str, torch.dtype]]("casting", default={})  # noqa: B039
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the types that tensors have, as products of rows and factors must, whatever autocast is on; see `as_cast`."""
+    on = {device: torch.get_autocast_dtype(device) for device in DEVICES if torch.is_autocast_enabled(device)}
+    if not on:
+        yield
+        return
+    token = _casting.set(on)
+    try:
+        with ExitStack() as off:
+            for device in on:
+                off.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        _casting.reset(token)
+
+
+@contextmanager
+def as_cast() -> Iterator[None]:
+    """Call a model under the autocast that `without_autocast` has found."""
+    with ExitStack() as on:
+        for device, dtype in _casting.get().items():
+            on.enter_context(torch.autocast(device, dtype=dtype))
         yield
 
 

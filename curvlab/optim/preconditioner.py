@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
+from curvlab.nn.modes import without_autocast
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.plain import preconditioned
@@ -315,6 +316,7 @@ class Preconditioner:
         """
         return self._end_step(self.parameters, gradients)
 
+    @without_autocast()
     def _end_step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if self.due and not self._passes:
             raise StateError(

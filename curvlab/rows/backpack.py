@@ -44,6 +44,7 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GraphNetwork, NodesLast, NTKLinear, Propagation
+from curvlab.nn.modes import as_cast
 from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.modules import is_batch
 from curvlab.rows.owners import owners_of, trainable
@@ -229,7 +230,7 @@ def sweep(model: nn.Module, inputs: ModelInputs, make_cotangents: MakeCotangents
         z = samples.lay_out(chosen)
     cotangents = make_cotangents(chosen.detach())
     extension = _RowsExtension()
-    with torch.no_grad():
+    with torch.no_grad(), as_cast():
         extension.propagate(chain, cotangents_at(chain[-1].output, z, cotangents))
     layers = []
     for owner in owners:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.nn.modes import eagerly
+from curvlab.nn.modes import eagerly, without_autocast
 from curvlab.rows.autograd import backward_over_graphs
 from curvlab.rows.broadcast import Broadcast, broadcast
 from curvlab.rows.graph_signature import GraphSignature, signature_of
@@ -201,6 +201,7 @@ class Collector(AbstractContextManager["Collector"]):
             self._leave.callback(output.register_hook(take).remove)
 
     @watching
+    @without_autocast()
     def _on_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
             return
@@ -330,6 +331,7 @@ class Collector(AbstractContextManager["Collector"]):
     def _factored_layers(self) -> list[LayerRows]:
         return [self._rows(owner, self._propagated) for owner in self._factored]
 
+    @without_autocast()
     def _finish(self) -> None:
         if self._z is None or self._terms is None:
             raise StateError(

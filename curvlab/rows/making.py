@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from curvlab.nn.modes import without_autocast
 from curvlab.rows.engine import checked_stream, checked_sweep
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents
@@ -66,6 +67,7 @@ def jacobian(
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def rows_of_model(model: nn.Module, inputs: Any, how: Pass) -> Rows:
     """Return the rows of J; see `jacobian`. The kind of rows has no meaning here."""
     how = replace(how, kind="exact", draws=1, rows=None)
@@ -134,6 +136,7 @@ def sqrt_fisher(
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, how: Pass) -> Rows:
     """Return the rows of S; see `sqrt_fisher`. Samples with a `share` of a larger batch may lack targets that count."""
     asked = how.read(model, inputs)
@@ -152,6 +155,7 @@ def rows_of_loss(model: nn.Module, loss: nn.Module, inputs: Any, targets: Any, h
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def stream_of_loss(
     model: nn.Module,
     loss: nn.Module,

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.nn.hooks import has_forward_hooks, unwatched
+from curvlab.nn.modes import as_cast
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner
 from curvlab.rows.packed import is_packed, length, taken
@@ -155,7 +156,8 @@ def _vectorised(
         args, kwargs = split.joined(leaves)
 
         def output(parameters: dict[str, Tensor]) -> Tensor:
-            return select_output(called_with(model, {**values, **parameters}, args, kwargs), pick)
+            with as_cast():
+                return select_output(called_with(model, {**values, **parameters}, args, kwargs), pick)
 
         pulled = vjp(output, {name: values[name] for name in names})
         return pulled[0], pulled[1](cotangent)[0]
@@ -177,7 +179,7 @@ def _one_by_one(
     outputs = []
     for n in range(cotangents.shape[1]):
         args, kwargs = split.sample(n)
-        with torch.enable_grad(), unwatched(model):
+        with torch.enable_grad(), unwatched(model), as_cast():
             z = select_output(model(*args, **kwargs), pick)
         outputs.append(z.detach())
         for (name, p), g in zip(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import attributes_kept
+from curvlab.nn.modes import as_cast
 from curvlab.rows.graph_signature import GraphSignature
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.packed import is_packed
@@ -141,7 +142,8 @@ def call(model: nn.Module, arguments: Arguments, pick: PickOutput) -> Float[Tens
         ValueError: if there are no samples, or the output is not finite; names the first sample.
     """
     args, kwargs = arguments
-    z = select_output(model(*args, **kwargs), pick)
+    with as_cast():
+        z = select_output(model(*args, **kwargs), pick)
     if z.shape[0] == 0:
         raise ValueError("The inputs hold zero samples.")
     if not torch.isfinite(z).all():

@@ -105,7 +105,7 @@ class TiedRows(LayerRows):
         (V, N, T, I), found = self.table.g.shape, self.head.dense()  # noqa: E741
         by_entry = found.view(V, N, self.layout.units, I)
         at = self.table.index.expand(V, N, T)[..., None].expand_as(self.table.g)
-        by_entry.scatter_add_(2, at, self.table.g)
+        by_entry.scatter_add_(2, at, self.table.g.to(found.dtype))
         return found
 
     def partial_traces(self) -> tuple[Float[Tensor, " U"], Float[Tensor, "m I"]]:

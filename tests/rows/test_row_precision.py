@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import curvlab
 from curvlab.fisher import STRUCTURES
+from curvlab.optim import Preconditioner
 from curvlab.rows import Rows, sqrt_fisher
 
 Made = tuple[nn.Module, Tensor]
@@ -99,6 +100,34 @@ def test_structures_of_half_precision_models(key: str, autocast: bool) -> None:
         widened = STRUCTURES[key]().update(rows.to(torch.bfloat16))
         assert widened.rows.dtype == torch.float32
         assert error(widened.solve(g.float(), "rel:0.1"), solved.double()) < 6 * HALF  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["exact", "mc"])
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_fits_under_autocast_add_up_in_the_type_of_the_parameters(key: str, kind: Any) -> None:
+    """Only the model is called under it: the fit, and what a step in training collects, are those of its rows."""
+    (model, x), loss = network("mlp"), nn.CrossEntropyLoss()
+    options: Any = {"kind": kind, "output": Tensor.float, "engine": "autograd"}
+
+    def fresh() -> dict[str, Any]:
+        return {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
+
+    training = Preconditioner(model, loss, key, kind=kind, damping=0.1, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        fit = STRUCTURES[key].fit(model, loss, (x, LABELS), **options, **fresh())
+        # A root at the output, before the sweep or after it, rounds otherwise.
+        rows, kept = (
+            sqrt_fisher(model, loss, x, LABELS, keep_jacobian=keep, **options, **fresh())
+            for keep in (not STRUCTURES[key].averages, True)
+        )
+        with training.collect():
+            loss(model(x).float(), LABELS).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+        training.precondition()
+    assert fit.dtype == torch.float32
+    assert error(fit.to_dense(), STRUCTURES[key]().update(rows).to_dense().double()) < 1e-5
+    step = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    assert error(step, STRUCTURES[key]().update(kept).solve(gradient, 0.1).double()) < 1e-4  # type: ignore[union-attr]
 
 
 class Mixed(nn.Module):
