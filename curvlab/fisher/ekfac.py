@@ -99,6 +99,7 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
         max_block: layers without Kronecker factors keep an exact block up to this size, a diagonal one above it.
         max_factor: largest side of a factor that is a matrix; a longer one is diagonal, and so is its part of the basis.
         rtol: rank tolerance of undamped solves, of the factors and relative to the largest correction.
+        output_groups: as in `KFAC`.
     """
 
     adds = False
@@ -108,9 +109,17 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
     tied = _TiedEKFAC
 
     def __init__(
-        self, *, sharing: Sharing = "expand", max_block: int = 1024, max_factor: int = 8192, rtol: float | None = None
+        self,
+        *,
+        sharing: Sharing = "expand",
+        max_block: int = 1024,
+        max_factor: int = 8192,
+        rtol: float | None = None,
+        output_groups: int = 1,
     ) -> None:
-        super().__init__(sharing=sharing, max_block=max_block, max_factor=max_factor, rtol=rtol)
+        super().__init__(
+            sharing=sharing, max_block=max_block, max_factor=max_factor, rtol=rtol, output_groups=output_groups
+        )
 
     @property
     def options(self) -> Mapping[str, object]:

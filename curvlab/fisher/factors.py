@@ -23,16 +23,27 @@ from curvlab.rows.tied import TiedRows
 class LinearBlock(KroneckerBlock):
     """Factors of a layer whose rows are `Σ_t g ⊗ a`: B over units, A over the width, one pair a group.
 
+    Where a layer's outputs are cut into groups, as into heads, there is a B for each of these, and one A.
+
     Args:
         name: of the layer.
         layout: of its parameters.
         options: how layers are factored.
-        sides: rows of B and of A.
+        rows: of the layer.
+
+    Raises:
+        ValueError: if its outputs cannot be cut.
     """
 
-    def __init__(self, name: str, layout: Layout, options: KroneckerOptions, sides: tuple[int, int]) -> None:
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions, rows: KroneckerRows) -> None:
         super().__init__(name, layout, options)
-        self.units, self.width = (self._factor(side) for side in sides)
+        groups, (Q, O) = options.output_groups, rows.g.shape[3:]  # noqa: E741
+        if groups > 1 and (Q > 1 or O % groups):
+            raise ValueError(
+                f"output_groups={groups} does not cut layer {name!r}, which has {Q} groups of {O} outputs. Choose layers by "
+                "curvlab.fisher.PerLayer."
+            )
+        self.units, self.width = (self._factor(side) for side in (O // groups, rows.a.shape[3]))
 
     def _factor(self, side: int) -> Moment | DiagonalMoment:
         if side > self.options.max_factor:
@@ -47,7 +58,9 @@ class LinearBlock(KroneckerBlock):
     def elements(self, batch: Batch) -> int:  # noqa: D102
         rows = self._factored(batch.layers[0], KroneckerRows)
         (*_, Q, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
-        return Q * sum(side if side > self.options.max_factor else side**2 for side in (O, I))
+        k = self.options.output_groups
+        sides = {O // k: Q * k, I: Q} if O // k != I else {I: Q * (k + 1)}
+        return sum(n * (side if side > self.options.max_factor else side**2) for side, n in sides.items())
 
     @property
     def _leaves_span(self) -> bool:
@@ -61,11 +74,18 @@ class LinearBlock(KroneckerBlock):
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows, weights = self._shared(batch)
         assert isinstance(rows, KroneckerRows)
-        outputs = rows.output_root(reduce=self._reduce)
+        outputs = self._cut(rows).output_root(reduce=self._reduce)
         if not batch.further:
             inputs, scale = rows.input_root(weights, reduce=self._reduce)
             _add(self.width, inputs, float(batch.sample_weights.sum()), scale, batch, additive=False)
         _add(self.units, outputs, batch.fresh_weight, batch.weight, batch, additive=batch.additive)
+
+    def _cut(self, rows: KroneckerRows, inputs: Tensor | None = None) -> KroneckerRows:
+        """Return the same rows with outputs in groups, which see the same inputs, or others that are given."""
+        a, k = rows.a if inputs is None else inputs, self.options.output_groups
+        if k == 1:
+            return rows if inputs is None else replace(rows, a=a)
+        return replace(rows, a=a.expand(-1, -1, k, -1), g=rows.g.flatten(3).unflatten(3, (k, -1)))
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: D102
         return self.options.sharing == "expand" or (self._reduce and is_on_vectors(rows))
@@ -75,19 +95,20 @@ class LinearBlock(KroneckerBlock):
         u, v = self.units.basis, self.width.basis
         (Q, r), s = u.values.shape, v.values.shape[1]
         layout = Layout.of(Q * r, {rows.name: torch.Size((Q, r, s))})
-        inputs = rows.a if v.vectors is None else torch.einsum("ntqi,qij->ntqj", rows.a, v.vectors)
-        outputs = rows.g if u.vectors is None else torch.einsum("vntqo,qop->vntqp", rows.g, u.vectors)
-        return KroneckerRows(rows.name, layout, inputs, outputs, rows.lengths)
+        cut = self._cut(rows, None if v.vectors is None else torch.einsum("ntqi,qij->ntqj", rows.a, v.vectors))
+        outputs = cut.g if u.vectors is None else torch.einsum("vntqo,qop->vntqp", cut.g, u.vectors)
+        return KroneckerRows(rows.name, layout, cut.a, outputs, rows.lengths)
 
     def weigh(  # noqa: D102
-        self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
+        self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "S s"]
     ) -> KroneckerRows:
         assert isinstance(rows, KroneckerRows)
         return replace(rows, a=rows.a * width, g=rows.g * units)
 
     def weigh_by_inverses(self, rows: LayerRows, units: Inverse, width: Inverse) -> KroneckerRows:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
-        return replace(rows, a=_per_group(rows.a, width), g=_per_group(rows.g, units))
+        cut = self._cut(rows, _per_group(rows.a, width))
+        return replace(cut, g=_per_group(cut.g, units))
 
     def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
         assert isinstance(rows, KroneckerRows)

@@ -67,6 +67,8 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             the repr names its layer.
         invert_every: with factored damping, updates after which the inverses of a layer's factors are made anew; solves
             in between use the old ones if the damping is the same. Layers take turns.
+        output_groups: cut the outputs of linear layers into so many equal groups, as the packed queries, keys and values of
+            attention into 3 or into `3·heads`: B is block-diagonal, A is one. Choose such layers by `PerLayer`.
     """
 
     averages = True
@@ -85,9 +87,12 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         max_factor: int = 8192,
         rtol: float | None = None,
         invert_every: int = 1,
+        output_groups: int = 1,
     ) -> None:
         super().__init__()
-        self._config = KroneckerOptions(sharing, factored_damping, max_block, max_factor, rtol, invert_every)
+        self._config = KroneckerOptions(
+            sharing, factored_damping, max_block, max_factor, rtol, invert_every, output_groups
+        )
         self.joins_positions = sharing == "gradient"
 
     @property
@@ -117,7 +122,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
 
     def _make_block(self, layer: LayerRows) -> Block:
         if isinstance(layer, KroneckerRows):
-            return self.linear(layer.name, layer.layout, self._config, (layer.g.shape[-1], layer.a.shape[-1]))
+            return self.linear(layer.name, layer.layout, self._config, layer)
         if isinstance(layer, EmbeddingRows):
             return self.embedding(layer.name, layer.layout, self._config)
         if isinstance(layer, TiedRows):

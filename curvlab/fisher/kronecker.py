@@ -46,6 +46,7 @@ class KroneckerOptions:
         max_factor: largest side of a factor that is a matrix; a longer one is diagonal.
         rtol: rank tolerance of undamped solves; round-off if None.
         invert_every: updates after which the inverses of damped factors are made anew.
+        output_groups: number of equal groups of consecutive outputs of which B is block-diagonal.
     """
 
     sharing: Sharing = "expand"
@@ -54,6 +55,7 @@ class KroneckerOptions:
     max_factor: int = 8192
     rtol: float | None = None
     invert_every: int = 1
+    output_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.sharing not in get_args(Sharing):
@@ -65,6 +67,8 @@ class KroneckerOptions:
         check_rtol(self.rtol)
         if self.invert_every < 1:
             raise ValueError(f"invert_every is a number of updates ≥ 1, got {self.invert_every}.")
+        if self.output_groups < 1:
+            raise ValueError(f"output_groups is a number of groups ≥ 1, got {self.output_groups}.")
         if self.invert_every > 1 and not self.factored_damping:
             raise ValueError("invert_every keeps the inverses of damped factors: it needs factored_damping=True.")
 
@@ -122,7 +126,7 @@ class KroneckerBlock(Block):
         """Return rows in the coordinates of the basis."""
 
     @abstractmethod
-    def weigh(self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]) -> LayerRows:
+    def weigh(self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "S s"]) -> LayerRows:
         """Multiply rotated rows with `units ⊗ width`."""
 
     @abstractmethod
@@ -204,14 +208,20 @@ class KroneckerBlock(Block):
         """Whether nothing lies outside the span of the basis."""
         return self.units.basis.complete and self.width.basis.complete
 
-    def _split(self, damping: float) -> tuple[Float[Tensor, " Q"], Float[Tensor, " Q"]]:
-        """Split ρ into `√ρ/π` for the units' factor, `√ρ·π` for the width's, π² the ratio of their mean eigenvalues."""
+    def _split(self, damping: float) -> tuple[Float[Tensor, " Q"], Float[Tensor, " S"]]:
+        """Split ρ into `√ρ/π` for the units' factor, `√ρ·π` for the width's, π² the ratio of their mean eigenvalues.
+
+        Where units are in more groups than the width, they share ρ.
+        """
         units, width = self.units.mean_eigenvalue(), self.width.mean_eigenvalue()
+        groups = len(units)
+        if groups > len(width):
+            units = units.mean(0, keepdim=True)
         usable = (units > 0) & (width > 0)
         pi = torch.where(usable, (width / torch.where(usable, units, 1)).sqrt(), 1)
         if self.options.factored_damping == "equal":
             pi = torch.ones_like(pi)
-        return damping**0.5 / pi, damping**0.5 * pi
+        return (damping**0.5 / pi).expand(groups), damping**0.5 * pi
 
     def invert_factors(self, damping: float) -> list[tuple[Factor, Float[Tensor, " Q"]]]:
         """Return the factors, and their shares of ρ, whose inverses `set_inverses` needs for a solve; none if it has them."""
@@ -231,8 +241,9 @@ class KroneckerBlock(Block):
 
     def _solve_factors(self, x: Float[Tensor, "K P_b"], damping: float) -> Float[Tensor, "K P_b"]:
         units, width = self._factor_inverses(damping)
-        matrix = x.view(len(x), self.units.shape[0], -1, self.parts[0].width)
-        return units.times_columns(width.times_rows(matrix)).flatten(1)
+        shape = (len(x), -1, self.parts[0].width)
+        by_width = width.times_rows(x.view(shape).unflatten(1, (self.width.shape[0], -1)))
+        return units.times_columns(by_width.reshape(shape).unflatten(1, (self.units.shape[0], -1))).flatten(1)
 
     def _inverse_within(self, damping: float) -> Float[Tensor, "Q r s"]:
         """Return the inverse entries for vectors in the span of the basis."""
