@@ -6,8 +6,8 @@ Where what has no samples meets what has them,
 
 the part that a sample has in the gradient at p is the gradient at the function's output, times the other factor, at that sample,
 added up over whatever else p is broadcast along, and over the rows of x. From there it goes on to parameters by a reverse pass
-through what all samples share, such as a table of biases. The graph tells where that is, and that there is no other way to a
-parameter.
+through what all samples share, such as a table of biases. The graph tells where that is, that there is no other way to a
+parameter, and that no sample enters what is shared: it is made of parameters alone, or has no axis that could be theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from curvlab.rows.apart import FUNCTIONS
-from curvlab.rows.digest import named, shape
+from curvlab.rows.digest import LEAF, named, shape
 from curvlab.rows.graph_signature import Meeting, edge_of, follow
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.owners import Owner
@@ -50,6 +50,9 @@ _FACTORS: Mapping[tuple[str, int], Callable[[Any], Tensor | float]] = {
 
 _LEFT = {("Mm", 1): "_saved_self", ("Addmm", 2): "_saved_mat1"}
 """Where functions keep the left factor of a matrix product whose right one is their input of a number."""
+
+_OF_CONSTANTS = ("Embedding", "EmbeddingBag", "MaskedFill", "Where")
+"""Functions with an input, such as indices or a mask, that is no function of parameters and not in the graph."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def broadcast(z: Float[Tensor, "N C ..."], owners: Sequence[Owner]) -> Broadcast
     end = edge_of(z)
     if not owners or end is None or len(z) == 1:
         return Broadcast(tuple(owners))
-    meetings = [m for m in follow((end.node, end.output_nr), (), len(z)).meetings if _part(m)]
+    met = follow((end.node, end.output_nr), (), len(z)).meetings
+    meetings = [m for m in met if _part(m) and _is_of_none(m.node.next_functions[m.input][0], len(z))]
     names = {id(getattr(o.module, local)): name for o in owners for local, name in o.names.items()}
     otherwise = _reached([end.node], names, {(m.node, m.input) for m in meetings})
     found = tuple(o for o in owners if otherwise.isdisjoint(o.names.values()))
@@ -134,6 +138,25 @@ def _part(meeting: Meeting) -> Part | None:
         return _scaled
     of_rows = {("Embedding", 0): _looked_up, **dict.fromkeys(_LEFT, _multiplied)}
     return of_rows.get(key) if meeting.axis == 0 else None
+
+
+def _is_of_none(root: Node, N: int) -> bool:
+    """Whether no sample enters what a function is computed from."""
+    seen: set[Node] = set()
+    stack, parameters_alone, may_have_samples = [root], True, False
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        following = [other for other, _ in node.next_functions]
+        stack.extend(other for other in following if other is not None)
+        if type(node) is not LEAF:
+            name = FUNCTIONS[type(node)].name.removesuffix("Backward0")
+            parameters_alone &= bool(name) and name not in _OF_CONSTANTS and None not in following
+            outputs = range(len(node._input_metadata))
+            may_have_samples |= any(length % N == 0 for number in outputs for length in shape(node, number))
+    return parameters_alone or not may_have_samples
 
 
 def _reached(roots: Sequence[Node], names: Mapping[int, str], barred: Collection[tuple[Node, int]] = ()) -> set[str]:

@@ -174,7 +174,7 @@ class InPlace(nn.Module):
         self.body, self.shift = network(), nn.Parameter(torch.zeros(3, dtype=DOUBLE))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.mul_(2)) + self.shift
+        return self.body(x.mul_(2)) / (1 + self.shift)
 
 
 @pytest.mark.parametrize("options", [{}, {"plain": ("shift",), "lr": "quadratic"}], ids=["bare parameter", "quadratic"])

@@ -387,14 +387,14 @@ class TestRefusals:
         class Hidden(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.inner = tokens("flat")
+                self.inner, self.scale = tokens("flat"), nn.Parameter(torch.ones((), dtype=DOUBLE))
 
             def forward(self, x: Tensor) -> Tensor:
-                self.logits = self.inner(x)
+                self.logits = self.inner(x) / self.scale
                 return self.logits.detach()
 
         model = Hidden()
-        with pytest.raises(UnsupportedModel, match=r"inner\.place have no factored rows, .* not called on one tensor"):
+        with pytest.raises(UnsupportedModel, match=r"scale have no factored rows, .* not called on one tensor"):
             collect(
                 model, nn.CrossEntropyLoss(), sequences(), torch.arange(N * T) % C, "mc", call=lambda _: model.logits
             )
