@@ -4,7 +4,13 @@
     GGN       G v = Jᵀ (∂²L/∂z²) J v    forward, forward over reverse at the output, reverse
 
 A chunk of vectors goes through at once: the passes that do not depend on the vectors are done once, the others are batched by
-`torch.func.vmap`. Every operator compares one such product with double backward when it is made. What has no forward-mode
+`torch.func.vmap`. Where outputs are large, as logits of a vocabulary are, vectors go one at a time; a product is then written part
+by part as the reverse pass brings it, and a cross-entropy is differentiated some tokens at a time (`curvlab.spectrum.at_output`),
+so that a product with the GGN takes the memory of about 1.3 training steps, with the Hessian of three. Attention has its plain form for the time of a product,
+as the fused ones have no forward-mode derivative: its weights, `[N, heads, T, T]` a layer, are memory that a training step with
+fused attention does not take.
+
+Every operator compares one such product with double backward when it is made. What has no forward-mode
 derivative or batching rule, or another derivative than in reverse mode (`no_grad` inside the model, the padding of an
 embedding), or what the user's hooks look at, goes by double backward for good, one vector at a time; it says so once.
 
@@ -27,6 +33,7 @@ from weakref import WeakSet
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.func import grad, jvp, vjp, vmap
 
@@ -35,13 +42,18 @@ from curvlab.nn.hooks import has_forward_hooks
 from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
+from curvlab.spectrum.at_output import curved, slope_and_curved
 from curvlab.spectrum.objective import Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
+from curvlab.spectrum.pull import pull, pull_flat, start
+from curvlab.spectrum.push import push
 
 logger = logging.getLogger("curvlab")
 
 CHUNK_SIZE = 16
 """Vectors that go through at once, by default."""
+OUTPUTS = 1 << 23
+"""Outputs, of all vectors that go through at once."""
 SLOPE = 0.05
 """Largest relative distance of a product from a difference of gradients."""
 ONCE = ("is not implemented", "once_differentiable", "ouble backward", "ouble-backward")
@@ -65,7 +77,8 @@ class DerivativeOperator(Operator):
         parameters: names of parameters, or of modules for all parameters below them; all trainable ones if None.
         output: which tensor of a structured output to use, as in `curvlab.jacobian`.
         batched: whether several vectors may go through at once; if not, products go by double backward.
-        chunk_size: vectors that go through at once; memory is `chunk_size` times that of a forward pass with its gradient.
+        chunk_size: vectors that go through at once, at most; memory is that many times that of a forward pass with its gradient.
+            Where outputs are large, they are fewer.
         group: processes that have a part of the data each and ask for the same products, such as
             `torch.distributed.group.WORLD`; None for this one with all data.
 
@@ -91,7 +104,7 @@ class DerivativeOperator(Operator):
             raise ValueError(f"chunk_size is a number of vectors ≥ 1, got {chunk_size}.")
         self.objective = Objective(model, loss, data, parameters, output, group)
         self.space, self.dtype, self.device = self.objective.space, self.objective.dtype, self.objective.device
-        self.chunk_size = chunk_size
+        self.chunk_size = max(1, min(chunk_size, OUTPUTS // self.objective.outputs))
         self._recorded: list[Product] | None = None
         self.batched = batched and self._agrees()
         self._check()
@@ -112,18 +125,25 @@ class DerivativeOperator(Operator):
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block of vectors. Cost per chunk of K vectors: one gradient, and about K more for the Hessian."""
-        with differentiable_attention():
-            products = [self._chunk(part) for part in block.split(self.chunk_size)]
-        return torch.cat(products) if len(products) > 1 else products[0]
+        if len(block) <= self.chunk_size:
+            return self._chunk(block)
+        products = torch.empty_like(block)
+        for part, into in zip(block.split(self.chunk_size), products.split(self.chunk_size), strict=True):
+            into.copy_(self._chunk(part))
+        return products
 
     def _chunk(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return (self._by_forward if self.batched else self._by_backward)(self.space.unflatten(block))
 
     def _by_forward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
-        return self._total(lambda part: self.space.flatten(vmap(self._forward(part))(vectors)), vectors)
+        if self.chunk_size == 1:
+            vector = {name: value[0] for name, value in vectors.items()}
+            return self._total(lambda part: self._alone(part, vector)[None], vectors)
+        with differentiable_attention():
+            return self._total(lambda part: self.space.flatten(vmap(self._forward(part))(vectors)), vectors)
 
     def _by_backward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
-        with torch.enable_grad(), _named_derivatives():
+        with torch.enable_grad(), differentiable_attention(), _named_derivatives():
             return self._total(lambda part: self._products(self._product(part), vectors), vectors)
 
     def _total(self, share: Callable[[Part], Tensor], vectors: Parameters) -> Float[Tensor, "K P"]:
@@ -149,17 +169,16 @@ class DerivativeOperator(Operator):
             # Within a transform they might store tensors that are dead afterwards.
             return self._announce("there are hooks on forward passes")
         vectors = self.space.unflatten(self._random(1))
-        with differentiable_attention():
-            reference = self._by_backward(vectors)
-            try:
-                error = float((self._by_forward(vectors) - reference).norm())
-                if error <= torch.finfo(self.dtype).eps ** 0.5 * float(reference.norm()):
-                    return True
-                reason = "forward mode differs, as it does for functions under no_grad and for padding_idx"
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as problem:
-                reason = str(problem).strip().splitlines()[0]
+        reference = self._by_backward(vectors)
+        try:
+            error = float((self._by_forward(vectors) - reference).norm())
+            if error <= torch.finfo(self.dtype).eps ** 0.5 * float(reference.norm()):
+                return True
+            reason = "forward mode differs, as it does for functions under no_grad and for padding_idx"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as problem:
+            reason = str(problem).strip().splitlines()[0]
         return self._announce(reason)
 
     def _announce(self, reason: str) -> Literal[False]:
@@ -175,6 +194,10 @@ class DerivativeOperator(Operator):
     @abstractmethod
     def _forward(self, part: Part) -> Callable[[Parameters], Parameters]:
         """Return the product of a batch with one vector, for `vmap`."""
+
+    @abstractmethod
+    def _alone(self, part: Part, vector: Parameters) -> Float[Tensor, " P"]:
+        """Return the product of a batch with one vector, in little memory."""
 
     @abstractmethod
     def _record(self, part: Part) -> Product:
@@ -260,11 +283,22 @@ class Hessian(DerivativeOperator):
 
         return product
 
+    def _alone(self, part: Part, vector: Parameters) -> Float[Tensor, " P"]:
+        with torch.enable_grad(), differentiable_attention(), forward_ad.dual_level():
+            # Leaves with a tangent: gradients of leaves made dual would all wait for the end of the reverse pass.
+            at = self.objective.parameters
+            leaves = {name: forward_ad.make_dual(p, vector[name]).requires_grad_() for name, p in at.items()}
+            z, tangent = forward_ad.unpack_dual(part.output(leaves))
+            change = torch.zeros_like(z) if tangent is None else tangent
+            number = start(z, forward_ad.make_dual(*slope_and_curved(part, z.detach(), change.detach())))
+            del z, tangent, change
+            return pull_flat(number, leaves, self.space, lambda g: forward_ad.unpack_dual(g).tangent)
+
     def _record(self, part: Part) -> Product:
         at = self._attached()
         inputs = list(at.values())
-        gradient = _pull([part.value(at)], inputs, create_graph=True)
-        return lambda vector: _pull(gradient, inputs, vector)
+        gradient = pull([part.value(at)], inputs, create_graph=True)
+        return lambda vector: pull(gradient, inputs, vector)
 
 
 class GGN(DerivativeOperator):
@@ -304,24 +338,31 @@ class GGN(DerivativeOperator):
 
         def product(vector: Parameters) -> Parameters:
             z, change = jvp(part.output, (at,), (vector,))[:2]
-            bent = jvp(grad(part.of_output), (z,), (change,))[1]
-            pulled: Parameters = vjp(part.output, at)[1](bent)[0]
+            pulled: Parameters = vjp(part.output, at)[1](curved(part, z, change))[0]
             return pulled
 
         return product
+
+    def _alone(self, part: Part, vector: Parameters) -> Float[Tensor, " P"]:
+        cotangent = curved(part, *push(part, self.objective.parameters, vector))
+        leaves = self._attached()
+        with torch.enable_grad():
+            number = start(part.output(leaves), cotangent)
+        del cotangent
+        return pull_flat(number, leaves, self.space)
 
     def _record(self, part: Part) -> Product:
         at = self._attached()
         inputs = list(at.values())
         z = part.output(at)
         cotangent = torch.zeros_like(z, requires_grad=True)
-        pulled = _pull([z], inputs, [cotangent], create_graph=True)
+        pulled = pull([z], inputs, [cotangent], create_graph=True)
         end = z.detach().requires_grad_()
-        slope = _pull([part.of_output(end)], [end], create_graph=True)
+        slope = pull([part.of_output(end)], [end], create_graph=True)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor]:
-            change = _pull(pulled, [cotangent], vector)
-            return _pull([z], inputs, _pull(slope, [end], change))
+            change = pull(pulled, [cotangent], vector)
+            return pull([z], inputs, pull(slope, [end], change))
 
         return product
 
@@ -339,23 +380,3 @@ def _named_derivatives() -> Iterator[None]:
             f"A function inside the model, or the loss, can be differentiated once only, so it has no products: {told}. Write "
             "that function in plain torch; the rows of curvlab.sqrt_fisher take one derivative."
         ) from error
-
-
-def _pull(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None] = (None,),
-    create_graph: bool = False,
-) -> tuple[Tensor, ...]:
-    """Return the gradient of outputs with respect to inputs, zero where there is none; keeps the graph."""
-    reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
-    if not reached:
-        return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad(
-        [y for y, _ in reached],
-        inputs,
-        [c for _, c in reached],
-        retain_graph=True,
-        create_graph=create_graph,
-        materialize_grads=True,
-    )

@@ -110,6 +110,8 @@ class Objective:
         self.space = ParameterSpace({name: own[name].shape for name in self.names})
         first = own[self.names[0]]
         self.dtype, self.device = first.dtype, first.device
+        self.outputs = 0
+        """Numbers that the model returns for the largest batch."""
         self._check()
 
     @property
@@ -124,7 +126,7 @@ class Objective:
         return {name: own[name].detach() for name in self.names}
 
     def total(self, share: Callable[[Part], Tensor], *shape: int) -> Tensor:
-        """Merge over all batches what `share` makes of each, which is to be linear in the loss.
+        """Merge over all batches what `share` makes of each: a new tensor, linear in the loss.
 
         Args:
             share: returns a tensor of a batch.
@@ -136,21 +138,24 @@ class Objective:
         self._whole = self.model
         try:
             with left_as_found(self._whole), nullcontext() if self.processes is None else self.processes.together():
-                merged, weight, skipped = self._merged(share, torch.zeros(shape, dtype=self.dtype, device=self.device))
+                merged, weight, skipped = self._merged(share)
         finally:
             self._whole = None
         if self.processes is not None:
+            if merged is None:
+                merged = torch.zeros(shape, dtype=self.dtype, device=self.device)
             merged = self.processes.total(merged)
             weight = float(self.processes.total(torch.tensor(weight, dtype=torch.float64, device=self.device)))
-        if weight == 0:
+        if weight == 0 or merged is None:
             raise ValueError(
                 f"{_name(self.loss)} is a mean over no terms in any of the {skipped} batches: all targets are ignored or of "
                 "weight 0. Check the targets, ignore_index and the weights of the loss."
             )
-        return merged if self._adds else merged / weight
+        return merged if self._adds else merged.div_(weight)
 
-    def _merged(self, share: Callable[[Part], Tensor], merged: Tensor) -> tuple[Tensor, float, int]:
+    def _merged(self, share: Callable[[Part], Tensor]) -> tuple[Tensor | None, float, int]:
         """Return what batches add up to, their weight, and how many have none."""
+        merged: Tensor | None = None
         weights, skipped, adds = 0.0, 0, self._adds
         for batch in self.batches:
             part = self._part(batch)
@@ -158,8 +163,8 @@ class Objective:
             if weight == 0:
                 skipped += 1
                 continue
-            own = share(part) if adds else weight * share(part)
-            merged = merged + own if weights else own
+            own = share(part) if adds else share(part).mul_(weight)
+            merged = own if merged is None else merged.add_(own)
             weights += weight
         if not (weights or skipped):
             raise ValueError("The data hold no batch: they are empty, or can be passed once only.")
@@ -230,6 +235,7 @@ class Objective:
             z = part.output(own)
             if not len(z):
                 raise ValueError("The inputs hold zero samples.")
+            self.outputs = max(self.outputs, z.numel())
             value = part.of_output(z)
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(f"{_name(self.loss)} returns no scalar; use reduction='mean' or 'sum'.")

@@ -26,7 +26,6 @@ from typing import ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from curvlab.errors import NotPositiveDefinite, StateError
 from curvlab.rows.loss.root import BlockRoot, DiagonalRoot, EigenRoot, OutputRoot, SoftmaxRoot
@@ -135,8 +134,9 @@ class Softmax(Likelihood):
         return SoftmaxRoot(weight[:, :1].sqrt().transpose(0, 1).expand_as(sqrt_p), sqrt_p)
 
     def draw(self, draws: Draws) -> Float[Tensor, "S N C X"]:  # noqa: D102
-        classes = classes_at(self.p, draws.of(torch.rand, self.p[:, 0]))
-        return self.p - F.one_hot(classes, self.p.shape[1]).to(self.p.dtype).movedim(-1, 2)
+        classes = classes_at(self.p, draws.of(torch.rand, self.p[:, 0]))[:, :, None]
+        rows = self.p.repeat(draws.count, 1, 1, 1)
+        return rows.scatter_add_(2, classes, -torch.ones_like(classes, dtype=self.p.dtype))
 
 
 @dataclass(frozen=True)

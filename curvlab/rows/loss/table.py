@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import GaussianNLL, HalfSquaredError, WeightedCrossEntropy
+from curvlab.rows.loss.cross_entropy import read_labels
 from curvlab.rows.loss.likelihood import Elementwise, Independent, Likelihood, PoissonRate, Probability, Softmax
 from curvlab.rows.loss.terms import LossTerms, Reduction, flat_outputs
 
@@ -122,26 +123,16 @@ def _poisson(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
 
 def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     assert isinstance(loss, nn.CrossEntropyLoss)
-    N, C, X = flat_outputs(z).shape
-    if loss.weight is not None and loss.weight.shape != (C,):
-        raise ValueError(
-            f"CrossEntropyLoss has a weight of shape {tuple(loss.weight.shape)}, but the model's output has {C} classes; "
-            "it needs one weight a class."
-        )
-    class_weight = z.new_ones(C) if loss.weight is None else loss.weight.to(z)
-    share, counted = (_probabilities if targets.is_floating_point() else _one_hot)(loss, z, targets)
-    smooth = (1 - loss.label_smoothing) * share + loss.label_smoothing / C * counted
-    mass = class_weight[:, None] * smooth
-    weight = mass.sum(1, keepdim=True)
-    p = flat_outputs(z).softmax(1)
-    divisor = N * X if targets.is_floating_point() else float((class_weight[:, None] * share).sum())
+    labels = read_labels(loss, z, targets)
+    flat = flat_outputs(z)
+    p = flat.softmax(1)
     return LossTerms(
         name="CrossEntropyLoss",
         likelihood=Softmax(p),
-        z=flat_outputs(z),
-        weight=weight,
-        score=p - mass / torch.where(weight > 0, weight, 1),
-        count=float(divisor) if loss.reduction == "mean" else 1.0,
+        z=flat,
+        weight=labels.weight,
+        score=labels.take_from(p.clone()),
+        count=labels.count if loss.reduction == "mean" else 1.0,
         reduction=reduction_of(loss),
     )
 
@@ -156,40 +147,6 @@ def _weighted_cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> Loss
         )
     weight = loss.weights.to(z).view_as(terms.weight)
     return replace(terms, name="WeightedCrossEntropy", weight=weight, count=float(loss.weights.sum()))
-
-
-def _probabilities(_: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the target's share in every class `[N, C, X]`, and which positions count."""
-    if targets.shape != z.shape:
-        raise ValueError(
-            f"CrossEntropyLoss needs class probabilities of the output's shape {tuple(z.shape)}, got "
-            f"{tuple(targets.shape)}, or class indices as integers."
-        )
-    if bool((targets < 0).any()):
-        sample = int((targets < 0).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"CrossEntropyLoss needs class probabilities of at least 0, which sample {sample} has not.")
-    share = flat_outputs(targets).to(z)
-    return share, torch.ones_like(share[:, :1])
-
-
-def _one_hot(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the target's share in every class `[N, C, X]`, and which positions count."""
-    positions = (z.shape[0], *z.shape[2:])
-    if targets.shape != positions:
-        raise ValueError(
-            f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}. If it takes the outputs "
-            "in another shape than the model returns them, say so, such as output=lambda z: z.flatten(0, 1) for [N, T, C]."
-        )
-    N, C, X = flat_outputs(z).shape
-    y = targets.long().reshape(N, X)
-    counted = y != loss.ignore_index
-    outside = counted & ((y < 0) | (y >= C))
-    if outside.any():
-        n, x = outside.nonzero()[0].tolist()
-        raise ValueError(f"Target {int(y[n, x])} of sample {n} is neither one of the {C} classes nor ignore_index.")
-    present = counted[:, None].to(z)
-    share = torch.zeros_like(flat_outputs(z)).scatter_(1, torch.where(counted, y, 0)[:, None], present)
-    return share, present
 
 
 def _bernoulli(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:

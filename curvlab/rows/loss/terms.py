@@ -114,7 +114,7 @@ class LossTerms:
             per: whether all positions of a sample share a row, as draws of different positions are independent, or each has
                 its own.
         """
-        rows = self.likelihood.draw(draws) * (self.weight / (self._divisor * draws.count)).sqrt()
+        rows = self.likelihood.draw(draws).mul_((self.weight / (self._divisor * draws.count)).sqrt())
         return _one_row_a_position(rows) if per == "term" else rows
 
     def empirical(self, per: RowPer = "term", draws: Draws | None = None) -> Float[Tensor, "V N C X"]:

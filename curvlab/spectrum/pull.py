@@ -1,0 +1,94 @@
+"""Reverse passes to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.rows.parameters import ParameterSpace
+
+
+def pull(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None] = (None,),
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return the gradient of outputs with respect to inputs, zero where there is none; keeps the graph."""
+    reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
+    if not reached:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    return torch.autograd.grad(
+        [y for y, _ in reached],
+        inputs,
+        [c for _, c in reached],
+        retain_graph=True,
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+
+
+def start(z: Tensor, cotangent: Tensor) -> Tensor:
+    """Return a number from which a reverse pass leaves for an output with a cotangent, which it lets go on the way."""
+    number: Tensor = _Start.apply(z, [cotangent])
+    return number
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, cotangent: list[Tensor]) -> Tensor:
+        ctx.cotangent = cotangent
+        return z.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.cotangent.pop(), None
+
+
+def pull_flat(
+    number: Tensor,
+    leaves: Mapping[str, Tensor],
+    space: ParameterSpace,
+    read: Callable[[Tensor], Tensor | None] = lambda gradient: gradient,
+) -> Float[Tensor, " P"]:
+    """Return the gradient at leaves as one vector, of which each part is written as soon as the reverse pass brings it.
+
+    Memory: the vector, and the gradient of one parameter at a time.
+
+    Args:
+        number: where the reverse pass starts.
+        leaves: by parameter; they have no gradient.
+        space: of the parameters.
+        read: what is wanted of a gradient; None for zero.
+    """
+    vector: list[Tensor] = []
+    parts: dict[str, Tensor] = {}
+
+    def room() -> Tensor:
+        # Not before the first gradient arrives, when those at the output are gone.
+        if not vector:
+            vector.append(next(iter(leaves.values())).new_zeros(space.size))
+            parts.update(space.unflatten(vector[0]))
+        return vector[0]
+
+    def arrived(name: str, gradient: Tensor) -> None:
+        room()
+        if (value := read(gradient)) is not None:
+            parts[name].copy_(value)
+
+    def forget(leaf: Tensor) -> None:
+        leaf.grad = None
+
+    with ExitStack() as hooks:
+        for name, leaf in leaves.items():
+            hooks.callback(leaf.register_hook(partial(arrived, name)).remove)
+            hooks.callback(leaf.register_post_accumulate_grad_hook(forget).remove)
+        if number.requires_grad:
+            torch.autograd.backward(number, inputs=list(leaves.values()))
+    return room()
