@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import unknown_name
 from curvlab.nn import Linearized
-from curvlab.rows.loss import Draws, Kind, LossTerms, RowPer, identity_cotangents
+from curvlab.rows.loss import Draws, Kind, LossTerms, RowPer, identity_cotangents, one_row_a_position
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, call
 
@@ -130,11 +130,19 @@ class Pass:
         """Return the rows of S at the output."""
         if self.spans_outputs:
             return terms.root().apply(identity_cotangents(terms.z).flatten(2))
+        rows = self.together(terms)
+        return one_row_a_position(rows) if self.per == "term" else rows
+
+    def together(self, terms: LossTerms) -> Float[Tensor, "K N C X"]:
+        """Return the rows of S at the output, those of all positions of a sample in one tensor; of kinds with few rows.
+
+        Where a row stands for a term, those of different positions are rows of their own.
+        """
         draws = self._draws(terms.z) if self.random else None
         if self.kind == "empirical":
             return terms.empirical(self.per, draws)
         assert draws is not None
-        return terms.sampled(draws, self.per)
+        return terms.sampled(draws)
 
     def _draws(self, z: Float[Tensor, "N C X"]) -> Draws:
         assert self.generator is not None

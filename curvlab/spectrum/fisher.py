@@ -6,6 +6,12 @@ The rows are swept once and kept until a parameter changes. After that a product
 whatever the depth: on a tanh network 784-100-100-10 with 500 samples 0.5 to 0.9 times a product of `GGN`, the sweep about
 as much as one. So `GGN` is for a few products at each of many points, and for losses and layers that have no rows; this
 is for many products at one point, and for the kinds that are no Gauss-Newton matrix.
+
+Rows of the outputs to a vocabulary do not fit into memory. With `keep_rows=False` a product is
+
+    F v = Jᵀ (Σ_k r_k r_kᵀ) J v
+
+with rows r at the output alone, at the cost of one of `GGN`.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from curvlab.errors import Weightless
+from curvlab.errors import StateError, Weightless
 from curvlab.rows import Rows, merge
 from curvlab.rows.batches import Data
 from curvlab.rows.loss import Kind, RowPer
@@ -30,8 +36,10 @@ from curvlab.rows.passes import Engine, Pass, Share
 from curvlab.rows.processes import Processes
 from curvlab.rows.sharded import own_part, whole
 from curvlab.rows.sweep import PickOutput
+from curvlab.spectrum.autodiff import GGN
 from curvlab.spectrum.objective import repeatable
 from curvlab.spectrum.operator import Operator, RowsOperator
+from curvlab.spectrum.outer import OuterProducts
 from curvlab.spectrum.selection import choose, restricted
 
 
@@ -52,11 +60,14 @@ class Fisher(Operator):
         engine: "auto", "backpack" or "autograd", see `curvlab.jacobian`.
         group: processes that have a part of the data each and ask for the same products, such as
             `torch.distributed.group.WORLD`; `rows` are those of this process then. None for this one with all data.
+        keep_rows: whether the rows are swept and kept. If not, every product takes passes through the model, and samples may
+            interact; kinds "mc" and "empirical" take vectors one at a time.
 
     Raises:
         UnsupportedModel, ValueError: see `curvlab.sqrt_fisher`; and for data that are empty or can be passed once only.
 
-    Cost: one sweep of the data whenever the parameters have changed; the memory of all rows.
+    Cost: one sweep of the data whenever the parameters have changed, and the memory of all rows; without rows that of `GGN`,
+    for "mc" and "empirical" with the memory of a few outputs more.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class Fisher(Operator):
         parameters: str | Sequence[str] | None = None,
         output: PickOutput = None,
         engine: Engine = "auto",
+        keep_rows: bool = True,
         group: ProcessGroup | None = None,
     ) -> None:
         self.model, self.loss, self.batches, self.processes = model, loss, repeatable(data), Processes.of(group)
@@ -85,11 +97,25 @@ class Fisher(Operator):
         first = own[names[0]]
         self.dtype, self.device = first.dtype, first.device
         self._names = names
-        self._at, self._rows = self._parameters(), self._sweep()
+        self._by_passes: Operator | None = None
+        if keep_rows:
+            self._at, self._rows = self._parameters(), self._sweep()
+        elif self.how.kind in ("exact", "ggn"):
+            self._by_passes = GGN(
+                model, loss, data, kind=self.how.kind, parameters=parameters, output=output, group=group
+            )
+        else:
+            self._by_passes = OuterProducts(model, loss, data, self.how, parameters, group)
 
     @property
     def rows(self) -> Rows:
-        """The rows S at the model's present parameters."""
+        """The rows S at the model's present parameters.
+
+        Raises:
+            StateError: with `keep_rows=False`.
+        """
+        if self._by_passes is not None:
+            raise StateError("With keep_rows=False there are no rows; curvlab.sqrt_fisher returns them.")
         at = self._parameters()
         changed = not torch.equal(at, self._at)
         if changed if self.processes is None else self.processes.any(changed, self.device):
@@ -97,6 +123,8 @@ class Fisher(Operator):
         return self._rows
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
+        if self._by_passes is not None:
+            return self._by_passes.matmat(block)
         rows = self.rows
         product = RowsOperator(rows).matmat(block)
         if self.processes is None:

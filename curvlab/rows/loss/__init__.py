@@ -29,7 +29,7 @@ from curvlab.rows.loss.own import (
 )
 from curvlab.rows.loss.root import DiagonalRoot, OutputRoot, restored
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
-from curvlab.rows.loss.terms import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents
+from curvlab.rows.loss.terms import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents, one_row_a_position
 
 __all__ = [
     "LOSSES",
@@ -46,6 +46,7 @@ __all__ = [
     "held_by_sample",
     "identity_cotangents",
     "loss_terms",
+    "one_row_a_position",
     "restored",
     "watching",
 ]

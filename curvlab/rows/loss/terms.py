@@ -102,20 +102,9 @@ class LossTerms:
         """Return Λ^{1/2}/√count."""
         return self.likelihood.root(self.weight / self._divisor)
 
-    def sampled(
-        self,
-        draws: Draws,
-        per: RowPer = "sample",
-    ) -> Float[Tensor, "V N C X"]:
-        """Draw rows whose covariance is Λ/count, divided by √draws.
-
-        Args:
-            draws: how many rows of a loss term, and from what.
-            per: whether all positions of a sample share a row, as draws of different positions are independent, or each has
-                its own.
-        """
-        rows = self.likelihood.draw(draws).mul_((self.weight / (self._divisor * draws.count)).sqrt())
-        return _one_row_a_position(rows) if per == "term" else rows
+    def sampled(self, draws: Draws) -> Float[Tensor, "S N C X"]:
+        """Draw rows whose covariance is Λ/count, divided by √draws; draws of different positions are independent."""
+        return self.likelihood.draw(draws).mul_((self.weight / (self._divisor * draws.count)).sqrt())
 
     def empirical(self, per: RowPer = "term", draws: Draws | None = None) -> Float[Tensor, "V N C X"]:
         """Return the scaled gradients of the loss terms, or sums of them.
@@ -129,7 +118,7 @@ class LossTerms:
             rows = (self.weight / (self._divisor * draws.count)).sqrt() * self.score
             return rows * (2 * draws.of(torch.rand, self.score[:, :1]).round() - 1)
         if per == "term":
-            return _one_row_a_position(((self.weight / self._divisor).sqrt() * self.score)[None])
+            return ((self.weight / self._divisor).sqrt() * self.score)[None]
         row: Tensor = self.weight * self.score / self._divisor ** (0.5 if per == "sample" else 1.0)
         return row[None]
 
@@ -144,7 +133,7 @@ def weightless() -> Weightless:
     return Weightless("No target carries weight (all ignored, or class weights of zero), so the mean does not exist.")
 
 
-def _one_row_a_position(rows: Float[Tensor, "K N C X"]) -> Float[Tensor, "V N C X"]:
+def one_row_a_position(rows: Float[Tensor, "K N C X"]) -> Float[Tensor, "V N C X"]:
     """Give every position its own row: `[K, N, C, X] → [K·X, N, C, X]`."""
     return torch.diag_embed(rows, dim1=1, dim2=-1).flatten(0, 1)
 
