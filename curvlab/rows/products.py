@@ -24,6 +24,9 @@ WORTH_HALVING = 1 << 25
 Tile = tuple[slice, slice]
 """Some of the rows `(v, n)`: a slice of `v` and a slice of `n`."""
 
+Piece = tuple[slice, slice]
+"""Some samples, and some of their positions."""
+
 
 def cached(device: torch.device) -> int:
     """Return how many elements of an intermediate tensor to form at once where a product is limited by memory traffic."""
@@ -35,6 +38,15 @@ def chunks(total: int, elements_each: int, elements: int | None = None) -> Itera
     step = max(1, (elements or CHUNK_ELEMENTS) // max(1, elements_each))
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
+
+
+def pieces(z: Float[Tensor, "N C X"]) -> Iterator[Piece]:
+    """Cut an output so that a piece stays in a processor's cache: some samples, or some positions of one."""
+    N, C, X = z.shape
+    limit = cached(z.device)
+    for n in chunks(N, C * X, limit):
+        for x in chunks(X, C * (n.stop - n.start), limit):
+            yield n, x
 
 
 def triangle(V: int, N: int, columns: int = WORTH_HALVING) -> Iterator[tuple[Tile, Tile]]:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
 
-from curvlab.rows.loss.cross_entropy import Labels, Piece, pieces, read_labels
+from curvlab.rows.loss.cross_entropy import Labels, read_labels
 from curvlab.rows.loss.own import is_altered
 from curvlab.rows.loss.table import reduction_of
 from curvlab.rows.loss.terms import flat_outputs
+from curvlab.rows.products import Piece, pieces
 from curvlab.spectrum.objective import Part
 
 

@@ -9,7 +9,6 @@ Shapes: outputs `[N, C, X]`, see `curvlab.rows.loss.terms`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlab.rows.loss.terms import flat_outputs
-from curvlab.rows.products import cached, chunks
-
-Piece = tuple[slice, slice]
-"""Some samples, and some of their positions."""
+from curvlab.rows.products import Piece
 
 
 @dataclass(frozen=True)
@@ -82,15 +78,6 @@ def read_labels(loss: nn.CrossEntropyLoss, z: Float[Tensor, "N C ..."], targets:
         on_index,
         everywhere[:, None].expand(N, C, X) if smoothing else None,
     )
-
-
-def pieces(z: Float[Tensor, "N C X"]) -> Iterator[Piece]:
-    """Cut an output so that a piece stays in a processor's cache: some samples, or some positions of one."""
-    N, C, X = z.shape
-    limit = cached(z.device)
-    for n in chunks(N, C * X, limit):
-        for x in chunks(X, C * (n.stop - n.start), limit):
-            yield n, x
 
 
 def _check_probabilities(z: Float[Tensor, "N C ..."], targets: Tensor) -> None:

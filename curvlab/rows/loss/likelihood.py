@@ -29,6 +29,7 @@ from torch import Tensor
 
 from curvlab.errors import NotPositiveDefinite, StateError
 from curvlab.rows.loss.root import BlockRoot, DiagonalRoot, EigenRoot, OutputRoot, SoftmaxRoot
+from curvlab.rows.products import pieces
 
 Own = TypeVar("Own", bound="Likelihood")
 
@@ -260,4 +261,7 @@ class Several(Likelihood):
 
 def classes_at(p: Float[Tensor, "N C X"], uniform: Float[Tensor, "K N X"]) -> Int[Tensor, "K N X"]:
     """Return the classes at which the distribution function passes uniform numbers."""
-    return (p.cumsum(1)[:, :-1] <= uniform[:, :, None]).sum(2)
+    found = torch.empty_like(uniform, dtype=torch.long)
+    for n, x in pieces(p):
+        found[:, n, x] = (p[n, :, x].cumsum(1)[:, :-1] <= uniform[:, n, None, x]).sum(2)
+    return found
