@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -118,12 +118,17 @@ def linearize(model: nn.Module) -> Linearized:
 
 
 @contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Hold attention to the one implementation that has a forward-mode derivative."""
+def differentiable_attention(*, fused: bool = False) -> Iterator[None]:
+    """Hold attention to implementations that can be differentiated.
+
+    Args:
+        fused: whether a plain backward pass is all that follows, so that attention that never forms its weights may be used. It has
+            neither a forward-mode derivative nor a rule for several rows at once.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

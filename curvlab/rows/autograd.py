@@ -75,7 +75,7 @@ def prepared(
     """Run the forward pass of a sweep; within the block, cotangents can go back through it. See `sweep`."""
     owners = owners_of(model)
     samples = inputs.samples
-    with decomposing(model, owners), differentiable_attention(), ExitStack() as leave:
+    with decomposing(model, owners), differentiable_attention(fused=inputs.plain), ExitStack() as leave:
         ruled = [o for o in owners if o.ruled and not set(without) & set(o.names.values())]
         recorder, chosen, z = _called(model, inputs, ruled, known.shared, leave)
         signature = signature_of(z, recorder.made, trainable(model), samples.along_first(len(z)), known.signatures)

@@ -35,11 +35,16 @@ Share = Callable[[int, torch.device], tuple[int, int]]
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model is called on, what a sample is in it, and which output is meant."""
+    """What a model is called on, what a sample is in it, and which output is meant.
+
+    Attributes:
+        plain: whether a plain backward pass brings back its rows, see `Pass`.
+    """
 
     arguments: Arguments
     samples: Samples
     output: PickOutput = None
+    plain: bool = False
 
     def outputs(self, model: nn.Module) -> Float[Tensor, "N C ..."]:
         """Call the model, and return the outputs that carry rows, as the loss takes them; see `call`."""
@@ -124,7 +129,7 @@ class Pass:
         """Tell the arguments of a model, and what a sample is."""
         arguments = as_arguments(inputs)
         called = model.base if isinstance(model, Linearized) else model
-        return ModelInputs(arguments, samples_of(called, inputs, arguments, self.nodes), self.output)
+        return ModelInputs(arguments, samples_of(called, inputs, arguments, self.nodes), self.output, self.plain)
 
     def at_output(self, terms: LossTerms) -> Float[Tensor, "V N ..."]:
         """Return the rows of S at the output."""

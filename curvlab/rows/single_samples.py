@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.nn.hooks import has_forward_hooks, unwatched
+from curvlab.nn.linearize import differentiable_attention
 from curvlab.nn.modes import as_cast
 from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import Owner
@@ -162,7 +163,7 @@ def _vectorised(
         pulled = vjp(output, {name: values[name] for name in names})
         return pulled[0], pulled[1](cotangent)[0]
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), differentiable_attention():
         warnings.filterwarnings("ignore", "There is a performance drop")
         # Samples inside rows: in the other order torch's rule of PReLU gives an axis too many.
         z, rows = vmap(lambda row: vmap(of_sample)(own, row))(cotangents)
