@@ -23,14 +23,14 @@ from curvlab.study.environment import environment
 
 @dataclass(frozen=True)
 class Options(CommonOptions):
-    """Time fits on decoders with a loss per token, beside a forward and backward pass and other libraries.
+    """Time fits, products and training steps on decoders with a loss per token, beside a gradient and other libraries.
 
     Every method runs in a process of its own. Exit code 1 if one fails; one that runs out of memory or time is reported as such.
     """
 
     repeats: int = 5
     """Timed calls of a method."""
-    models: tuple[ModelName, ...] = ("gpt", "gpt2-small")
+    models: tuple[ModelName, ...] = ("gpt", "vocabulary", "gpt2-small")
     """Decoders."""
     methods: tuple[MethodName, ...] = get_args(MethodName)
     """What is computed; a forward and backward pass always is."""

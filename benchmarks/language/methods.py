@@ -3,6 +3,8 @@
 Targets are drawn once a token (Monte-Carlo Fisher matrix). curvlab factors all layers, norms and tables by their exact blocks or
 diagonals. curvlinops factors `Linear` alone and refuses other parameters, which are frozen for it; kronfluence leaves them out.
 Both are spared the output layer of a vocabulary too large for a matrix.
+
+A product is one with a single random vector. curvlinops' have no derivative of fused attention, and are given plain attention.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.language import kronfluence
 from benchmarks.language.models import Decoder
 from curvlab.fisher import EKFAC, KFAC, Diagonal, Structure
 from curvlab.fisher.kronecker import KroneckerBlock
+from curvlab.optim import NaturalGradient
+from curvlab.spectrum import GGN, Hessian
+from curvlab.spectrum.autodiff import DerivativeOperator
 
 MethodName = Literal[
     "plain",
@@ -29,10 +35,19 @@ MethodName = Literal[
     "ekfac-curvlinops",
     "ekfac-kronfluence",
     "diagonal",
+    "ggn",
+    "ggn-curvlinops",
+    "hessian",
+    "hessian-curvlinops",
+    "sgd-step",
+    "kfac-step",
 ]
 
 LARGEST = 8192
 """Rows of the largest factor that is formed as a matrix."""
+
+INTERVAL = 20
+"""Training steps from one inversion of a layer's factors to the next."""
 
 Compute = Callable[[], object]
 
@@ -54,8 +69,8 @@ def _plain(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
     loss = nn.CrossEntropyLoss()
 
     def compute() -> None:
-        decoder.zero_grad()
         loss(decoder(tokens), targets.flatten()).backward()
+        decoder.zero_grad()  # afterwards, so that gradients count among what a call takes
 
     return compute
 
@@ -112,6 +127,57 @@ def _kronfluence(*, corrections: bool) -> Callable[[Decoder, Tensor, Tensor], Co
     return compute
 
 
+def _product(operator: type[DerivativeOperator]) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        made = operator(decoder, nn.CrossEntropyLoss(), (tokens, targets.flatten()))
+        vector = torch.randn(1, made.size, device=tokens.device)
+        return lambda: made.matmat(vector)
+
+    return prepare
+
+
+def _curvlinops_product(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        import curvlinops as library
+
+        data, loss, parameters = [(tokens, targets.flatten())], nn.CrossEntropyLoss(), list(decoder.parameters())
+        made = getattr(library, name)(decoder, loss, parameters, data, check_deterministic=False)
+        vector = torch.randn(made.shape[1], device=tokens.device)
+
+        def compute() -> object:
+            with sdpa_kernel(SDPBackend.MATH):
+                return made @ vector
+
+        return compute
+
+    return prepare
+
+
+def _sgd_step(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+    loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(decoder.parameters(), lr=1e-3, momentum=0.9)
+
+    def compute() -> None:
+        loss(decoder(tokens), targets.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return compute
+
+
+def _kfac_step(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+    """Factors in every step; a layer's inverses every `INTERVAL`, in turns."""
+    loss, structure = nn.CrossEntropyLoss(), KFAC(factored_damping=True, invert_every=INTERVAL)
+    optimizer = NaturalGradient(decoder, loss, lr=1e-3, structure=structure, damping=1e-2, momentum=0.9)
+
+    def compute() -> None:
+        with optimizer.collect():
+            loss(decoder(tokens), targets.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return compute
+
+
 METHODS: Mapping[MethodName, Method] = {
     "plain": Method("forward and backward", _plain),
     "kfac": Method("K-FAC, curvlab", _fit(KFAC)),
@@ -122,4 +188,10 @@ METHODS: Mapping[MethodName, Method] = {
     "ekfac-curvlinops": Method("EKFAC, curvlinops", _curvlinops("EKFACLinearOperator")),
     "ekfac-kronfluence": Method("EKFAC, kronfluence, eigenvectors given", _kronfluence(corrections=True)),
     "diagonal": Method("diagonal, curvlab", _fit(Diagonal)),
+    "ggn": Method("GGN product, curvlab", _product(GGN)),
+    "ggn-curvlinops": Method("GGN product, curvlinops", _curvlinops_product("GGNLinearOperator")),
+    "hessian": Method("Hessian product, curvlab", _product(Hessian)),
+    "hessian-curvlinops": Method("Hessian product, curvlinops", _curvlinops_product("HessianLinearOperator")),
+    "sgd-step": Method("training step, SGD", _sgd_step),
+    "kfac-step": Method(f"training step, K-FAC inverted every {INTERVAL}", _kfac_step),
 }

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ModelName = Literal["tiny", "gpt", "gpt2-small"]
+ModelName = Literal["tiny", "gpt", "vocabulary", "gpt2-small"]
 
 HEAD = 64
 """Width of an attention head."""
@@ -56,6 +56,7 @@ class Shape:
 SHAPES: Mapping[ModelName, Shape] = {
     "tiny": Shape(1, 64, 50, 2, 8),
     "gpt": Shape(4, 512, 1000, 8, 128),
+    "vocabulary": Shape(4, 256, 50_000, 2, 128),
     "gpt2-small": Shape(12, 768, 50257, 2, 256, tied=True),
 }
 

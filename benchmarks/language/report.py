@@ -17,7 +17,8 @@ from curvlab.tools.text import size
 
 LEGEND = (
     "Ratio: the time over that of a forward and backward pass. First: the same of the first call on a model, which looks for "
-    "layers that samples share and compares rows with gradients. Memory: the peak of a later call beyond what was held before."
+    "layers that samples share and compares rows with gradients. Memory: the peak of a later call beyond what was held before, and "
+    "as a multiple of that of a forward and backward pass."
 )
 
 
@@ -37,7 +38,7 @@ def heading(entries: Sequence[Entry]) -> str:
 
 def table(entries: Sequence[Entry], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """Lay out one decoder; the first entry is what the others are compared with."""
-    made = tables.empty(style, ["method"], ["seconds", "ratio", "first", "memory"])
+    made = tables.empty(style, ["method"], ["seconds", "ratio", "first", "memory", "× memory"])
     reference = entries[0].measurement
     for entry in entries:
         made.add_row(METHODS[entry.request.method].title, *_cells(entry.measurement, reference))
@@ -49,7 +50,8 @@ def _cells(measured: Measurement, reference: Measurement) -> list[str]:
         return [measured.outcome]
     ratios = [seconds / reference.median for seconds in (measured.median, measured.first)] if reference.seconds else []
     shown = [f"{ratio:.2f}×" for ratio in ratios] or ["–", "–"]
-    return [f"{measured.median:.4g}", *shown, size(measured.peak_bytes)]
+    memory = f"{measured.peak_bytes / reference.peak_bytes:.2f}×" if reference.peak_bytes else "–"
+    return [f"{measured.median:.4g}", *shown, size(measured.peak_bytes), memory]
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:
