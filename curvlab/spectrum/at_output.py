@@ -55,10 +55,10 @@ def slope_and_curved(
         return primal, torch.zeros_like(primal) if tangent is None else tangent
     labels, factor = found
 
-    def slope(piece: Piece, p: Tensor) -> Tensor:
+    def scores(piece: Piece, p: Tensor) -> Tensor:
         return labels.take_from(p, piece).mul_(factor[piece[0], :, piece[1]])
 
-    return _by_piece(z, flat_outputs(z), slope), curved(part, z, change)
+    return _by_piece(z, flat_outputs(z), scores), curved(part, z, change)
 
 
 def _labels(part: Part, z: Tensor) -> tuple[Labels, Float[Tensor, "N 1 X"]] | None:

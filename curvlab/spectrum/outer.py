@@ -72,7 +72,7 @@ class OuterProducts(GGN):
         rows, axes = self.how.together(terms), AXES[self.how.per]
 
         def product(change: Tensor) -> Tensor:
-            laid_out, bring_back = vjp(samples.lay_out, change)
+            laid_out, bring_back = vjp(samples.lay_out, change)[:2]
             flat = flat_outputs(laid_out).to(rows.dtype)
             along = torch.stack([(row * flat).sum([axis - 1 for axis in axes], keepdim=True) for row in rows])
             bent = rows[0] * along[0]

@@ -36,7 +36,7 @@ def pull(
 
 def start(z: Tensor, cotangent: Tensor) -> Tensor:
     """Return a number from which a reverse pass leaves for an output with a cotangent, which it lets go on the way."""
-    number: Tensor = _Start.apply(z, [cotangent])
+    number: Tensor = _Start.apply(z, [cotangent])  # type: ignore[no-untyped-call]
     return number
 
 
@@ -47,7 +47,7 @@ class _Start(torch.autograd.Function):
         return z.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.cotangent.pop(), None
 
 

@@ -37,7 +37,7 @@ class _LinearInPlace(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return flat.view(*input.shape[:-1], -1)
 
 

@@ -94,6 +94,17 @@ def test_products_in_pieces_of_any_size_are_those_of_dense_matrices(loss: str, f
             assert_close(operator.matmat(block(operator)), block(operator) @ expected)
 
 
+@pytest.mark.parametrize("names", [["head.bias"], ["head.weight"], ["norm.weight", "head.bias"], ["tokens.weight"]])
+def test_products_of_some_parameters_are_parts_of_the_dense_ones(names: list[str]) -> None:
+    model, criterion, (x, y) = decoder(), nn.CrossEntropyLoss(), data()
+    for kind, expected in zip((Hessian, GGN), dense(model, criterion, x, y), strict=True):
+        operator = kind(model, criterion, (x, y), chunk_size=1, parameters=names)
+        every = kind(model, criterion, (x, y)).space
+        index = every.unflatten(torch.arange(every.size).double())
+        at = torch.cat([index[name].flatten() for name in operator.space.shapes]).long()
+        assert_close(operator.to_dense(), expected[at][:, at])
+
+
 def test_targets_that_are_probabilities() -> None:
     model, (x, _), criterion = decoder(), data(), LOSSES["smooth"]()
     y = torch.rand(N, C, T, dtype=torch.float64).softmax(1)
