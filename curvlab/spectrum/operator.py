@@ -139,7 +139,7 @@ class DenseOperator(Operator):
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return the matrix itself."""
-        if not bool(self.matrix.sum().isfinite()):
+        if not bool(self.matrix.isfinite().all()):
             raise ValueError(f"The matrix of {self!r} is not finite.")
         return self.matrix
 
