@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from live_memory import Live
 from oracle import ARCHITECTURES, DOUBLE, Architecture, architecture, loss_case
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Diagonal, fitting, make
@@ -59,9 +61,9 @@ def test_batches_add_up_to_the_whole(key: str, reduction: str) -> None:
 
 
 class Deep(nn.Module):
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, width: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -152,6 +154,25 @@ def test_no_more_than_one_layer_has_rows_at_a_time(structure: Any, monkeypatch: 
     type(made).fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator(), **made.options)
     names = [f"layers.{k}" for k in reversed(range(6))]
     assert order == names * made.passes
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_fit_takes_the_memory_of_a_training_step_the_state_and_one_layer(key: str) -> None:
+    """However deep the model, but for the eigenvectors of an EKFAC; rows would take the memory of each layer's activations."""
+
+    def beyond(layers: int) -> float:
+        model, loss, width = Deep(layers, 32).to(DOUBLE), nn.CrossEntropyLoss(), 32
+        x, y = torch.randn(512, width, dtype=DOUBLE), torch.randint(width, (512,))
+        how: Any = {"kind": "mc", "generator": generator()}
+        STRUCTURES[key].fit(model, loss, (x, y), **how)  # the first pass of a kind is compared with another one
+        with Live() as step:
+            loss(model(x), y).backward()
+        with Live() as fit:
+            state = STRUCTURES[key].fit(model, loss, [(x, y)] * 2, **how).state_dict()["blocks"]
+        held = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+        return (fit.peak - step.peak - held) / x.nbytes
+
+    assert (beyond(12) - beyond(4)) / 8 < 0.2, "a layer, in units of its activations"
 
 
 def test_graph_and_hooks_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
