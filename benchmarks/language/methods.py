@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,15 @@ MethodName = Literal[
     "ekfac-curvlinops",
     "ekfac-kronfluence",
     "diagonal",
+    "plain-bfloat16",
+    "kfac-bfloat16",
     "ggn",
     "ggn-curvlinops",
     "hessian",
     "hessian-curvlinops",
     "sgd-step",
     "kfac-step",
+    "kfac-step-gradients",
 ]
 
 LARGEST = 8192
@@ -164,18 +167,39 @@ def _sgd_step(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
     return compute
 
 
-def _kfac_step(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+def _kfac_step(**rows: Any) -> Callable[[Decoder, Tensor, Tensor], Compute]:
     """Factors in every step; a layer's inverses every `INTERVAL`, in turns."""
-    loss, structure = nn.CrossEntropyLoss(), KFAC(factored_damping=True, invert_every=INTERVAL)
-    optimizer = NaturalGradient(decoder, loss, lr=1e-3, structure=structure, damping=1e-2, momentum=0.9)
 
-    def compute() -> None:
-        with optimizer.collect():
-            loss(decoder(tokens), targets.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        loss, structure = nn.CrossEntropyLoss(), KFAC(factored_damping=True, invert_every=INTERVAL)
+        optimizer = NaturalGradient(decoder, loss, lr=1e-3, structure=structure, damping=1e-2, momentum=0.9, **rows)
 
-    return compute
+        def compute() -> None:
+            with optimizer.collect():
+                loss(decoder(tokens), targets.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return compute
+
+    return prepare
+
+
+def _in_bfloat16(
+    prepare: Callable[[Decoder, Tensor, Tensor], Compute],
+) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    """Compute under autocast."""
+
+    def prepared(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        compute = prepare(decoder, tokens, targets)
+
+        def cast() -> object:
+            with torch.autocast(tokens.device.type, torch.bfloat16):
+                return compute()
+
+        return cast
+
+    return prepared
 
 
 METHODS: Mapping[MethodName, Method] = {
@@ -188,10 +212,13 @@ METHODS: Mapping[MethodName, Method] = {
     "ekfac-curvlinops": Method("EKFAC, curvlinops", _curvlinops("EKFACLinearOperator")),
     "ekfac-kronfluence": Method("EKFAC, kronfluence, eigenvectors given", _kronfluence(corrections=True)),
     "diagonal": Method("diagonal, curvlab", _fit(Diagonal)),
+    "plain-bfloat16": Method("forward and backward, bfloat16", _in_bfloat16(_plain)),
+    "kfac-bfloat16": Method("K-FAC, curvlab, bfloat16", _in_bfloat16(_fit(KFAC))),
     "ggn": Method("GGN product, curvlab", _product(GGN)),
     "ggn-curvlinops": Method("GGN product, curvlinops", _curvlinops_product("GGNLinearOperator")),
     "hessian": Method("Hessian product, curvlab", _product(Hessian)),
     "hessian-curvlinops": Method("Hessian product, curvlinops", _curvlinops_product("HessianLinearOperator")),
     "sgd-step": Method("training step, SGD", _sgd_step),
-    "kfac-step": Method(f"training step, K-FAC inverted every {INTERVAL}", _kfac_step),
+    "kfac-step": Method(f"training step, K-FAC inverted every {INTERVAL}", _kfac_step(kind="mc")),
+    "kfac-step-gradients": Method("the same, of the samples' gradients", _kfac_step(kind="empirical", rows="sample")),
 }

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ModelName = Literal["tiny", "gpt", "vocabulary", "gpt2-small"]
+ModelName = Literal["tiny", "gpt", "vocabulary", "gpt2-small", "gpt2-medium"]
 
 HEAD = 64
 """Width of an attention head."""
@@ -58,6 +58,7 @@ SHAPES: Mapping[ModelName, Shape] = {
     "gpt": Shape(4, 512, 1000, 8, 128),
     "vocabulary": Shape(4, 256, 50_000, 2, 128),
     "gpt2-small": Shape(12, 768, 50257, 2, 256, tied=True),
+    "gpt2-medium": Shape(24, 1024, 50257, 2, 256, tied=True),
 }
 
 
