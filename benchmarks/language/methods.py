@@ -102,7 +102,7 @@ def _eigenvectors(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
     return compute
 
 
-def _curvlinops(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+def _curvlinops(name: str, *, corrects: bool = False) -> Callable[[Decoder, Tensor, Tensor], Compute]:
     def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
         import curvlinops as library
 
@@ -116,6 +116,8 @@ def _curvlinops(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
         def compute() -> object:
             operator = getattr(library, name)(decoder, loss, kept, data, **options)
             operator.compute_kronecker_factors()
+            if corrects:
+                operator.compute_eigenvalue_correction()
             return operator
 
         return compute
@@ -209,7 +211,7 @@ METHODS: Mapping[MethodName, Method] = {
     "kfac-kronfluence": Method("K-FAC, kronfluence", _kronfluence(corrections=False)),
     "ekfac": Method("EKFAC, curvlab", _fit(EKFAC)),
     "eigenvectors": Method("of that, eigenvectors", _eigenvectors),
-    "ekfac-curvlinops": Method("EKFAC, curvlinops", _curvlinops("EKFACLinearOperator")),
+    "ekfac-curvlinops": Method("EKFAC, curvlinops", _curvlinops("EKFACLinearOperator", corrects=True)),
     "ekfac-kronfluence": Method("EKFAC, kronfluence, eigenvectors given", _kronfluence(corrections=True)),
     "diagonal": Method("diagonal, curvlab", _fit(Diagonal)),
     "plain-bfloat16": Method("forward and backward, bfloat16", _in_bfloat16(_plain)),
