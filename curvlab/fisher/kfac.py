@@ -30,9 +30,8 @@ from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
 from curvlab.fisher.kronecker import KFACBlock, KroneckerOptions, Sharing, share_inverses, stagger
+from curvlab.fisher.lasting import LastingBlock
 from curvlab.fisher.moment import Invert, inverses
-from curvlab.fisher.row_block import RowBlock
-from curvlab.fisher.side import RowSide
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
@@ -65,8 +64,8 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         rtol: rank tolerance of the factors in undamped solves, relative to their λ_max.
         max_factor: largest side of a factor that is a matrix. A longer one, such as that of outputs to a vocabulary, is diagonal;
             the repr names its layer.
-        invert_every: with factored damping, updates after which the inverses of a layer's factors are made anew; solves
-            in between use the old ones if the damping is the same. Layers take turns.
+        invert_every: with factored damping, updates after which the inverses of a layer's factors, and the factorisation of an
+            exact block, are made anew; solves in between use the old ones if the damping is the same. Layers take turns.
         output_groups: cut the outputs of linear layers into so many equal groups, as the packed queries, keys and values of
             attention into 3 or into `3·heads`: B is block-diagonal, A is one. Choose such layers by `PerLayer`.
     """
@@ -128,7 +127,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         if isinstance(layer, TiedRows):
             return self.tied(layer.name, layer.layout, self._config)
         if layer.size <= self._config.max_block:
-            return RowBlock(layer.name, [layer.layout], RowSide("parameters", rtol=self._config.rtol))
+            return LastingBlock(layer.name, layer.layout, self._config.rtol, self._config.invert_every)
         return DiagonalBlock(layer.name, layer.layout, self._config.rtol)
 
     def _notes(self) -> list[str]:
@@ -142,4 +141,4 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             if isinstance(block, LinearBlock) and block.diagonal_sides
         ]
         factors = [f"diagonal factors: {', '.join(long)}"] if long else []
-        return factors + named("exact blocks", RowBlock) + named("diagonal", DiagonalBlock)
+        return factors + named("exact blocks", LastingBlock) + named("diagonal", DiagonalBlock)

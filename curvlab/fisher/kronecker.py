@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from curvlab.errors import StateError, unknown_name
 from curvlab.fisher.block import Batch, Block, BlockState, RowRelation, Total, check_rtol
 from curvlab.fisher.inverse import Inverse, restored
+from curvlab.fisher.lasting import LastingBlock
 from curvlab.fisher.moment import Factor, Invert, inverses
 from curvlab.fisher.on_vectors import weighted_product
 from curvlab.fisher.power import Power
@@ -337,11 +338,12 @@ class KFACBlock(KroneckerBlock):
         return gram([x], [self.weigh(y, units, width)])
 
 
-def stagger(blocks: Iterable[Block]) -> None:
-    """Let layers take turns in making inverses anew."""
-    kronecker = [block for block in blocks if isinstance(block, KroneckerBlock)]
-    for turn, block in enumerate(kronecker):
-        block.stagger(turn, len(kronecker))
+def stagger(blocks: Sequence[Block]) -> None:
+    """Let layers take turns in making inverses anew, those with factors and those with exact blocks among themselves."""
+    for kind in (KroneckerBlock, LastingBlock):
+        alike = [block for block in blocks if isinstance(block, kind)]
+        for turn, block in enumerate(alike):
+            block.stagger(turn, len(alike))
 
 
 def share_inverses(blocks: Iterable[Block], damping: float, invert: Invert) -> None:

@@ -1,5 +1,7 @@
 """K-FAC and EKFAC: damping on the factors, what is not factored, and which layers are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fisher_cases import case, draw, rows_of
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import curvlab.fisher as cf
 from curvlab.fisher.factors import LinearBlock
+from curvlab.fisher.lasting import LastingBlock
 from curvlab.fisher.moment import Moment, inverses
 from curvlab.nn import HalfSquaredError
 from curvlab.rows import Rows, jacobian, sqrt_fisher
@@ -345,3 +348,25 @@ def test_a_long_root_of_zeros_has_null_directions_only() -> None:
     assert moment.root is not None
     assert moment.basis.null.all()
     assert not moment.basis.values.any()
+
+
+def test_factorisations_of_exact_blocks_last_as_long_as_inverses_of_factors() -> None:
+    """A solve uses the matrix of up to `invert_every` updates ago; the matrix itself goes on."""
+    data, damping = case("sequence", "ce"), 0.1
+    structure, v = cf.KFAC(factored_damping=True, invert_every=3), draw(2, case("sequence", "ce").rows.P)
+    before: list[Tensor] = []
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        layers = tuple(layer.scale(scale) for layer in data.rows.layers)
+        structure.update(replace(data.rows, layers=layers))
+        (block,) = (block for block in structure._blocks if isinstance(block, LastingBlock))
+        x = block.join(structure.space.unflatten(v))
+        other = cf.KFAC(factored_damping=True, invert_every=3)
+        structure.solve(v, damping)
+        other.load_state_dict(structure.state_dict())
+        assert_close(other.solve(v, damping), structure.solve(v, damping))
+        before.append(block.to_dense())
+        eye = torch.eye(block.size, dtype=DOUBLE)
+        used = before[0] if len(before) < 3 else before[2]
+        assert_close(block.solve(x, damping)[0], x @ torch.linalg.inv(used + damping * eye))
+        assert_close(block.to_dense(), scale**2 * before[0])
+    assert_close(block.solve(x, 0.2)[0], x @ torch.linalg.inv(before[3] + 0.2 * eye))

@@ -129,7 +129,7 @@ def test_states_of_other_structures_and_configurations_are_refused() -> None:
     with pytest.raises(ValueError, match="but this configuration makes"):
         other.load_state_dict(state)
     assert torch.equal(other.to_dense(), before)
-    with pytest.raises(ValueError, match=r"DiagonalBlock.*RowBlock|RowBlock.*DiagonalBlock"):
+    with pytest.raises(ValueError, match=r"DiagonalBlock.*LastingBlock|LastingBlock.*DiagonalBlock"):
         cf.KFAC(max_block=0).load_state_dict(cf.KFAC().update(data.rows).state_dict())
 
 
