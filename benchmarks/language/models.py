@@ -16,6 +16,9 @@ ModelName = Literal["tiny", "gpt", "vocabulary", "gpt2-small", "gpt2-medium"]
 HEAD = 64
 """Width of an attention head."""
 
+SCALE = 0.02
+"""Standard deviation of tables, as GPT-2 has it: with torch's, of 1, outputs of a tied one are so large that a draw is no draw."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -94,6 +97,8 @@ class Decoder(nn.Module):
         self.norm, self.head = nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.vocabulary, bias=False)
         if shape.tied:
             self.head.weight = self.tokens.weight
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=SCALE)
 
     def forward(self, x: Int[Tensor, "N T"]) -> Float[Tensor, "NT vocabulary"]:
         """Return the logits, one sequence after the other."""
