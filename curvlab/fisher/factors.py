@@ -82,9 +82,10 @@ class LinearBlock(KroneckerBlock):
 
     def _cut(self, rows: KroneckerRows, inputs: Tensor | None = None) -> KroneckerRows:
         """Return the same rows with outputs in groups, which see the same inputs, or others that are given."""
-        a, k = rows.a if inputs is None else inputs, self.options.output_groups
+        k = self.options.output_groups
         if k == 1:
-            return rows if inputs is None else replace(rows, a=a)
+            return rows if inputs is None else replace(rows, a=inputs)
+        a = rows.a if inputs is None else inputs
         return replace(rows, a=a.expand(-1, -1, k, -1), g=rows.g.flatten(3).unflatten(3, (k, -1)))
 
     def spans(self, rows: LayerRows) -> bool:  # noqa: D102

@@ -18,6 +18,7 @@ from curvlab.fisher import EKFAC, KFAC, STRUCTURES, Diagonal, fitting, make
 from curvlab.fisher.intake import Intake
 from curvlab.rows import autograd, sqrt_fisher
 from curvlab.rows.layer import LayerRows
+from curvlab.rows.modules import convolution, linear, rule
 from curvlab.rows.products import chunks
 from curvlab.testing.oracle import assert_close, outputs
 
@@ -117,6 +118,24 @@ def test_many_rows_are_brought_back_some_after_the_others(
             fitted = STRUCTURES[key].fit(model, loss, data, kind="exact", engine="autograd", **OPTIONS.get(key, {}))
             assert_close(fitted.to_dense(), whole.to_dense(), 1e-9)
     assert set(parts) == {at_once, *([1] if at_once == 2 else [])}, "of three rows a sample"
+
+
+def test_inputs_are_unfolded_once_for_all_rows_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors of outputs take the inputs of no further part, which a convolution would unfold anew."""
+    model, x = architecture("conv2d").make(4)
+    loss, y = loss_case("ce-weights").make(outputs(model, x), "mean")
+    unfolded: list[Tensor] = []
+    augmented = rule.augmented
+
+    def counted(a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        unfolded.append(a)
+        return augmented(a, *args, **kwargs)
+
+    for module in (convolution, linear):
+        monkeypatch.setattr(module, "augmented", counted)
+    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, 1)))
+    KFAC.fit(model, loss, (x, y), kind="exact", engine="autograd")
+    assert len(unfolded) == sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
 
 
 def test_rows_of_which_only_the_sum_counts_come_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
