@@ -103,7 +103,7 @@ class Components(Cut):
         (layer,) = layers
         V, N = layer.shape
         width = len(self.index) // self.count
-        total = layer.factors[-1].new_zeros(self.count, width, width)
+        total = layer.row_factors[-1].new_zeros(self.count, width, width)
         for part in chunks(N, V * layer.size):
             x = self.rows([layer.select(part)]).x
             total.baddbmm_(x.mT, x)

@@ -43,7 +43,7 @@ class LinearBlock(KroneckerBlock):
                 f"output_groups={groups} does not cut layer {name!r}, which has {Q} groups of {O} outputs. Choose layers by "
                 "curvlab.fisher.PerLayer."
             )
-        self.units, self.width = (self._factor(side) for side in (O // groups, rows.a.shape[3]))
+        self.units, self.width = (self._factor(side) for side in (O // groups, layout.width))
 
     def _factor(self, side: int) -> Moment | DiagonalMoment:
         if side > self.options.max_factor:
@@ -57,7 +57,7 @@ class LinearBlock(KroneckerBlock):
 
     def elements(self, batch: Batch) -> int:  # noqa: D102
         rows = self._factored(batch.layers[0], KroneckerRows)
-        (*_, Q, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
+        (*_, Q, O), I = rows.g.shape, rows.layout.width  # noqa: E741
         k = self.options.output_groups
         sides = {O // k: Q * k, I: Q} if O // k != I else {I: Q * (k + 1)}
         return sum(n * (side if side > self.options.max_factor else side**2) for side, n in sides.items())
@@ -76,9 +76,18 @@ class LinearBlock(KroneckerBlock):
         assert isinstance(rows, KroneckerRows)
         outputs = self._cut(rows).output_root(reduce=self._reduce)
         if not batch.further:
-            inputs, scale = rows.input_root(weights, reduce=self._reduce)
-            _add(self.width, inputs, float(batch.sample_weights.sum()), scale, batch, additive=False)
+            self._add_inputs(rows, weights, batch)
         _add(self.units, outputs, batch.fresh_weight, batch.weight, batch, additive=batch.additive)
+
+    def _add_inputs(self, rows: KroneckerRows, weights: Float[Tensor, " N"], batch: Batch) -> None:
+        """Add to A, some samples after the others where their inputs are not unfolded yet."""
+        width = self.parts[0].width
+        pieces = list(rows.pieces(width)) if batch.total is None else [slice(None)]
+        for position, part in enumerate(pieces):
+            inputs, scale = rows.select(part).input_root(weights[part], reduce=self._reduce)
+            weight = float(batch.sample_weights.sum()) if position == 0 else 0.0
+            own = batch if position == 0 else replace(batch, decay=1.0)
+            _add(self.width, inputs, weight, scale, own, additive=False)
 
     def _cut(self, rows: KroneckerRows, inputs: Tensor | None = None) -> KroneckerRows:
         """Return the same rows with outputs in groups, which see the same inputs, or others that are given."""
@@ -113,7 +122,7 @@ class LinearBlock(KroneckerBlock):
 
     def worth_factoring(self, rows: LayerRows, *, summed: bool = False) -> bool:  # noqa: D102
         assert isinstance(rows, KroneckerRows)
-        (V, N, T, _, O), I = rows.g.shape, rows.a.shape[3]  # noqa: E741
+        (V, N, T, _, O), I = rows.g.shape, rows.layout.width  # noqa: E741
         adding = N * T * O * I if summed else 0
         return N * T * ((1 if summed else V) * O**2 + I**2) + adding < O * I * (O + I)
 

@@ -17,7 +17,7 @@ def check_memory(key: str, blocks: Sequence[Block], batches: Sequence[Batch]) ->
     if not blocks:
         return
     elements = {block: block.elements(batch) for block, batch in zip(blocks, batches, strict=True)}
-    rows = batches[0].layers[0].factors[-1]
+    rows = batches[0].layers[0].row_factors[-1]
     needed = 2 * sum(elements.values()) * rows.element_size()
     if needed < WORTH_CHECKING:
         return

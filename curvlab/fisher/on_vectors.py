@@ -41,7 +41,7 @@ def weighted_product(left: LayerRows, weights: Float[Tensor, " P_l"], right: Lay
     """
     if not (is_on_vectors(left) and is_on_vectors(right)):
         V, N = left.shape
-        largest = max(left.size, right.factors[-1][0].numel())
+        largest = max(left.size, right.row_factors[-1][0].numel())
         pieces = [
             right.matvec(left.select(part).dense() * weights).view(V, -1, right.count)
             for part in chunks(N, V * largest)

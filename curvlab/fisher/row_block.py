@@ -169,7 +169,7 @@ class RowBlock(SidedBlock):
         rows = self.layers[0].count
         shares = [
             self._share(output_root, left, right, damping, part)
-            for part in chunks(self.count, rows**2, cached(self.layers[0].factors[-1].device))
+            for part in chunks(self.count, rows**2, cached(self.layers[0].row_factors[-1].device))
         ]
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 

@@ -92,7 +92,7 @@ class SidedBlock(Block):
         if side == "parameters" or (side == "auto" and window is None and width <= rows):
             return False
         if batch.fading and window is None:
-            memory = width * self.size * batch.layers[0].factors[-1].element_size() / 2**30
+            memory = width * self.size * batch.layers[0].row_factors[-1].element_size() / 2**30
             raise StateError(
                 f"Block {self.name!r} keeps {rows} rows, which take decay 0 or 1, not {batch.decay}. Set window=k to "
                 f"keep the last k batches, or side='parameters' for a matrix of {width} × {width} "

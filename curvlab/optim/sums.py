@@ -38,7 +38,7 @@ def is_small(layer: LayerRows) -> bool:
 
 
 def _agree(rows: LayerRows, gradients: Mapping[str, Tensor], coefficients: Tensor | None, directions: int) -> bool:
-    layout, like = rows.layout, rows.factors[-1]
+    layout, like = rows.layout, rows.row_factors[-1]
     units, width = _random(layout.units + layout.width, directions).to(like).split([layout.units, layout.width])
     terms = rows.along(units, width)
     if coefficients is not None:

@@ -24,8 +24,9 @@ from curvlab.rows.passes import Engine, ModelInputs, Pass
 from curvlab.rows.sweep import (
     MakeCotangents,
     SweepResult,
+    check_all_finite,
     check_finite,
-    check_layer_finite,
+    check_rows_finite,
     differentiable_recurrence,
     left_as_found,
     structural_twin,
@@ -138,16 +139,15 @@ def _stream(
             if not check.passes():
                 return False
             check.due = False
+        for call in forward.calls:
+            check_all_finite(call.use.name, call.inputs)
         take = open_(forward.chosen.detach())
 
         def take_finite(layer: LayerRows) -> None:
-            check_layer_finite(layer, inputs=layer.name not in seen)
-            seen.add(layer.name)
+            check_rows_finite(layer)
             if check.due:
                 check.take(layer)
             take(layer)
-
-        seen: set[str] = set()
 
         forward.stream(first, take_finite, keep=check.due or bool(others))
         if check.due and not check.passes():

@@ -12,9 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.rows.aligned import product
-from curvlab.rows.layer import LayerRows, SharedRows
+from curvlab.rows.layer import LayerRows, SharedRows, blank
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import add_pairs, add_product, cached, chunks, pairs_cost
+
+PIECE = 1 << 21
+"""Elements of inputs that are unfolded at once where that may be done in pieces."""
 
 PAIRING_OVERHEAD = 2
 """Time of a multiply-add of pairs of positions, whose products are small, relative to one of formed rows."""
@@ -35,9 +38,16 @@ class KroneckerRows(SharedRows):
 
     @classmethod
     def deferred(
-        cls, name: str, layout: Layout, unfold: Callable[[], Tensor], g: Float[Tensor, "V N T Q O"]
+        cls, name: str, layout: Layout, unfold: Callable[[slice], Tensor], g: Float[Tensor, "V N T Q O"]
     ) -> KroneckerRows:
-        """Return rows whose inputs are formed when they are first asked for, from what must not change until then."""
+        """Return rows whose inputs are formed when they are first asked for, from what must not change until then.
+
+        Args:
+            name: see `LayerRows`.
+            layout: see `LayerRows`.
+            unfold: forms the inputs of some samples.
+            g: see above.
+        """
         rows = object.__new__(cls)
         for field, value in {"name": name, "layout": layout, "g": g, "lengths": None, "_unfold": unfold}.items():
             object.__setattr__(rows, field, value)
@@ -47,7 +57,7 @@ class KroneckerRows(SharedRows):
         unfold = self.__dict__.get("_unfold")
         if name != "a" or unfold is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        object.__setattr__(self, "a", unfold())
+        object.__setattr__(self, "a", unfold(slice(None)))
         object.__setattr__(self, "_unfold", None)
         return self.a
 
@@ -56,9 +66,29 @@ class KroneckerRows(SharedRows):
         return self.a
 
     def to(self, dtype: torch.dtype) -> KroneckerRows:  # noqa: D102
-        if self.__dict__.get("_unfold") is None:
+        unfold = self.__dict__.get("_unfold")
+        if unfold is None:
             return super().to(dtype)
-        return self.deferred(self.name, self.layout, lambda: self.a.to(dtype), self.g.to(dtype))
+        return self.deferred(self.name, self.layout, lambda part: unfold(part).to(dtype), self.g.to(dtype))
+
+    def select(self, samples: slice) -> KroneckerRows:  # noqa: D102
+        unfold = self.__dict__.get("_unfold")
+        if unfold is None:
+            return super().select(samples)
+        return self.deferred(self.name, self.layout, lambda part: unfold(samples)[part], self.g[:, samples])
+
+    def without_numbers(self) -> KroneckerRows:  # noqa: D102
+        if self.__dict__.get("_unfold") is None:
+            return super().without_numbers()
+        inputs = self.g.new_zeros(()).expand(*self.g.shape[1:4], self.layout.width)
+        return KroneckerRows(self.name, self.layout, inputs, blank(self.g))
+
+    def pieces(self, width: int) -> Iterable[slice]:
+        """Cut the samples, where inputs of some width are not formed yet, so that those of a piece stay small."""
+        if self.__dict__.get("_unfold") is None:
+            return [slice(None)]
+        _, N, T, Q, _ = self.g.shape
+        return chunks(N, T * Q * width, PIECE)
 
     def restrict(self, names: Iterable[str]) -> KroneckerRows:  # noqa: D102
         layout, columns = self.layout.restrict(names)

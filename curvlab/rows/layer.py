@@ -90,7 +90,7 @@ class LayerRows(ABC):
 
     def of_batch(self) -> LayerRows:
         """Return the rows of one sample, the batch: the sums over samples."""
-        return self.group(Grouping(torch.zeros(self.shape[1], dtype=torch.long, device=self.factors[-1].device), 1))
+        return self.group(Grouping(torch.zeros(self.shape[1], dtype=torch.long, device=self.row_factors[-1].device), 1))
 
     @abstractmethod
     def restrict(self, names: Iterable[str]) -> LayerRows:
@@ -165,7 +165,7 @@ class LayerRows(ABC):
 
     def total(self) -> Float[Tensor, " P_l"]:
         """Add up the rows."""
-        return self.rmatvec(self.factors[-1].new_ones(1, self.count))[0]
+        return self.rmatvec(self.row_factors[-1].new_ones(1, self.count))[0]
 
     def total_by_parameter(self) -> dict[str, Tensor]:
         """Add up the rows; the sum by parameter, where it can be in memory of its own, contiguous."""
@@ -194,7 +194,7 @@ class LayerRows(ABC):
 
     def diagonal(self) -> Float[Tensor, " P_l"]:
         """Return the diagonal of `SᵀS`. Cost `R·P_l` after `dense`, in chunks of samples."""
-        total = self.factors[-1].new_zeros(self.size)
+        total = self.row_factors[-1].new_zeros(self.size)
         for part in chunks(self.shape[1], self.shape[0] * self.size):
             total += self.select(part).dense().square().sum(0)
         return total

@@ -76,7 +76,7 @@ class Rows:
     @property
     def device(self) -> torch.device:
         """Device of the rows."""
-        return self.layers[0].factors[-1].device
+        return self.layers[0].row_factors[-1].device
 
     def __repr__(self) -> str:
         return (
@@ -192,7 +192,7 @@ def _is_blocked(vector: Any, space: ParameterSpace) -> bool:
 def gram(left: Sequence[LayerRows], right: Sequence[LayerRows]) -> Float[Tensor, "R S"]:
     """Return `Σ_l left_l @ right_lᵀ` over the layers of two row sets."""
     symmetric = all(a is b for a, b in zip(left, right, strict=True))
-    out = left[0].factors[-1].new_zeros(left[0].count, right[0].count)
+    out = left[0].row_factors[-1].new_zeros(left[0].count, right[0].count)
     for a, b in zip(left, right, strict=True):
         a.add_gram(out, b if symmetric or a is not b else replace(b))
     if symmetric:
@@ -255,7 +255,7 @@ def batch_row(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     whole = merge(parts)
     shares = _merge_scales(parts, [1.0] * len(parts)) if len(parts) > 1 else [1.0]
-    weights = whole.layers[0].factors[-1].new_tensor(shares)
+    weights = whole.layers[0].row_factors[-1].new_tensor(shares)
     layers = [
         layer.map_rows(lambda rows: rows * weights.view(-1, *(1,) * (rows.ndim - 2))).of_batch()
         for layer in whole.layers

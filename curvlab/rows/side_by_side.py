@@ -34,7 +34,7 @@ def moment(layers: Sequence[LayerRows]) -> Float[Tensor, "P_b P_b"]:
     """Form `SᵀS`, in chunks of samples. Cost `R·P_b²`."""
     size = sum(layer.size for layer in layers)
     V, N = layers[0].shape
-    total = layers[0].factors[-1].new_zeros(size, size)
+    total = layers[0].row_factors[-1].new_zeros(size, size)
     for part in chunks(N, V * size):
         rows = dense([layer.select(part) for layer in layers])
         total.addmm_(rows.T, rows)

@@ -170,10 +170,10 @@ def _plan(first: Rows, budget: int, total: int, processes: int) -> tuple[int, in
     each = ceil(bytes_of(first) / N)
     # While rows of S are formed there are those of J, too, and twice as much in the sweep.
     forming = budget // (4 * 4 * each)
-    multiplying = isqrt(budget // (4 * 2 * first.layers[0].factors[-1].element_size())) // V
+    multiplying = isqrt(budget // (4 * 2 * first.layers[0].row_factors[-1].element_size())) // V
     step = min(total, forming, multiplying)
     if step < 1:
-        needed = max(16 * each, 8 * V**2 * first.layers[0].factors[-1].element_size())
+        needed = max(16 * each, 8 * V**2 * first.layers[0].row_factors[-1].element_size())
         raise MemoryError(
             f"The rows of one sample take {size(each)}, so memory must be at least {size(needed)}; it is {size(budget)}."
         )

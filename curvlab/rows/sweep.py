@@ -188,16 +188,21 @@ def in_parameter_order(names: Iterable[str], layers: Iterable[LayerRows]) -> tup
 def check_finite(sweep_result: SweepResult) -> None:
     """Raise `ValueError` for rows that are not finite; names the first layer and its first sample."""
     for layer in sweep_result.layers:
-        check_layer_finite(layer)
+        check_all_finite(layer.name, layer.sample_factors)
+        check_rows_finite(layer)
 
 
-def check_layer_finite(layer: LayerRows, *, inputs: bool = True) -> None:
-    """Raise `ValueError` if the rows of a layer are not finite; what all rows of a sample share is looked at if `inputs`."""
-    shared = layer.sample_factors if inputs else ()
-    for factor in (*shared, *(rows.transpose(0, 1) for rows in layer.row_factors)):
+def check_rows_finite(layer: LayerRows) -> None:
+    """Raise `ValueError` if the factors of a layer that carry the row index are not finite."""
+    check_all_finite(layer.name, [rows.transpose(0, 1) for rows in layer.row_factors])
+
+
+def check_all_finite(name: str, factors: Iterable[Tensor]) -> None:
+    """Raise `ValueError` if factors of a layer's rows, with samples on the first axis, are not finite."""
+    for factor in factors:
         if factor.is_floating_point() and not (factor.sum().isfinite() or factor.isfinite().all()):
             sample = int((~factor.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(
-                f"The derivative at layer {layer.name!r} is not finite, first at sample {sample}, although the "
+                f"The derivative at layer {name!r} is not finite, first at sample {sample}, although the "
                 "output is: a function there has no derivative or overflows."
             )

@@ -58,7 +58,7 @@ def singular_values(layers: Layers) -> Float[Tensor, " n"]:
     singular values of its triangular factor. Cost `R·P·min(R, P)`.
     """
     n = min(sides(layers))
-    triangle = torch.zeros(0, n, dtype=torch.float64, device=layers[0].factors[-1].device)
+    triangle = torch.zeros(0, n, dtype=torch.float64, device=layers[0].row_factors[-1].device)
     for part in _parts([layer.to(torch.float64) for layer in layers]):
         triangle = torch.linalg.qr(torch.cat([triangle, part]), mode="r").R
     values: Tensor = torch.linalg.svdvals(triangle)
@@ -124,7 +124,7 @@ def check_finite(layers: Layers) -> None:
     """Raise a ValueError that names the layer and the row of the first entry that is not finite."""
     for layer in layers:
         V, N = layer.shape
-        broken = torch.zeros(V, N, dtype=torch.bool, device=layer.factors[-1].device)
+        broken = torch.zeros(V, N, dtype=torch.bool, device=layer.row_factors[-1].device)
         for rows in layer.row_factors:
             broken |= ~torch.isfinite(rows.flatten(2)).all(-1)
         for factor in layer.sample_factors:
@@ -171,7 +171,7 @@ class Directions:
 
 def zero_rows(layers: Layers) -> Bool[Tensor, "V N"]:
     """Return which rows are exactly zero."""
-    zero = torch.ones(layers[0].shape, dtype=torch.bool, device=layers[0].factors[-1].device)
+    zero = torch.ones(layers[0].shape, dtype=torch.bool, device=layers[0].row_factors[-1].device)
     for layer in layers:
         own = torch.ones_like(zero)
         for rows in layer.row_factors:

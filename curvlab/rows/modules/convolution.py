@@ -26,8 +26,9 @@ def _convolution(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRows:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padding = module._reversed_padding_repeated_twice
 
-    def patches() -> Tensor:
-        padded = F.pad(inputs[0], padding, mode=mode) if any(padding) else inputs[0]
+    def patches(samples: slice) -> Tensor:
+        x = inputs[0][samples]
+        padded = F.pad(x, padding, mode=mode) if any(padding) else x
         return _patches(padded, module.kernel_size, module.stride, module.dilation)
 
     return _on_patches(use, patches, g)
@@ -37,8 +38,8 @@ def _transposed_convolution(use: LayerUse, inputs: Inputs, g: Tensor) -> LayerRo
     module: Any = use.module
     kernel, dilation = module.kernel_size, module.dilation
 
-    def patches() -> Tensor:
-        stuffed, outputs = _stuffed(inputs[0], module.stride), g.shape[3:]
+    def patches(samples: slice) -> Tensor:
+        stuffed, outputs = _stuffed(inputs[0][samples], module.stride), g.shape[3:]
         padding: list[int] = []
         for size, out, k, d, p in zip(stuffed.shape[2:], outputs, kernel, dilation, module.padding, strict=True):
             before = d * (k - 1) - p
@@ -66,12 +67,12 @@ def _patches(
     return x
 
 
-def _on_patches(use: LayerUse, patches: Callable[[], Tensor], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
+def _on_patches(use: LayerUse, patches: Callable[[slice], Tensor], g: Float[Tensor, "V N C2 ..."]) -> LayerRows:
     (V, N), groups, axes = g.shape[:2], use.module.groups, g.ndim - 3
     assert isinstance(groups, int)
 
-    def unfolded() -> Tensor:
-        features = patches().movedim(1, 1 + axes).unflatten(1 + axes, (groups, -1))
+    def unfolded(samples: slice) -> Tensor:
+        features = patches(samples).movedim(1, 1 + axes).unflatten(1 + axes, (groups, -1))
         return augmented(features, use.names, axes=1 + axes).flatten(1, axes)
 
     rows = g.reshape(V, N, groups, g.shape[2] // groups, -1).permute(0, 1, 4, 2, 3)

@@ -29,7 +29,7 @@ def _on_vectors(use: LayerUse, x: Tensor, g: Tensor, bias_scale: float = 1.0) ->
     T = x.shape[1:-1].numel()
     rows = g.reshape(V, N, T, 1, g.shape[-1])
     return KroneckerRows.deferred(
-        use.name, use.layout, lambda: augmented(x.reshape(N, T, 1, x.shape[-1]), use.names, bias_scale), rows
+        use.name, use.layout, lambda n: augmented(x[n].reshape(-1, T, 1, x.shape[-1]), use.names, bias_scale), rows
     )
 
 
