@@ -45,8 +45,9 @@ from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.at_output import curved, slope_and_curved
 from curvlab.spectrum.objective import Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
-from curvlab.spectrum.pull import pull, pull_flat, start
+from curvlab.spectrum.pull import Flat, pull, start
 from curvlab.spectrum.push import push
+from curvlab.spectrum.second import ChangesInPlace
 
 logger = logging.getLogger("curvlab")
 
@@ -290,11 +291,13 @@ class Hessian(DerivativeOperator):
             # Leaves with a tangent: gradients of leaves made dual would all wait for the end of the reverse pass.
             at = self.objective.parameters
             leaves = {name: forward_ad.make_dual(p, vector[name]).requires_grad_() for name, p in at.items()}
-            z, tangent = forward_ad.unpack_dual(part.output(leaves))
+            flat = Flat(leaves, self.space, lambda g: forward_ad.unpack_dual(g).tangent)
+            with ChangesInPlace(flat, leaves):
+                z, tangent = forward_ad.unpack_dual(part.output(leaves))
             change = torch.zeros_like(z) if tangent is None else tangent
             number = start(z, forward_ad.make_dual(*slope_and_curved(part, z.detach(), change.detach())))
             del z, tangent, change
-            return pull_flat(number, leaves, self.space, lambda g: forward_ad.unpack_dual(g).tangent)
+            return flat.pull(number)
 
     def _record(self, part: Part) -> Product:
         at = self._attached()
@@ -351,7 +354,7 @@ class GGN(DerivativeOperator):
         with torch.enable_grad():
             number = start(part.output(leaves), cotangent)
         del cotangent
-        return pull_flat(number, leaves, self.space)
+        return Flat(leaves, self.space).pull(number)
 
     def _record(self, part: Part) -> Product:
         at = self._attached()

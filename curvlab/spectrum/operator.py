@@ -85,6 +85,8 @@ class Operator(ABC):
     def matvec(self, vector: Vector) -> Vector:
         """Multiply a vector, or a block of vectors, flat or by parameter name; the result has the form given."""
         named, restore = self.space.unpack(vector)
+        if isinstance(vector, Tensor):
+            return self.matmat(vector) if vector.ndim == 2 else self.matmat(vector[None])[0]
         return restore(self.space.unflatten(self.matmat(self.space.flatten(named))))
 
     def to_dense(self) -> Float[Tensor, "P P"]:

@@ -51,44 +51,52 @@ class _Start(torch.autograd.Function):
         return ctx.cotangent.pop(), None
 
 
-def pull_flat(
-    number: Tensor,
-    leaves: Mapping[str, Tensor],
-    space: ParameterSpace,
-    read: Callable[[Tensor], Tensor | None] = lambda gradient: gradient,
-) -> Float[Tensor, " P"]:
-    """Return the gradient at leaves as one vector, of which each part is written as soon as the reverse pass brings it.
+class Flat:
+    """The gradient at leaves as one vector, of which each part is written as soon as the reverse pass brings it.
 
     Memory: the vector, and the gradient of one parameter at a time.
 
     Args:
-        number: where the reverse pass starts.
         leaves: by parameter; they have no gradient.
         space: of the parameters.
         read: what is wanted of a gradient; None for zero.
     """
-    vector: list[Tensor] = []
-    parts: dict[str, Tensor] = {}
 
-    def room() -> Tensor:
-        # Not before the first gradient arrives, when those at the output are gone.
-        if not vector:
-            vector.append(next(iter(leaves.values())).new_zeros(space.size))
-            parts.update(space.unflatten(vector[0]))
-        return vector[0]
+    def __init__(
+        self,
+        leaves: Mapping[str, Tensor],
+        space: ParameterSpace,
+        read: Callable[[Tensor], Tensor | None] = lambda gradient: gradient,
+    ) -> None:
+        self.leaves, self.space, self.read = leaves, space, read
+        self._vector: Tensor | None = None
+        self._parts: dict[str, Tensor] = {}
 
-    def arrived(name: str, gradient: Tensor) -> None:
-        room()
-        if (value := read(gradient)) is not None:
-            parts[name].copy_(value)
+    def part(self, name: str) -> Tensor:
+        """The place of a parameter's gradient, to add to."""
+        if self._vector is None:
+            # Not before the first gradient arrives, when those at the output are gone.
+            like = next(iter(self.leaves.values()))
+            self._vector = torch.zeros(self.space.size, dtype=like.dtype, device=like.device)
+            self._parts = self.space.unflatten(self._vector)
+        return self._parts[name]
 
-    def forget(leaf: Tensor) -> None:
-        leaf.grad = None
+    def pull(self, number: Tensor) -> Float[Tensor, " P"]:
+        """Return the vector, by a reverse pass from a number."""
 
-    with ExitStack() as hooks:
-        for name, leaf in leaves.items():
-            hooks.callback(leaf.register_hook(partial(arrived, name)).remove)
-            hooks.callback(leaf.register_post_accumulate_grad_hook(forget).remove)
-        if number.requires_grad:
-            torch.autograd.backward(number, inputs=list(leaves.values()))
-    return room()
+        def arrived(name: str, gradient: Tensor | None) -> None:
+            if gradient is not None and (value := self.read(gradient)) is not None:
+                self.part(name).add_(value)
+
+        def forget(leaf: Tensor) -> None:
+            leaf.grad = None
+
+        with ExitStack() as hooks:
+            for name, leaf in self.leaves.items():
+                hooks.callback(leaf.register_hook(partial(arrived, name)).remove)
+                hooks.callback(leaf.register_post_accumulate_grad_hook(forget).remove)
+            if number.requires_grad:
+                torch.autograd.backward(number, inputs=list(self.leaves.values()))
+        self.part(next(iter(self.leaves)))
+        assert self._vector is not None
+        return self._vector
