@@ -5,17 +5,18 @@ Source: George et al. 2018.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.fisher.block import Batch, BlockState, RunningAverage, Total
+from curvlab.fisher.block import Batch, Block, BlockState, RunningAverage, Total
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
 from curvlab.fisher.kfac import KFAC
 from curvlab.fisher.kronecker import KroneckerBlock, KroneckerOptions, Sharing
+from curvlab.fisher.moment import Moment, decompose
 from curvlab.fisher.system import rank_tolerance
 from curvlab.rows.parameters import Layout
 from curvlab.tools.looks import Look
@@ -127,3 +128,12 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
         return {
             name: value for name, value in super().options.items() if name not in ("factored_damping", "invert_every")
         }
+
+    def _prepare_refining(self, blocks: Iterable[Block]) -> None:
+        decompose_factors(blocks)
+
+
+def decompose_factors(blocks: Iterable[Block]) -> None:
+    """Find the eigenvectors that corrections are in."""
+    corrected = [block for block in blocks if isinstance(block, _Corrected)]
+    decompose(factor for block in corrected for factor in (block.units, block.width) if isinstance(factor, Moment))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import sqrt
 
@@ -237,7 +237,9 @@ class Moment(Factor):
         return self.weight or 1.0
 
     def _from_matrix(self) -> Basis:
-        values, vectors = _eigh(self.dense())
+        return self._spanned(*_eigh(self.dense()))
+
+    def _spanned(self, values: Float[Tensor, "Q d"], vectors: Float[Tensor, "Q d d"]) -> Basis:
         tolerance = values.shape[-1] * torch.finfo(values.dtype).eps if self.rtol is None else self.rtol
         null = values <= tolerance * values.amax(-1, keepdim=True)
         return Basis(values.clamp_min(0), vectors, null)
@@ -272,6 +274,23 @@ class Moment(Factor):
         assert isinstance(weight, float)
         self.root, self.matrix = root, None if matrix is None else aligned(matrix.shape, matrix).copy_(matrix)
         self.weight, self._basis, self._mirrored = weight, None, True
+
+
+def decompose(moments: Iterable[Moment]) -> None:
+    """Find the eigenvectors of moments that are kept as matrices, those of one width in one call where that is faster."""
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Moment]] = defaultdict(list)
+    for moment in moments:
+        if moment._basis is None and moment.matrix is not None and _batches(moment.matrix.device):
+            alike[moment.matrix.shape, moment.matrix.dtype, moment.matrix.device].append(moment)
+    for (Q, *_), group in ((key[0], group) for key, group in alike.items()):
+        values, vectors = _eigh(torch.cat([moment.dense() for moment in group]))
+        for moment, own, directions in zip(group, values.split(Q), vectors.split(Q), strict=True):
+            moment._basis = moment._spanned(own, directions)
+
+
+def _batches(device: torch.device) -> bool:
+    """Whether matrices are decomposed faster together than one after the other."""
+    return device.type != "cpu"
 
 
 def _eigh(matrix: Float[Tensor, "Q d d"]) -> tuple[Float[Tensor, "Q d"], Float[Tensor, "Q d d"]]:

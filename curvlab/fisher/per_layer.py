@@ -5,12 +5,13 @@ PerLayer({"*.ln_*": BlockDiagonal(), "*.lm_head": Diagonal(), "*": KFAC()})
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from curvlab.errors import PartitionError
 from curvlab.fisher.block import Block
+from curvlab.fisher.ekfac import decompose_factors
 from curvlab.fisher.kronecker import share_inverses, stagger
 from curvlab.fisher.moment import Invert, inverses
 from curvlab.fisher.structure import Structure, make
@@ -97,6 +98,9 @@ class PerLayer(Structure):
                 "and the first pattern that fits counts. Drop the pattern, or move it ahead."
             )
         stagger(blocks)
+
+    def _prepare_refining(self, blocks: Iterable[Block]) -> None:
+        decompose_factors(blocks)
 
     def _prepare(self, damping: float) -> None:
         super()._prepare(damping)

@@ -10,6 +10,7 @@ from oracle import DOUBLE, architecture, loss_case
 from torch import Tensor, nn
 
 import curvlab.fisher as cf
+from curvlab.fisher import moment
 from curvlab.fisher.factors import LinearBlock
 from curvlab.fisher.lasting import LastingBlock
 from curvlab.fisher.moment import Moment, inverses
@@ -370,3 +371,23 @@ def test_factorisations_of_exact_blocks_last_as_long_as_inverses_of_factors() ->
         assert_close(block.solve(x, damping)[0], x @ torch.linalg.inv(used + damping * eye))
         assert_close(block.to_dense(), scale**2 * before[0])
     assert_close(block.solve(x, 0.2)[0], x @ torch.linalg.inv(before[3] + 0.2 * eye))
+
+
+def test_eigenvectors_of_factors_of_one_width_come_from_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in an update, in a fit that goes twice over the data, and beside other structures."""
+    data = case("sequence", "ce")
+    mixed = {"mix": "ekfac", "*": "kfac"}
+    batches = [(data.inputs[:1], data.targets[:1]), (data.inputs[1:], data.targets[1:])]
+
+    def found() -> list[Tensor]:
+        fitted = cf.EKFAC.fit(data.model, data.loss, batches, kind="exact")
+        made = [cf.EKFAC().update(data.rows), fitted, cf.PerLayer(mixed).update(data.rows)]
+        return [structure.to_dense() for structure in made]
+
+    expected, calls = found(), []
+    eigh = moment._eigh
+    monkeypatch.setattr(moment, "_eigh", lambda matrix: (calls.append(len(matrix)), eigh(matrix))[1])
+    monkeypatch.setattr(moment, "_batches", lambda _: True)
+    for one, other in zip(found(), expected, strict=True):
+        assert_close(one, other)
+    assert max(calls) > 1
