@@ -39,8 +39,10 @@ MethodName = Literal[
     "kfac-bfloat16",
     "ggn",
     "ggn-curvlinops",
+    "ggn-eigenthings",
     "hessian",
     "hessian-curvlinops",
+    "hessian-eigenthings",
     "sgd-step",
     "kfac-step",
     "kfac-step-gradients",
@@ -158,6 +160,33 @@ def _curvlinops_product(name: str) -> Callable[[Decoder, Tensor, Tensor], Comput
     return prepare
 
 
+def _eigenthings(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
+    """Multiply by an operator of hessian-eigenthings, with attention in the form that has second derivatives."""
+
+    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+        import hessian_eigenthings as library
+
+        loss, data = nn.CrossEntropyLoss(), [(tokens, targets.flatten())]
+
+        def outputs(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return model(batch[0])  # type: ignore[no-any-return]
+
+        def value(z: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return loss(z, batch[1])  # type: ignore[no-any-return]
+
+        functions = (outputs, value) if name == "GGNOperator" else (lambda model, b: value(outputs(model, b), b),)
+        operator = getattr(library, name)(decoder, data, *functions)
+        vector = torch.randn(operator.size, device=tokens.device)
+
+        def compute() -> object:
+            with sdpa_kernel(SDPBackend.MATH):
+                return operator.matvec(vector)
+
+        return compute
+
+    return prepare
+
+
 def _sgd_step(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
     loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(decoder.parameters(), lr=1e-3, momentum=0.9)
 
@@ -218,8 +247,10 @@ METHODS: Mapping[MethodName, Method] = {
     "kfac-bfloat16": Method("K-FAC, curvlab, bfloat16", _in_bfloat16(_fit(KFAC))),
     "ggn": Method("GGN product, curvlab", _product(GGN)),
     "ggn-curvlinops": Method("GGN product, curvlinops", _curvlinops_product("GGNLinearOperator")),
+    "ggn-eigenthings": Method("GGN product, hessian-eigenthings", _eigenthings("GGNOperator")),
     "hessian": Method("Hessian product, curvlab", _product(Hessian)),
     "hessian-curvlinops": Method("Hessian product, curvlinops", _curvlinops_product("HessianLinearOperator")),
+    "hessian-eigenthings": Method("Hessian product, hessian-eigenthings", _eigenthings("HessianOperator")),
     "sgd-step": Method("training step, SGD", _sgd_step),
     "kfac-step": Method(f"training step, K-FAC inverted every {INTERVAL}", _kfac_step(kind="mc")),
     "kfac-step-gradients": Method("the same, of the samples' gradients", _kfac_step(kind="empirical", rows="sample")),

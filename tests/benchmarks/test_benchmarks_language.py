@@ -55,8 +55,9 @@ def test_libraries_factor_the_same_inputs():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_measured(method, tmp_path):
-    if "kronfluence" in method:
-        pytest.importorskip("kronfluence", reason="kronfluence is not installed")
+    for name, package in {"kronfluence": "kronfluence", "eigenthings": "hessian_eigenthings"}.items():
+        if name in method:
+            pytest.importorskip(package, reason=f"{package} is not installed")
     asked = {"repeats": 2, "seconds": 60.0, "threads": 1, "device": "cpu"}
     found = measure(Request(method=method, model="tiny", **asked), tmp_path)
     assert found.outcome == "done"
