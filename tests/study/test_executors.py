@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ from analyses.gnn_natural_gradient.experiments.timing import SECONDS as PER_EPOC
 from analyses.training.comparison import SECONDS as PER_STEP
 from curvlab.study import Analysis, Experiment, latest, load, main
 from curvlab.study.execution import Plan
-from curvlab.study.executors import EXECUTORS
+from curvlab.study.executors import EXECUTORS, Lost
 from curvlab.study.executors.parcel import Parcel, measured
 from curvlab.study.executors.slurm_jobs import Slurm
 from curvlab.study.registry import ANALYSES
@@ -288,6 +289,25 @@ def test_a_job_whose_time_is_up_hands_back_what_it_has_and_the_rest_goes_into_an
     assert run.stored().failures == ()
     assert log_of(run.stored().folder).count("2 observations in") == 8
     pd.testing.assert_frame_equal(run.stored().measurements, alone(2))
+
+
+@needs_submitit
+def test_the_files_of_jobs_stay_if_they_explain_why_one_was_lost_even_if_others_follow(run, monkeypatch):
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    plan = Plan.of(plain(), dummy_analysis.Options(seeds=1, results=run.results))
+    plan.cache.folder.mkdir(parents=True)
+    parcel = Parcel.of(plan.task(), shared=True)
+    slurm = Slurm(cluster="local")
+    dead = slurm.submit(measured, parcel, list(plan.cells))
+    while not dead.done():
+        time.sleep(0.01)
+    with pytest.raises(Lost, match="its output is in") as lost:
+        dead.result()
+    slurm.submit(measured, parcel, list(plan.cells))
+    slurm.close()
+    folder = Path(re.search(r"its output is in (\S+)", lost.value.reason)[1]).parent
+    assert list(folder.iterdir())
 
 
 @needs_submitit

@@ -74,6 +74,7 @@ class Slurm:
         self.stops = int(getattr(signal, f"SIG{self.submitit.JobEnvironment.USR_SIG}"))
         self.going: list[_SlurmFuture] = []
         self.folders: set[Path] = set()
+        self.kept: set[Path] = set()
         self._executor(Path(tempfile.gettempdir()))
 
     @property
@@ -113,7 +114,7 @@ class Slurm:
             while time.monotonic() < end and not all(job.done() for job in left):
                 time.sleep(0.05)
         self.going = []
-        for folder in self.folders:
+        for folder in self.folders - self.kept:
             shutil.rmtree(folder, ignore_errors=True)
         self.folders = set()
 
@@ -146,7 +147,7 @@ class _SlurmFuture:
         except self.executor.submitit.core.utils.FailedJobError:
             raise
         except self.executor.submitit.core.utils.UncompletedJobError as error:
-            self.executor.folders.discard(self.job.paths.folder)
+            self.executor.kept.add(self.job.paths.folder)
             state = str(self.job.state).upper()
             reason = f"job {self.job.job_id} ended in state {state}; its output is in {self.job.paths.stderr}"
             raise Lost(
