@@ -292,7 +292,7 @@ def test_a_job_whose_time_is_up_hands_back_what_it_has_and_the_rest_goes_into_an
 
 
 @needs_submitit
-def test_the_files_of_jobs_stay_if_they_explain_why_one_was_lost_even_if_others_follow(run, monkeypatch):
+def test_the_files_of_jobs_are_the_users_alone_and_stay_if_they_explain_why_one_was_lost(run, monkeypatch):
     monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     plan = Plan.of(plain(), dummy_analysis.Options(seeds=1, results=run.results))
@@ -308,6 +308,7 @@ def test_the_files_of_jobs_stay_if_they_explain_why_one_was_lost_even_if_others_
     slurm.close()
     folder = Path(re.search(r"its output is in (\S+)", lost.value.reason)[1]).parent
     assert list(folder.iterdir())
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 @needs_submitit

@@ -87,6 +87,7 @@ class Slurm:
     ) -> list[_SlurmFuture]:
         """Queue a job for each chunk, so many of which run at a time."""
         folder = parcel.sign.with_suffix(".jobs")
+        folder.mkdir(mode=0o700, exist_ok=True)  # whoever writes there decides what jobs and this process unpickle
         self.folders.add(folder)
         executor = self._executor(folder, slurm_array_parallelism=workers)
         futures: list[_SlurmFuture] = []
