@@ -58,7 +58,8 @@ class Parcel:
     """A task with everything that it needs elsewhere.
 
     Attributes:
-        task: It, pickled: loading it is what fails where its modules are missing.
+        task: It, pickled by itself: it can be loaded only once folders and script are known, and where its modules are missing
+            the job says so, instead of the executor failing as it takes up the parcel.
         sender: Machine and process that sent it.
         sign: A file that is there as long as the run goes on, beside its cache: a machine that sees it shares the cache.
         before: Cells that were measured already and may be read, for machines that do not share the cache.
