@@ -121,11 +121,11 @@ class _RayFuture:
         try:
             return self.ray.get(self.reference)
         except exceptions.OutOfMemoryError as error:
-            raise Lost(f"memory ran out on its node; {_first_line(error)}", out_of_memory=True) from error
+            raise Lost(f"memory ran out on its node; {_first_sentence(error)}", out_of_memory=True) from error
         except exceptions.WorkerCrashedError as error:
             raise Lost("its worker died, as one does that is killed or whose memory runs out") from error
         except (exceptions.NodeDiedError, exceptions.ObjectLostError, exceptions.LocalRayletDiedError) as error:
-            raise Lost(_first_line(error)) from error
+            raise Lost(_first_sentence(error)) from error
 
     def cancel(self) -> None:
         self.ray.cancel(self.reference, force=True)
@@ -135,7 +135,7 @@ def _called(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     return str(error).partition(". ")[0]
 
 
