@@ -1,5 +1,6 @@
 """Cells measured by pools, Ray, Slurm and executors of one's own: the same numbers, and nothing lost that an executor loses."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -387,6 +388,16 @@ def test_an_analysis_that_other_machines_cannot_import_is_refused_with_a_reason(
     shown = capsys.readouterr().err
     assert "No module named 'of_this_process_only'" in shown
     assert "installed on every machine" in shown
+
+
+def test_a_disk_that_is_full_before_the_first_job_stops_the_run_with_a_reason(run, capsys, monkeypatch):
+    def full(self, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "touch", full)
+    assert run("--seeds", "1", *POOL, analysis=plain()) == 3
+    assert "no space left" in capsys.readouterr().err
+    assert run.measured == []
 
 
 def test_an_analysis_that_cannot_be_sent_is_refused_with_a_reason(run, capsys):

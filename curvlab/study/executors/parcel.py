@@ -25,6 +25,7 @@ from curvlab.study.logbook import forward, forwarded
 from curvlab.study.measurements import Row
 from curvlab.study.task import Attempt, Task
 from curvlab.tools.errors import CommandError
+from curvlab.tools.storage import writing
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,9 @@ class Parcel:
 
     @contextmanager
     def signed(self) -> Iterator[None]:
-        """The run goes on in here."""
-        self.sign.touch()
+        """The run goes on in here; `writing` lists the errors."""
+        with writing(self.sign):
+            self.sign.touch()
         try:
             yield
         finally:

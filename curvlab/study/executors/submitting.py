@@ -56,7 +56,7 @@ class Submitted:
 
         Raises:
             UsageError: the executor takes no jobs, or its machines lack a module.
-            StorageFull: a finished cell cannot be stored.
+            StorageFull: a finished cell, or the sign of the run, cannot be stored.
         """
         chunks = self.chunking.chunks(costs, workers)
         with contextlib.closing(self._attempts(task, chunks, workers)) as attempts:
