@@ -51,7 +51,9 @@ class Operator(ABC):
 
     def checked_matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """Multiply a block of vectors; raises ValueError if the product is not finite."""
-        product = self.matmat(block)
+        return self._checked(self.matmat(block))
+
+    def _checked(self, product: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         if not bool(product.sum().isfinite()):
             raise ValueError(f"A product with {self!r} is not finite: check its parameters and data.")
         return product
@@ -140,10 +142,8 @@ class DenseOperator(Operator):
         return block @ self.matrix
 
     def to_dense(self) -> Float[Tensor, "P P"]:
-        """Return the matrix itself."""
-        if not bool(self.matrix.isfinite().all()):
-            raise ValueError(f"The matrix of {self!r} is not finite.")
-        return self.matrix
+        """Return the matrix itself, the product with the identity; raises ValueError if it is not finite."""
+        return self._checked(self.matrix)
 
 
 class RowsOperator(Operator):

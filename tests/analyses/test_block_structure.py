@@ -20,7 +20,7 @@ from analyses.block_structure.setting import Point, loss_in_testing, problem_of,
 from analyses.block_structure.steps import Blocks, best, full_solver
 from curvlab.problems.short_text import short_text_problem
 from curvlab.rows.parameters import ParameterSpace
-from curvlab.spectrum import DenseOperator, Partition, by_layer, by_tensor
+from curvlab.spectrum import Partition, by_layer, by_tensor
 from curvlab.study import Cell, Context, judge, main
 from curvlab.study.cache import CellCache
 
@@ -420,11 +420,6 @@ def test_large_networks_have_maps_of_layers_alone() -> None:
     cells = ANALYSIS.cells(config)
     assert {cell["experiment"] for cell in cells} == {"curvature", "classes", "quadratics", "one-rate"}
     assert not any(cell["dense"] for cell in cells if cell["experiment"] == "curvature")
-
-
-def test_a_dense_operator_is_asked_for_no_products() -> None:
-    matrix = torch.eye(3).double()
-    assert DenseOperator(matrix).to_dense() is matrix
 
 
 @pytest.mark.parametrize(

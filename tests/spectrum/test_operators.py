@@ -270,6 +270,10 @@ class TestFisher:
         structure = KFAC().update(rows)
         assert_close(StructureOperator(structure).to_dense(), structure.to_dense())
 
+    def test_a_matrix_at_hand_is_not_multiplied(self) -> None:
+        matrix = torch.eye(3)
+        assert DenseOperator(matrix).to_dense() is matrix
+
 
 class TestVectors:
     def test_forms(self) -> None:
