@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.language.methods import LARGEST
+from benchmarks.language.methods import LARGEST, fit
 from benchmarks.language.models import Block, Shape
 from benchmarks.operations import layers_of, operations
 from benchmarks.peers import METHODS as GRAM
@@ -25,18 +26,21 @@ MethodName = Literal["curvlab", "curvlinops", "nngeometry"]
 FEATURES = 64
 
 
-class Growing(Protocol):
-    """What grows along some axes."""
+@dataclass(frozen=True)
+class Growing(ABC):
+    """What grows along some axes, which are its fields."""
 
-    def grown(self, axis: AxisName, value: int) -> Growing:
+    def grown(self, axis: AxisName, value: int) -> Self:
         """Return another value of one of them."""
+        return replace(self, **{axis: value})
 
+    @abstractmethod
     def build(self, device: str) -> Batch:
         """Return network and batch, the same numbers in every process and on every device."""
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Growing):
     """A ReLU network on `FEATURES` inputs, and its samples.
 
     Attributes:
@@ -51,12 +55,7 @@ class Size:
     width: int = 256
     depth: int = 2
 
-    def grown(self, axis: AxisName, value: int) -> Size:
-        """Return another value of one of them."""
-        return replace(self, **{axis: value})
-
-    def build(self, device: str) -> Batch:
-        """Return network and batch, the same numbers in every process and on every device."""
+    def build(self, device: str) -> Batch:  # noqa: D102
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sizes = [FEATURES, *[self.width] * self.depth, self.outputs]
@@ -73,7 +72,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class DecoderSize:
+class DecoderSize(Growing):
     """A decoder with a loss per token, and its sequences.
 
     Attributes:
@@ -90,12 +89,7 @@ class DecoderSize:
     depth: int = 2
     vocabulary: int = 512
 
-    def grown(self, axis: AxisName, value: int) -> DecoderSize:
-        """Return another value of one of them."""
-        return replace(self, **{axis: value})
-
-    def build(self, device: str) -> Batch:
-        """Return decoder and batch, the same numbers in every process and on every device."""
+    def build(self, device: str) -> Batch:  # noqa: D102
         shape = Shape(self.depth, self.width, self.vocabulary, self.samples, self.tokens)
         decoder, tokens, targets = shape.build(device)
         return Batch(decoder, tokens, targets.flatten())
@@ -177,12 +171,6 @@ def _kfac_operations(batch: Batch) -> int:
     return operations(batch.network, batch.inputs).sweep + factors
 
 
-def _decoder(batch: Batch) -> Callable[[], object]:
-    generator = torch.Generator(batch.inputs.device).manual_seed(0)
-    data = (batch.inputs, batch.targets)
-    return lambda: KFAC.fit(batch.network, nn.CrossEntropyLoss(), data, kind="mc", generator=generator)
-
-
 def _decoder_operations(batch: Batch) -> int:
     """Count a forward and a backward pass without gradients of parameters, and the second moments of inputs and of rows.
 
@@ -209,7 +197,7 @@ QUANTITIES: dict[QuantityName, Quantity] = {
     ),
     "decoder": Quantity(
         "K-FAC fit, one drawn row a sequence",
-        {"curvlab": _decoder},
+        {"curvlab": lambda batch: fit(KFAC)(batch.network, batch.inputs, batch.targets)},
         _decoder_operations,
         DecoderSize(),
         DecoderSize(samples=2, tokens=4, width=64, depth=1, vocabulary=8),

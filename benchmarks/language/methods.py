@@ -4,13 +4,15 @@ Targets are drawn once a token (Monte-Carlo Fisher matrix). curvlab factors all 
 diagonals. curvlinops factors `Linear` alone and refuses other parameters, which are frozen for it; kronfluence leaves them out.
 Both are spared the output layer of a vocabulary too large for a matrix.
 
-A product is one with a single random vector. curvlinops' have no derivative of fused attention, and are given plain attention.
+A product is one with a single random vector. Those of curvlinops and hessian-eigenthings have no derivative of fused attention,
+and are given plain attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,8 +82,10 @@ def _plain(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
     return compute
 
 
-def _fit(structure: type[Structure]) -> Callable[[Decoder, Tensor, Tensor], Compute]:
-    def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
+def fit(structure: type[Structure]) -> Callable[[nn.Module, Tensor, Tensor], Compute]:
+    """Return what prepares a fit with one drawn target a token."""
+
+    def prepare(decoder: nn.Module, tokens: Tensor, targets: Tensor) -> Compute:
         generator = torch.Generator(tokens.device).manual_seed(0)
         data = (tokens, targets.flatten())
         return lambda: structure.fit(decoder, nn.CrossEntropyLoss(), data, kind="mc", generator=generator)
@@ -91,7 +95,7 @@ def _fit(structure: type[Structure]) -> Callable[[Decoder, Tensor, Tensor], Comp
 
 def _eigenvectors(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
     """Decompose the factors of a fit, which an EKFAC does once."""
-    fitted = _fit(KFAC)(decoder, tokens, targets)()
+    fitted = fit(KFAC)(decoder, tokens, targets)()
     assert isinstance(fitted, KFAC)
     state = fitted.state_dict()
 
@@ -128,10 +132,7 @@ def _curvlinops(name: str, *, corrects: bool = False) -> Callable[[Decoder, Tens
 
 
 def _kronfluence(*, corrections: bool) -> Callable[[Decoder, Tensor, Tensor], Compute]:
-    def compute(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
-        return kronfluence.prepare(decoder, tokens, targets, largest=LARGEST, corrections=corrections)
-
-    return compute
+    return partial(kronfluence.prepare, largest=LARGEST, corrections=corrections)
 
 
 def _product(operator: type[DerivativeOperator]) -> Callable[[Decoder, Tensor, Tensor], Compute]:
@@ -161,8 +162,6 @@ def _curvlinops_product(name: str) -> Callable[[Decoder, Tensor, Tensor], Comput
 
 
 def _eigenthings(name: str) -> Callable[[Decoder, Tensor, Tensor], Compute]:
-    """Multiply by an operator of hessian-eigenthings, with attention in the form that has second derivatives."""
-
     def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
         import hessian_eigenthings as library
 
@@ -235,16 +234,16 @@ def _in_bfloat16(
 
 METHODS: Mapping[MethodName, Method] = {
     "plain": Method("forward and backward", _plain),
-    "kfac": Method("K-FAC, curvlab", _fit(KFAC)),
+    "kfac": Method("K-FAC, curvlab", fit(KFAC)),
     "kfac-curvlinops": Method("K-FAC, curvlinops", _curvlinops("KFACLinearOperator")),
     "kfac-kronfluence": Method("K-FAC, kronfluence", _kronfluence(corrections=False)),
-    "ekfac": Method("EKFAC, curvlab", _fit(EKFAC)),
+    "ekfac": Method("EKFAC, curvlab", fit(EKFAC)),
     "eigenvectors": Method("of that, eigenvectors", _eigenvectors),
     "ekfac-curvlinops": Method("EKFAC, curvlinops", _curvlinops("EKFACLinearOperator", corrects=True)),
     "ekfac-kronfluence": Method("EKFAC, kronfluence, eigenvectors given", _kronfluence(corrections=True)),
-    "diagonal": Method("diagonal, curvlab", _fit(Diagonal)),
+    "diagonal": Method("diagonal, curvlab", fit(Diagonal)),
     "plain-bfloat16": Method("forward and backward, bfloat16", _in_bfloat16(_plain)),
-    "kfac-bfloat16": Method("K-FAC, curvlab, bfloat16", _in_bfloat16(_fit(KFAC))),
+    "kfac-bfloat16": Method("K-FAC, curvlab, bfloat16", _in_bfloat16(fit(KFAC))),
     "ggn": Method("GGN product, curvlab", _product(GGN)),
     "ggn-curvlinops": Method("GGN product, curvlinops", _curvlinops_product("GGNLinearOperator")),
     "ggn-eigenthings": Method("GGN product, hessian-eigenthings", _eigenthings("GGNOperator")),

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks import fits
 from benchmarks.growth import __main__ as command
 from benchmarks.growth.__main__ import main
-from benchmarks.growth.methods import AXES, DECODER_AXES, QUANTITIES, DecoderSize, Size
+from benchmarks.growth.methods import QUANTITIES, DecoderSize, Size
 from benchmarks.growth.worker import Request, measure
 
 
@@ -27,10 +27,10 @@ def test_exponents_have_standard_errors():
 
 
 def test_networks_grow_along_one_axis_by_doubling():
-    for axis, values in (*AXES.items(), *DECODER_AXES.items()):
-        assert all(b == 2 * a for a, b in pairwise(values))
-        grown = (Size() if hasattr(Size(), axis) else DecoderSize()).grown(axis, values[1])
-        assert getattr(grown, axis) == values[1]
+    for quantity in QUANTITIES.values():
+        for axis, values in quantity.axes.items():
+            assert all(b == 2 * a for a, b in pairwise(values))
+            assert getattr(quantity.size.grown(axis, values[1]), axis) == values[1]
     batch = Size(samples=5, outputs=3, width=7, depth=2).build("cpu")
     assert [tuple(m.weight.shape) for m in batch.network if isinstance(m, nn.Linear)] == [(7, 64), (7, 7), (3, 7)]
     assert len(batch.inputs) == len(batch.targets) == 5
