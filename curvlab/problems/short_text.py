@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from curvlab.errors import unknown_name
 from curvlab.problems.problem import Problem
-from curvlab.problems.text import encoded, manual
+from curvlab.problems.text import encoded, manual, stretches
 from curvlab.problems.vision import Residual, seeded
 
 LETTERS = " etaoinsrhldcumfpgwybvkxjqz_"
@@ -150,25 +151,24 @@ def short_text_problem(
         dtype: Of the model.
 
     Raises:
-        ValueError: A number is below 1 or too large, or the width is no multiple of the transformer's two heads.
+        ValueError: The network is unknown, a number is below 1 or too large, or the width is no multiple of the
+            transformer's two heads.
         DataUnavailable: This Python comes without its manual.
 
     Source: Vaswani et al. 2017; Tolstikhin et al. 2021 (the mixer).
     """
+    if network not in NETWORKS:
+        raise unknown_name("network", network, NETWORKS)
     if min(width, depth, length, samples) < 1 or not 2 <= characters <= len(LETTERS):
         raise ValueError(
             f"width, depth, length and samples must be at least 1, and characters from 2 to {len(LETTERS)}; got {width}, "
             f"{depth}, {length}, {samples} and {characters}."
         )
     build, every = NETWORKS[network]
-    codes = encoded(manual().lower(), LETTERS[:characters])
-    wanted = (samples + TEST) * length
-    if len(codes) <= wanted:
-        raise ValueError(f"The text has {len(codes)} characters, and {wanted + 1} were asked for.")
-    inputs, targets = codes[:wanted].view(-1, length), codes[1 : wanted + 1].view(-1, length)
+    inputs, targets = stretches(encoded(manual().lower(), LETTERS[:characters]), samples + TEST, length)
     targets = targets if every else targets[:, -1].contiguous()
     return Problem(
-        name="short-text" if network == "transformer" else f"short-text-{network}",
+        name=_name(network),
         model=seeded(lambda: build(characters, length, width, depth), seed, dtype),
         loss=nn.CrossEntropyLoss(),
         train=(inputs[:samples], targets[:samples]),
@@ -184,8 +184,12 @@ NETWORKS: dict[str, tuple[Callable[[int, int, int, int], nn.Module], bool]] = {
 }
 """How each is built from characters, length, width and depth, and whether it predicts at every position."""
 
+
+def _name(network: str) -> str:
+    return "short-text" if network == "transformer" else f"short-text-{network}"
+
+
 SHORT_TEXT: dict[str, Callable[..., Problem]] = {
-    f"short-text{'' if network == 'transformer' else f'-{network}'}": partial(short_text_problem, network)
-    for network in NETWORKS
+    _name(network): partial(short_text_problem, network) for network in NETWORKS
 }
 """The four problems by name."""

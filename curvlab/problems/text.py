@@ -90,11 +90,7 @@ def character_problem(
     """
     if width % heads:
         raise ValueError(f"width must be a multiple of heads, got {width} and {heads}.")
-    codes = encoded(manual())
-    wanted = (samples + test_samples) * length
-    if len(codes) <= wanted:
-        raise ValueError(f"The text has {len(codes)} characters, and {wanted + 1} were asked for.")
-    inputs, targets = codes[:wanted].view(-1, length), codes[1 : wanted + 1].view(-1, length)
+    inputs, targets = stretches(encoded(manual()), samples + test_samples, length)
     return Problem(
         name="characters",
         model=seeded(lambda: CharacterTransformer(len(ALPHABET), length, width, depth, heads), seed, dtype),
@@ -121,3 +117,19 @@ def encoded(text: str, alphabet: str = ALPHABET) -> Int64[Tensor, " T"]:
     """Return the positions of characters in an alphabet that has the blank, which stands for all that it has not."""
     place = {character: index for index, character in enumerate(alphabet)}
     return torch.tensor([place.get(character, place[" "]) for character in text], device="cpu")
+
+
+def stretches(
+    codes: Int64[Tensor, " S"], samples: int, length: int
+) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "N T"]]:
+    """Cut a text into samples, and into the characters that follow each of theirs.
+
+    Raises:
+        ValueError: The text is too short.
+    """
+    wanted = samples * length
+    if len(codes) <= wanted:
+        raise ValueError(
+            f"The text has {len(codes)} characters, and {wanted + 1} were asked for: take fewer or shorter samples."
+        )
+    return codes[:wanted].view(-1, length), codes[1 : wanted + 1].view(-1, length)

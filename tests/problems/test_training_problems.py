@@ -155,7 +155,14 @@ def test_all_short_text_networks_have_the_same_text_and_frequent_characters_firs
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [({"characters": 29}, "28"), ({"width": 7}, "heads"), ({"depth": 0}, "depth")]
+    ("options", "named"),
+    [
+        ({"characters": 29}, "28"),
+        ({"width": 7}, "heads"),
+        ({"depth": 0}, "depth"),
+        ({"network": "transformr"}, "Did you mean 'transformer'"),
+        ({"length": 10**6}, "fewer or shorter samples"),
+    ],
 )
 def test_short_text_options_are_checked(options, named):
     with pytest.raises(ValueError, match=named):
