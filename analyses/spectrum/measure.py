@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch
 from analyses.descent import Descent, gradient
 from analyses.spectrum.config import GGN, HESSIAN, Config
 from curvlab import spectrum
-from curvlab.fisher import make
+from curvlab.fisher import STRUCTURES
 from curvlab.problems import Problem, resolve
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.spectrum import Operator, StructureOperator
@@ -76,9 +75,7 @@ def operator_of(name: str, problem: Problem) -> Operator:
         return spectrum.Hessian(problem.model, problem.loss, batches)
     if name == GGN:
         return spectrum.GGN(problem.model, problem.loss, batches)
-    structure = make(name)
-    options: dict[str, Any] = dict(structure.options)
-    return StructureOperator(type(structure).fit(problem.model, problem.loss, batches, **options))
+    return StructureOperator(STRUCTURES[name].fit(problem.model, problem.loss, batches))
 
 
 def _batches(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -23,9 +23,7 @@ def measure(cell: Cell, context: Context[Config]) -> Observations:
     full = best(point, full_solver(exact, point.gradient), largest)
     rows = []
     for name in config.structures:
-        structure = make(name)
-        options: dict[str, Any] = dict(structure.options)
-        fitted = type(structure)(**options).update(point.rows)
+        fitted = make(name).update(point.rows)
 
         def solve(damping: float, fitted: Any = fitted) -> torch.Tensor:
             solved: torch.Tensor = fitted.solve(point.gradient, damping)
