@@ -1,4 +1,4 @@
-"""The Hessian by central differences of gradients: Hv ≈ (∇L(θ + εv) − ∇L(θ − εv))/(2ε) · ‖v‖/‖θ‖ for v of the length of θ."""
+"""The Hessian by central differences of gradients: Hv ≈ (∇L(θ + δv) − ∇L(θ − δv))/(2δ) with δ = ε‖θ‖/‖v‖."""
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,9 @@ from curvlab.spectrum import Operator
 class Differences(Operator):
     """The Hessian of a point by differences of gradients.
 
-    A vector is scaled to the length of the parameters before it is multiplied by ε, so that ε is relative.
-
     Args:
         point: A network in the floating-point type in which gradients are taken.
-        epsilon: ε.
+        epsilon: ε, the length of a step over that of the parameters.
     """
 
     def __init__(self, point: Point, epsilon: float) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from analyses.block_structure.config import EMPIRICAL, GGN, HESSIAN, MATRICES
 from analyses.block_structure.experiments.curvature import FAILING
 from analyses.block_structure.experiments.finite_differences import PUBLISHED
-from analyses.block_structure.points import END, START, TIMES
+from analyses.block_structure.points import END, MIDDLE, START, TIMES
 from analyses.block_structure.quadratics import ALIKE, METHODS, MIXED, UNLIKE
 from analyses.block_structure.spectra import NORMALISATIONS, WIDTH, WIDTHS
 from curvlab.study import style
@@ -48,6 +48,14 @@ def _problems(table: pd.DataFrame) -> dict[str, style.Look]:
     return {name: style.Look(c, m, name) for name, c, m in zip(names, COLOURS, MARKERS, strict=False)}
 
 
+def _by_problem(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw the values of every network side by side at their places."""
+    looks = _problems(table)
+    for index, (problem, look) in enumerate(looks.items()):
+        shift = 5 * (index - (len(looks) - 1) / 2)
+        style.measured(axes, table[table["problem"] == problem], "place", look, shift=shift)
+
+
 def block_map(axes: Axes, measurements: pd.DataFrame, *, matrix: str) -> None:
     """Share ‖C_bc‖²/‖C‖² of every pair of layers after training, mean over seeds, in powers of ten."""
     table = _first(measurements, "mass", matrix=matrix, time=END)
@@ -65,8 +73,7 @@ def block_map(axes: Axes, measurements: pd.DataFrame, *, matrix: str) -> None:
 
 def short(layer: str) -> str:
     """A layer's name without what all modules of a kind share."""
-    parts = [part for part in layer.split(".") if part != "branch"]
-    return ".".join(parts)
+    return ".".join(part for part in layer.split(".") if part != "branch")
 
 
 def shares(measurements: pd.DataFrame) -> Rows:
@@ -146,10 +153,7 @@ def distance_normalised(axes: Axes, measurements: pd.DataFrame) -> None:
     """JS⁰ of the Hessian's log densities of tensors as they are, and after division by trace, largest and tenth largest modulus."""
     table = _distances(measurements, smoothing=WIDTH)
     table = table.assign(place=table["normalised"].map({name: i for i, name in enumerate(NORMALISATIONS)}))
-    looks = _problems(table)
-    for index, (problem, look) in enumerate(looks.items()):
-        shift = 5 * (index - (len(looks) - 1) / 2)
-        style.measured(axes, table[table["problem"] == problem], "place", look, shift=shift)
+    _by_problem(axes, table)
     axes.set_xticks(range(len(NORMALISATIONS)), ["as it is", "by trace", "by top", "by tenth"])
     axes.set_ylim(0, 1)
     axes.set(ylabel="JS distance of tensors")
@@ -161,10 +165,7 @@ def distance_smoothed(axes: Axes, measurements: pd.DataFrame) -> None:
     published = _compared(measurements, "distance", matrix=HESSIAN, time=START, scale="linear")
     places = {width: i + 1 for i, width in enumerate(WIDTHS)}
     table = pd.concat([published.assign(place=0), table.assign(place=table["smoothing"].map(places))])
-    looks = _problems(table)
-    for index, (problem, look) in enumerate(looks.items()):
-        shift = 5 * (index - (len(looks) - 1) / 2)
-        style.measured(axes, table[table["problem"] == problem], "place", look, shift=shift)
+    _by_problem(axes, table)
     axes.set_xticks(range(len(WIDTHS) + 1), ["published", *(f"{width:g}" for width in WIDTHS)])
     axes.set_ylim(0, 1)
     axes.set(xlabel="smoothing (decades)", ylabel="JS distance of tensors")
@@ -185,7 +186,7 @@ def step_against_share(axes: Axes, measurements: pd.DataFrame) -> None:
         face = "white" if time == START else look.color
         axes.plot(
             np.sqrt(rows["value"]), rows["value_step"], look.marker, color=look.color, markerfacecolor=face, markersize=3.5,
-            label=look.label if time == END else "_", alpha=0.8 if time != "middle" else 0.4,
+            label=look.label if time == END else "_", alpha=0.8 if time != MIDDLE else 0.4,
         )  # fmt: skip
     axes.set(xlabel=r"matrix error $\sqrt{\omega}$ of layers", ylabel="cosine of best steps")
 
@@ -194,10 +195,7 @@ def gain_of_steps(axes: Axes, measurements: pd.DataFrame) -> None:
     """Decrease of the loss by the layers' best step over that by the full one, at three times of training."""
     table = _compared(measurements, "step_gain")
     table = table.assign(place=table["time"].map({time: i for i, time in enumerate(TIMES)}))
-    looks = _problems(table)
-    for index, (problem, look) in enumerate(looks.items()):
-        shift = 5 * (index - (len(looks) - 1) / 2)
-        style.measured(axes, table[table["problem"] == problem], "place", look, shift=shift)
+    _by_problem(axes, table)
     level(axes, 1.0)
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(len(TIMES)), TIMES)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pandas as pd
 from scipy.stats import spearmanr
 
+from analyses.block_structure.config import Config
+from curvlab.study import Point as Place
 from curvlab.study import outside
 from curvlab.study.estimates import Estimate
 
@@ -18,6 +20,11 @@ START, MIDDLE, END = "start", "middle", "end"
 TIMES = (START, MIDDLE, END)
 
 
+def formed(config: Config) -> list[Place]:
+    """The cell of the network that claims are about, if its matrices are formed."""
+    return [{"problem": config.problem}] if config.dense(config.problem) else []
+
+
 def page(source: str, claim: int) -> str:
     """Where a claim comes from."""
     return f"{source} (docs/theory/block_structure.md, claim {claim})"
@@ -27,19 +34,23 @@ def correlation(first: str, second: str, *across: str) -> Estimate:
     """Return the estimate by the rank correlation of two quantities over what some columns tell apart, at each seed."""
 
     def estimate(table: pd.DataFrame) -> pd.DataFrame:
-        wide = table.pivot_table("value", ["seed", *across], "quantity").dropna()
-        found = {
-            seed: float(spearmanr(group[first], group[second]).statistic)
-            for seed, group in wide.groupby("seed")
-            if len(group) > 2 and min(group[first].nunique(), group[second].nunique()) > 1
-        }
-        return pd.DataFrame({"seed": list(found), "value": list(found.values())})
+        return rank_correlations(table.pivot_table("value", ["seed", *across], "quantity").dropna(), first, second)
 
     return estimate
 
 
-def quotient(column: str, first: str, second: str) -> Estimate:
-    """Return the estimate by the value at one entry of a column over that at another, at each seed."""
+def rank_correlations(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """The rank correlation of two columns at each seed at which neither is constant, of more than two rows."""
+    found = {
+        seed: float(spearmanr(group[first], group[second]).statistic)
+        for seed, group in table.groupby("seed")
+        if len(group) > 2 and min(group[first].nunique(), group[second].nunique()) > 1
+    }
+    return pd.DataFrame({"seed": list(found), "value": list(found.values())})
+
+
+def quotient(column: str | list[str], first: object, second: object) -> Estimate:
+    """Return the estimate by the value at one entry of a column, or of several, over that at another, at each seed."""
 
     def estimate(table: pd.DataFrame) -> pd.DataFrame:
         wide = table.pivot_table("value", "seed", column)

@@ -1,7 +1,7 @@
 """A network in training, and its matrices at some time of it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import curvlab
 from analyses.block_structure.config import GGN, HESSIAN, Config
 from analyses.block_structure.points import END, MIDDLE, START
+from analyses.descent import gradient
 from analyses.specs import classifies_nodes
 from curvlab import spectrum
 from curvlab.problems import Problem, resolve
@@ -20,7 +21,6 @@ from curvlab.rows.parameters import ParameterSpace
 from curvlab.spectrum import DenseOperator, Operator
 from curvlab.study import generator
 
-Making = Callable[[nn.Module], torch.optim.Optimizer]
 CLIP = 1.0
 """Norm to which gradients are cut."""
 CHUNK = 64
@@ -50,9 +50,8 @@ class Point:
         """Return a problem's network as it is, with as many training samples, drawn by the seed, as have so many loss terms."""
         inputs, targets = problem.train
         if not classifies_nodes(problem.name):
-            each = 1 if targets.is_floating_point() else targets[0].numel()
             order = torch.randperm(len(inputs), generator=generator(seed, "curvature"))
-            chosen = order[: max(1, terms // each)].to(inputs.device)
+            chosen = order[: max(1, terms // terms_of_a_sample(targets))].to(inputs.device)
             inputs, targets = inputs[chosen], targets[chosen]
         return cls(copy.deepcopy(problem.model).eval(), problem.loss, inputs, targets)
 
@@ -76,10 +75,7 @@ class Point:
     @cached_property
     def gradient(self) -> Float[Tensor, " P"]:
         """The gradient of the loss."""
-        own = dict(self.model.named_parameters())
-        loss = self.loss(self.model(self.inputs), self.targets)
-        found = torch.autograd.grad(loss, [own[name] for name in self.space.shapes], materialize_grads=True)
-        return self.space.flatten(dict(zip(self.space.shapes, found, strict=True)))
+        return self.space.flatten(gradient(lambda model: self.loss(model(self.inputs), self.targets))(self.model))
 
     @cached_property
     def rows(self) -> Rows:
@@ -109,21 +105,21 @@ class Point:
         return DenseOperator(rows.T @ rows, self.space)
 
 
+def terms_of_a_sample(targets: Tensor) -> int:
+    """How many loss terms a sample has: one, or one a position that has a class."""
+    return 1 if targets.is_floating_point() else targets[0].numel()
+
+
 def problem_of(config: Config, name: str, seed: int, **wanted: int) -> Problem:
     """Return a problem at a seed."""
     problem = resolve(name, **config.arguments(name, **wanted), seed=seed)
     return problem.to(config.device, getattr(torch, config.dtype))
 
 
-def adamw(rate: float) -> Making:
-    """Return what makes an AdamW optimiser of a model."""
-    return lambda model: torch.optim.AdamW(model.parameters(), lr=rate)
-
-
 def times(config: Config, problem: Problem, seed: int) -> Iterator[tuple[str, Point]]:
     """Yield a problem's network before training, after a fifth of the steps, and after all of them."""
     problem = copy.deepcopy(problem)
-    optimiser = adamw(config.rate)(problem.model)
+    optimiser = torch.optim.AdamW(problem.model.parameters(), lr=config.rate)
     middle = max(1, config.steps // BEGUN)
     yield START, Point.of(problem, config.terms, seed)
     train(problem, optimiser, range(middle), config.batch, seed)

@@ -36,6 +36,8 @@ FAILING = 0.5
 """A relative error of order one, fixed beforehand."""
 POOR = 0.87
 """A poor alignment: √(1 − FAILING²), what random directions have at that error."""
+RACED = (6, 8, 12)
+"""Widths of the networks that race."""
 
 
 def cells(config: Config) -> list[Place]:
@@ -54,15 +56,11 @@ def cells(config: Config) -> list[Place]:
     return points
 
 
-RACED = (6, 8, 12)
-"""Widths of the networks that race."""
-
-
 def _claims(config: Config) -> list[Claim]:
     own: Mapping[str, object] = {"first": True}
     formed: Mapping[str, object] = {"first": True, "dense": True}
     compared: Mapping[str, object] = {"problem": config.compared, "depth": 0, "width": 0, "dense": True}
-    claims = [
+    return [
         *_failing(own),
         *_random(own),
         *_stepping(formed, compared),
@@ -71,7 +69,6 @@ def _claims(config: Config) -> list[Claim]:
         *_dense_blocks(formed),
         *_sweeps(config.problem),
     ]
-    return claims
 
 
 def _failing(own: Mapping[str, object]) -> list[Claim]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from analyses.block_structure.config import HESSIAN, Config
 from analyses.block_structure.differences import Differences
-from analyses.block_structure.points import DERIVED, FAILS, page
+from analyses.block_structure.points import DERIVED, FAILS, formed, page
 from analyses.block_structure.setting import Point, problem_of, trained
 from analyses.claims import claim
 from curvlab.problems import Problem
@@ -111,7 +111,7 @@ CLAIMS = [
 
 FINITE: Experiment[Config] = Experiment(
     name="differences",
-    cells=lambda config: [{"problem": config.problem}] if config.dense(config.problem) else [],
+    cells=formed,
     measure=measure,
     varies=("initialisation", "batches", "draws"),
     claims=CLAIMS,

@@ -7,8 +7,8 @@ import torch
 
 import curvlab
 from analyses.block_structure.config import GGN, Config
-from analyses.block_structure.points import DERIVED, nothing, page
-from analyses.block_structure.setting import Point, problem_of, trained
+from analyses.block_structure.points import DERIVED, formed, nothing, page
+from analyses.block_structure.setting import Point, problem_of, terms_of_a_sample, trained
 from analyses.block_structure.steps import cosine
 from analyses.claims import claim
 from analyses.specs import classifies_nodes
@@ -45,8 +45,7 @@ def measure(cell: Cell, context: Context[Config]) -> Observations:
     config, seed = context.config, int(cell["seed"])
     problem = problem_of(config, str(cell["problem"]), seed)
     whole = trained(config, problem, seed)
-    each = 1 if whole.targets.is_floating_point() else whole.targets[0].numel()
-    point = _fewer(whole, problem.name, TERMS // each)
+    point = _fewer(whole, problem.name, TERMS // terms_of_a_sample(whole.targets))
     stacked = _kernels(point.rows)
     mass = theory.kernel_mass(stacked)
     share, norms = theory.off_block_share(mass), np.sqrt(np.diag(mass))
@@ -123,7 +122,7 @@ CLAIMS = [
 
 KERNELS: Experiment[Config] = Experiment(
     name="kernels",
-    cells=lambda config: [{"problem": config.problem}] if config.dense(config.problem) else [],
+    cells=formed,
     measure=measure,
     varies=("initialisation", "batches", "draws"),
     claims=CLAIMS,

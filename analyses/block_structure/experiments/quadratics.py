@@ -1,27 +1,32 @@
 """Quadratics with alike and unlike blocks: steps of every method (claim 8)."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
 from analyses.block_structure import quadratics
 from analyses.block_structure.config import Config
-from analyses.block_structure.points import ADAM, DERIVED, MINI, page
+from analyses.block_structure.points import ADAM, DERIVED, MINI, page, quotient
 from analyses.block_structure.quadratics import ALIKE, METHODS, MIXED, UNLIKE
 from analyses.claims import claim
 from curvlab.study import (
     Cell,
+    Claim,
     Context,
+    Expected,
     Experiment,
     Identity,
     Inequality,
     Observations,
+    difference_by_seed,
     observed,
     refuted,
     stream,
     supported,
     undecided,
 )  # fmt: skip
-from curvlab.study.estimates import Estimate
+from curvlab.study.claims import Group
 
 TIMES_FEWER = 0.1
 """Far fewer steps: a tenth."""
@@ -33,23 +38,23 @@ def measure(cell: Cell, context: Context[Config]) -> Observations:  # noqa: ARG0
     return [observed("steps", quadratics.steps(method, H, x), method=method) for method in METHODS]
 
 
-def _over(first: tuple[str, str], second: tuple[str, str]) -> Estimate:
-    """The estimate by the steps of a method on some spectra over those of another on others."""
-
-    def estimate(table: pd.DataFrame) -> pd.DataFrame:
-        wide = table.pivot_table("value", "seed", ["spectra", "method"])
-        return (wide[first] / wide[second]).rename("value").reset_index()
-
-    return estimate
+_over = partial(quotient, ["spectra", "method"])
+"""The estimate by the steps of a method on some spectra over those of another on others."""
 
 
 def _same(table: pd.DataFrame) -> pd.DataFrame:
-    wide = table[table["method"] == "gd"].pivot_table("value", "seed", "spectra")
-    difference = (wide[UNLIKE] - wide[ALIKE]).rename("value").reset_index()
-    return difference.assign(tolerance=1.0 + 1e-9 * wide[UNLIKE].to_numpy())
+    return difference_by_seed(table[table["method"] == "gd"], "spectra", UNLIKE, ALIKE).assign(tolerance=1.0)
 
 
-def _fewer(id_: str, source: str, first: tuple[str, str], second: tuple[str, str], statement: str, expected, group):  # type: ignore[no-untyped-def]
+def _fewer(
+    id_: str,
+    source: str,
+    first: tuple[str, str],
+    second: tuple[str, str],
+    statement: str,
+    expected: Expected,
+    group: Group,
+) -> Claim:
     return claim(
         id_, source, Inequality("steps", "less", TIMES_FEWER, centre="geometric mean"), statement,
         "Ratio of steps to a loss of 1e-6 of that at the start, both tuned.", expected, group=group, estimate=_over(first, second),

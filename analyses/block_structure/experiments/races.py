@@ -4,14 +4,13 @@ import math
 
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from analyses.block_structure.config import GGN, HESSIAN, Config
 from analyses.block_structure.experiments.curvature import CURVATURE, RACED
 from analyses.block_structure.experiments.one_rate import ADAM_MINI, ADAMW, partition_of
 from analyses.block_structure.optimiser import AdamMini
-from analyses.block_structure.points import ADAM, DERIVED, MINI, START, page, quotient, too_few
+from analyses.block_structure.points import ADAM, DERIVED, MINI, START, page, quotient, rank_correlations, too_few
 from analyses.block_structure.setting import loss_in_testing, problem_of, train
 from analyses.claims import claim
 from curvlab.study import Cell, Claim, Context, Experiment, Inequality, Observations, observed, supported, undecided
@@ -63,8 +62,7 @@ def _predicts(rows: dict[str, str]) -> Estimate:
             wanted = wanted[wanted[name] == value]
         wide = pd.concat([gap, wanted.groupby(["seed", "problem", "width"])["value"].mean()], axis=1).dropna()
         wide.columns = ["gap", "predictor"]
-        found = {seed: float(spearmanr(one["gap"], one["predictor"]).statistic) for seed, one in wide.groupby("seed")}
-        return pd.DataFrame({"seed": list(found), "value": list(found.values())})
+        return rank_correlations(wide, "gap", "predictor")
 
     return estimate
 

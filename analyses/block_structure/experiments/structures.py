@@ -5,13 +5,13 @@ from typing import Any
 import torch
 
 from analyses.block_structure.config import GGN, Config
-from analyses.block_structure.points import DERIVED, correlation, page, too_few
+from analyses.block_structure.points import DERIVED, correlation, formed, page, too_few
 from analyses.block_structure.setting import problem_of, trained
 from analyses.block_structure.steps import best, cosine, full_solver
 from analyses.claims import claim
 from curvlab import spectrum
 from curvlab.fisher import make
-from curvlab.study import Cell, Claim, Context, Experiment, Inequality, Observations, observed, undecided
+from curvlab.study import Cell, Claim, Context, Experiment, Inequality, Observations, among, observed, undecided
 
 
 def measure(cell: Cell, context: Context[Config]) -> Observations:
@@ -47,8 +47,7 @@ def _claims(config: Config) -> list[Claim]:
               f"The farther a structure's matrix is from the Gauss–Newton matrix, {words}.",
               f"Rank correlation of the relative Frobenius distance with it. {apart}",
               undecided("No theorem leads from the matrix to the step."), group="exploration",
-              estimate=lambda table, quantity=quantity: correlation("matrix_error", quantity, "structure")(
-                  table[table["structure"].isin(others)]),
+              estimate=among(correlation("matrix_error", quantity, "structure"), structure=others),
               assumptions=lambda table: too_few(("structure",))(table[table["structure"].isin(others)]))
         for what, quantity, words in (
             ("cosine", "step_cosine", "the farther is its step from the full one"),
@@ -59,7 +58,7 @@ def _claims(config: Config) -> list[Claim]:
 
 STRUCTURE: Experiment[Config] = Experiment(
     name="structures",
-    cells=lambda config: [{"problem": config.problem}] if config.dense(config.problem) else [],
+    cells=formed,
     measure=measure,
     varies=("initialisation", "batches"),
     claims=_claims,
