@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan, sqrt
 
 import torch
@@ -109,7 +109,7 @@ class BlockMap:
         names: of the blocks.
         mass: ‖C_bc‖_F².
         standard_error: of the share ω; 0 if it is exact.
-        products: products with single vectors that it took.
+        products: products with single vectors that it took; 0 if the matrix or rows were at hand.
     """
 
     names: tuple[str, ...]
@@ -120,7 +120,7 @@ class BlockMap:
     @property
     def share(self) -> float:
         """ω, the off-block share; NaN of a matrix that is 0."""
-        return _share(self.mass)
+        return float(_share_of(self.mass)) if bool(self.mass.any()) else nan
 
     @property
     def relative(self) -> Float[Tensor, "B B"]:
@@ -147,8 +147,10 @@ def block_map(
     _check(operator, partition)
     if probes < 2:
         raise ValueError(f"probes must be at least 2, got {probes}.")
-    if isinstance(operator, DenseOperator) or operator.size <= probes * len(partition):
+    if isinstance(operator, DenseOperator):
         return dense_block_map(operator.to_dense(), partition)
+    if operator.size <= probes * len(partition):
+        return replace(dense_block_map(operator.to_dense(), partition), products=operator.size)
     source = generator or torch.Generator().manual_seed(0)
     inside = partition.indicator(torch.zeros((), dtype=operator.dtype, device=operator.device))
     drawn = []
@@ -164,7 +166,7 @@ def block_map(
 
 
 def dense_block_map(matrix: Float[Tensor, "P P"], partition: Partition) -> BlockMap:
-    """Return the map of a symmetric matrix. Cost P² operations.
+    """Return the map of a symmetric matrix. Cost B·P² multiply-adds.
 
     Raises:
         ValueError: for a matrix that is not square, or a partition of another number of parameters.
@@ -174,7 +176,7 @@ def dense_block_map(matrix: Float[Tensor, "P P"], partition: Partition) -> Block
             f"The partition is one of {len(partition.labels)} parameters, the matrix is {tuple(matrix.shape)}."
         )
     inside = partition.indicator(matrix)
-    return BlockMap(partition.names, inside @ matrix.square() @ inside.T, products=len(matrix))
+    return BlockMap(partition.names, inside @ matrix.square() @ inside.T)
 
 
 def rows_block_map(rows: Rows) -> BlockMap:
@@ -225,7 +227,3 @@ def _check(operator: Operator, partition: Partition) -> None:
 
 def _share_of(mass: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
     return 1 - mass.trace() / mass.sum()
-
-
-def _share(mass: Float[Tensor, "B B"]) -> float:
-    return float(_share_of(mass)) if bool(mass.any()) else nan

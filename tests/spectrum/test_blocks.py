@@ -59,7 +59,9 @@ def test_partitions_follow_layers_tensors_units_and_groups():
 def test_the_exact_map_is_that_of_all_blocks(partition):
     operator = random_operator()
     mass = naive(operator.matrix, partition)
-    for found in (block_map(operator, partition), block_map(Products(operator), partition, probes=100)):
+    at_hand, by_products = block_map(operator, partition), block_map(Products(operator), partition, probes=100)
+    assert (at_hand.products, by_products.products) == (0, operator.size)
+    for found in (at_hand, by_products):
         torch.testing.assert_close(found.mass, mass, check_dtype=False)
         assert found.standard_error == 0
     assert found.share == pytest.approx(float(1 - mass.diagonal().sum() / mass.sum()))

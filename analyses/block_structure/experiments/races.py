@@ -21,7 +21,7 @@ RATES = {SGD: (0.03, 0.1, 0.3, 1.0, 3.0), ADAMW: (0.001, 0.003, 0.01, 0.03), ADA
 """Learning rates over which a method is tuned, on batches that no judged run has."""
 MOMENTUM = 0.9
 PREDICTORS = {
-    "js": ("JS⁰, as published", {"quantity": "distance", "matrix": HESSIAN, "scale": "linear"}),
+    "js": ("the published JS⁰", {"quantity": "distance", "matrix": HESSIAN, "scale": "linear"}),
     "share": ("the off-block share of layers", {"quantity": "share", "matrix": HESSIAN, "partition": "layer"}),
     "anisotropy": ("the anisotropy of the response of layers", {"quantity": "anisotropy", "matrix": GGN}),
     "traces": ("the spread of log traces of tensors", {"quantity": "trace_spread", "matrix": HESSIAN}),
