@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
-from oracle import ARCHITECTURES, CLASSES, LOSSES, Architecture, LossCase
+from oracle import ARCHITECTURES, CLASSES, LOSSES, Architecture, LossCase, architecture, loss_case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -20,6 +20,12 @@ Example = Callable[..., None]
 
 def part(inputs: Any, start: int, stop: int) -> Any:
     return tree_map_only(Tensor, lambda x: x[start:stop], inputs)
+
+
+def row_space(J: Tensor) -> Tensor:
+    """Return an orthonormal basis, in rows, without directions that are round-off; `pinv(J) @ J` would amplify it."""
+    _, singular, directions = torch.linalg.svd(J, full_matrices=False)
+    return directions[singular > singular[0] * max(J.shape) * torch.finfo(J.dtype).eps]
 
 
 def check(
@@ -66,9 +72,11 @@ def check(
     if kind == "jacobian":
         assert_close(S, J)
     elif kind == "mc":
-        # Every row lies in the span of the rows of its own sample and position, with an energy of Λ on average.
-        projected = S @ torch.linalg.pinv(J) @ J
-        assert_close(projected, S, 1e-5)  # pinv drops the smallest singular values of deep narrow chains
+        # Every row lies in the span of the rows of its own sample, with an energy of Λ on average.
+        bases = [row_space(J_n) for J_n in J.view(-1, N, rows.P).unbind(1)]
+        of_samples = zip(S.view(-1, N, rows.P).unbind(1), bases, strict=True)
+        projected = torch.stack([S_n @ basis.T @ basis for S_n, basis in of_samples], dim=1)
+        assert_close(projected.view_as(S), S, 1e-9)
     else:
         reference = dense_empirical(J, loss, z, y) if kind == "empirical" else dense_ggn(J, loss, z, y)
         assert_close(S.T @ S, reference, 1e-9)
@@ -88,19 +96,31 @@ def examples(function: Example) -> Example:
 
 
 relaxed = settings(suppress_health_check=list(HealthCheck))
+DEEP_AND_NARROW = {
+    "case": architecture("activations"),
+    "loss_case": loss_case("ce"),
+    "reduction": "mean",
+    "kind": "mc",
+    "engine": "auto",
+    "cuts": (1, 4),
+    "extra": 2,
+    "seed": 424,
+}
+"""Singular values of J from 4.7 to 3.5e-11."""
 
 
 @settings(relaxed, max_examples=300, derandomize=True)
+@example(**DEEP_AND_NARROW)
 @examples
-def test_product(**example: Any) -> None:
-    check(**example)
+def test_product(**sampled: Any) -> None:
+    check(**sampled)
 
 
 @pytest.mark.study
 @settings(relaxed, max_examples=100_000)
 @examples
-def test_product_at_length(**example: Any) -> None:
-    check(**example)
+def test_product_at_length(**sampled: Any) -> None:
+    check(**sampled)
 
 
 def test_architectures_fit_every_loss() -> None:
