@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import DOUBLE
+from row_cases import check_passes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab import jacobian, sqrt_fisher
 from curvlab.fisher import KFAC
-from curvlab.optim import Preconditioner
 from curvlab.testing.oracle import assert_close, dense_jacobian
 
 T, D, C = 4, 3, 2
@@ -128,18 +128,8 @@ def placed(model: nn.Module) -> list[tuple[int, Tensor]]:
 def test_a_pass_of_the_users_own(name: str, kind: Any) -> None:
     torch.manual_seed(0)
     model = Bare(*{**SHARED, **OTHERWISE}[name]).to(DOUBLE)
-    x, y, loss = torch.randn(3, T, D, dtype=DOUBLE), torch.randint(C, (3, T)), nn.CrossEntropyLoss()
-    training = Preconditioner(model, loss, "block-diagonal", kind=kind, rows=None if kind == "mc" else "term", seed=3)
-    for _ in range(2):
-        training._generator.manual_seed(3)
-        model.zero_grad()
-        with training.collect():
-            loss(model(x), y).backward()
-        rows = training._passes[0].rows
-        assert rows is not None
-        options = {"generator": torch.Generator().manual_seed(3)} if kind == "mc" else {}
-        assert_close(rows.dense(), sqrt_fisher(model, loss, x, y, kind, **options).dense())
-        training.precondition()
+    x, y = torch.randn(3, T, D, dtype=DOUBLE), torch.randint(C, (3, T))
+    check_passes(model, nn.CrossEntropyLoss(), x, y, kind, times=2, rows=None if kind == "mc" else "term")
 
 
 def test_tokens_leave_a_fit_with_one_row_a_sample_to_one_pass_per_batch(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import DOUBLE
+from row_cases import check_passes
 from torch import Tensor, nn
 
 import curvlab
@@ -104,22 +105,7 @@ def test_a_layer_that_all_samples_share() -> None:
 def test_a_pass_of_the_users_own(use: Any, kind: Any) -> None:
     """A pass before the first one tells which layers all samples share."""
     model, x = model_of(use)
-    loss, y = nn.CrossEntropyLoss(), torch.randint(C, (N, T))
-    training = Preconditioner(model, loss, "block-diagonal", kind=kind, seed=3)
-    found = []
-    for _ in range(3):
-        training._generator.manual_seed(3)
-        model.zero_grad()
-        with training.collect():
-            loss(model(x), y).backward()
-        rows = training._passes[0].rows
-        assert rows is not None
-        found.append(rows.dense())
-        training.precondition()
-    options = {"generator": torch.Generator().manual_seed(3)} if kind == "mc" else {}
-    expected = curvlab.sqrt_fisher(model, loss, x, y, kind, **options).dense()
-    for rows_found in found:
-        assert_close(rows_found, expected)
+    training = check_passes(model, nn.CrossEntropyLoss(), x, torch.randint(C, (N, T)), kind, times=3)
     assert (training._checks.known.shared["places"] is not None) == (use is added)
 
 
