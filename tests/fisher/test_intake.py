@@ -89,6 +89,11 @@ def test_exact_blocks_on_the_parameter_side_are_fitted_layer_by_layer(key: str, 
     assert not make(key).by_layer, "rows are kept"
 
 
+def bring_back(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Bring back so many rows of a sample at a time."""
+    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, at_once)))
+
+
 OPTIONS: dict[str, dict[str, Any]] = {key: {"side": "parameters"} for key in EXACT}
 
 
@@ -112,12 +117,12 @@ def test_many_rows_are_brought_back_some_after_the_others(
         stream(self, rows, *args, **kwargs)
 
     monkeypatch.setattr(autograd.Forward, "stream", watched)
-    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, at_once)))
+    bring_back(monkeypatch, at_once)
     for key, whole in expected.items():
         for data in ((x, y), [(x[:1], y[:1]), (x[1:], y[1:])]):
             fitted = STRUCTURES[key].fit(model, loss, data, kind="exact", engine="autograd", **OPTIONS.get(key, {}))
             assert_close(fitted.to_dense(), whole.to_dense(), 1e-9)
-    assert set(parts) == {at_once, *([1] if at_once == 2 else [])}, "of three rows a sample"
+    assert set(parts) == {at_once, 1}, "of three rows a sample"
 
 
 def test_inputs_are_unfolded_once_for_all_rows_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +138,7 @@ def test_inputs_are_unfolded_once_for_all_rows_of_a_sample(monkeypatch: pytest.M
 
     for module in (convolution, linear):
         monkeypatch.setattr(module, "augmented", counted)
-    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, 1)))
+    bring_back(monkeypatch, 1)
     KFAC.fit(model, loss, (x, y), kind="exact", engine="autograd")
     assert len(unfolded) == sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
 
@@ -141,7 +146,7 @@ def test_inputs_are_unfolded_once_for_all_rows_of_a_sample(monkeypatch: pytest.M
 def test_rows_of_which_only_the_sum_counts_come_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = architecture("mlp").make(4)
     loss, y = loss_case("ce-weights").make(outputs(model, x), "mean")
-    monkeypatch.setattr(autograd.Forward, "groups", lambda self: list(chunks(len(self.cotangents), 1, 1)))
+    bring_back(monkeypatch, 1)
     how: Any = {"kind": "exact", "engine": "autograd", "sharing": "gradient"}
     expected = KFAC(sharing="gradient").update(sqrt_fisher(model, loss, x, y))
     assert_close(KFAC.fit(model, loss, (x, y), **how).to_dense(), expected.to_dense(), 1e-9)
@@ -166,9 +171,8 @@ def test_no_more_than_one_layer_has_rows_at_a_time(structure: Any, monkeypatch: 
         order.append(layer.name)
 
     monkeypatch.setattr(Intake, "take", watched)
-    monkeypatch.setattr(
-        fitting, "CHUNK_ELEMENTS", 0
-    )  # rows of an only batch are kept for a second pass if they are few
+    # Few rows of an only batch would be kept for a second pass.
+    monkeypatch.setattr(fitting, "CHUNK_ELEMENTS", 0)
     made = structure()
     type(made).fit(model, nn.CrossEntropyLoss(), (x, y), kind="mc", generator=generator(), **made.options)
     names = [f"layers.{k}" for k in reversed(range(6))]

@@ -16,6 +16,8 @@ from curvlab.rows.factored import KroneckerRows
 from curvlab.testing.oracle import assert_close
 
 IN, OUT, T, N = 3, 6, 4, 5
+PACKED = torch.cat([torch.arange(OUT * IN).view(OUT, IN), OUT * IN + torch.arange(OUT)[:, None]], dim=1).flatten()
+"""Where the packed layer's weights and biases are, in the order `(o, i)`."""
 
 
 class Sequence(nn.Module):
@@ -44,16 +46,18 @@ def factors(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return torch.einsum("nti,ntj->ij", a, a) / (N * T), torch.einsum("vnto,vntp->op", g, g), dense.T @ dense
 
 
-def expected(rows: Rows, groups: int, corrected: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def expected(rows: Rows, groups: int, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, B without what couples groups, and the block, whose values an EKFAC has corrected."""
     A, B, F = factors(rows)
     blocks = [B.reshape(groups, OUT // groups, groups, OUT // groups)[k, :, k] for k in range(groups)]
+    B = torch.block_diag(*blocks)
     if not corrected:
-        return [A], blocks, torch.kron(torch.block_diag(*blocks), A)
+        return A, B, torch.kron(B, A)
     K = torch.kron(
         torch.block_diag(*(torch.linalg.eigh(block).eigenvectors.contiguous() for block in blocks)),
         torch.linalg.eigh(A).eigenvectors.contiguous(),
     )
-    return [A], blocks, K @ (K.T @ F @ K).diagonal().diag() @ K.T
+    return A, B, K @ (K.T @ F @ K).diagonal().diag() @ K.T
 
 
 def structure_of(kind: type[KFAC], groups: int, **options: Any) -> Structure:
@@ -66,11 +70,10 @@ def test_the_block_its_products_and_solves(case: Any, kind: type[KFAC], groups: 
     model, loss, x, y = case
     rows = sqrt_fisher(model, loss, x, y)
     _, _, dense = expected(rows, groups, kind is EKFAC)
-    size, rho = len(dense), 0.1
+    rho = 0.1
     for structure in (structure_of(kind, groups).update(rows), structure_of(kind, groups).update(rows, 0.0)):
         whole = structure.to_dense()
-        at = torch.cat([torch.arange(OUT * IN).view(OUT, IN), OUT * IN + torch.arange(OUT)[:, None]], dim=1).flatten()
-        assert_close(whole[at[:, None], at], dense)
+        assert_close(whole[PACKED[:, None], PACKED], dense)
         v = torch.randn(rows.P, dtype=DOUBLE)
         assert_close(structure.matvec(v), whole @ v)
         assert_close(structure.solve(v, rho), torch.linalg.solve(whole + rho * torch.eye(rows.P, dtype=DOUBLE), v))
@@ -84,7 +87,6 @@ def test_the_block_its_products_and_solves(case: Any, kind: type[KFAC], groups: 
             J.dense() @ torch.linalg.solve(whole + rho * torch.eye(rows.P, dtype=DOUBLE), J.dense().T) / rows.count,
             1e-8,
         )
-    assert size == OUT * (IN + 1)
 
 
 @pytest.mark.parametrize("equal", [True, "equal"])
@@ -92,17 +94,15 @@ def test_factored_damping_shares_the_split_between_groups(case: Any, equal: Any)
     model, loss, x, y = case
     rows = sqrt_fisher(model, loss, x, y)
     structure = structure_of(KFAC, 3, factored_damping=equal).update(rows)
-    (A,), blocks, _ = expected(rows, 3, False)
-    B, rho = torch.block_diag(*blocks), 0.1
+    (A, B, _), rho = expected(rows, 3, False), 0.1
     pi = 1.0 if equal == "equal" else float((A.trace() / len(A)) / (B.trace() / len(B))) ** 0.5
     damped = torch.kron(
         torch.linalg.inv(B + rho**0.5 / pi * torch.eye(len(B), dtype=DOUBLE)),
         torch.linalg.inv(A + rho**0.5 * pi * torch.eye(len(A), dtype=DOUBLE)),
     )
-    at = torch.cat([torch.arange(OUT * IN).view(OUT, IN), OUT * IN + torch.arange(OUT)[:, None]], dim=1).flatten()
     v = torch.zeros(rows.P, dtype=DOUBLE)
-    v[at] = torch.randn(OUT * (IN + 1), dtype=DOUBLE)
-    assert_close(structure.solve(v, rho)[at], damped @ v[at])
+    v[PACKED] = torch.randn(OUT * (IN + 1), dtype=DOUBLE)
+    assert_close(structure.solve(v, rho)[PACKED], damped @ v[PACKED])
     c = torch.randn(rows.R, dtype=DOUBLE)
     assert_close(
         structure.space.flatten(structure.lift(c, rho)),

@@ -16,17 +16,11 @@ from curvlab.fisher.row_block import RowBlock
 from curvlab.optim import NaturalGradient
 from curvlab.testing.oracle import assert_close
 
-MIXED: dict[str, Any] = {
-    "*.norm": cf.BlockDiagonal(side="parameters"),
-    "table": "diagonal",
-    "last": "ekfac",
-    "*": "kfac",
-}
 BY_KEY = {"norm": "block-diagonal", "table": "diagonal", "last": "ekfac", "mix": "kfac"}
 
 
 def choices() -> dict[str, Any]:
-    return {pattern: value if isinstance(value, str) else cf.BlockDiagonal() for pattern, value in MIXED.items()}
+    return {"*.norm": cf.BlockDiagonal(), "table": "diagonal", "last": "ekfac", "*": "kfac"}
 
 
 def test_every_layer_is_in_its_structure() -> None:

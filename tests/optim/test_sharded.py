@@ -74,7 +74,7 @@ def test_a_process_without_targets_takes_part(name: str, whole: bool, trained: l
         ("bare parameter", "scale have no factored rows"),
         ("quadratic", "quadratic model"),
         ("partly", "1.weight is whole in every process"),
-        ("another axis", r"no tensor parallelism"),
+        ("another axis", "no tensor parallelism"),
         ("late", "fully_shard was applied"),
         ("rebind", "make a new Preconditioner"),
     ],

@@ -51,9 +51,8 @@ ONE_A_SAMPLE = [("mc", "sample"), ("empirical", "sample"), ("empirical", "signs"
 def test_one_row_a_sample_comes_through_fused_attention_and_is_that_of_plain_attention(
     kind: Any, per: Any, bare: bool
 ) -> None:
-    problem_ = problem(bare=bare)
     with Live() as live:
-        found = rows(*problem_, kind, per)
+        found = rows(*problem(bare=bare), kind, per)
     assert live.functions >= FUSED
     with sdpa_kernel(SDPBackend.MATH), Live() as live:
         expected = rows(*problem(bare=bare), kind, per)
