@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from natural_gradients import natural
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,24 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torchrun import leave
 
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, PerLayer, Structure, UnitWise
 from curvlab.optim import ByLayer, NaturalGradient
 
 STEPS, BATCH, WORDS, LENGTH = 4, 12, 7, 5
-
-STRUCTURES: dict[str, tuple[Callable[[], Structure], dict[str, Any]]] = {
-    "kfac": (lambda: KFAC(factored_damping=True, invert_every=2), {"kind": "mc"}),
-    "ekfac": (EKFAC, {"kind": "mc"}),
-    "diagonal": (Diagonal, {"kind": "empirical"}),
-    "component-wise": (ComponentWise, {"kind": "empirical"}),
-    "kfac-exact": (KFAC, {"kind": "exact"}),
-    "kfac-long": (lambda: KFAC(max_factor=7, factored_damping=True), {"kind": "mc"}),
-    "kfac-batch": (KFAC, {"kind": "empirical", "rows": "batch"}),
-    "diagonal-signs": (Diagonal, {"kind": "empirical", "rows": "signs", "draws": 2}),
-    "block-diagonal": (BlockDiagonal, {"kind": "mc"}),
-    "unit-wise": (UnitWise, {"kind": "mc"}),
-    "per-layer": (lambda: PerLayer({"block.1": EKFAC(), "*.block.*": Diagonal(), "*": KFAC()}), {"kind": "mc"}),
-}
 
 
 class Sentences(nn.Module):
@@ -63,13 +49,6 @@ def sentences(size: int) -> Sentences:
 def parameters(model: nn.Module) -> Tensor:
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in whole])
-
-
-def natural(model: nn.Module, name: str, loss: nn.Module | None = None, **options: Any) -> NaturalGradient:
-    structure, rows = STRUCTURES[name]
-    made = structure()
-    loss = loss or nn.CrossEntropyLoss()
-    return NaturalGradient(model, loss, 0.2, structure=made, damping=0.1, refresh_every=2, **rows, **options)
 
 
 def steps(model: nn.Module, made: NaturalGradient, numbers: range, rank: int, size: int) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_training import structures, train
+from natural_gradients import STRUCTURES
+from shared_training import train
 from torchrun import run
 
 from curvlab.rows.processes import Processes, spread
@@ -22,7 +23,7 @@ def alone() -> dict[str, torch.Tensor]:
     return train()
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in structures()])
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_two_processes_end_where_one_does(
     name: str, trained: list[dict[str, torch.Tensor]], alone: dict[str, torch.Tensor]
 ) -> None:

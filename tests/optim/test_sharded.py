@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sharded_training import STRUCTURES, go_on, ignoring, one_layer, save_half, train
+from natural_gradients import OF_LAYERS
+from sharded_training import go_on, ignoring, one_layer, save_half, train
 from torchrun import run
 
 from curvlab.testing.oracle import assert_close
@@ -96,8 +97,8 @@ def test_a_process_without_layers_takes_part(trained: list[dict[str, Any]]) -> N
 @pytest.mark.study
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_structure_of_single_layers_can_be_sharded(processes: int, tmp_path: Path) -> None:
-    for of_process in trained_by(processes, tmp_path / "found", STRUCTURES):
-        for name in STRUCTURES:
+    for of_process in trained_by(processes, tmp_path / "found", OF_LAYERS):
+        for name in OF_LAYERS:
             assert_close(of_process[name]["parameters"], train(name)["parameters"], 1e-9)
             assert_close(of_process["gone on"][name], train(name)["parameters"], 1e-9)
 
