@@ -71,15 +71,11 @@ class Batch:
 
     def average(self, average: RunningAverage, value: Tensor) -> None:
         """Add the batch's matrix, of which this process has its samples' share, to a running average."""
-        if self.further:
-            average.add(self.weight * value)
-            return
-        weight = self.weight
+        amount, weight = self.weight * value, self.fresh_weight
         if self.total is not None:
-            value = self.total(weight * value)
-            weight = 1.0 if self.additive else float(self.total(value.new_tensor(weight)))
-            value = value / weight
-        average.update(value, weight, self.decay, additive=self.additive)
+            amount = self.total(amount)
+            weight = weight if self.additive else float(self.total(value.new_tensor(weight)))
+        average.update(amount, weight, self.decay, additive=self.additive)
 
     @property
     def weight(self) -> float:
@@ -88,7 +84,7 @@ class Batch:
 
     @property
     def fresh_weight(self) -> float:
-        """What is to be added to the weight of a running average."""
+        """What it adds to the weight of a running average: nothing for more rows of the same samples."""
         return 0.0 if self.further else self.weight
 
     @property
@@ -108,19 +104,15 @@ class RunningAverage:
         self.weight = 0.0
         self.additive = False
 
-    def update(self, value: Tensor, weight: float, decay: float, *, additive: bool = False) -> None:
-        """Decay the state and add a batch."""
+    def update(self, amount: Tensor, weight: float, decay: float, *, additive: bool = False) -> None:
+        """Decay the state and add `w x` and w of a batch; more of the last one has the weight 0 and decay 1."""
         self.additive = additive
         if self.total is None or decay == 0:
-            self.total, self.weight = weight * value, weight
+            self.total, self.weight = amount, weight
             return
-        self.total = decay * self.total + weight * value
+        self.total = decay * self.total + amount
         if not (additive and decay == 1):
             self.weight = decay * self.weight + weight
-
-    def add(self, amount: Tensor) -> None:
-        """Add more of the last batch, whose weight is counted."""
-        self.total = amount if self.total is None else self.total + amount
 
     def add_up(self, total: Total) -> None:
         """Turn the average over a part of a data set into that over the parts of all processes."""

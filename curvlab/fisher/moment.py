@@ -345,14 +345,11 @@ class DiagonalMoment(Factor):
         additive: bool = False,
         total: Total | None = None,
     ) -> None:
-        """Add a diagonal D of some weight w, given as `w·D`, or more of the last one, of none; see `Moment.update`."""
+        """Add a diagonal D of some weight w, given as `w·D`; see `Moment.update`."""
         if total is not None:
             diagonal = total(diagonal)
             weight = weight if additive else float(total(diagonal.new_tensor(weight)))
-        if weight == 0 and decay == 1:
-            self.average.add(diagonal)
-            return
-        self.average.update(diagonal / (weight or 1.0), weight, decay, additive=additive)
+        self.average.update(diagonal, weight, decay, additive=additive)
 
     def add_up(self, total: Total) -> None:  # noqa: D102
         self.average.add_up(total)

@@ -125,7 +125,7 @@ class SidedBlock(Block):
         self.layers = layers
 
     def leave_rows(self, weight: float) -> None:  # noqa: D102
-        self.average.update(self._form(self.layers), weight, 0.0)
+        self.average.update(weight * self._form(self.layers), weight, 0.0)
         self.layers, self._rows_held = (), 0
 
     def state(self) -> BlockState:  # noqa: D102
