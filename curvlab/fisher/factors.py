@@ -81,8 +81,7 @@ class LinearBlock(KroneckerBlock):
 
     def _add_inputs(self, rows: KroneckerRows, weights: Float[Tensor, " N"], batch: Batch) -> None:
         """Add to A, some samples after the others where their inputs are not unfolded yet."""
-        width = self.parts[0].width
-        pieces = list(rows.pieces(width)) if batch.total is None else [slice(None)]
+        pieces = list(rows.pieces()) if batch.total is None else [slice(None)]
         for position, part in enumerate(pieces):
             inputs, scale = rows.select(part).input_root(weights[part], reduce=self._reduce)
             weight = float(batch.sample_weights.sum()) if position == 0 else 0.0
@@ -144,8 +143,10 @@ def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Inverse) -> Float[Tensor, 
     return inverse.times_rows(x.transpose(-3, -2)).transpose(-3, -2)
 
 
-class EmbeddingBlock(KroneckerBlock):
-    """Factors of an embedding: A, diagonal over the table's rows, and B over their entries."""
+class TableBlock(KroneckerBlock):
+    """Factors of a table: diagonal over its rows, a matrix over their entries."""
+
+    form: type[LayerRows]
 
     def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
         super().__init__(name, layout, options)
@@ -153,8 +154,24 @@ class EmbeddingBlock(KroneckerBlock):
         self.width: Moment = Moment(options.rtol)
 
     def elements(self, batch: Batch) -> int:  # noqa: D102
-        self._factored(batch.layers[0], EmbeddingRows)
+        self._factored(batch.layers[0], self.form)
         return self.parts[0].units + self.parts[0].width ** 2
+
+    def _add_entries(self, root: Float[Tensor, "m t I"], batch: Batch) -> None:
+        """Add `Σ x xᵀ` over x in the root to the matrix, with the weight of the batch."""
+        _add(self.width, root[None], batch.fresh_weight, batch.weight, batch, additive=batch.additive)
+
+    def _rotation(self, rows: LayerRows) -> tuple[Layout, Float[Tensor, "I s"]]:
+        """Return the layout of rotated rows, and the eigenvectors of the matrix."""
+        v = self.width.basis.vectors
+        assert v is not None
+        return Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))}), v[0]
+
+
+class EmbeddingBlock(TableBlock):
+    """Factors of an embedding: A, diagonal over the table's rows, and B over their entries."""
+
+    form = EmbeddingRows
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows, weights = self._shared(batch)
@@ -162,21 +179,12 @@ class EmbeddingBlock(KroneckerBlock):
         if not batch.further:
             weight = float(batch.sample_weights.sum())
             self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
-        self.width.update(
-            rows.output_root()[None],
-            batch.fresh_weight,
-            batch.decay,
-            scale=batch.weight,
-            additive=batch.additive,
-            total=batch.total,
-        )
+        self._add_entries(rows.output_root(), batch)
 
     def rotate(self, rows: LayerRows) -> EmbeddingRows:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)
-        v = self.width.basis.vectors
-        assert v is not None
-        layout = Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))})
-        return EmbeddingRows(rows.name, layout, rows.index, rows.g @ v[0], rows.lengths)
+        layout, v = self._rotation(rows)
+        return replace(rows, layout=layout, g=rows.g @ v)
 
     def weigh(  # noqa: D102
         self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
@@ -195,7 +203,7 @@ class EmbeddingBlock(KroneckerBlock):
         return rows.g.shape[summed:3].numel() < rows.layout.units
 
 
-class TiedBlock(KroneckerBlock):
+class TiedBlock(TableBlock):
     """Factors of a table that is looked up and multiplied with: its partial traces, over positions of both uses.
 
         F ≈ D ⊗ W / tr W,   D = diag_u(Σ_p |x_p|²_u),   W = Σ_p x_pᵀx_p
@@ -205,34 +213,18 @@ class TiedBlock(KroneckerBlock):
     scales of the two uses need not match. *reduce* and *gradient* do not apply to it.
     """
 
-    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
-        super().__init__(name, layout, options)
-        self.units: DiagonalMoment = DiagonalMoment()
-        self.width: Moment = Moment(options.rtol)
-
-    def elements(self, batch: Batch) -> int:  # noqa: D102
-        self._factored(batch.layers[0], TiedRows)
-        return self.parts[0].units + self.parts[0].width ** 2
+    form = TiedRows
 
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows = self._factored(batch.layers[0], TiedRows)
         by_unit, root = rows.partial_traces()
         by_unit = batch.weight * by_unit
         self.units.update(by_unit[None], float(by_unit.sum()), batch.decay, total=batch.total)
-        self.width.update(
-            root[None, None],
-            batch.fresh_weight,
-            batch.decay,
-            scale=batch.weight,
-            additive=batch.additive,
-            total=batch.total,
-        )
+        self._add_entries(root[None], batch)
 
     def rotate(self, rows: LayerRows) -> TiedRows:  # noqa: D102
-        v = self.width.basis.vectors
-        assert v is not None
-        layout = Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))})
-        return _in_columns(rows, layout, lambda x: x @ v[0])
+        layout, v = self._rotation(rows)
+        return _in_columns(rows, layout, lambda x: x @ v)
 
     def weigh(  # noqa: D102
         self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]

@@ -53,11 +53,15 @@ class KroneckerRows(SharedRows):
             object.__setattr__(rows, field, value)
         return rows
 
+    @property
+    def _waiting(self) -> Callable[[slice], Tensor] | None:
+        """What forms the inputs, while nobody has asked for them."""
+        return self.__dict__.get("_unfold")
+
     def __getattr__(self, name: str) -> Any:
-        unfold = self.__dict__.get("_unfold")
-        if name != "a" or unfold is None:
+        if name != "a" or self._waiting is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        object.__setattr__(self, "a", unfold(slice(None)))
+        object.__setattr__(self, "a", self._waiting(slice(None)))
         object.__setattr__(self, "_unfold", None)
         return self.a
 
@@ -66,29 +70,27 @@ class KroneckerRows(SharedRows):
         return self.a
 
     def to(self, dtype: torch.dtype) -> KroneckerRows:  # noqa: D102
-        unfold = self.__dict__.get("_unfold")
-        if unfold is None:
+        if (unfold := self._waiting) is None:
             return super().to(dtype)
         return self.deferred(self.name, self.layout, lambda part: unfold(part).to(dtype), self.g.to(dtype))
 
     def select(self, samples: slice) -> KroneckerRows:  # noqa: D102
-        unfold = self.__dict__.get("_unfold")
-        if unfold is None:
+        if (unfold := self._waiting) is None:
             return super().select(samples)
         return self.deferred(self.name, self.layout, lambda part: unfold(samples)[part], self.g[:, samples])
 
     def without_numbers(self) -> KroneckerRows:  # noqa: D102
-        if self.__dict__.get("_unfold") is None:
+        if self._waiting is None:
             return super().without_numbers()
         inputs = self.g.new_zeros(()).expand(*self.g.shape[1:4], self.layout.width)
         return KroneckerRows(self.name, self.layout, inputs, blank(self.g))
 
-    def pieces(self, width: int) -> Iterable[slice]:
-        """Cut the samples, where inputs of some width are not formed yet, so that those of a piece stay small."""
-        if self.__dict__.get("_unfold") is None:
+    def pieces(self) -> Iterable[slice]:
+        """Cut the samples, where their inputs are not formed yet, so that those of a piece stay small."""
+        if self._waiting is None:
             return [slice(None)]
         _, N, T, Q, _ = self.g.shape
-        return chunks(N, T * Q * width, PIECE)
+        return chunks(N, T * Q * self.layout.width, PIECE)
 
     def restrict(self, names: Iterable[str]) -> KroneckerRows:  # noqa: D102
         layout, columns = self.layout.restrict(names)
