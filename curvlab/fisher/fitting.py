@@ -93,9 +93,11 @@ class Kept:
 
         def taking(layer: LayerRows) -> None:
             take(layer)
-            self._elements += sum(factor.numel() for factor in layer.factors)
-            self.complete = self._elements <= CHUNK_ELEMENTS
-            self._parts = [*self._parts, layer] if self.complete else []
+            self._elements += sum(factor.numel() for factor in layer.without_numbers().factors)
+            self._parts.append(layer)
+            if self._elements > CHUNK_ELEMENTS:
+                self.complete = False
+                self._parts.clear()
 
         return taking
 

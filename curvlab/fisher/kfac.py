@@ -29,9 +29,8 @@ from typing import Literal
 from curvlab.fisher.block import Block
 from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
-from curvlab.fisher.kronecker import KFACBlock, KroneckerOptions, Sharing, share_inverses, stagger
+from curvlab.fisher.kronecker import KFACBlock, KroneckerOptions, Sharing, stagger
 from curvlab.fisher.lasting import LastingBlock
-from curvlab.fisher.moment import Invert, inverses
 from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
@@ -105,19 +104,11 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     def _begin(self, blocks: list[Block], rows: Rows) -> None:  # noqa: ARG002
         stagger(blocks)
 
-    def _prepare(self, damping: float) -> None:
-        super()._prepare(damping)
-        self.share_inverses(damping, inverses)
-
     def work(self, layout: Layout, *, table: bool = False) -> float:
         """Return the cubes of the sides of the factors, the sides themselves where these are diagonal."""
         sides = ((layout.units, table), (layout.width, False))
         most = self._config.max_factor
         return float(sum(side if diagonal or side > most else side**3 for side, diagonal in sides))
-
-    def share_inverses(self, damping: float, inverses: Invert) -> None:
-        """Make the inverses of damped factors that are due; see `Structure.share_inverses`."""
-        share_inverses(self._blocks, damping, inverses)
 
     def _make_block(self, layer: LayerRows) -> Block:
         if isinstance(layer, KroneckerRows):

@@ -12,8 +12,7 @@ from fnmatch import fnmatchcase
 from curvlab.errors import PartitionError
 from curvlab.fisher.block import Block
 from curvlab.fisher.ekfac import decompose_factors
-from curvlab.fisher.kronecker import share_inverses, stagger
-from curvlab.fisher.moment import Invert, inverses
+from curvlab.fisher.kronecker import stagger
 from curvlab.fisher.structure import Structure, make
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
@@ -101,14 +100,6 @@ class PerLayer(Structure):
 
     def _prepare_refining(self, blocks: Iterable[Block]) -> None:
         decompose_factors(blocks)
-
-    def _prepare(self, damping: float) -> None:
-        super()._prepare(damping)
-        self.share_inverses(damping, inverses)
-
-    def share_inverses(self, damping: float, inverses: Invert) -> None:
-        """Make the inverses of damped factors that are due; see `Structure.share_inverses`."""
-        share_inverses(self._blocks, damping, inverses)
 
     def _notes(self) -> list[str]:
         fitting: dict[str, list[str]] = {}

@@ -46,6 +46,8 @@ class State(ABC):
     adds: bool = False
     """Whether the state are sums over samples, so that processes can add theirs: `update` takes `total`."""
 
+    by_layer: bool = False
+    """Whether every layer is treated by itself, and of its rows only moments are needed, so that `fit` never holds those of all."""
     joins_positions: bool = False
     """Whether only the sum of a sample's rows is used, so that one row, its whole gradient, says as much."""
 
@@ -63,9 +65,6 @@ class State(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last batch out of copies and pickles."""
         return {**self.__dict__, "_latest": None}
-
-    by_layer: bool = False
-    """Whether every layer is treated by itself, and of its rows only moments are needed, so that `fit` never holds those of all."""
 
     @property
     @abstractmethod

@@ -25,7 +25,8 @@ from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
 from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.fitting import fit
-from curvlab.fisher.moment import Invert
+from curvlab.fisher.kronecker import share_inverses
+from curvlab.fisher.moment import Invert, inverses
 from curvlab.fisher.power import Damps, Power, check_power
 from curvlab.fisher.state import State
 from curvlab.fisher.system import decompose, prepare
@@ -175,6 +176,7 @@ class Structure(State):
     def _prepare(self, damping: float) -> None:
         """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
         prepare([system for block in self._blocks for system in block.systems()], damping)
+        self.share_inverses(damping, inverses)
 
     def work(self, layout: Layout, *, table: bool = False) -> float:  # noqa: ARG002
         """Return roughly how many operations a layer's block takes in every factorisation, to share layers out by it.
@@ -185,13 +187,14 @@ class Structure(State):
         """
         return float(layout.size)
 
-    def share_inverses(self, damping: float, inverses: Invert) -> None:
-        """Make the inverses that solves with a damping will need, if several processes can share the work.
+    def share_inverses(self, damping: float, invert: Invert) -> None:
+        """Make the inverses of damped Kronecker factors that are due, as several processes can by sharing the work.
 
         Args:
             damping: ρ.
-            inverses: inverts factors, such as `curvlab.fisher.moment.inverses`.
+            invert: inverts factors, such as `curvlab.fisher.moment.inverses`.
         """
+        share_inverses(self._blocks, damping, invert)
 
     def largest_eigenvalue(self) -> float:
         """Return λ_max(F), to which relative damping refers."""

@@ -369,11 +369,11 @@ class Preconditioner:
         of_batch = self.how.per == "batch"
         for position, part in enumerate([batch_row(rows)] if of_batch else rows):
             step = decay if position == 0 else 1.0
-            adds = processes is not None and self.structure.adds and not of_batch
+            adds = self.structure.adds and not of_batch
             if processes is not None and not processes.total(part.sample_weights.new_tensor(part.terms)):
                 raise weightless()
             if self._sharding is not None:
-                self._sharding.update(self.structure, part, step, adds=self.structure.adds and not of_batch)
+                self._sharding.update(self.structure, part, step, adds=adds)
                 continue
             whole = part if processes is None or adds else processes.gather(part)
             if self._former is not None:

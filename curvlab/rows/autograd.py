@@ -225,8 +225,8 @@ class Forward:
 
         def hand_on(owner: Owner) -> None:
             own = self.factored[owner]
-            arrived = {call: None if call.gradient is None else call.gradient[None] for call in own}
-            gradients = {call: self._or_zero(call, g, cotangents) for call, g in arrived.items()}
+            brought = {call: None if call.gradient is None else call.gradient[None] for call in own}
+            gradients = {call: self._or_zero(call, g, cotangents) for call, g in brought.items()}
             take(self._form(owner, gradients, defer=True))
             del waiting[owner]
             for call in own:

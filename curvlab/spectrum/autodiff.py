@@ -7,7 +7,7 @@ A chunk of vectors goes through at once: the passes that do not depend on the ve
 `torch.func.vmap`. Where outputs are large, as logits of a vocabulary are, vectors go one at a time; a product is then written
 part by part as the reverse pass brings it, and a cross-entropy is differentiated some tokens at a time
 (`curvlab.spectrum.at_output`): on four blocks of width 256 and a vocabulary of 50 000 a product with the GGN takes the memory of
-1.3 training steps, with the Hessian of three. What has a forward-mode derivative in it takes plain attention, whose weights
+one training step, with the Hessian of two. What has a forward-mode derivative in it takes plain attention, whose weights
 `[N, heads, T, T]` fused attention does not keep: all passes of the Hessian, of the GGN only the forward pass that keeps nothing.
 
 Every operator compares one such product with double backward when it is made. What has no forward-mode
