@@ -43,11 +43,11 @@ from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.at_output import curved, slope_and_curved
+from curvlab.spectrum.linear import ChangesInPlace
 from curvlab.spectrum.objective import Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
 from curvlab.spectrum.pull import Flat, pull, start
 from curvlab.spectrum.push import push
-from curvlab.spectrum.second import ChangesInPlace
 
 logger = logging.getLogger("curvlab")
 
@@ -292,7 +292,7 @@ class Hessian(DerivativeOperator):
             at = self.objective.parameters
             leaves = {name: forward_ad.make_dual(p, vector[name]).requires_grad_() for name, p in at.items()}
             flat = Flat(leaves, self.space, lambda g: forward_ad.unpack_dual(g).tangent)
-            with ChangesInPlace(flat, leaves):
+            with ChangesInPlace(flat):
                 z, tangent = forward_ad.unpack_dual(part.output(leaves))
             change = torch.zeros_like(z) if tangent is None else tangent
             number = start(z, forward_ad.make_dual(*slope_and_curved(part, z.detach(), change.detach())))

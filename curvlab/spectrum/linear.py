@@ -1,7 +1,7 @@
-"""Linear layers whose weights take second derivatives straight into a vector.
+"""Linear layers whose changes are added up in place.
 
-The change of a gradient `δᵀx` is `δ̇ᵀx + δᵀẋ`. Made as tensors, these two, their sum and the gradient itself are four times the
-weight, which for that of outputs to a vocabulary is much.
+The change of `x Wᵀ` is `ẋWᵀ + xẆᵀ`, that of the gradient `δᵀx` is `δ̇ᵀx + δᵀẋ`. torch makes each of the two, their sum and, for the
+second, the gradient itself: tensors as large as the outputs and as the weight, which for logits of a vocabulary is much.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from curvlab.spectrum.pull import Flat
 
 
 class ChangesInPlace(TorchFunctionMode):
-    """Within it, linear layers with leaves as weights add the changes of their gradients to a vector, and bring none to the leaves.
+    """Within it, linear layers add up their changes in place.
 
     Args:
-        flat: the vector.
-        leaves: by parameter, with tangents.
+        flat: if given, changes of the gradients at weights that are its leaves, which have tangents, are added to it; no gradient
+            reaches these leaves.
     """
 
-    def __init__(self, flat: Flat, leaves: Mapping[str, Tensor]) -> None:
+    def __init__(self, flat: Flat | None = None) -> None:
         super().__init__()
         self.flat = flat
-        self.names = {id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2}
+        leaves: Mapping[str, Tensor] = {} if flat is None else flat.leaves
+        self.names = {id(leaf): name for name, leaf in leaves.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not torch.is_autocast_enabled(args[0].device.type if args else "cpu"):
@@ -39,21 +40,26 @@ class ChangesInPlace(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
         name = self.names.get(id(weight))
-        if name is None:
+        if self.flat is not None and name is None:
             return F.linear(input, weight, bias)
-        flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, name, self.flat)  # type: ignore[no-untyped-call]
-        y = flat.view(*input.shape[:-1], -1)
-        return y if bias is None else y + bias
+        rows: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, self.flat, name)  # type: ignore[no-untyped-call]
+        y = rows.view(*input.shape[:-1], -1)
+        return y if bias is None else y.add_(bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"], name: str, flat: Flat) -> Float[Tensor, "n o"]:  # noqa: ARG004
+    def forward(
+        x: Float[Tensor, "n i"],
+        weight: Float[Tensor, "o i"],
+        flat: Flat | None,  # noqa: ARG004
+        name: str | None,  # noqa: ARG004
+    ) -> Float[Tensor, "n o"]:
         return x @ weight.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        x, weight, ctx.name, ctx.flat = inputs
+        x, weight, ctx.flat, ctx.name = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
         ctx.set_materialize_grads(False)
