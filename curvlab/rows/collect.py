@@ -41,7 +41,7 @@ from curvlab.rows.sharded import is_sharded, reshard
 from curvlab.rows.single_samples import dense_rows
 from curvlab.rows.spread import probe, repeats, spread
 from curvlab.rows.sweep import Arguments, detached, in_parameter_order
-from curvlab.rows.upstream import is_even, multiple_of
+from curvlab.rows.upstream import coefficients, is_single, of_whole_samples, row_scale
 
 
 class Collector(AbstractContextManager["Collector"]):
@@ -242,7 +242,7 @@ class Collector(AbstractContextManager["Collector"]):
         spans = self._how.spans_outputs
         rows = identity_cotangents(flat_outputs(z.detach())) if spans else self._how.at_output(terms)
         cotangents = rows.view(-1, *z.shape).to(z.dtype)
-        scales = self._how.kind == "empirical" and (self._of_whole_samples or self._is_single(terms))
+        scales = self._how.kind == "empirical" and (of_whole_samples(self._how) or is_single(self._how, terms))
         # Hooks may change the gradients that the user's own pass brings.
         scales = scales and not self._watch.registered
         checks = self._is_due()
@@ -343,11 +343,11 @@ class Collector(AbstractContextManager["Collector"]):
             raise StateError("No rows were collected: call backward() within the context.")
         upstream, self._upstream = self._samples.lay_out(self._upstream), None
         if self._how is not None and not self._propagated:
-            scale = self._row_scale(self._terms, upstream)
+            scale = row_scale(self._how, self._terms, upstream)
             self._propagated = {call: _scaled(_gradient(call, upstream), scale)[None] for call in self._calls()}
         if self._how is not None:
             self.rows = self._whole(self._how, self._terms, [*self._factored_layers(), *self._dense_layers])
-            self.coefficients = None if self._part else self._coefficients(self.rows, self._terms, upstream)
+            self.coefficients = None if self._part else coefficients(self._how, self.rows, self._terms, upstream)
         self._returned, self._z = self._returned.detached(self._z), self._z.detach()
 
     def per_sample_gradient(self, name: str) -> LayerRows | None:
@@ -388,28 +388,6 @@ class Collector(AbstractContextManager["Collector"]):
             )
         return [*formed, *dense_rows(self._model, self._unchanged(), *found, len(z), left)]
 
-    def _row_scale(self, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
-        """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, of the whole, `w s/√count`."""
-        if self._of_whole_samples:
-            return terms.weight.new_full((len(terms.weight),), self._whole_scale(terms) / multiple_of(terms, upstream))
-        weight = terms.weight[:, 0, 0]
-        kappa = multiple_of(terms, upstream)
-        return torch.where(weight > 0, (terms.count / torch.where(weight > 0, weight, 1)).sqrt() / kappa, 0)
-
-    def _is_single(self, terms: LossTerms) -> bool:
-        """Whether a sample is one loss term, whose gradient is a multiple of its row."""
-        return self._how is not None and self._how.per == "term" and terms.z.shape[2] == 1 and is_even(terms)
-
-    @property
-    def _of_whole_samples(self) -> bool:
-        """Whether rows are multiples of the gradients of samples, or of the batch."""
-        return self._how is not None and self._how.kind == "empirical" and self._how.per in ("sample", "batch")
-
-    def _whole_scale(self, terms: LossTerms) -> float:
-        """What a row is times the sample's share `w s/count` in the gradient."""
-        assert self._how is not None
-        return terms.count**0.5 if self._how.per == "sample" else 1.0
-
     def _whole(self, how: Pass, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         rows = Rows(
             layers=in_parameter_order(self.parameters, [layer.to(self._dtype) for layer in layers]),
@@ -427,19 +405,6 @@ class Collector(AbstractContextManager["Collector"]):
         weighted = tuple(layer.map_rows(root.apply) for layer in rows.layers)
         base = replace(rows, count=1.0, reduction="none", sample_weights=torch.ones_like(rows.sample_weights))
         return replace(rows, layers=weighted, kind=how.kind, _jacobian=base, root=root)
-
-    def _coefficients(self, rows: Rows, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " R"] | None:
-        if rows.root is not None:
-            # The gradient may lie outside the range of a Hessian that is no Fisher matrix.
-            if not terms.likelihood.exact:
-                return None
-            return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
-        if self._of_whole_samples:
-            return rows.sample_weights.new_full((rows.R,), multiple_of(terms, upstream) / self._whole_scale(terms))
-        if rows.kind == "mc" or rows.per == "signs" or not is_even(terms):
-            return None
-        weight = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
-        return (multiple_of(terms, upstream) * weight).to(rows.dtype)
 
     def _rows(self, owner: Owner, gradients: Mapping[Call, Float[Tensor, "V N ..."]]) -> LayerRows:
         return form(owner, {call: gradients[call] for call in self._factored[owner]}, self._samples, self._count)

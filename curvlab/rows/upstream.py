@@ -1,4 +1,4 @@
-"""The gradient of a loss at a model's outputs, in the order of rows."""
+"""The gradient of a loss at a model's outputs, and what it says of the rows of a pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvlab.rows.loss import LossTerms, flat_outputs
 from curvlab.rows.passes import Pass
+from curvlab.rows.rows import Rows
 from curvlab.rows.sweep import left_as_found
 
 PROPORTIONAL = 1e-2
@@ -49,3 +50,42 @@ def multiple_of(terms: LossTerms, upstream: Tensor) -> float:
             "on the outputs, too. Use kind='mc', which does not need it."
         )
     return kappa
+
+
+def of_whole_samples(how: Pass) -> bool:
+    """Whether rows are multiples of the gradients of samples, or of the batch."""
+    return how.kind == "empirical" and how.per in ("sample", "batch")
+
+
+def is_single(how: Pass, terms: LossTerms) -> bool:
+    """Whether a sample is one loss term, whose gradient is a multiple of its row."""
+    return how.per == "term" and terms.z.shape[2] == 1 and is_even(terms)
+
+
+def row_scale(how: Pass, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " N"]:
+    """Return what turns a sample's gradient `κ w s/count` into its row, `√(w/count) s` or, of the whole, `w s/√count`."""
+    kappa = multiple_of(terms, upstream)
+    if of_whole_samples(how):
+        return terms.weight.new_full((len(terms.weight),), _whole_scale(how, terms) / kappa)
+    weight = terms.weight[:, 0, 0]
+    return torch.where(weight > 0, (terms.count / torch.where(weight > 0, weight, 1)).sqrt() / kappa, 0)
+
+
+def coefficients(how: Pass, rows: Rows, terms: LossTerms, upstream: Tensor) -> Float[Tensor, " R"] | None:
+    """Return c with `Sᵀc` the gradient of a pass, None if its rows do not determine it."""
+    if rows.root is not None:
+        # The gradient may lie outside the range of a Hessian that is no Fisher matrix.
+        if not terms.likelihood.exact:
+            return None
+        return rows.dual(flat_outputs(upstream).permute(1, 2, 0).flatten().to(rows.dtype))
+    if of_whole_samples(how):
+        return rows.sample_weights.new_full((rows.R,), multiple_of(terms, upstream) / _whole_scale(how, terms))
+    if rows.kind == "mc" or rows.per == "signs" or not is_even(terms):
+        return None
+    weight = (terms.weight[:, 0] / terms.count).sqrt().T.flatten()
+    return (multiple_of(terms, upstream) * weight).to(rows.dtype)
+
+
+def _whole_scale(how: Pass, terms: LossTerms) -> float:
+    """What a row is times the sample's share `w s/count` in the gradient."""
+    return terms.count**0.5 if how.per == "sample" else 1.0

@@ -105,6 +105,30 @@ def test_products_of_some_parameters_are_parts_of_the_dense_ones(names: list[str
         assert_close(operator.to_dense(), expected[at][:, at])
 
 
+class Around(nn.Module):
+    """A norm, and a weight that its outputs go through there and back."""
+
+    def __init__(self, norm: nn.Module, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.norm, self.weight = norm, weight
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.norm(h)
+        return h + F.linear(F.linear(h, self.weight), self.weight.T)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_weight_that_is_looked_up_and_used_in_several_layers(chunk_size: int) -> None:
+    """What its uses add to a product comes on different ways."""
+    model, criterion, (x, y) = decoder(flat=True), nn.CrossEntropyLoss(), data(flat=True)
+    model.norm = Around(model.norm, model.tokens.weight)
+    model.head.weight = model.tokens.weight
+    for kind, expected in zip((Hessian, GGN), dense(model, criterion, x, y), strict=True):
+        operator = kind(model, criterion, (x, y), chunk_size=chunk_size)
+        assert operator.batched
+        assert_close(operator.matmat(block(operator)), block(operator) @ expected)
+
+
 def test_targets_that_are_probabilities() -> None:
     model, (x, _), criterion = decoder(), data(), LOSSES["smooth"]()
     y = torch.rand(N, C, T, dtype=torch.float64).softmax(1)
