@@ -4,13 +4,13 @@
     GGN       G v = Jᵀ (∂²L/∂z²) J v    forward, forward over reverse at the output, reverse
 
 A chunk of vectors goes through at once: the passes that do not depend on the vectors are done once, the others are batched by
-`torch.func.vmap`. Where outputs are large, as logits of a vocabulary are, vectors go one at a time; a product is then written
-part by part as the reverse pass brings it, and a cross-entropy is differentiated some tokens at a time
-(`curvlab.spectrum.at_output`): on four blocks of width 256 and a vocabulary of 50 000 a product with the GGN takes the memory of
-one training step, with the Hessian of two. What has a forward-mode derivative in it takes plain attention, whose weights
+`torch.func.vmap`. One vector goes alone, and all do where outputs are large, as logits of a vocabulary are: the product is then
+written part by part as the reverse pass brings it, and a cross-entropy is differentiated some tokens at a time
+(`curvlab.spectrum.at_output`). On four blocks of width 256 and a vocabulary of 50 000 a product with the GGN takes the memory of
+one training step, with the Hessian of 1.6. What has a forward-mode derivative in it takes plain attention, whose weights
 `[N, heads, T, T]` fused attention does not keep: all passes of the Hessian, of the GGN only the forward pass that keeps nothing.
 
-Every operator compares one such product with double backward when it is made. What has no forward-mode
+Every operator compares one product of each of these forms with double backward when it is made. What has no forward-mode
 derivative or batching rule, or another derivative than in reverse mode (`no_grad` inside the model, the padding of an
 embedding), or what the user's hooks look at, goes by double backward for good, one vector at a time; it says so once.
 
@@ -43,11 +43,11 @@ from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.at_output import curved, slope_and_curved
-from curvlab.spectrum.linear import ChangesInPlace
+from curvlab.spectrum.linear import ChangesInPlace, is_own
 from curvlab.spectrum.objective import Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
 from curvlab.spectrum.pull import Flat, pull, start
-from curvlab.spectrum.push import push
+from curvlab.spectrum.push import moving, push
 
 logger = logging.getLogger("curvlab")
 
@@ -83,7 +83,7 @@ class DerivativeOperator(Operator):
         group: processes that have a part of the data each and ask for the same products, such as
             `torch.distributed.group.WORLD`; None for this one with all data.
 
-    Cost of making one: two gradients and a product both ways, double backward in the memory of about five training steps.
+    Cost of making one: two gradients and three products, double backward in the memory of about five training steps.
 
     Raises:
         UnsupportedModel: if the model has no trainable parameter, a function in it can be differentiated once only, or two
@@ -139,7 +139,7 @@ class DerivativeOperator(Operator):
         return (self._by_forward if self.batched else self._by_backward)(self.space.unflatten(block))
 
     def _by_forward(self, vectors: Parameters) -> Float[Tensor, "K P"]:
-        if self.chunk_size == 1:
+        if len(next(iter(vectors.values()))) == 1:
             vector = {name: value[0] for name, value in vectors.items()}
             return self._total(lambda part: self._alone(part, vector)[None], vectors)
         with differentiable_attention():
@@ -167,15 +167,20 @@ class DerivativeOperator(Operator):
         return products
 
     def _agrees(self) -> bool:
-        """Return whether the batched product of a random vector is that by double backward; says so if not."""
+        """Return whether products of a random vector, alone and in a chunk, are that by double backward; says so if not."""
         if has_forward_hooks(self.objective.model, self.objective.loss):
             # Within a transform they might store tensors that are dead afterwards.
             return self._announce("there are hooks on forward passes")
         vectors = self.space.unflatten(self._random(1))
         reference = self._by_backward(vectors)
         try:
-            error = float((self._by_forward(vectors) - reference).norm())
-            if error <= torch.finfo(self.dtype).eps ** 0.5 * float(reference.norm()):
+            found = [self._by_forward(vectors)]
+            if self.chunk_size > 1:
+                found.append(
+                    self._by_forward({name: vector.expand(2, *vector.shape[1:]) for name, vector in vectors.items()})
+                )
+            bound = torch.finfo(self.dtype).eps ** 0.5 * float(reference.norm())
+            if all(bool(((products - reference).norm(dim=1) <= bound).all()) for products in found):
                 return True
             reason = "forward mode differs, as it does for functions under no_grad and for padding_idx"
         except torch.OutOfMemoryError:
@@ -290,13 +295,15 @@ class Hessian(DerivativeOperator):
         with torch.enable_grad(), differentiable_attention(), forward_ad.dual_level():
             # Leaves with a tangent: gradients of leaves made dual would all wait for the end of the reverse pass.
             at = self.objective.parameters
-            leaves = {name: forward_ad.make_dual(p, vector[name]).requires_grad_() for name, p in at.items()}
+            leaves = {name: moving(p, vector[name]).requires_grad_() for name, p in at.items()}
             flat = Flat(leaves, self.space, lambda g: forward_ad.unpack_dual(g).tangent)
             with ChangesInPlace(flat):
-                z, tangent = forward_ad.unpack_dual(part.output(leaves))
+                output = part.output(leaves)
+            z, tangent = forward_ad.unpack_dual(output)
             change = torch.zeros_like(z) if tangent is None else tangent
-            number = start(z, forward_ad.make_dual(*slope_and_curved(part, z.detach(), change.detach())))
-            del z, tangent, change
+            slope, product = slope_and_curved(part, z.data, change.data, over=is_own(output))
+            number = start(z, moving(slope, product))
+            del output, z, tangent, change, slope, product
             return flat.pull(number)
 
     def _record(self, part: Part) -> Product:

@@ -7,7 +7,7 @@ A batch whose divisor is 0, such as one whose targets are all ignored, has no me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import WeightedCrossEntropy
@@ -24,6 +25,7 @@ from curvlab.nn.hooks import unwatched
 from curvlab.nn.modes import randomness
 from curvlab.rows.batches import Data, as_batches, as_pair, shuffles
 from curvlab.rows.loss import LOSSES, divisor, loss_terms
+from curvlab.rows.loss.own import is_altered
 from curvlab.rows.modules.lookup import check_table
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
@@ -37,6 +39,20 @@ Parameters = dict[str, Tensor]
 
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, WeightedCrossEntropy)
 """Losses whose targets may be classes."""
+
+
+def _mean_square(loss: Any, z: Tensor, targets: Tensor) -> Tensor:
+    found: Tensor = F.mse_loss(z, targets, reduction="none").mean() if loss.reduction == "mean" else loss(z, targets)
+    return found
+
+
+def _huber(loss: Any, z: Tensor, targets: Tensor) -> Tensor:
+    scaled: Tensor = loss.delta * F.smooth_l1_loss(z, targets, reduction=loss.reduction, beta=loss.delta)
+    return scaled
+
+
+FORWARD: Mapping[type, Callable[[Any, Tensor, Any], Tensor]] = {nn.MSELoss: _mean_square, nn.HuberLoss: _huber}
+"""Losses whose gradient has no forward derivative in torch, by functions whose gradient has one."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,9 @@ class Part:
     def of_output(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, ""]:
         """Return the loss of an output."""
         with unwatched(self.loss):
+            known = FORWARD.get(type(self.loss))
+            if known is not None and isinstance(self.loss, nn.Module) and not is_altered(self.loss):
+                return known(self.loss, z, self.targets)
             value: Tensor = self.loss(z, self.targets)
         return value
 

@@ -70,6 +70,7 @@ class Flat:
     ) -> None:
         self.leaves, self.space, self.read = leaves, space, read
         self._vector: Tensor | None = None
+        self._empty: dict[str, Tensor] = {}
         self._parts: dict[str, Tensor] = {}
 
     def part(self, name: str) -> Tensor:
@@ -77,8 +78,10 @@ class Flat:
         if self._vector is None:
             # Not before the first gradient arrives, when those at the output are gone.
             like = next(iter(self.leaves.values()))
-            self._vector = torch.zeros(self.space.size, dtype=like.dtype, device=like.device)
-            self._parts = self.space.unflatten(self._vector)
+            self._vector = torch.empty(self.space.size, dtype=like.dtype, device=like.device)
+            self._empty = self.space.unflatten(self._vector)
+        if name in self._empty:
+            self._parts[name] = self._empty.pop(name).zero_()  # a part that nobody has written to takes no memory yet
         return self._parts[name]
 
     def pull(self, number: Tensor) -> Float[Tensor, " P"]:
@@ -97,6 +100,7 @@ class Flat:
                 hooks.callback(leaf.register_post_accumulate_grad_hook(forget).remove)
             if number.requires_grad:
                 torch.autograd.backward(number, inputs=list(self.leaves.values()))
-        self.part(next(iter(self.leaves)))
+        for name in self.leaves:
+            self.part(name)
         assert self._vector is not None
         return self._vector

@@ -103,8 +103,12 @@ class TestHessianAndGGN:
         H = Hessian(model, criterion, (x, y))
         assert_close(H.to_dense(), dense_hessian(model, lambda: criterion(model(x), y)))
         expected = dense_ggn(dense_jacobian(model, x), criterion, outputs(model, x), y)
+        assert H.batched
+        assert_close(torch.stack([H.matvec(v) for v in torch.eye(H.size, dtype=DOUBLE)]), H.to_dense())
         for kind in ("exact", "ggn"):
-            assert_close(GGN(model, criterion, (x, y), kind=kind).to_dense(), expected)  # type: ignore[arg-type]
+            G = GGN(model, criterion, (x, y), kind=kind)  # type: ignore[arg-type]
+            assert_close(G.to_dense(), expected)
+            assert G.batched
 
     def test_a_loss_without_a_fisher_matrix(self) -> None:
         model, (x, _) = network(), samples(5)

@@ -207,7 +207,7 @@ class TestMemory:
         [
             (lambda *given: GGN(*given, chunk_size=1), 1.5),
             (lambda *given: Fisher(*given, kind="empirical", keep_rows=False), 1.8),
-            (lambda *given: Hessian(*given, chunk_size=1), 2.0),
+            (lambda *given: Hessian(*given, chunk_size=1), 1.5),
         ],
     )
     @pytest.mark.parametrize("K", [1, 4])
