@@ -37,6 +37,8 @@ logger = logging.getLogger("curvlab")
 
 NOISE = 100.0
 """Largest difference that counts as round-off, in units of that of the reverse pass."""
+SCALES = (3, 5, 7)
+"""Factors of the reverse passes that show round-off; by one alone it may be the same by chance."""
 KINDS = 1024
 """How many kinds of passes are known at a time."""
 NOTHING = 10.0
@@ -178,7 +180,7 @@ def compare_with_reverse_pass(
         The parameters whose rows are wrong, and those that are right. A parameter is neither if its gradient is zero, and all are
         neither if something is not finite.
 
-    Cost: one reverse pass, another one where round-off has to be measured.
+    Cost: one reverse pass, three more where round-off has to be measured.
     """
     comparison = Comparison(parameters, z, cotangents, coupled=coupled, anywhere=anywhere)
     for layer in layers:
@@ -225,9 +227,13 @@ class Comparison:
         doubtful = [name for name in found if not errors[name] <= limits[name]]
         if self._anywhere(bool(doubtful)):
             # Gradients that cancel exactly, such as a shift before a softmax, are round-off of what cancels.
-            again = _pulled(z, parameters, cotangent / 3)
+            noise = dict.fromkeys(doubtful, 0.0)
+            for factor in SCALES:
+                again = _pulled(z, parameters, cotangent / factor)
+                for name in doubtful:
+                    noise[name] = max(noise[name], float((factor * again[name] - expected[name]).norm()))
             for name in doubtful:
-                limits[name] += NOISE * float((3 * again[name] - expected[name]).norm())
+                limits[name] += NOISE * noise[name]
                 if sizes[name] == 0:
                     limits[name] += NOTHING * eps * largest
         wrong = tuple(name for name in found if not errors[name] <= limits[name])

@@ -108,9 +108,22 @@ DEEP_AND_NARROW = {
 }
 """Singular values of J from 4.7 to 3.5e-11."""
 
+CANCELLING = {
+    "case": architecture("grid-vectors"),
+    "loss_case": loss_case("ce-all"),
+    "reduction": "sum",
+    "kind": "mc",
+    "engine": "auto",
+    "cuts": (3,),
+    "extra": 1,
+    "seed": 275,
+}
+"""The gradient of the last bias is a difference of equal numbers, and one more reverse pass has by chance the same round-off."""
+
 
 @settings(relaxed, max_examples=300, derandomize=True)
 @example(**DEEP_AND_NARROW)
+@example(**CANCELLING)
 @examples
 def test_product(**sampled: Any) -> None:
     check(**sampled)
