@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Structure, make
 from curvlab.fisher.damping import absolute
 from curvlab.nn.modes import without_autocast
+from curvlab.optim.bound import Bound, coupled_modules
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.plain import preconditioned
@@ -40,15 +40,11 @@ from curvlab.rows.collect import Collector
 from curvlab.rows.guard import Checks
 from curvlab.rows.loss import Kind, RowPer, check_loss
 from curvlab.rows.loss.terms import weightless
-from curvlab.rows.owners import no_rows_beside
 from curvlab.rows.passes import Pass
 from curvlab.rows.processes import Processes
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
-from curvlab.rows.sharded import is_sharded, own_part, reshard
-
-CHANGED = "Call rebind() of the Preconditioner; instead of a NaturalGradient, make a new one."
-"""What to do when the model is another one: optimisers hold parameters of the former one."""
+from curvlab.rows.sharded import own_part, reshard
 
 
 class Preconditioner:
@@ -125,9 +121,7 @@ class Preconditioner:
         self._owners = preconditioned(model, self.plain)
         self.model = model
         self._names = {name for owner in self._owners for name in owner.names.values()}
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        modules = {owner.module for owner in self._owners}
-        self._modules = {name: module for name, module in model.named_modules() if module in modules}
+        self._bound = Bound.of(model, self._owners)
         self._passes: list[Collector] = []
         self._untouched: dict[str, tuple[Tensor, int]] = {}
         self._checks = Checks()
@@ -156,10 +150,10 @@ class Preconditioner:
                 "Layers of a model under fully_shard would change hands with its shapes, which their curvature does not: make a "
                 "new Preconditioner."
             )
-        former = self._trained
+        former = self._bound.trained
         self._bind(self.model if model is None else model)
         if names is None:
-            present = {id(p): name for name, p in self._trained.items()}
+            present = {id(p): name for name, p in self._bound.trained.items()}
             names = {name: present[id(p)] for name, p in former.items() if id(p) in present}
         if self._former is not None:
             names = {old: names[new] for old, new in self._former.items() if new in names}
@@ -179,13 +173,9 @@ class Preconditioner:
             "patience": self.patience,
         }
         options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-        coupled = ", ".join(self._coupled())
+        coupled = ", ".join(coupled_modules(self.model))
         note = f"; batch coupling ignored in {coupled}" if coupled else ""
         return f"{type(self).__name__}({options}; {self.steps} steps, {self.skipped} skipped{note})"
-
-    def _coupled(self) -> list[str]:
-        """Modules that make the samples of a batch interact."""
-        return [name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm) and m.training]
 
     @property
     def due(self) -> bool:
@@ -215,8 +205,10 @@ class Preconditioner:
             StateError: if a pass is missing or one too many, or trainable parameters have changed.
             UnsupportedModel: if rows do not exist; the message names the layers.
         """
-        coupled = self._coupled()
-        self._check_model(coupled)
+        coupled = coupled_modules(self.model)
+        self._bound.check(
+            self.model, self.structure, coupled, sharded=self._sharding is not None, by_batch=self.how.per == "batch"
+        )
         collector = Collector(
             self.model,
             self.loss,
@@ -238,28 +230,6 @@ class Preconditioner:
             for n, p in collector.parameters.items()
             if p.grad is not None and not is_hooked(p)
         }
-
-    def _check_model(self, coupled: Sequence[str]) -> None:
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        if trained != set(self._trained):
-            changed = ", ".join(sorted(trained ^ set(self._trained)))
-            raise StateError(
-                f"Since the preconditioner was made, parameters were added, removed, frozen or unfrozen: {changed}. {CHANGED}"
-            )
-        if is_sharded(self.model) and self._sharding is None:
-            raise StateError(f"Since the preconditioner was made, fully_shard was applied to the model. {CHANGED}")
-        present = dict(self.model.named_modules())
-        replaced = [name for name, module in self._modules.items() if present.get(name) is not module]
-        if replaced:
-            raise StateError(f"Since the preconditioner was made, {', '.join(replaced)} were replaced. {CHANGED}")
-        without = tuple(name for owner in self._owners if not owner.ruled for name in owner.names.values())
-        if coupled and without:
-            raise no_rows_beside(coupled, without)
-        if coupled and not (self.structure.averages or self.how.per == "batch"):
-            raise UnsupportedModel(
-                f"{', '.join(coupled)} normalise by the batch, so samples interact and the {self.structure.key} "
-                "structure has no rows. Call eval() on them, or use a structure of moments such as 'kfac'."
-            )
 
     def precondition(self) -> None:
         """Replace gradients by `(F + ρI)⁻¹ grad`: in place, but for tensors that this backward pass has made.
