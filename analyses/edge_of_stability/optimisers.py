@@ -121,7 +121,7 @@ def adam(model: nn.Module, eta: float) -> Adam:
 def natural(model: nn.Module, setting: Setting, structure: Structure, damping: float, eta: float) -> Natural:
     """Natural gradient: steps −η(F + ρI)⁻¹g with a structure of the exact Fisher, renewed at every step."""
     steps = NaturalGradient(
-        model, setting.problem.loss, eta, structure=structure, kind="exact", damping=damping, decay=0.0
+        model, setting.problem.loss, eta, structure=structure, kind="exact", damping=damping, decay=0.0, kl_clip=None
     )
     return Natural(steps, sharpness_threshold("gd", eta), model, setting, structure, damping)
 

@@ -137,6 +137,7 @@ class IzadiPreconditioner(Preconditioner):
             kind=recipe.kind,
             damping=lambda step: recipe.epsilon * scale(step),
             decay=0.0,
+            kl_clip=None,
             refresh_every=recipe.refresh,
             graph=True,
             seed=seed,

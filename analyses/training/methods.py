@@ -90,7 +90,7 @@ def _natural(
     **options: Any,
 ) -> Sequence[torch.optim.Optimizer]:
     """Natural gradient without momentum; a configuration without lr takes step and momentum from the quadratic model."""
-    options |= {"kind": kind, "seed": seed, "plain": plain(model)}
+    options = {"kl_clip": None, **options, "kind": kind, "seed": seed, "plain": plain(model)}
     damping = LevenbergMarquardt(initial=point["damping"]) if adapted else point["damping"]
     lr = cast('float | Literal["quadratic"]', point.get("lr", "quadratic"))
     return [NaturalGradient(model, loss, lr, structure=structure(), damping=damping, **options)]

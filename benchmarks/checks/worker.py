@@ -114,7 +114,7 @@ def training_step(request: Request) -> Callable[[], None]:
     network, inputs = NETWORKS[request.network].build(request.samples, request.device)
     targets, loss = random_labels(request.samples, request.device), nn.CrossEntropyLoss()
     structure = KFAC(factored_damping=True, invert_every=10)
-    natural = Preconditioner(network, loss, structure, kind="mc", damping=1e-1)
+    natural = Preconditioner(network, loss, structure, kind="mc", damping=1e-1, kl_clip=None)
     sgd = torch.optim.SGD(network.parameters(), lr=1e-3)
 
     def step() -> None:

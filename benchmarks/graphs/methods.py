@@ -80,7 +80,7 @@ def _step(graph: Labelled) -> Callable[[], Tensor]:
     loss = nn.CrossEntropyLoss()
     structure = KFAC(sharing="gradient", factored_damping="equal")
     preconditioner = Preconditioner(
-        graph.network, loss, structure, kind="empirical", damping=DAMPING, decay=0.0, graph=True
+        graph.network, loss, structure, kind="empirical", damping=DAMPING, decay=0.0, graph=True, kl_clip=None
     )
 
     def compute() -> Tensor:

@@ -202,7 +202,9 @@ def _kfac_step(**rows: Any) -> Callable[[Decoder, Tensor, Tensor], Compute]:
 
     def prepare(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Compute:
         loss, structure = nn.CrossEntropyLoss(), KFAC(factored_damping=True, invert_every=INTERVAL)
-        optimizer = NaturalGradient(decoder, loss, lr=1e-3, structure=structure, damping=1e-2, momentum=0.9, **rows)
+        optimizer = NaturalGradient(
+            decoder, loss, lr=1e-3, structure=structure, damping=1e-2, momentum=0.9, kl_clip=None, **rows
+        )
 
         def compute() -> None:
             with optimizer.collect():

@@ -83,7 +83,9 @@ def _gradient(batch: Batch, _: Rows, __: int) -> Compute:
 def _curvlab(structure: Callable[[int], Structure], decay: float | None = None) -> Prepare:
     def prepare(batch: Batch, rows: Rows, interval: int) -> Compute:
         network, loss = batch.network, nn.CrossEntropyLoss()
-        preconditioner = Preconditioner(network, loss, structure(interval), kind=rows, damping=DAMPING, decay=decay)
+        preconditioner = Preconditioner(
+            network, loss, structure(interval), kind=rows, damping=DAMPING, decay=decay, kl_clip=None
+        )
 
         def compute() -> None:
             network.zero_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -101,3 +102,36 @@ def _drop_rate(module: nn.Module) -> float:
     elif isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1):
         rate = module.dropout
     return rate
+
+
+RandomState = Mapping[torch.device, Tensor]
+"""States of random number generators by device."""
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """Return the states from which a pass of the model draws; none in evaluation mode."""
+    if not any(module.training for module in model.modules()):
+        return {}
+    devices = {torch.device("cpu"), *(p.device for p in model.parameters())}
+    return {device: _module(device).get_rng_state(*_index(device)) for device in devices}
+
+
+@contextmanager
+def replayed(states: RandomState) -> Iterator[None]:
+    """Let passes draw from given states, and afterwards on from where generators were."""
+    before = {device: _module(device).get_rng_state(*_index(device)) for device in states}
+    try:
+        for device, state in states.items():
+            _module(device).set_rng_state(state, *_index(device))
+        yield
+    finally:
+        for device, state in before.items():
+            _module(device).set_rng_state(state, *_index(device))
+
+
+def _module(device: torch.device) -> Any:
+    return torch if device.type == "cpu" else getattr(torch, device.type)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return (device,) if device.type in ("cuda", "xpu") else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,3 +36,11 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         return True
     sums = torch.stack([t.sum() for t in floating])
     return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in floating)
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all entries together."""
+    found: Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(x.detach()).float() for x in tensors])
+    )
+    return found

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 
 Schedule = float | Callable[[int], float]
 """A value, or a function of the number of steps taken."""
 
 Interval = int | Callable[[int], int]
 """A number of steps, or a function of the number of steps taken that returns one."""
+
+
+@dataclass
+class Present:
+    """A schedule that is set from outside; 0 before that."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:  # noqa: ARG002, D102
+        return 0.0 if isnan(self.value) else self.value
 
 
 @dataclass(frozen=True)

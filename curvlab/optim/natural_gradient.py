@@ -1,35 +1,42 @@
-"""Natural gradient as a `torch.optim` optimiser: a `Preconditioner` and SGD with momentum in one."""
+"""Natural gradient as a `torch.optim` optimiser: a `Preconditioner` and SGD with momentum in one.
+
+With no argument beside model and loss, a step is the minimiser of the quadratic model of K-FAC, whose damping follows how well it
+predicts the loss, within a trust region.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from math import isnan, nan
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from curvlab.errors import StateError
-from curvlab.fisher import Structure
-from curvlab.optim.hyper import Hyper, Interval, Schedule
-from curvlab.optim.preconditioner import Preconditioner
+from curvlab.errors import StateError, UnsupportedModel
+from curvlab.fisher import KFAC, Structure
+from curvlab.optim.gradients import norm
+from curvlab.optim.hyper import Hyper, Interval, Present, Schedule
+from curvlab.optim.preconditioner import KL_CLIP, Preconditioner
 from curvlab.optim.quadratic import BatchLoss, LevenbergMarquardt, agreement, best_combination, inner
+from curvlab.optim.trust import clip
 from curvlab.rows.loss import Kind, RowPer
+from curvlab.rows.sharded import gathered, is_sharded
+
+logger = logging.getLogger("curvlab")
+
+T = TypeVar("T")
 
 _HOOKS = re.compile("_optimizer_.*_hooks")
 """Names of the attributes in which `torch.optim.Optimizer` keeps hooks, and which it makes anew in a copy."""
 
-
-@dataclass
-class _Present:
-    """A schedule that is set from outside."""
-
-    value: float
-
-    def __call__(self, step: int) -> float:  # noqa: ARG002
-        return self.value
+SHARDED_DAMPING = 1e-2
+TINY = 1e-30
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -47,13 +54,16 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         model: the model; under `DistributedDataParallel`, its `.module`.
         loss: the module that is called on the model's output and the targets, flattened or not, see `Preconditioner`.
-        lr: η, a number or a function of the step; "quadratic" for the minimiser of the quadratic model over the direction
-            and the last step, which sets the momentum, too.
-        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
+        lr: η, a number or a function of the step. With 1, the step minimises the structure's quadratic model with damping, within
+            the trust region; "quadratic" minimises that of the exact Fisher matrix of the batch over the direction and the last
+            step, which sets the momentum, too.
+        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options; K-FAC with
+            factored damping, whose inverses are renewed every 10 steps, if None.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`; their costs are those of `Preconditioner`.
         draws: random rows of a loss term, for "mc" and for signs.
         rows: what a row stands for, see `Preconditioner`.
-        damping: ρ, a number, a function of the step, or `LevenbergMarquardt`.
+        damping: ρ, a number, a function of the step, or `LevenbergMarquardt`. If None, the last, where the loss of a batch can be
+            evaluated at other parameters; 0.01 for sharded models.
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
@@ -64,14 +74,16 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: whether momentum is Nesterov's.
         weight_decay: λ. Coupled, it adds λθ to the gradient, before F acts on it; decoupled, it shrinks θ by ηλθ.
         decoupled: which of the two.
-        kl_clip: bound κ of the trust region, a number or a function of the step: the direction is scaled by
-            min(1, √(κ/(η² dᵀ∇L))), so that the step's squared length in the metric of F + ρI is at most κ (Ba, Grosse &
-            Martens 2017, section 5).
+        kl_clip: bound κ of the trust region, a number or a function of the step; None for none. The direction d is scaled by
+            min(1, √(κu/(η² dᵀ∇L))), so that the step's squared length in the metric of F + ρI is at most κ in the unit u of
+            `curvlab.optim.trust.unit` (Ba, Grosse & Martens 2017, section 5).
         param_groups: groups as `torch.optim` takes them, with their own lr, momentum or weight_decay, which functions of the
             step leave alone; one of all trainable parameters if None.
 
     Raises:
         ValueError: for a hyper-parameter out of range or options that exclude each other; names them.
+
+    Steps raise FloatingPointError if the loss explodes nevertheless, see `Preconditioner`.
 
     Source: Amari 1998; Martens & Grosse 2015.
     """
@@ -84,13 +96,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self,
         model: nn.Module,
         loss: nn.Module,
-        lr: Schedule | Literal["quadratic"],
+        lr: Schedule | Literal["quadratic"] = 1.0,
         *,
-        structure: Structure | str = "kfac",
+        structure: Structure | str | None = None,
         kind: Kind = "mc",
         draws: int = 1,
         rows: RowPer | None = None,
-        damping: Schedule | LevenbergMarquardt = 1e-3,
+        damping: Schedule | LevenbergMarquardt | None = None,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
         plain: Sequence[str] = (),
@@ -101,20 +113,24 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: Schedule = 0.0,
         decoupled: bool = False,
-        kl_clip: Schedule | None = None,
+        kl_clip: Schedule | None = KL_CLIP,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
+        self._gives_way, self._stuck = damping is None, False
+        if damping is None:
+            damping = SHARDED_DAMPING if is_sharded(model) else LevenbergMarquardt()
         self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
-        self._rho = _Present(self._adapts.initial if self._adapts else 0.0)
+        self._rho = Present(nan)
         self._quadratic = lr == "quadratic"
         self.preconditioner = Preconditioner(
             model,
             loss,
-            structure,
+            KFAC(factored_damping=True, invert_every=10) if structure is None else structure,
             kind=kind,
             draws=draws,
             rows=rows,
             damping=self._rho if isinstance(damping, LevenbergMarquardt) else damping,
+            kl_clip=kl_clip,
             decay=decay,
             refresh_every=refresh_every,
             plain=plain,
@@ -128,13 +144,11 @@ class NaturalGradient(torch.optim.Optimizer):
             Hyper("weight_decay", weight_decay),
         ]
         self._decoupled, self._damping = decoupled, damping
-        self._kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
+        self._log: dict[str, Tensor | float] = {}
         if isinstance(lr, str) and not self._quadratic:
             raise ValueError(f'lr is a number, a function of the step or "quadratic", got {lr!r}.')
-        if self._quadratic and (momentum != 0 or nesterov or kl_clip is not None):
-            raise ValueError(
-                'lr="quadratic" chooses momentum and length of the step: leave momentum, nesterov and kl_clip.'
-            )
+        if self._quadratic and (momentum != 0 or nesterov):
+            raise ValueError('lr="quadratic" chooses the momentum: leave momentum and nesterov.')
         first = {hyper.name: hyper.at(0) for hyper in self._hypers}
         groups = (
             [{"params": [p for p in model.parameters() if p.requires_grad]}] if param_groups is None else param_groups
@@ -178,15 +192,13 @@ class NaturalGradient(torch.optim.Optimizer):
         }
 
     def __repr__(self) -> str:
-        extra = (
-            f"decoupled={self._decoupled}, kl_clip={self._kl_clip and self._kl_clip.value}, damping={self._damping!r}"
-        )
+        extra = f"decoupled={self._decoupled}, damping={self._damping!r}"
         return f"{super().__repr__()}\n{extra}\n{self.preconditioner!r}"
 
     @property
     def damping(self) -> float:
-        """ρ of the next step."""
-        return self.preconditioner.damping.at(self.preconditioner.steps)
+        """ρ of the next step; not a number before the first one if that sets it."""
+        return self._rho.value if self._adapts else self.preconditioner.damping.at(self.preconditioner.steps)
 
     def collect(self) -> AbstractContextManager[None]:
         """Collect from one forward and backward pass: see `Preconditioner.collect`."""
@@ -226,14 +238,20 @@ class NaturalGradient(torch.optim.Optimizer):
                         group[hyper.name] = value
 
     def _step(self) -> None:
-        pre, damping = self.preconditioner, self.damping
-        adjusts = self._adapts is not None and (pre.steps + 1) % self._adapts.every == 0
-        batch = self._batch_loss() if adjusts or self._quadratic else None
-        bound = None if self._kl_clip is None else self._kl_clip.at(pre.steps)
+        pre = self.preconditioner
+        adjusts = self._adapts is not None and not self._stuck and (pre.steps + 1) % self._adapts.every == 0
+        batch = self._tried(self._batch_loss) if adjusts or self._quadratic else None
+        adjusts = adjusts and not (self._gives_way and batch is None)
+        bound = None if pre.kl_clip is None else pre.kl_clip.at(pre.steps)
+        self._log = {"step": pre.steps, "damping": nan, "lr": self.param_groups[0]["lr"], "refreshed": float(pre.due)}
         gradients = self._gradients()
-        found = pre.direction(gradients)
+        found = pre.direction(gradients, self._first_damping if self._adapts and isnan(self._rho.value) else None)
+        self._log |= {"skipped": pre.skipped, "refresh_seconds": pre.refresh_seconds}
+        if pre.heard.loss is not None:
+            self._log["loss"] = pre.heard.loss
         if found is None:
             return
+        damping = self._log["damping"] = self.damping
         direction = {**gradients, **found}
         gradients = {name: torch.zeros_like(step) for name, step in direction.items()} | gradients
         if batch is None and (adjusts or self._quadratic):
@@ -245,12 +263,56 @@ class NaturalGradient(torch.optim.Optimizer):
                 if shrinking:
                     torch._foreach_mul_(shrinking, 1 - group["lr"] * group["weight_decay"])
         if self._quadratic and batch is not None:
-            self._combine(batch, gradients, direction, damping)
+            self._combine(batch, gradients, direction, damping, bound)
         else:
-            self._descend(direction, None if bound is None else self._trust(bound, gradients, direction))
+            self._descend(direction, self._trust(bound, gradients, direction))
+        self._log["gradient_norm"] = norm(gradients.values())
         if adjusts and self._adapts is not None and batch is not None:
-            ratio = agreement(batch, gradients, before, {name: p.detach() for p, name in self._names.items()}, damping)
-            self._rho.value = self._adapts.adjusted(damping, ratio)
+            after = {name: p.detach() for p, name in self._names.items()}
+            seen = self._tried(partial(agreement, batch, gradients, before, after, damping))
+            if seen is not None:
+                self._log |= {"decrease": seen.decrease, "promised_decrease": seen.promised}
+                self._rho.value = self._adapts.adjusted(damping, seen)
+
+    def _tried(self, compute: Callable[[], T]) -> T | None:
+        """Return what is computed of the batch's loss; the damping stays as it is where nobody asked that it be adapted."""
+        try:
+            return compute()
+        except (UnsupportedModel, NotImplementedError) as problem:
+            if not self._gives_way:
+                raise
+            logger.info(
+                "The damping stays at %.3g, as the loss of a batch has no quadratic model: %s", self._rho.value, problem
+            )
+            self._stuck = True
+            return None
+
+    def log(self) -> dict[str, float]:
+        """Return what the last step did, as one flat dictionary of numbers; empty before the first one.
+
+        - `step`: number of steps before it; `loss`: of its batch, as the loss module returned it;
+        - `lr`: of the first group; `damping`: ρ;
+        - `clip`: factor by which the trust region has shortened it; `kl`: its squared length in the metric of F + ρI, before the
+          momentum, by the structure (by the exact matrix of the batch with `lr="quadratic"`);
+        - `gradient_norm`, with coupled weight decay; `step_norm`: of the change of the parameters, but for decoupled decay;
+        - `promised_decrease`: of the quadratic model, `decrease`: of the batch's loss, in steps in which the damping is adjusted;
+        - `refreshed`: 1 if it took new curvature, else 0; `refresh_seconds`: time that the last update of the curvature took;
+        - `skipped`: steps skipped so far. A skipped step has no other numbers than these three, `step`, `lr` and `loss`.
+
+        On a GPU it waits for the device. Of a sharded model, every process has to call it.
+        """
+        found = {name: float(gathered(x) if isinstance(x, Tensor) else x) for name, x in self._log.items()}
+        return {name: value for name, value in found.items() if name != "damping" or not isnan(value)}
+
+    def _first_damping(self, gradients: Mapping[str, Tensor]) -> float:
+        """Return ρ of the first step from the gradients, when the curvature is taken."""
+        assert self._adapts is not None
+        product = self.preconditioner.structure.matvec(dict(gradients))
+        assert not isinstance(product, Tensor)
+        names = list(gradients)
+        curvature = float(inner(gradients, product, names)) / max(float(inner(gradients, gradients, names)), TINY)
+        self._rho.value = self._adapts.first(curvature)
+        return self._rho.value
 
     def _batch_loss(self) -> BatchLoss | None:
         """The loss on the batch of this step, with the coupled weight decay as a part of the loss."""
@@ -272,16 +334,24 @@ class NaturalGradient(torch.optim.Optimizer):
                     found[self._names[p]] = gradient.add(p, alpha=coupled) if coupled else gradient
         return found
 
-    def _trust(self, bound: float, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
-        """Return the scale that keeps a step within the trust region."""
+    def _trust(
+        self, bound: float | None, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Return the factor that keeps a step within the trust region."""
         named = [
             (group["lr"], [self._names[p] for p in group["params"] if self._names[p] in direction])
             for group in self.param_groups
         ]
-        length = torch.stack([lr**2 * inner(gradients, direction, names) for lr, names in named if names]).sum()
-        return (bound / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1.0)
+        squared = torch.stack([lr**2 * inner(gradients, direction, names) for lr, names in named if names]).sum()
+        factor = None if bound is None else clip(bound, self.preconditioner.heard.unit.to(squared.device), squared)
+        self._log |= {
+            "clip": 1.0 if factor is None else factor,
+            "kl": squared if factor is None else factor**2 * squared,
+        }
+        return factor
 
     def _descend(self, direction: Mapping[str, Tensor], scale: Tensor | None) -> None:
+        lengths = []
         for group in self.param_groups:
             moving = [p for p in group["params"] if self._names[p] in direction]
             if not moving:
@@ -292,6 +362,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if group["momentum"]:
                 steps = self._with_momentum(moving, steps, group)
             torch._foreach_add_(moving, steps, alpha=-group["lr"])
+            lengths.append(group["lr"] * norm(steps))
+        self._log["step_norm"] = norm(lengths)
 
     def _with_momentum(self, moving: list[Tensor], steps: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
         for p in moving:
@@ -302,19 +374,30 @@ class NaturalGradient(torch.optim.Optimizer):
         return list(torch._foreach_add(steps, velocity, alpha=group["momentum"])) if group["nesterov"] else velocity
 
     def _combine(
-        self, batch: BatchLoss, gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor], damping: float
+        self,
+        batch: BatchLoss,
+        gradients: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        damping: float,
+        bound: float | None,
     ) -> None:
-        """Step along the direction and the last step as the quadratic model says."""
+        """Step along the direction and the last step as the quadratic model says, within the trust region."""
         moving = {name: p for p, name in self._names.items() if name in direction}
         known = any("last_step" in self.state[p] for p in moving.values())
         last = (
             {name: self.state[p].get("last_step", torch.zeros_like(p)) for name, p in moving.items()} if known else None
         )
         directions = [direction] if last is None else [direction, last]
-        best = best_combination(batch, gradients, directions, damping)
+        best, squared = best_combination(batch, gradients, directions, damping)
+        if bound is not None:
+            factor = clip(bound, self.preconditioner.heard.unit.to(squared), squared)
+            best, squared = factor * best, factor**2 * squared
+            self._log["clip"] = factor
+        self._log["kl"] = squared
         for name, p in moving.items():
             self.state[p]["last_step"] = step = sum(c * d[name] for c, d in zip(best.tolist(), directions, strict=True))
             p.add_(step)
+        self._log["step_norm"] = norm([self.state[p]["last_step"] for p in moving.values()])
 
     def momentum(self) -> dict[str, Tensor]:
         """Return the momentum by parameter, zeros before the first step; none where there is no momentum at all."""

@@ -16,7 +16,8 @@ with the whole batch. The inverses of Kronecker factors are shared out; under `f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,16 +27,16 @@ from torch import Tensor, nn
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Structure, make
-from curvlab.fisher.damping import absolute
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.plain import preconditioned
 from curvlab.optim.processes import inverses_by, own_share
-from curvlab.optim.quadratic import BatchLoss
+from curvlab.optim.quadratic import BatchLoss, inner
 from curvlab.optim.routes import Step, route_of
 from curvlab.optim.sharding import Sharding
+from curvlab.optim.trust import Heard, clip
 from curvlab.rows.collect import Collector
 from curvlab.rows.guard import Checks
 from curvlab.rows.loss import Kind, RowPer, check_loss
@@ -45,6 +46,9 @@ from curvlab.rows.processes import Processes
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
 from curvlab.rows.sharded import own_part, reshard
+
+KL_CLIP = 1e-2
+"""Bound of the trust region unless another is given."""
 
 
 class Preconditioner:
@@ -65,12 +69,17 @@ class Preconditioner:
             if None, but "sample" for "empirical" rows of a structure that adds a sample's rows up. The "batch" is that of the
             step: of all passes before it, in all processes.
         damping: ρ of `F + ρI`, a number or a function of the step.
+        kl_clip: bound κ of the trust region, a number or a function of the step; None for none. The direction d is scaled by
+            min(1, √(κu/dᵀ∇L)), so that its squared length in the metric of F + ρI is at most κ in the unit u of
+            `curvlab.optim.trust.unit` (Ba, Grosse & Martens 2017, section 5).
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
         seed: seed of the draws.
         patience: steps in a row that may be skipped because something was not finite.
+
+    A loss that explodes nevertheless, to 1000 times the largest of the first three steps, raises FloatingPointError.
 
     Raises:
         ValueError: for a hyper-parameter out of range, or an unknown name; the nearest is suggested.
@@ -87,7 +96,8 @@ class Preconditioner:
         kind: Kind = "mc",
         draws: int = 1,
         rows: RowPer | None = None,
-        damping: Schedule = 1e-3,
+        damping: Schedule = 1e-2,
+        kl_clip: Schedule | None = KL_CLIP,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
         plain: Sequence[str] = (),
@@ -100,6 +110,7 @@ class Preconditioner:
         self.structure = make(structure) if isinstance(structure, str) else structure
         self._blank = copy.deepcopy(self.structure)
         self.damping = Hyper("damping", damping)
+        self.kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
         usual = 0.95 if self.structure.averages else 0.0
         self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
         self.refresh_every = Every("refresh_every", refresh_every)
@@ -110,6 +121,9 @@ class Preconditioner:
         self.skipped = 0
         self._last_due: int | None = None
         self._skipped_in_a_row = 0
+        self.heard = Heard()
+        self.refresh_seconds = 0.0
+        """Time that the last update of the curvature took; on a GPU, that of giving it the work."""
         self._former: Mapping[str, str] | None = None  # names, from when the model has changed until rows are seen
         self._bind(model)
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
@@ -166,6 +180,7 @@ class Preconditioner:
             "draws": self.how.draws,
             "rows": self.how.per,
             "damping": self.damping.value,
+            "kl_clip": self.kl_clip and self.kl_clip.value,
             "decay": self.decay.value,
             "refresh_every": self.refresh_every.value,
             "plain": self.plain,
@@ -248,11 +263,15 @@ class Preconditioner:
         parameters = self.parameters
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         of_this_pass = self._is_untouched(gradients)
+        bound = None if self.kl_clip is None else self.kl_clip.at(self.steps)
         direction = self._end_step(parameters, gradients)
         if direction is None:
             for parameter in self.model.parameters():
                 parameter.grad = None
             return
+        if bound is not None and gradients:
+            factor = clip(bound, self.heard.unit, inner(gradients, direction, list(gradients)))
+            direction = {name: step * factor for name, step in direction.items()}
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 parameter.grad = direction[name].clone()
@@ -275,19 +294,27 @@ class Preconditioner:
             )
         return BatchLoss(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
 
-    def direction(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def direction(
+        self, gradients: Mapping[str, Tensor], damping: Callable[[Mapping[str, Tensor]], float] | None = None
+    ) -> dict[str, Tensor] | None:
         """Take the curvature that is due, and return `(F + ρI)⁻¹ grad`, None for a step to skip; ends the step.
 
         Args:
             gradients: by name, in place of those of the parameters; missing ones are 0, those of other parameters ignored.
+            damping: returns ρ from the gradients, when the curvature is taken; the preconditioner's own if None.
 
         Raises:
             StateError, FloatingPointError: see `precondition`.
         """
-        return self._end_step(self.parameters, gradients)
+        return self._end_step(self.parameters, gradients, damping)
 
     @without_autocast()
-    def _end_step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def _end_step(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        choose: Callable[[Mapping[str, Tensor]], float] | None = None,
+    ) -> dict[str, Tensor] | None:
         if self.due and not self._passes:
             raise StateError(
                 "Curvature is due and nothing was collected: run the forward and backward pass within `collect()`."
@@ -312,10 +339,13 @@ class Preconditioner:
             if not self._all_finite(seen, shared=due or self._sharding is not None):
                 self.skip()
                 return None
+        self.heard.hear(self.loss, passes, clips=self.kl_clip is not None, looks=looks)
         self._skipped_in_a_row = 0
         if due:
+            begun = time.perf_counter()
             self._update(rows)
-        damping = absolute(self.damping.at(self.steps), self.structure.largest_eigenvalue)
+            self.refresh_seconds = time.perf_counter() - begun
+        damping = self.damping.at(self.steps) if choose is None else choose(complete)
         if self._sharding is not None:
             found = self._sharding.direction(self.structure, complete, damping)
         else:
@@ -392,6 +422,7 @@ class Preconditioner:
             "skipped": self.skipped,
             "last_due": self._last_due,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "heard": self.heard.state_dict(),
             "generator": self._generator.get_state(),
             "former": None if self._former is None else dict(self._former),
             "structure": self.structure.state_dict() if self.structure.updated else None,
@@ -410,5 +441,6 @@ class Preconditioner:
             self.structure.load_state_dict(state["structure"])
         self.steps, self.skipped, self._last_due = state["steps"], state["skipped"], state["last_due"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.heard.load_state_dict(state["heard"])
         self._generator.set_state(state["generator"])
         self._former = state["former"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -24,10 +24,14 @@ from torch.func import jvp
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
 from curvlab.nn.linearize import differentiable_attention
+from curvlab.nn.modes import RandomState, replayed
 from curvlab.optim.hyper import Hyper, whole
 from curvlab.rows.loss import flat_outputs, loss_terms
 from curvlab.rows.parameters import Parameters
 from curvlab.rows.sweep import Arguments
+
+SHARE = 0.01
+"""Of the curvature along the first gradient that the damping has at first."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class BatchLoss:
     Attributes:
         direct: whether the loss was called on what the model returned.
         shape: in which it was, if not that of what the model returned.
+        random: what random numbers the pass drew from, which every evaluation draws anew, so that dropout is the same.
         decay: λ of `½ λ‖θ‖²` that parameters, by name, add to the loss.
     """
 
@@ -46,6 +51,7 @@ class BatchLoss:
     targets: Any
     direct: bool = True
     shape: Sequence[int] | None = None
+    random: RandomState = field(default_factory=dict)
     decay: Mapping[str, float] = field(default_factory=dict)
 
     def outputs(self, parameters: Parameters) -> Tensor:
@@ -61,7 +67,8 @@ class BatchLoss:
             )
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        z: Tensor = called_with(self.model, {**buffers, **parameters}, args, kwargs)
+        with replayed(self.random):
+            z: Tensor = called_with(self.model, {**buffers, **parameters}, args, kwargs)
         z = z if self.shape is None else z.reshape(tuple(self.shape))
         # A step changes the loss by less than the round-off of half precision.
         return z.to(torch.promote_types(z.dtype, torch.float32))
@@ -96,22 +103,49 @@ class BatchLoss:
 
 def best_combination(
     batch: BatchLoss, gradient: Parameters, directions: Sequence[Parameters], damping: float
-) -> Float[Tensor, " K"]:
-    """Return the coefficients c that minimise `M(Σ_k c_k δ_k)`; where M is flat, the smallest ones."""
+) -> tuple[Float[Tensor, " K"], Float[Tensor, ""]]:
+    """Return the coefficients c that minimise `M(Σ_k c_k δ_k)`, and the step's squared length in the metric of F + ρI.
+
+    Where M is flat, they are the smallest ones.
+    """
     names = list(directions[0])
     products = torch.stack([torch.stack([inner(a, b, names) for b in directions]) for a in directions])
     slopes = torch.stack([inner(gradient, direction, names) for direction in directions])
     matrix = batch.curvature(directions) + damping * products
     best: Tensor = -torch.linalg.pinv(matrix.double(), hermitian=True) @ slopes.double()
-    return best
+    return best, best @ matrix.double() @ best
 
 
-def agreement(batch: BatchLoss, gradient: Parameters, before: Parameters, after: Parameters, damping: float) -> float:
-    """Return the decrease of the batch's loss over the promised `M(0) − M(δ)`; not a number if M promises none."""
+@dataclass(frozen=True)
+class Agreement:
+    """How the loss of a batch has changed over a step.
+
+    Attributes:
+        decrease: of the loss.
+        promised: `M(0) − M(δ)`.
+        round_off: of the decrease.
+    """
+
+    decrease: float
+    promised: float
+    round_off: float
+
+    @property
+    def ratio(self) -> float:
+        """The decrease over the promised one; not a number if none was promised."""
+        return self.decrease / self.promised if self.promised > 0 else nan
+
+
+def agreement(
+    batch: BatchLoss, gradient: Parameters, before: Parameters, after: Parameters, damping: float
+) -> Agreement:
+    """Return how the loss has changed, and should have."""
     step = {name: after[name] - before[name] for name in gradient}
     squared = batch.curvature([step], at=before)[0, 0] + damping * inner(step, step, list(step))
     promised = -float(inner(gradient, step, list(step)) + squared / 2)
-    return (batch.value(before) - batch.value(after)) / promised if promised > 0 else nan
+    start = batch.value(before)
+    eps = torch.finfo(next(iter(before.values())).dtype).eps
+    return Agreement(start - batch.value(after), promised, 10 * eps * max(1.0, abs(start)))
 
 
 def inner(left: Parameters, right: Parameters, names: Sequence[str]) -> Tensor:
@@ -125,10 +159,11 @@ class LevenbergMarquardt:
 
     Every `every` steps, with r the decrease of the batch's loss over the promised one: `ρ ← ωᵏρ` if r > 3/4, `ρ ← ρ/ωᵏ`
     if r < 1/4, with k = `every`. The promise follows the gradient, so call `backward()` on the loss itself and no multiple; a
-    GradScaler's factor is known.
+    GradScaler's factor is known. Dropout is the same in all evaluations of a batch.
 
     Args:
-        initial: ρ at the start.
+        initial: ρ at the start; if None, a share of the curvature along the first gradient, `0.01 gᵀFg/gᵀg`, which follows
+            whatever the loss and the inputs are multiplied by.
         omega: ω in (0, 1).
         every: steps between adjustments; each costs two forward passes and a Jacobian-vector product.
         low: smallest ρ.
@@ -137,7 +172,7 @@ class LevenbergMarquardt:
     Source: Martens & Grosse 2015, section 6.5 (ω = 19/20, k = 5).
     """
 
-    initial: float = 1.0
+    initial: float | None = None
     omega: float = 0.95
     every: int = 5
     low: float = 1e-8
@@ -145,12 +180,20 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         Hyper("omega", self.omega, high=1.0, open_low=True).at(0)
-        Hyper("initial", self.initial, low=self.low, high=self.high).at(0)
+        if self.initial is not None:
+            Hyper("initial", self.initial, low=self.low, high=self.high).at(0)
         whole("every", self.every)
 
-    def adjusted(self, damping: float, ratio: float) -> float:
-        """Return the next ρ for a ratio r; not a number counts as a failure."""
-        shrinkage = self.omega**self.every
+    def first(self, curvature: float) -> float:
+        """Return ρ at the start for a curvature gᵀFg/gᵀg; not a number counts as none."""
+        found = SHARE * curvature if self.initial is None else self.initial
+        return min(self.high, max(self.low, found)) if isfinite(found) else self.low
+
+    def adjusted(self, damping: float, seen: Agreement) -> float:
+        """Return the next ρ; a step of which no decrease was promised has failed, one that is lost in round-off says nothing."""
+        if abs(seen.promised) <= seen.round_off:
+            return damping
+        ratio, shrinkage = seen.ratio, self.omega**self.every
         if ratio > 0.75:
             return max(self.low, damping * shrinkage)
         return damping if ratio >= 0.25 else min(self.high, damping / shrinkage)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.nn.modes import eagerly, without_autocast
+from curvlab.nn.modes import RandomState, eagerly, random_state, without_autocast
 from curvlab.rows.autograd import backward_over_graphs
 from curvlab.rows.broadcast import Broadcast, broadcast
 from curvlab.rows.graph_signature import GraphSignature, signature_of
@@ -103,6 +103,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._shared = Broadcast()
         self._arguments: Arguments | None = None
         self._entered: list[int] = []
+        self._random: RandomState = {}
         self._z: Tensor | None = None
         self._upstream: Tensor | None = None
         self._returned = Returned.of(())
@@ -111,6 +112,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._kind: Hashable = None
         self._count = 0
         self._terms: LossTerms | None = None
+        self.value: Tensor | None = None
+        """What the loss returned."""
         self._dense_layers: list[LayerRows] = []
         self._per_sample_gradients: dict[Owner, LayerRows] = {}
         self._propagated: dict[Call, Tensor] = {}
@@ -142,10 +145,16 @@ class Collector(AbstractContextManager["Collector"]):
             self._finish()
 
     @property
-    def seen(self) -> tuple[Arguments, Any, bool, torch.Size]:
-        """What the model was called on, the targets, whether the loss was called on what it returned, and in which shape."""
+    def seen(self) -> tuple[Arguments, Any, bool, torch.Size, RandomState]:
+        """Inputs, targets, whether the loss was called on what the model returned, in which shape, and random states before."""
         assert self._z is not None
-        return self._unchanged(), self._targets, self._returned.is_what(self._z), self._z.shape
+        return self._unchanged(), self._targets, self._returned.is_what(self._z), self._z.shape, self._random
+
+    @property
+    def weight(self) -> Float[Tensor, ""]:
+        """Weight of the samples in the loss: 1 for a mean, N for a sum."""
+        assert self._terms is not None
+        return self._terms.sample_weights.sum() / self._terms.count
 
     def _unchanged(self) -> Arguments:
         """Return what the model was called on, to call it once more."""
@@ -169,6 +178,7 @@ class Collector(AbstractContextManager["Collector"]):
                 "those of several before one step accumulate."
             )
         self._watching.enter_context(self._watch)
+        self._random = random_state(self._model)
         self._arguments = detached((args, kwargs))
         self._entered = _versions(self._arguments)
         self._samples = self._given or Samples.of(self._arguments)
@@ -225,9 +235,10 @@ class Collector(AbstractContextManager["Collector"]):
             self._propagate(laid_out, self._terms)
 
     @watching
-    def _on_value(self, *_: Any) -> None:
+    def _on_value(self, _: nn.Module, __: tuple[Any, ...], value: Tensor) -> None:
         # Only now have all collectors on this loss swept from its outputs.
         if self._is_watching() and self._z is not None:
+            self.value = value.detach()
             self._leave.callback(self._z.register_hook(self._on_upstream).remove)
 
     def _on_upstream(self, gradient: Tensor) -> None:

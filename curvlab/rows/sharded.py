@@ -41,6 +41,11 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that was cut up, for which all processes have to call; others as they are."""
+    return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def whole(model: nn.Module) -> nn.Module:
     """Return the model as functions of its parameters take it: not wrapped to average gradients, and not cut up.
 
@@ -55,8 +60,7 @@ def whole(model: nn.Module) -> nn.Module:
     reshard(model)
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for p in model.parameters():
-        gathered = p.full_tensor() if is_cut(p) else p  # type: ignore[attr-defined]
-        shared[id(p)] = nn.Parameter(gathered.detach(), requires_grad=p.requires_grad)
+        shared[id(p)] = nn.Parameter(gathered(p).detach(), requires_grad=p.requires_grad)
     return _without_shards(model, shared)
 
 

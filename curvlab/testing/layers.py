@@ -77,7 +77,7 @@ def check_layer(module: nn.Module, inputs: Tensor, *, factored: bool | None = No
 
 
 def _check_step(model: nn.Module, loss: nn.Module, x: Tensor, targets: Tensor, ggn: Tensor) -> None:
-    preconditioner = Preconditioner(model, loss, "full", kind="exact", damping=0.1)
+    preconditioner = Preconditioner(model, loss, "full", kind="exact", damping=0.1, kl_clip=None)
     model.zero_grad()
     with preconditioner.collect():
         loss(model(x), targets).backward()

@@ -317,7 +317,9 @@ class Asked:
     def _trained(self, inputs: Inputs, targets: Tensor, J: Tensor, z: Tensor) -> str:
         model, loss = self.model, self.loss
         if self.preconditioner is None:
-            self.preconditioner = Preconditioner(model, loss, self.kind, kind=self.rows, damping=RHO, decay=0.0)  # type: ignore[arg-type]
+            self.preconditioner = Preconditioner(
+                model, loss, self.kind, kind=self.rows, damping=RHO, decay=0.0, kl_clip=None
+            )  # type: ignore[arg-type]
         pre = self.preconditioner
         model.zero_grad()
         with pre.collect():

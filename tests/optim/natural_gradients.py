@@ -32,4 +32,6 @@ STRUCTURES = {
 def natural(model: nn.Module, name: str, loss: nn.Module | None = None, **options: Any) -> NaturalGradient:
     structure, rows = STRUCTURES[name]
     loss = loss or nn.CrossEntropyLoss()
-    return NaturalGradient(model, loss, 0.2, structure=structure(), damping=0.1, refresh_every=2, **rows, **options)
+    return NaturalGradient(
+        model, loss, 0.2, structure=structure(), damping=0.1, refresh_every=2, **{"kl_clip": None} | rows | options
+    )

@@ -22,7 +22,7 @@ def data(N: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def optimiser(model: nn.Module, loss: nn.Module | None = None, **options: Any) -> NaturalGradient:
-    defaults: dict[str, Any] = {"lr": 0.3, "structure": "full", "kind": "exact", "damping": RHO}
+    defaults: dict[str, Any] = {"lr": 0.3, "structure": "full", "kind": "exact", "damping": RHO, "kl_clip": None}
     return NaturalGradient(model, loss or nn.CrossEntropyLoss(), **defaults | options)
 
 

@@ -18,7 +18,7 @@ from curvlab.testing.oracle import assert_close
 @pytest.mark.parametrize("key", ["kfac", "full", "diagonal"])
 def test_a_gradient_that_was_touched_is_preconditioned_as_it_is(key: str) -> None:
     x, y = data()
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), key, kind="exact", damping=RHO)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), key, kind="exact", damping=RHO, kl_clip=None)
     gradient = run(pre, x, y)
     total = nn.utils.clip_grad_norm_(pre.model.parameters(), 1e-3)
     pre.precondition()
@@ -45,7 +45,9 @@ def test_a_gradient_changed_without_a_trace_is_preconditioned_as_it_is(
     structure: Structure, kind: Kind, change: Callable[[Preconditioner], None]
 ) -> None:
     """These change numbers and no version counter."""
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), copy.deepcopy(structure), kind=kind, damping=RHO)
+    pre = Preconditioner(
+        network(), nn.CrossEntropyLoss(), copy.deepcopy(structure), kind=kind, damping=RHO, kl_clip=None
+    )
     run(pre, *data(2))
     change(pre)
     gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
@@ -91,7 +93,9 @@ def go_back_twice(pre: Preconditioner, x: Tensor, y: Tensor) -> None:
 def test_a_gradient_of_more_than_the_loss_is_preconditioned_as_it_is(
     structure: Structure, kind: Kind, backward: Callable[[Preconditioner, Tensor, Tensor], None]
 ) -> None:
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), copy.deepcopy(structure), kind=kind, damping=RHO)
+    pre = Preconditioner(
+        network(), nn.CrossEntropyLoss(), copy.deepcopy(structure), kind=kind, damping=RHO, kl_clip=None
+    )
     with pre.collect():
         backward(pre, *data(2))
     gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}
@@ -103,7 +107,7 @@ def test_a_gradient_of_more_than_the_loss_is_preconditioned_as_it_is(
 @pytest.mark.parametrize("key", ["kfac", "full"])
 def test_a_gradient_that_a_hook_changed_is_preconditioned_as_it_is(key: str, hook: str) -> None:
     options = {"factored_damping": True} if key == "kfac" else {"side": "rows"}
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options), damping=RHO)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options), damping=RHO, kl_clip=None)
     weight = pre.model.get_parameter("2.weight")
 
     def halve(changed: Tensor) -> Tensor | None:
@@ -126,7 +130,7 @@ def test_a_gradient_that_a_hook_changed_is_preconditioned_as_it_is(key: str, hoo
 @pytest.mark.parametrize("key", STRUCTURES)
 def test_what_becomes_of_the_gradients_afterwards_is_the_users(key: str) -> None:
     pre, other = (
-        Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options(key)), damping=RHO, seed=3)
+        Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options(key)), damping=RHO, kl_clip=None, seed=3)
         for _ in range(2)
     )
     for seed in range(3):
@@ -142,7 +146,7 @@ def test_what_becomes_of_the_gradients_afterwards_is_the_users(key: str) -> None
 
 
 def test_gradients_that_live_longer_than_a_pass_stay_where_they_are() -> None:
-    pre, kept = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO), {}
+    pre, kept = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, kl_clip=None), {}
     for name, parameter in pre.parameters.items():
         kept[name] = parameter.grad = torch.zeros_like(parameter)
     for _ in range(2):
@@ -154,7 +158,7 @@ def test_gradients_that_live_longer_than_a_pass_stay_where_they_are() -> None:
 
 
 def test_the_users_gradient_at_the_outputs_stays() -> None:
-    pre, (x, y) = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO), data()
+    pre, (x, y) = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, kl_clip=None), data()
     with pre.collect():
         z = pre.model(x)
         z.retain_grad()
@@ -167,7 +171,7 @@ def test_loss_scaling_changes_nothing_but_the_gradient() -> None:
     """Gradients scaled by a GradScaler are unscaled before they are preconditioned."""
     model, loss, (x, y) = network().float(), nn.CrossEntropyLoss(), data(40)
     x = x.float()
-    pre = Preconditioner(model, loss, "kfac", kind="empirical", damping=RHO)
+    pre = Preconditioner(model, loss, "kfac", kind="empirical", damping=RHO, kl_clip=None)
     stepper = torch.optim.SGD(model.parameters(), lr=1.0)
     gradient = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

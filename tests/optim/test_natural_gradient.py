@@ -145,20 +145,20 @@ def test_the_trust_region_bounds_the_length_of_the_step() -> None:
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
     direction = dense_direction(model, loss, x, y)
     F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y) + RHO * torch.eye(len(direction), dtype=DOUBLE)
-    before = flat(model)
+    before, value = flat(model), loss(model(x), y).detach()
     take(optimiser(model, kl_clip=1e-6), x, y)
     step = flat(model) - before
-    assert_close(step @ F @ step, torch.tensor(1e-6, dtype=DOUBLE), 1e-8)
+    assert_close(step @ F @ step, 1e-6 * value.clamp_max(1), 1e-8)
     assert_close(step / step.norm(), -direction / direction.norm(), 1e-8)
     model = network()
     made = optimiser(model, kl_clip=lambda step: 1e6 if step == 0 else 1e-6)
     take(made, x, y)
     assert_close(flat(model), before - 0.3 * direction, 1e-8)
-    before = flat(model)
+    before, value = flat(model), loss(model(x), y).detach()
     F = dense_ggn(dense_jacobian(model, x), loss, model(x).detach(), y) + RHO * torch.eye(len(direction), dtype=DOUBLE)
     take(made, x, y)
     step = flat(model) - before
-    assert_close(step @ F @ step, torch.tensor(1e-6, dtype=DOUBLE), 1e-8)
+    assert_close(step @ F @ step, 1e-6 * value.clamp_max(1), 1e-8)
 
 
 def test_steps_that_are_not_finite_leave_the_parameters() -> None:
@@ -224,7 +224,7 @@ def test_parameters_in_half_precision_train(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).bfloat16()
     loss, x = nn.CrossEntropyLoss(), torch.randn(30, 4).bfloat16()
     y = x[:, :3].argmax(1)
-    optimizer = NaturalGradient(model, loss, structure="kfac", **{"lr": 0.3, "damping": 0.1} | options)
+    optimizer = NaturalGradient(model, loss, structure="kfac", **{"lr": 0.3, "damping": 0.1, "kl_clip": None} | options)
     values = []
     for _ in range(25):
         optimizer.zero_grad()
@@ -242,7 +242,7 @@ def test_the_repr_lists_every_hyper_parameter() -> None:
     for name in ("lr: 0.3", "momentum: 0.9", "nesterov", "weight_decay: 0.1", "decoupled=False", "kl_clip=0.01"):
         assert name in text
     for name in (
-        "LevenbergMarquardt(initial=1.0",
+        "LevenbergMarquardt(initial=None",
         "structure=Full(",
         "kind='exact'",
         "refresh_every=1",
@@ -262,7 +262,7 @@ def test_the_repr_lists_every_hyper_parameter() -> None:
         ({"weight_decay": float("inf")}, "weight_decay is a number"),
         ({"kl_clip": 0.0}, r"kl_clip is a number in \(0"),
         ({"damping": -1.0}, "damping is a number"),
-        ({"lr": "quadratic", "momentum": 0.9}, "leave momentum, nesterov and kl_clip"),
+        ({"lr": "quadratic", "momentum": 0.9}, "leave momentum and nesterov"),
     ],
 )
 def test_what_is_out_of_range_is_named(options: dict[str, Any], message: str) -> None:

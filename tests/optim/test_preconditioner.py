@@ -24,7 +24,7 @@ from curvlab.testing.oracle import assert_close
 @pytest.mark.parametrize("key", STRUCTURES)
 def test_the_direction_is_the_solve_of_a_structure_fitted_to_the_batch(key: str, kind: str) -> None:
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
-    pre = Preconditioner(model, loss, make(key, **options(key)), kind=kind, damping=RHO, seed=3)  # type: ignore[arg-type]
+    pre = Preconditioner(model, loss, make(key, **options(key)), kind=kind, damping=RHO, kl_clip=None, seed=3)  # type: ignore[arg-type]
     gradient = run(pre, x, y)
     pre.precondition()
     generator = torch.Generator().manual_seed(3) if kind == "mc" else None
@@ -53,7 +53,7 @@ def test_kfac_multiplies_factors_or_gradients_whichever_is_less_work(
 ) -> None:
     solved = spy(monkeypatch, KroneckerBlock)
     structure = KFAC(factored_damping=True)
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO, kl_clip=None)
     gradient = run(pre, *data(batch))
     pre.precondition()
     assert solved == (["0", "2", "4"] if batch == 2 else [])
@@ -66,7 +66,7 @@ def test_rows_that_share_their_inputs_with_the_gradient_solve_without_it(
 ) -> None:
     solved = spy(monkeypatch, RowBlock)
     structure = make(key, side="rows")
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, kind="mc", damping=RHO)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), structure, kind="mc", damping=RHO, kl_clip=None)
     gradient = run(pre, *data())
     pre.precondition()
     assert len(solved) == len(structure._blocks)
@@ -74,7 +74,9 @@ def test_rows_that_share_their_inputs_with_the_gradient_solve_without_it(
 
 
 def test_the_loss_may_be_called_by_keywords() -> None:
-    pre, expected = (Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO) for _ in range(2))
+    pre, expected = (
+        Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO, kl_clip=None) for _ in range(2)
+    )
     x, y = data()
     with pre.collect():
         pre.loss(target=y, input=pre.model(x)).backward()
@@ -90,8 +92,10 @@ def test_a_compiled_model_is_seen_through(given: str) -> None:
     compiled = torch.compile(model, backend="eager")
     x, y = data()
     compiled(x)
-    pre = Preconditioner(model if given == "plain" else compiled, nn.CrossEntropyLoss(), kind="exact", damping=RHO)  # type: ignore[arg-type]
-    expected = Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO)
+    pre = Preconditioner(
+        model if given == "plain" else compiled, nn.CrossEntropyLoss(), kind="exact", damping=RHO, kl_clip=None
+    )  # type: ignore[arg-type]
+    expected = Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO, kl_clip=None)
     with pre.collect():
         pre.loss(compiled(x), y).backward()
     run(expected, x, y)
@@ -106,7 +110,7 @@ def test_a_compiled_model_is_seen_through(given: str) -> None:
 )
 def test_it_composes_with_any_optimiser(optimizer: Callable[..., torch.optim.Optimizer], lr: float) -> None:
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data(30)
-    pre = Preconditioner(model, loss, KFAC(factored_damping=True), damping=RHO)
+    pre = Preconditioner(model, loss, KFAC(factored_damping=True), damping=RHO, kl_clip=None)
     stepper = optimizer(model.parameters(), lr=lr)
     before = float(loss(model(x), y).detach())
     for _ in range(15):
@@ -118,7 +122,7 @@ def test_it_composes_with_any_optimiser(optimizer: Callable[..., torch.optim.Opt
 
 def test_modules_and_parameters_can_keep_their_plain_gradient() -> None:
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
-    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, plain=("2", "4.bias"))
+    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, plain=("2", "4.bias"), kl_clip=None)
     assert set(pre.parameters) == {"0.weight", "0.bias", "4.weight"}
     run(pre, x, y)
     untouched = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -127,15 +131,15 @@ def test_modules_and_parameters_can_keep_their_plain_gradient() -> None:
         assert p.grad is not None
         assert torch.equal(p.grad, untouched[name]) == (name in ("2.weight", "2.bias", "4.bias"))
     with pytest.raises(ValueError, match=r"'4\.bia'.*4\.bias"):
-        Preconditioner(model, loss, plain=("4.bia",))
+        Preconditioner(model, loss, plain=("4.bia",), kl_clip=None)
     with pytest.raises(UnsupportedModel, match="nothing to precondition"):
-        Preconditioner(model, loss, plain=("0", "2", "4"))
+        Preconditioner(model, loss, plain=("0", "2", "4"), kl_clip=None)
 
 
 def test_frozen_parameters_have_no_part() -> None:
     model, (x, y) = network(), data()
     model[0].weight.requires_grad_(False)
-    pre = Preconditioner(model, nn.CrossEntropyLoss(), "kfac", kind="exact", damping=RHO)
+    pre = Preconditioner(model, nn.CrossEntropyLoss(), "kfac", kind="exact", damping=RHO, kl_clip=None)
     gradient = run(pre, x, y)
     pre.precondition()
     assert "0.weight" not in gradient
@@ -146,19 +150,23 @@ def test_frozen_parameters_have_no_part() -> None:
 @pytest.mark.parametrize("key", STRUCTURES)
 @pytest.mark.parametrize("kind", ["mc", "empirical", "exact"])
 def test_a_batch_of_one(key: str, kind: str) -> None:
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), make(key, **options(key)), kind=kind, damping=RHO)  # type: ignore[arg-type]
+    pre = Preconditioner(
+        network(), nn.CrossEntropyLoss(), make(key, **options(key)), kind=kind, damping=RHO, kl_clip=None
+    )  # type: ignore[arg-type]
     gradient = run(pre, *data(1))
     pre.precondition()
     assert_close(now(pre), reference(pre.structure, gradient), 1e-7)
 
 
 def test_hyper_parameters_may_follow_the_step() -> None:
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), "kfac", kind="exact", damping=lambda t: RHO * (t + 1))
+    pre = Preconditioner(
+        network(), nn.CrossEntropyLoss(), "kfac", kind="exact", damping=lambda t: RHO * (t + 1), kl_clip=None
+    )
     for step in range(3):
         gradient = run(pre, *data())
         pre.precondition()
         assert_close(now(pre), reference(pre.structure, gradient, RHO * (step + 1)), 1e-9)
-    falling = Preconditioner(network(), nn.CrossEntropyLoss(), damping=lambda t: 1.0 - t)
+    falling = Preconditioner(network(), nn.CrossEntropyLoss(), damping=lambda t: 1.0 - t, kl_clip=None)
     for _ in range(2):
         run(falling, *data())
         falling.precondition()
@@ -197,7 +205,7 @@ def test_curvature_of_half_and_mixed_precision_is_in_float32_or_wider(
     x = x.bfloat16().double()
     found = []
     for one in (model, exact):
-        pre = Preconditioner(one, loss, make(key, **options(key)), kind=kind, damping=0.5)
+        pre = Preconditioner(one, loss, make(key, **options(key)), kind=kind, damping=0.5, kl_clip=None)
         for _ in range(2):
             run(pre, x, y)
             pre.precondition()
@@ -218,7 +226,7 @@ def test_nodes_of_a_graph_are_one_sample(key: str) -> None:
     model, loss = GCN(4, 6, 2, 3).double(), nn.CrossEntropyLoss()
     x, edges, nodes = torch.randn(8, 4, dtype=DOUBLE), torch.randint(8, (2, 20)), torch.tensor([1, 4, 6])
     targets = torch.randint(3, (3,))
-    pre = Preconditioner(model, loss, key, kind="exact", damping=RHO, graph=True)
+    pre = Preconditioner(model, loss, key, kind="exact", damping=RHO, graph=True, kl_clip=None)
     with pre.collect():
         loss(model(x, edges)[nodes], targets).backward()
     gradient = {name: p.grad.clone() for name, p in pre.parameters.items() if p.grad is not None}

@@ -23,7 +23,7 @@ from curvlab.testing.oracle import assert_close
 def test_passes_before_a_step_accumulate(key: str) -> None:
     """Two halves of a batch give what the batch gives."""
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data(8)
-    pre = Preconditioner(model, loss, key, kind="exact", damping=RHO)
+    pre = Preconditioner(model, loss, key, kind="exact", damping=RHO, kl_clip=None)
     model.zero_grad()
     for half in (slice(0, 4), slice(4, 8)):
         with pre.collect():
@@ -38,7 +38,7 @@ def test_passes_before_a_step_accumulate(key: str) -> None:
 @pytest.mark.parametrize(("every", "refreshed"), [(2, (0, 2, 4, 6)), (lambda step: 1 if step < 3 else 3, (0, 1, 2, 5))])
 def test_curvature_is_refreshed_averaged_and_reused(every: Any, refreshed: tuple[int, ...]) -> None:
     model, loss = network(), nn.CrossEntropyLoss()
-    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, decay=0.5, refresh_every=every)
+    pre = Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, decay=0.5, refresh_every=every, kl_clip=None)
     fitted = KFAC()
     for step in range(7):
         x, y = data(seed=step)
@@ -57,7 +57,9 @@ def test_curvature_is_refreshed_averaged_and_reused(every: Any, refreshed: tuple
 
 
 def test_passes_that_were_given_up_are_forgotten() -> None:
-    pre, expected = (Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO) for _ in range(2))
+    pre, expected = (
+        Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO, kl_clip=None) for _ in range(2)
+    )
     for seed in range(4):
         run(pre, *data(seed=seed))
     run(expected, *data(seed=3))
@@ -67,7 +69,9 @@ def test_passes_that_were_given_up_are_forgotten() -> None:
 
 
 def test_a_state_from_before_the_first_step_begins_anew() -> None:
-    pre, expected = (Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO) for _ in range(2))
+    pre, expected = (
+        Preconditioner(network(), nn.CrossEntropyLoss(), kind="exact", damping=RHO, kl_clip=None) for _ in range(2)
+    )
     blank = copy.deepcopy(pre.state_dict())
     run(pre, *data(seed=1))
     pre.precondition()
@@ -82,7 +86,7 @@ def test_a_state_from_before_the_first_step_begins_anew() -> None:
 def test_a_structure_that_has_curvature_already_takes_the_first_batch() -> None:
     used, model, loss = Full(), network(), nn.CrossEntropyLoss()
     used.update(sqrt_fisher(model, loss, *data(seed=1)))
-    pre = Preconditioner(model, loss, used, kind="exact", damping=RHO)
+    pre = Preconditioner(model, loss, used, kind="exact", damping=RHO, kl_clip=None)
     gradient = run(pre, *data(seed=2))
     pre.precondition()
     fitted = Full().update(sqrt_fisher(model, loss, *data(seed=2)))
@@ -92,7 +96,7 @@ def test_a_structure_that_has_curvature_already_takes_the_first_batch() -> None:
 @pytest.mark.parametrize("kind", ["mc", "empirical"])
 def test_steps_leave_nothing_behind(kind: Kind) -> None:
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
-    pre = Preconditioner(model, loss, KFAC(), kind=kind, damping=RHO, seed=0)
+    pre = Preconditioner(model, loss, KFAC(), kind=kind, damping=RHO, seed=0, kl_clip=None)
     outputs = []
     gc.collect()
     gc.disable()
@@ -117,7 +121,7 @@ def test_steps_leave_nothing_behind(kind: Kind) -> None:
 def test_inverses_are_made_in_turns_and_kept_in_between() -> None:
     model, loss = network(), nn.CrossEntropyLoss()
     structure = KFAC(factored_damping=True, invert_every=3)
-    pre = Preconditioner(model, loss, structure, kind="exact", damping=RHO)
+    pre = Preconditioner(model, loss, structure, kind="exact", damping=RHO, kl_clip=None)
     kept = []
     for step in range(7):
         run(pre, *data(seed=step))
@@ -132,7 +136,7 @@ def test_inverses_are_made_in_turns_and_kept_in_between() -> None:
 def test_a_saved_state_continues_bit_for_bit(key: str) -> None:
     def make_one() -> Preconditioner:
         structure = KFAC(factored_damping=True, invert_every=3) if key == "kfac" else make(key, **options(key))
-        return Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO, refresh_every=2)
+        return Preconditioner(network(), nn.CrossEntropyLoss(), structure, damping=RHO, refresh_every=2, kl_clip=None)
 
     first = make_one()
     for step in range(3):

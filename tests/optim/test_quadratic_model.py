@@ -16,7 +16,7 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Full
 from curvlab.nn import HalfSquaredError
 from curvlab.optim import LevenbergMarquardt
-from curvlab.optim.quadratic import BatchLoss, agreement, best_combination
+from curvlab.optim.quadratic import Agreement, BatchLoss, agreement, best_combination
 from curvlab.testing.oracle import assert_close, dense_ggn, dense_jacobian
 
 
@@ -29,7 +29,7 @@ def test_the_quadratic_model_has_the_coupled_weight_decay() -> None:
     slopes = {name: g + 0.5 * before[name] for name, g in zip(before, gradient, strict=True)}
     after = {name: p - 0.1 * slopes[name] for name, p in before.items()}
     batch = BatchLoss(model, loss, ((x,), {}), y, decay=dict.fromkeys(before, 0.5))
-    assert agreement(batch, slopes, before, after, 0.0) == pytest.approx(1.0, rel=1e-8)
+    assert agreement(batch, slopes, before, after, 0.0).ratio == pytest.approx(1.0, rel=1e-8)
     made = optimiser(model, loss, **options | {"damping": 0.0})
     for _ in range(40):
         take(made, x, y)
@@ -46,9 +46,11 @@ def test_the_quadratic_model_of_a_quadratic_loss_is_the_loss() -> None:
     gradient = {"weight": torch.autograd.grad(loss(model(x), y), model.weight)[0]}
     solution = Full().update(sqrt_fisher(model, loss, x, y)).solve(gradient, 0.0)
     newton = {"weight": -solution["weight"]}  # type: ignore[call-overload]
-    assert_close(best_combination(batch, gradient, [newton], 0.0), torch.ones(1, dtype=DOUBLE), 1e-9)
+    coefficients, squared = best_combination(batch, gradient, [newton], 0.0)
+    assert_close(coefficients, torch.ones(1, dtype=DOUBLE), 1e-9)
+    assert_close(squared, -(gradient["weight"] * newton["weight"]).sum(), 1e-9)
     directions = [{"weight": torch.randn(2, 9, dtype=DOUBLE)} for _ in range(3)]
-    best = best_combination(batch, gradient, directions, 0.0)
+    best, _ = best_combination(batch, gradient, directions, 0.0)
     here = {"weight": model.weight.detach()}
 
     def value(c: Tensor) -> Tensor:
@@ -131,11 +133,13 @@ def test_the_quadratic_step_takes_no_last_step_for_zero() -> None:
 
 def test_damping_follows_the_quality_of_the_quadratic_model() -> None:
     rule = LevenbergMarquardt(initial=1.0, omega=0.5, every=2, low=0.3, high=3.0)
-    assert rule.adjusted(1.0, 0.5) == 1.0
-    assert rule.adjusted(2.0, 0.8) == 0.5
-    assert rule.adjusted(1.0, 0.8) == 0.3
-    assert rule.adjusted(1.0, 0.1) == 3.0
-    assert rule.adjusted(0.5, float("nan")) == 2.0
+    found = [
+        rule.adjusted(rho, Agreement(ratio, 1.0, 0.0))
+        for rho, ratio in ((1.0, 0.5), (2.0, 0.8), (1.0, 0.8), (1.0, 0.1))
+    ]
+    assert found == [1.0, 0.5, 0.3, 3.0]
+    assert rule.adjusted(0.5, Agreement(1.0, -1.0, 0.0)) == 2.0, "no decrease was promised"
+    assert rule.adjusted(0.5, Agreement(-1e-9, 1e-9, 1e-8)) == 0.5, "the promise is lost in round-off"
     model, x, y = linear()
     made = optimiser(model, HalfSquaredError(), lr=1.0, damping=rule)
     for _ in range(4):

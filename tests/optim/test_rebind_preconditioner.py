@@ -46,14 +46,14 @@ def step(natural: Preconditioner, seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("key", STRUCTURES)
 def test_a_step_of_a_grown_network_is_that_of_a_fresh_preconditioner(key: str) -> None:
     model = network()
-    natural = Preconditioner(model, LOSS, key, kind="exact", damping=1.0)
+    natural = Preconditioner(model, LOSS, key, kind="exact", damping=1.0, kl_clip=None)
     step(natural, 1)
     widen(model)
     with pytest.raises(StateError, match=r"0, 2 were replaced\. Call rebind\(\)"):
         step(natural, 2)
     natural.rebind()
     assert natural.due
-    found, fresh = step(natural, 2), step(Preconditioner(model, LOSS, key, kind="exact", damping=1.0), 2)
+    found, fresh = step(natural, 2), step(Preconditioner(model, LOSS, key, kind="exact", damping=1.0, kl_clip=None), 2)
     for name, expected in fresh.items():
         if not (STRUCTURES[key].averages and name.startswith("4.")):
             assert_close(found[name], expected, 1e-10)
@@ -66,13 +66,13 @@ def test_a_step_of_a_grown_network_is_that_of_a_fresh_preconditioner(key: str) -
 
 def test_a_layer_is_known_by_its_parameters_whatever_its_name() -> None:
     model = network()
-    natural = Preconditioner(model, LOSS, KFAC(), kind="exact", decay=0.5)
+    natural = Preconditioner(model, LOSS, KFAC(), kind="exact", decay=0.5, kl_clip=None)
     step(natural, 1)
     other = copy.deepcopy(natural)
     deeper = nn.Sequential(*model[:4], nn.Linear(5, 5).double(), nn.Tanh(), model[4])
     natural.rebind(deeper)
     found = step(natural, 2)
-    fresh = step(Preconditioner(deeper, LOSS, KFAC(), kind="exact"), 2)
+    fresh = step(Preconditioner(deeper, LOSS, KFAC(), kind="exact", kl_clip=None), 2)
     assert_close(found["4.weight"], fresh["4.weight"], 1e-10)
     for name in ("0.weight", "2.weight", "6.weight"):
         assert float((found[name] - fresh[name]).norm()) > 1e-4 * float(fresh[name].norm())
@@ -88,7 +88,7 @@ def test_a_layer_is_known_by_its_parameters_whatever_its_name() -> None:
 
 def test_curvature_is_due_until_a_step_of_the_grown_network_was_usable() -> None:
     model = network()
-    natural = Preconditioner(model, LOSS, KFAC(), refresh_every=10)
+    natural = Preconditioner(model, LOSS, KFAC(), refresh_every=10, kl_clip=None)
     step(natural, 1)
     assert not natural.due
     widen(model)
@@ -102,7 +102,7 @@ def test_curvature_is_due_until_a_step_of_the_grown_network_was_usable() -> None
     assert natural.due
     step(natural, 2)
     assert not natural.due
-    restored = Preconditioner(model, LOSS, KFAC(), refresh_every=10)
+    restored = Preconditioner(model, LOSS, KFAC(), refresh_every=10, kl_clip=None)
     restored.load_state_dict(saved)
     step(restored, 2)
     assert not restored.due
@@ -112,7 +112,7 @@ def test_curvature_is_due_until_a_step_of_the_grown_network_was_usable() -> None
 def test_checkpoints_hold_no_batch(key: str) -> None:
     sizes = []
     for N in (50, 5000):
-        natural = Preconditioner(network(), LOSS, key, kind="exact")
+        natural = Preconditioner(network(), LOSS, key, kind="exact", kl_clip=None)
         x, y = data(1, N)
         with natural.collect():
             LOSS(natural.model(x), y).backward()

@@ -30,7 +30,7 @@ def steps(key: str, kind: Any, damping: float = 0.5) -> tuple[list[dict[str, Ten
     """Take three steps, of which the second takes no new curvature; return directions, and what the routes were."""
     model, loss, taken = network(), nn.CrossEntropyLoss(), []
     natural = Preconditioner(
-        model, loss, make(key, **OPTIONS.get(key, {})), kind=kind, damping=damping, refresh_every=2
+        model, loss, make(key, **OPTIONS.get(key, {})), kind=kind, damping=damping, kl_clip=None, refresh_every=2
     )
     found = []
     for seed in range(3):

@@ -23,8 +23,8 @@ def test_two_preconditioners_share_a_pass(structure: str, first: Any, second: An
 
     def make(only: str) -> Preconditioner:
         if only == "0":
-            return Preconditioner(model, loss, structure, kind=first, plain=("2",))
-        return Preconditioner(model, loss, "diagonal", kind=second, plain=("0",))
+            return Preconditioner(model, loss, structure, kind=first, plain=("2",), kl_clip=None)
+        return Preconditioner(model, loss, "diagonal", kind=second, plain=("0",), kl_clip=None)
 
     def step(*layers: str) -> dict[str, Tensor]:
         model.zero_grad()
@@ -68,8 +68,8 @@ def test_two_preconditioners_of_the_same_parameters(build: Callable[[], nn.Modul
 
     def made() -> list[Preconditioner]:
         return [
-            Preconditioner(model, loss, "kfac", kind="exact", damping=RHO),
-            Preconditioner(model, loss, "full", kind="empirical", damping=RHO),
+            Preconditioner(model, loss, "kfac", kind="exact", damping=RHO, kl_clip=None),
+            Preconditioner(model, loss, "full", kind="empirical", damping=RHO, kl_clip=None),
         ]
 
     def passed(*preconditioners: Preconditioner) -> dict[str, Tensor]:

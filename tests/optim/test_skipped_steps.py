@@ -12,7 +12,7 @@ from curvlab.rows.loss import Kind
 
 @pytest.mark.parametrize("kind", ["mc", "exact", "empirical"])
 def test_a_step_that_is_not_finite_is_skipped_for_plain_parameters_too(kind: Kind) -> None:
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), kind=kind, damping=RHO, plain=("4",))
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), kind=kind, damping=RHO, plain=("4",), kl_clip=None)
     x, y = data()
     run(pre, x * torch.nan, y)
     pre.precondition()
@@ -26,7 +26,7 @@ def test_a_step_that_is_not_finite_is_skipped_for_plain_parameters_too(kind: Kin
 
 
 def test_a_skipped_step_has_had_its_turn_once_there_is_curvature() -> None:
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, refresh_every=2)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), damping=RHO, refresh_every=2, kl_clip=None)
     due = []
     for step in range(7):
         due.append(pre.due)
@@ -39,7 +39,7 @@ def test_a_skipped_step_has_had_its_turn_once_there_is_curvature() -> None:
 
 def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
     model, loss, (x, y) = network(), nn.CrossEntropyLoss(), data()
-    pre = Preconditioner(model, loss, "kfac", damping=RHO, patience=2)
+    pre = Preconditioner(model, loss, "kfac", damping=RHO, patience=2, kl_clip=None)
     run(pre, x, y)
     pre.precondition()
     before = pre.structure.to_dense()
@@ -70,7 +70,7 @@ def test_where_a_device_is_not_waited_for_the_direction_becomes_zero() -> None:
 
 
 def test_steps_without_new_curvature_are_skipped_alike() -> None:
-    pre = Preconditioner(network(), nn.CrossEntropyLoss(), "kfac", damping=RHO, refresh_every=5)
+    pre = Preconditioner(network(), nn.CrossEntropyLoss(), "kfac", damping=RHO, refresh_every=5, kl_clip=None)
     run(pre, *data())
     pre.precondition()
     run(pre, *data())

@@ -449,4 +449,4 @@ def test_parameters_of_which_there_is_no_curvature(make: Callable[[], nn.Module]
         with pytest.raises(UnsupportedModel, match=message):
             linearize(model)
     with pytest.raises(UnsupportedModel, match=message):
-        Preconditioner(model, loss)
+        Preconditioner(model, loss, kl_clip=None)

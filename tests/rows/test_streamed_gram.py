@@ -245,7 +245,7 @@ def test_weights_of_samples_in_closures_are_refused_by_name(name: str, own: bool
     ):
         with pytest.raises(UnsupportedModel, match=rf"{message}(?s:.)*PerSample"):
             call()
-    preconditioner = Preconditioner(model, loss, "full", kind="ggn")
+    preconditioner = Preconditioner(model, loss, "full", kind="ggn", kl_clip=None)
     with pytest.raises(UnsupportedModel, match=message), preconditioner.collect():
         loss(model(x), y)
 

@@ -61,7 +61,7 @@ def test_a_layer_called_on_an_embedding_without_samples(shape: tuple[int, ...], 
     for kind in KINDS:
         fisher_of_rows(model, x, kind)
     loss, targets = nn.CrossEntropyLoss(), torch.arange(N) % 3
-    preconditioner = Preconditioner(model, loss, "full", kind="exact")
+    preconditioner = Preconditioner(model, loss, "full", kind="exact", kl_clip=None)
     with preconditioner.collect():
         loss(model(x), targets).backward()
     preconditioner.precondition()
@@ -112,7 +112,7 @@ def test_checkpoints(N: int) -> None:
             sqrt_fisher(reentrant, loss, x, targets, kind, **fitting)
     with pytest.raises(UnsupportedModel, match=r"use_reentrant=True.*Call .*use_reentrant=False"):
         jacobian(reentrant, x)
-    preconditioner = Preconditioner(reentrant, loss, "full", kind="exact")
+    preconditioner = Preconditioner(reentrant, loss, "full", kind="exact", kl_clip=None)
     with pytest.raises(UnsupportedModel, match=r"use_reentrant=True"), preconditioner.collect():
         loss(reentrant(x), targets).backward()
 
@@ -139,7 +139,7 @@ def test_dropout_in_checkpoints_is_that_of_the_pass(kind: Any) -> None:
     for again in (True, False):
         torch.manual_seed(0)
         model = Dropping(again=again).to(DOUBLE)
-        preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1)
+        preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1, kl_clip=None)
         for seed in (1, 2):
             torch.manual_seed(seed)
             model.zero_grad()
@@ -193,7 +193,7 @@ def test_what_hooks_store_can_be_used_afterwards() -> None:
     model.last.register_forward_pre_hook(lambda _, args: stored.append(args[0] * 1))
     assert_close(jacobian(model, x).dense(), J)
     loss, targets = nn.CrossEntropyLoss(), torch.arange(3)
-    preconditioner = Preconditioner(model, loss, "full", kind="exact")
+    preconditioner = Preconditioner(model, loss, "full", kind="exact", kl_clip=None)
     with preconditioner.collect():
         loss(model(x), targets).backward()
     assert stored
@@ -237,7 +237,7 @@ def test_exported_models(exported: tuple[nn.Module, nn.Module, nn.Module]) -> No
     for made in (free, fixed):
         assert_close(GGN(made, loss, (x, y)).to_dense(), S.T @ S)
         assert_close(Hessian(made, loss, (x, y)).to_dense(), Hessian(model, loss, (x, y)).to_dense())
-    preconditioner = Preconditioner(free, loss, "full", kind="exact", damping=0.1)
+    preconditioner = Preconditioner(free, loss, "full", kind="exact", damping=0.1, kl_clip=None)
     with preconditioner.collect():
         loss(free(x), y).backward()
     gradient = torch.cat([p.grad.flatten() for p in free.parameters()])
@@ -256,7 +256,7 @@ def test_models_exported_for_one_number_of_samples_are_told_the_remedy(
         jacobian(fixed, x)
     with pytest.raises(UnsupportedModel, match=remedy):
         sqrt_fisher(fixed, loss, x, y)
-    preconditioner = Preconditioner(fixed, loss, "kfac", kind="exact")
+    preconditioner = Preconditioner(fixed, loss, "kfac", kind="exact", kl_clip=None)
     with pytest.raises(UnsupportedModel, match=remedy), preconditioner.collect():
         loss(fixed(x), y).backward()
 
@@ -304,7 +304,7 @@ def uses(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     found = [jacobian(model, x).dense(), sqrt_fisher(model, loss, x, y).dense()]
     found += [sqrt_fisher(model, loss, x, y, "empirical").dense(), gram(model, x, memory=8000)]
     found += [operator(model, loss, (x, y)).to_dense() for operator in (GGN, Hessian)]
-    preconditioner = Preconditioner(model, loss, "full", kind="exact", damping=0.1)
+    preconditioner = Preconditioner(model, loss, "full", kind="exact", damping=0.1, kl_clip=None)
     model.zero_grad()
     with preconditioner.collect():
         loss(model(x), y).backward()
@@ -355,7 +355,7 @@ def test_hooks_that_change_gradients_are_no_part_of_curvature(name: str, kind: A
     fitting = {"generator": torch.Generator().manual_seed(0)} if kind == "mc" else {}
     assert_close(sqrt_fisher(model, loss, x, y, kind, **fitting).dense(), S)
     assert_close(jacobian(model, x).dense(), J)
-    preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1)
+    preconditioner = Preconditioner(model, loss, "full", kind=kind, damping=0.1, kl_clip=None)
     with preconditioner.collect():
         loss(model(x), y).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -381,7 +381,7 @@ def test_gradients_that_activations_retain_are_those_of_the_users_pass(kind: Any
 
     model.first.register_forward_hook(retain)
     loss(model(x), y).backward()
-    preconditioner = Preconditioner(model, loss, "full", kind=kind)
+    preconditioner = Preconditioner(model, loss, "full", kind=kind, kl_clip=None)
     with preconditioner.collect():
         found = model(x)
         mine = kept[1]
@@ -408,7 +408,7 @@ def test_within_the_users_own_backpack_context(kind: Any) -> None:
         assert_close(sqrt_fisher(extended, loss, x, y, kind, **fitting).dense(), S)
         for operator, dense in zip((GGN, Hessian), expected, strict=True):
             assert_close(operator(extended, loss, (x, y)).to_dense(), dense)
-        preconditioner = Preconditioner(extended, loss, "full", kind=kind, damping=0.1)
+        preconditioner = Preconditioner(extended, loss, "full", kind=kind, damping=0.1, kl_clip=None)
         with preconditioner.collect():
             loss(extended(x), y).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])

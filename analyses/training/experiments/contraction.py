@@ -16,7 +16,9 @@ STEPS = 8
 def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observations:
     eta = float(cell["eta"])
     problem = resolve("two-layer", width=WIDTH, seed=int(cell["seed"])).to(context.config.device)
-    optimiser = NaturalGradient(problem.model, problem.loss, eta, structure="full", kind="exact", damping=0.0)
+    optimiser = NaturalGradient(
+        problem.model, problem.loss, eta, structure="full", kind="exact", damping=0.0, kl_clip=None
+    )
     path = study.follow(FullBatch(problem, [optimiser]), STEPS).series("squared")
     left = path / path[0]
     rows = [study.observed("rate_ratio", left[-1] ** (1 / STEPS) / theory.ngd_linear_ratio(eta))]

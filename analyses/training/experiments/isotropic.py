@@ -37,7 +37,9 @@ def _measure(cell: study.Cell, context: study.Context[Config]) -> study.Observat
     structure = make(name)
 
     def through_optimiser(model: nn.Module, eta: float) -> None:
-        optimiser = NaturalGradient(model, start.loss, eta, structure=name, kind="exact", damping=0.0, decay=0.0)
+        optimiser = NaturalGradient(
+            model, start.loss, eta, structure=name, kind="exact", damping=0.0, decay=0.0, kl_clip=None
+        )
         FullBatch(replace(start, model=model), [optimiser]).step(0)
 
     def apart(model: nn.Module, eta: float) -> None:
