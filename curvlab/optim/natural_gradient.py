@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.fisher import KFAC, Structure
+from curvlab.fisher import Structure
 from curvlab.optim.gradients import norm
 from curvlab.optim.hyper import Hyper, Interval, Present, Schedule
 from curvlab.optim.preconditioner import KL_CLIP, Preconditioner
@@ -57,8 +57,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: η, a number or a function of the step. With 1, the step minimises the structure's quadratic model with damping, within
             the trust region; "quadratic" minimises that of the exact Fisher matrix of the batch over the direction and the last
             step, which sets the momentum, too.
-        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options; K-FAC with
-            factored damping, whose inverses are renewed every 10 steps, if None.
+        structure: see `Preconditioner`.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`; their costs are those of `Preconditioner`.
         draws: random rows of a loss term, for "mc" and for signs.
         rows: what a row stands for, see `Preconditioner`.
@@ -125,7 +124,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.preconditioner = Preconditioner(
             model,
             loss,
-            KFAC(factored_damping=True, invert_every=10) if structure is None else structure,
+            structure,
             kind=kind,
             draws=draws,
             rows=rows,

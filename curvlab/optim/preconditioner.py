@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import StateError, UnsupportedModel
-from curvlab.fisher import Structure, make
+from curvlab.fisher import KFAC, Structure, make
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
 from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
@@ -61,7 +61,8 @@ class Preconditioner:
             within `collect` only.
         loss: the loss module that the training loop calls on the model's output and the targets, flattened or not: in
             `loss(logits.view(-1, C), targets.view(-1))`, positions of a sample have one row as in logits `[N, C, T]`.
-        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options.
+        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options; K-FAC with
+            factored damping, whose inverses are renewed every 10 steps, if None.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`. "empirical" costs no further sweep, "mc"
             one to the layers' outputs a draw, "exact" and "ggn" C of them.
         draws: random rows of a loss term, for "mc" and for signs.
@@ -91,7 +92,7 @@ class Preconditioner:
         self,
         model: nn.Module,
         loss: nn.Module,
-        structure: Structure | str = "kfac",
+        structure: Structure | str | None = None,
         *,
         kind: Kind = "mc",
         draws: int = 1,
@@ -107,6 +108,8 @@ class Preconditioner:
     ) -> None:
         check_loss(loss)
         self.loss = loss
+        if structure is None:
+            structure = KFAC(factored_damping=True, invert_every=10)
         self.structure = make(structure) if isinstance(structure, str) else structure
         self._blank = copy.deepcopy(self.structure)
         self.damping = Hyper("damping", damping)

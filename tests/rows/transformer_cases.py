@@ -181,7 +181,9 @@ def step_of(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient, and what a step makes of it, of passes `(model, loss) -> value`, which share that step."""
     loss = nn.CrossEntropyLoss()
-    training = Preconditioner(model, loss, **{"kind": "exact", "damping": 0.1, "kl_clip": None, "seed": 1, **options})
+    training = Preconditioner(
+        model, loss, **{"structure": "kfac", "kind": "exact", "damping": 0.1, "kl_clip": None, "seed": 1, **options}
+    )
     model.zero_grad()
     for run in passes:
         with training.collect():
