@@ -166,6 +166,10 @@ class Block(ABC):
         """Number of parameters `P_b`."""
         return sum(part.size for part in self.parts) if self.index is None else len(self.index)
 
+    def covered(self) -> Int[Tensor, " _"]:
+        """Return which entries of its layer it covers, none for all."""
+        return torch.empty(0, dtype=torch.long) if self.index is None else self.index.cpu()
+
     @property
     def count(self) -> int:
         """Number of equal matrices of which the block is made."""

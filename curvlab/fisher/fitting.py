@@ -357,9 +357,8 @@ def fit(
 def identity(structure: State, model: nn.Module, loss: nn.Module, how: Pass) -> dict[str, str]:
     """Return what tells fits apart, by what to call it in messages."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    options = {name: _told(value) for name, value in structure.options.items()}
     return {
-        "the structure": f"{structure.key} {options}",
+        "the structure": f"{structure.key} {_told(structure.options)}",
         "the model's state": fingerprint({name: tensor.detach() for name, tensor in tensors}),
         "the loss": fingerprint([(type(module).__name__, _settings(module)) for module in loss.modules()]),
         "the kind of rows": f"{how.kind} {how.draws} {how.per}",
@@ -367,7 +366,11 @@ def identity(structure: State, model: nn.Module, loss: nn.Module, how: Pass) -> 
 
 
 def _told(option: object) -> object:
-    """Return an option, or where a function is defined, as its address is another one in every process."""
+    """Return an option with all that sets it apart; of a function where it is defined, as its address changes with the process."""
+    if isinstance(option, State):
+        return option.key, _told(option.options)
+    if isinstance(option, Mapping):
+        return {name: _told(value) for name, value in option.items()}
     return f"{option.__module__}.{option.__qualname__}" if isinstance(option, FunctionType) else option
 
 

@@ -38,6 +38,7 @@ from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.tied import TiedRows
 from curvlab.tools.looks import Look
+from curvlab.tools.shown import some
 
 
 class _LinearKFAC(LinearBlock, KFACBlock):
@@ -124,12 +125,12 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
     def _notes(self) -> list[str]:
         def named(what: str, kind: type[Block]) -> list[str]:
             names = [name for block in self._blocks if isinstance(block, kind) for name in block.names]
-            return [f"{what}: {', '.join(names)}"] if names else []
+            return [f"{what}: {some(names)}"] if names else []
 
         long = [
             f"{block.name} ({', '.join(block.diagonal_sides)})"
             for block in self._blocks
             if isinstance(block, LinearBlock) and block.diagonal_sides
         ]
-        factors = [f"diagonal factors: {', '.join(long)}"] if long else []
+        factors = [f"diagonal factors: {some(long)}"] if long else []
         return factors + named("exact blocks", LastingBlock) + named("diagonal", DiagonalBlock)

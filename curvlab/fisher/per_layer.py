@@ -17,6 +17,7 @@ from curvlab.fisher.structure import Structure, make
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.tools.shown import line, some
 
 
 class PerLayer(Structure):
@@ -101,11 +102,16 @@ class PerLayer(Structure):
     def _prepare_refining(self, blocks: Iterable[Block]) -> None:
         decompose_factors(blocks)
 
+    def _configured(self) -> dict[str, object]:
+        return {}
+
     def _notes(self) -> list[str]:
+        if not self.updated:
+            return [some(f"{pattern!r}: {line(s, **s._configured())}" for pattern, s in self._choices.items())]
         fitting: dict[str, list[str]] = {}
         for layer in self._shapes.layers if self._shapes else ():
             fitting.setdefault(self._pattern(layer, ()), []).append(layer.name)
-        return [f"{self._choices[pattern].key}: {', '.join(names)}" for pattern, names in fitting.items()]
+        return [f"{self._choices[pattern].key}: {some(names)}" for pattern, names in fitting.items()]
 
 
 def _fits(layer: LayerRows, pattern: str) -> bool:

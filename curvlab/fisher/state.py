@@ -15,8 +15,6 @@ from operator import mul
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from curvlab.errors import StateError
 from curvlab.fisher.block import Block, RunningAverage, Total, batches_of
@@ -27,6 +25,7 @@ from curvlab.rows import Rows, merge
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.processes import Processes
 from curvlab.rows.rows import IN_COMMON
+from curvlab.tools.shown import changed, line, table
 
 Own = TypeVar("Own", bound="State")
 
@@ -102,9 +101,16 @@ class State(ABC):
         _add_count(RunningAverage(), rows, 0.0, total)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         state = f"P={self.space.size}, blocks={len(self._blocks)}" if self.updated else "not updated yet"
-        return f"{type(self).__name__}({'; '.join([options, state, *self._notes()])})"
+        return line(self, state, *self._notes(), **self._configured())
+
+    def _repr_html_(self) -> str:
+        rows = ((block.name, type(block).__name__.strip("_"), block.size) for block in self._blocks)
+        return table(self, ("layer", "block", "P"), rows, **self.options)
+
+    def _configured(self) -> dict[str, object]:
+        """Return the options that a line shows, those that are not the usual ones."""
+        return changed(self, self.options)
 
     def _notes(self) -> list[str]:
         """Return what a reader of the repr should know about the state."""
@@ -393,7 +399,7 @@ class State(ABC):
             "shapes": pack_rows(self.shapes),
             "kept": [(decay, pack_rows(rows)) for decay, rows in self._kept],
             "counts": self._counts.state(),
-            "blocks": [(repr(block), list(block.names), _entries(block), block.state()) for block in self._blocks],
+            "blocks": [(repr(block), list(block.names), block.covered(), block.state()) for block in self._blocks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -406,7 +412,7 @@ class State(ABC):
             raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
         shapes = unpack_rows(state["shapes"])
         blocks = self._cut(shapes)
-        made, saved = [repr(block) for block in blocks], [name for name, *_ in state["blocks"]]
+        made, saved = list(map(repr, blocks)), [name for name, *_ in state["blocks"]]
         if sorted(made) != sorted(saved):
             raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
         alike: dict[str, list[Any]] = {name: [] for name in saved}
@@ -414,7 +420,7 @@ class State(ABC):
             alike[of_block[0]].append(of_block)
         ordered = [alike[name].pop(0) for name in made]
         for block, (name, names, entries, _) in zip(blocks, ordered, strict=True):
-            if list(block.names) != names or not torch.equal(_entries(block), entries):
+            if list(block.names) != names or not torch.equal(block.covered(), entries):
                 raise ValueError(
                     f"The state's {name} covers other parameters than that of this configuration, which cuts them by another "
                     "partition. Load the state into a structure with the same one."
@@ -438,8 +444,3 @@ def _counted(batches: Iterable[tuple[float, Rows]]) -> RunningAverage:
     for decay, rows in batches:
         _add_count(counts, rows, decay)
     return counts
-
-
-def _entries(block: Block) -> Int[Tensor, " _"]:
-    """Return which entries of its layer a block covers, none for all."""
-    return torch.empty(0, dtype=torch.long) if block.index is None else block.index.cpu()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from inspect import signature
 from math import inf, log
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
 from curvlab.fisher.block import Block, RowRelation
-from curvlab.fisher.damping import Damping, absolute
+from curvlab.fisher.damping import Damping, SolveInfo, absolute
 from curvlab.fisher.fitting import fit
 from curvlab.fisher.kronecker import share_inverses
 from curvlab.fisher.moment import Invert, inverses
@@ -58,19 +57,6 @@ REGISTRIES.append(STRUCTURES)
 
 OUTSIDE_TOLERANCE = 1e-3
 """Share of a right-hand side's norm outside range(F) above which an undamped solve warns."""
-
-
-@dataclass(frozen=True)
-class SolveInfo:
-    """What a solve did.
-
-    Attributes:
-        damping: the absolute ρ.
-        outside: share of the right-hand side's norm outside range(F), one a vector; 0 with damping.
-    """
-
-    damping: float
-    outside: Float[Tensor, " K"]
 
 
 class Structure(State):

@@ -17,6 +17,7 @@ import torch
 from curvlab.fisher.by_layer import in_parts, put_together
 from curvlab.optim.natural_gradient import NaturalGradient
 from curvlab.optim.preconditioner import Preconditioner
+from curvlab.tools.shown import line
 
 COMMON = "common"
 """Item of what belongs to no layer; no parameter has the name."""
@@ -34,6 +35,9 @@ class ByLayer:
     def __init__(self, of: Preconditioner | NaturalGradient) -> None:
         self.optimizer = of if isinstance(of, NaturalGradient) else None
         self.preconditioner = of.preconditioner if isinstance(of, NaturalGradient) else of
+
+    def __repr__(self) -> str:
+        return line(self, of=self.optimizer or self.preconditioner)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the items of this process: its layers' as bytes, empty before the first update, and momentum."""

@@ -27,6 +27,7 @@ from curvlab.optim.quadratic import BatchLoss, LevenbergMarquardt, agreement, be
 from curvlab.optim.trust import clip
 from curvlab.rows.loss import Kind, RowPer
 from curvlab.rows.sharded import gathered, is_sharded
+from curvlab.tools.shown import changed, line
 
 logger = logging.getLogger("curvlab")
 
@@ -191,8 +192,12 @@ class NaturalGradient(torch.optim.Optimizer):
         }
 
     def __repr__(self) -> str:
-        extra = f"decoupled={self._decoupled}, damping={self._damping!r}"
-        return f"{super().__repr__()}\n{extra}\n{self.preconditioner!r}"
+        groups = {name: [group[name] for group in self.param_groups] for name in ("lr", "momentum", "weight_decay")}
+        rates = {name: values[0] if len(set(values)) == 1 else values for name, values in groups.items()}
+        own = changed(self, rates | {"nesterov": self.defaults["nesterov"], "decoupled": self._decoupled})
+        return line(
+            self, *self.preconditioner.notes(), **own, **self.preconditioner.options() | {"damping": self._damping}
+        )
 
     @property
     def damping(self) -> float:

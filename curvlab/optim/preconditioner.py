@@ -46,6 +46,7 @@ from curvlab.rows.processes import Processes
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
 from curvlab.rows.sharded import own_part, reshard
+from curvlab.tools.shown import changed, line, some
 
 KL_CLIP = 1e-2
 """Bound of the trust region unless another is given."""
@@ -177,23 +178,21 @@ class Preconditioner:
         self._former = names
 
     def __repr__(self) -> str:
-        shown = {
-            "structure": self.structure,
-            "kind": self.how.kind,
-            "draws": self.how.draws,
-            "rows": self.how.per,
-            "damping": self.damping.value,
-            "kl_clip": self.kl_clip and self.kl_clip.value,
-            "decay": self.decay.value,
-            "refresh_every": self.refresh_every.value,
-            "plain": self.plain,
-            "graph": self.graph,
-            "patience": self.patience,
-        }
-        options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-        coupled = ", ".join(coupled_modules(self.model))
-        note = f"; batch coupling ignored in {coupled}" if coupled else ""
-        return f"{type(self).__name__}({options}; {self.steps} steps, {self.skipped} skipped{note})"
+        return line(self, *self.notes(), **self.options())
+
+    def options(self) -> dict[str, object]:
+        """Return the options that a line shows: structure, kind, damping and decay, and what is not as usual."""
+        others: dict[str, object] = {"draws": self.how.draws, "rows": self.how.per}
+        others |= {"kl_clip": self.kl_clip and self.kl_clip.value, "refresh_every": self.refresh_every.value}
+        others |= {"plain": self.plain, "graph": self.graph, "patience": self.patience}
+        main: dict[str, object] = {"structure": self.structure, "kind": self.how.kind}
+        return main | {"damping": self.damping.value, "decay": self.decay.value} | changed(self, others)
+
+    def notes(self) -> list[str]:
+        """Return what a line says of the run so far."""
+        coupled = coupled_modules(self.model)
+        ignored = [f"batch coupling ignored in {some(coupled)}"] if coupled else []
+        return [f"{self.steps} steps, {self.skipped} skipped", *ignored]
 
     @property
     def due(self) -> bool:

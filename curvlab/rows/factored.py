@@ -23,7 +23,7 @@ PAIRING_OVERHEAD = 2
 """Time of a multiply-add of pairs of positions, whose products are small, relative to one of formed rows."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KroneckerRows(SharedRows):
     """Rows `Σ_t g ⊗ a` of a layer whose output is linear in its parameters: Linear and convolutions.
 
@@ -263,7 +263,7 @@ def _form(a: Float[Tensor, "N T I"], g: Float[Tensor, "V N T O"]) -> Float[Tenso
     return torch.einsum("vnto,nti->vnoi", g, a).flatten(2).contiguous()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EmbeddingRows(SharedRows):
     """Rows of an embedding: position t adds `g[v,n,t]` to the table row `index[n,t]`.
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from curvlab.rows.grouping import Grouping
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import add_product, chunks
+from curvlab.tools.shown import line, some
 
 Own = TypeVar("Own", bound="LayerRows")
 Shared = TypeVar("Shared", bound="SharedRows")
@@ -37,7 +38,7 @@ RowMap = Callable[[Tensor], Tensor]
 """A map of tensors `[V, N, …]` to `[W, N, …]`, linear in the row axis `v`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerRows(ABC):
     """Rows of one layer: the algebra that structures are built from."""
 
@@ -46,6 +47,11 @@ class LayerRows(ABC):
 
     summands: ClassVar[int] = 1
     """How many factored rows each row is the sum of; so many factors carry the row index."""
+
+    def __repr__(self) -> str:
+        return line(
+            self, some(self.layout.names), layer=self.name, V=self.shape[0], N=self.shape[1], P=self.layout.size
+        )
 
     @property
     @abstractmethod
@@ -287,7 +293,7 @@ class SharedRows(LayerRows):
         return self._with_factors(pad(self.inputs, 1), lengths, pad(self.g, 2))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseRows(LayerRows):
     """Rows that were formed: normalisations, bare parameters, and layers without a factored form."""
 

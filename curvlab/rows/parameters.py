@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import unknown_name
+from curvlab.tools.shown import line, some
 
 Parameters = Mapping[str, Tensor]
 Vector = Parameters | Tensor
@@ -123,6 +124,9 @@ class ParameterSpace:
     """Names and shapes of the trainable parameters, in `named_parameters()` order."""
 
     shapes: Mapping[str, torch.Size]
+
+    def __repr__(self) -> str:
+        return line(self, some(self.shapes), P=self.size)
 
     @property
     def size(self) -> int:

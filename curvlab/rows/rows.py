@@ -21,6 +21,7 @@ from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputRoot, RowPer
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.rows.products import mirror
+from curvlab.tools.shown import line, some, table
 
 IN_COMMON = {"kind": "kind", "reduction": "reduction", "what a row stands for": "per"}
 """What rows that are stacked or averaged have in common, by how messages call it."""
@@ -79,10 +80,14 @@ class Rows:
         return self.layers[0].row_factors[-1].device
 
     def __repr__(self) -> str:
-        return (
-            f"Rows(kind={self.kind!r}, per={self.per!r}, V={self.shape[0]}, N={self.shape[1]}, P={self.P}, count={self.count:g}, "
-            f"terms={self.terms:g}, layers=[{', '.join(layer.name for layer in self.layers)}], dtype={self.dtype})"
-        )
+        sizes = {"V": self.shape[0], "N": self.shape[1], "dtype": self.dtype} if self.layers else {}
+        layers = f"layers {some(layer.name or repr('') for layer in self.layers)}" if self.layers else "no layers"
+        about = {"kind": self.kind, "per": self.per, "P": self.P, "count": self.count, "terms": self.terms}
+        return line(self, layers, **about | sizes)
+
+    def _repr_html_(self) -> str:
+        rows = ((layer.name, ", ".join(layer.layout.names), layer.layout.size) for layer in self.layers)
+        return table(self, ("layer", "parameters", "P"), rows)
 
     def jacobian(self) -> Rows:
         """Return the Jacobian's rows from the sweep that gave these.

@@ -21,7 +21,7 @@ from curvlab.rows.parameters import Layout
 from curvlab.rows.products import chunks
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TiedRows(LayerRows):
     """Sums of the rows of two uses of one table.
 

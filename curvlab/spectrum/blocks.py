@@ -23,6 +23,7 @@ from curvlab.rows import Rows
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import gram
 from curvlab.spectrum.operator import DenseOperator, Operator
+from curvlab.tools.shown import line, some, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,9 @@ class Partition:
 
     names: tuple[str, ...]
     labels: Int64[Tensor, " P"]
+
+    def __repr__(self) -> str:
+        return line(self, some(self.names), blocks=len(self.names), P=len(self.labels))
 
     @classmethod
     def of(cls, space: ParameterSpace, blocks: Callable[[str, torch.Size], Iterable[str]]) -> Partition:
@@ -116,6 +120,14 @@ class BlockMap:
     mass: Float[Tensor, "B B"]
     standard_error: float = 0.0
     products: int = 0
+
+    def __repr__(self) -> str:
+        off = f"off-block share {self.share:.3g} ± {self.standard_error:.1g}"
+        return line(self, some(self.names), off, f"{self.products} products", blocks=len(self.names))
+
+    def _repr_html_(self) -> str:
+        rows = ((name, *shares) for name, shares in zip(self.names, self.relative.tolist(), strict=True))
+        return table(self, ("", *self.names), rows)
 
     @property
     def share(self) -> float:

@@ -20,6 +20,7 @@ from curvlab.spectrum.eigen import eigenpairs
 from curvlab.spectrum.estimates import Estimate
 from curvlab.spectrum.lanczos import Quadrature, quadratures
 from curvlab.spectrum.operator import Operator
+from curvlab.tools.shown import curve, line
 
 BASIS_ELEMENTS = 2**27
 """Numbers that the bases of the probes that run together may hold."""
@@ -38,6 +39,14 @@ class Density:
     size: int
     probes: tuple[Quadrature, ...]
     products: int
+
+    def __repr__(self) -> str:
+        low, high = float(self.nodes[0]), float(self.nodes[-1])
+        return line(self, P=self.size, eigenvalues=[low, high], probes=len(self.probes), products=self.products)
+
+    def _repr_html_(self) -> str:
+        grid = torch.linspace(float(self.nodes[0]), float(self.nodes[-1]), 181, dtype=torch.float64)
+        return curve(self, grid.tolist(), self.on(grid)[0].tolist())
 
     @property
     def nodes(self) -> Float[Tensor, " m"]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from curvlab.errors import NotPositiveDefinite, unknown_name
 from curvlab.spectrum.operator import Operator
+from curvlab.tools.shown import line, table
 
 Which = Literal["largest", "smallest", "both"]
 
@@ -75,6 +76,17 @@ class Eigenpairs:
     products: int
     block_products: int
     subspace: Float[Tensor, "m P"]
+
+    def __repr__(self) -> str:
+        found = int(self.converged.sum())
+        state = "converged" if found == len(self.values) else f"{found} of {len(self.values)} converged"
+        accuracy = f"residuals ≤ {float(self.residuals.max()):.1g}"
+        return line(self, accuracy, state, f"{self.products} products", k=len(self.values), values=self.values)
+
+    def _repr_html_(self) -> str:
+        columns = (self.values.tolist(), self.residuals.tolist(), self.converged.tolist())
+        rows = zip(*columns, strict=True)
+        return table(self, ("eigenvalue", "residual", "converged"), rows)
 
 
 def eigenpairs(

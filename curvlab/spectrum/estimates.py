@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.spectrum.operator import Operator
+from curvlab.tools.shown import line
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,9 @@ class Estimate:
     standard_error: float
     products: int
 
+    def __repr__(self) -> str:
+        return line(self, f"{self.value:.5g} ± {self.standard_error:.2g}", f"{self.products} products")
+
 
 @dataclass(frozen=True, eq=False)
 class DiagonalEstimate:
@@ -59,6 +63,10 @@ class DiagonalEstimate:
     value: Float[Tensor, " P"]
     standard_error: Float[Tensor, " P"]
     products: int
+
+    def __repr__(self) -> str:
+        worst = f"standard errors ≤ {float(self.standard_error.max()):.2g}"
+        return line(self, worst, f"{self.products} products", P=len(self.value), value=self.value)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from curvlab.tools.shown import line
+
 Product = Callable[[Tensor], Tensor]
 """A symmetric linear map of vectors `[n]`, or of blocks of vectors `[K, n]`."""
 
@@ -35,6 +37,9 @@ class Quadrature:
     nodes: Float[Tensor, " m"]
     weights: Float[Tensor, " m"]
     residuals: Float[Tensor, " m"]
+
+    def __repr__(self) -> str:
+        return line(self, nodes=self.nodes)
 
     def surely_above(self, number: float) -> float:
         """Return the weight that belongs to eigenvalues above a number.

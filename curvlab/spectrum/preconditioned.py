@@ -16,6 +16,7 @@ from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.structure import Structure
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.spectrum.operator import Operator
+from curvlab.tools.shown import line
 
 
 @runtime_checkable
@@ -59,6 +60,9 @@ class DiagonalPreconditioner:
         for name, value in diagonal.items():
             if not bool(((value >= 0) & value.isfinite()).all()):
                 raise ValueError(f"The diagonal of {name!r} has an entry that is negative or not finite.")
+
+    def __repr__(self) -> str:
+        return line(self, P=self.space.size, diagonal=self.diagonal)
 
     @classmethod
     def adam(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> DiagonalPreconditioner:

@@ -45,6 +45,7 @@ from curvlab.spectrum.singular import (
     singular_values,
     small_operator,
 )
+from curvlab.tools.shown import line
 
 logger = logging.getLogger("curvlab")
 
@@ -85,6 +86,11 @@ class Rank:
     cut: float
     method: Method
     standard_error: float = 0.0
+
+    def __repr__(self) -> str:
+        interval = f"between {self.lower} and {self.upper}" if self.undecided else ""
+        sizes = {"attainable": self.attainable, "rows": self.rows, "columns": self.columns}
+        return line(self, interval, rank=self.rank, **sizes, cut=self.cut, method=self.method)
 
     @property
     def undecided(self) -> int:

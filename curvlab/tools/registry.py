@@ -68,6 +68,9 @@ class Registry(Mapping[str, T], Generic[T]):
         self.what, self.group, self.form, self.fits = what, group, form, fits
         self._things: dict[str, T] = dict(things or {})
 
+    def __repr__(self) -> str:
+        return f"{self.what}: {', '.join(self)}"
+
     def register(self, name: str, thing: T) -> T:
         """Add a thing, and return it; one that is defined again, as in a notebook, replaces itself.
 

@@ -108,10 +108,7 @@ def test_layers_without_factors_keep_exact_blocks_up_to_a_size_and_the_repr_name
     assert repr(cf.EKFAC().update(data.rows)).endswith("exact blocks: gain, norm.weight, norm.bias)")
     at = positions(data.model)["gain"]
     assert_close(exact.to_dense()[at[:, None], at], data.reference.F[at[:, None], at])
-    assert repr(cf.KFAC()) == (
-        "KFAC(sharing='expand', factored_damping=False, max_block=1024, max_factor=8192, rtol=None, invert_every=1, "
-        "output_groups=1; not updated yet)"
-    )
+    assert repr(cf.KFAC(sharing="reduce")) == "KFAC(sharing='reduce'; not updated yet)"
     assert "P=" + str(data.rows.P) in repr(exact)
     assert len(names) == 7
 

@@ -298,7 +298,7 @@ def test_index_layers_survive_conversion() -> None:
 def test_repr_names_what_matters() -> None:
     model, x = architecture("mlp").make()
     rows = curvlab.rows.sqrt_fisher(model, nn.MSELoss(), x, torch.zeros(4, CLASSES, dtype=torch.float64))
-    text = "Rows(kind='exact', per='term', V=3, N=4, P=43, count=12, terms=12, layers=[0, 2], dtype=torch.float64)"
+    text = "Rows(kind='exact', per='term', P=43, count=12, terms=12, V=3, N=4, dtype=torch.float64; layers 0, 2)"
     assert repr(rows) == text
 
 
