@@ -1,8 +1,9 @@
-"""Progress through cells, or other pieces of work: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress through cells, or other pieces of work: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from curvlab.tools.text import duration
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_PAGES = 0.2
 
 Advance = Callable[[Hashable, str, bool], None]
 """Called after each cell, shown by its `str`, with what became of it and whether that is trouble, which is always shown."""
@@ -45,35 +47,71 @@ def progress(console: Console, costs: Mapping[Any, float], quiet: bool, *, unit:
                     say(console, f"{cell}: {outcome}")
 
             yield advance
+    elif console.is_jupyter:
+        yield _page(console, costs, unit)
     else:
         yield _lines(console, costs)
 
 
-def _lines(console: Console, costs: Mapping[Any, float]) -> Advance:
-    """A line for the first and the last cell, for one in trouble, and otherwise one every few seconds.
+class _Pace:
+    """What is done, and how long the rest takes at the pace since the first cell, before which everything has to get going."""
 
-    The time left follows from the pace since the first cell, before which everything has to get going.
-    """
-    start = time.monotonic()
-    total = sum(costs.values())
-    done, spent = 0, 0.0
-    first_elapsed, first_spent = 0.0, 0.0
+    def __init__(self, costs: Mapping[Any, float]) -> None:
+        self.costs, self.total = costs, sum(costs.values())
+        self.done, self.spent, self.elapsed = 0, 0.0, 0.0
+        self._start = time.monotonic()
+        self._first = (0.0, 0.0)
+
+    def add(self, cell: Hashable) -> None:
+        """Count a cell as done."""
+        self.done += 1
+        self.spent += self.costs[cell]
+        self.elapsed = time.monotonic() - self._start
+        if self.done == 1:
+            self._first = (self.elapsed, self.spent)
+
+    @property
+    def left(self) -> str:
+        """The time left, after a semicolon; empty where there is none, and where it is not known."""
+        elapsed, spent = self._first
+        if self.done == len(self.costs) or self.spent <= spent:
+            return ""
+        return f"; {duration((self.elapsed - elapsed) / (self.spent - spent) * (self.total - self.spent))} left"
+
+
+def _lines(console: Console, costs: Mapping[Any, float]) -> Advance:
+    """A line for the first and the last cell, for one in trouble, and otherwise one every few seconds."""
+    pace = _Pace(costs)
     printed = -SECONDS_BETWEEN_LINES
 
     def advance(cell: Hashable, outcome: str, trouble: bool) -> None:
-        nonlocal done, spent, printed, first_elapsed, first_spent
-        done += 1
-        spent += costs[cell]
-        elapsed = time.monotonic() - start
-        if done == 1:
-            first_elapsed, first_spent = elapsed, spent
-        if done < len(costs) and elapsed - printed < SECONDS_BETWEEN_LINES and not trouble:
+        nonlocal printed
+        pace.add(cell)
+        if pace.done < len(costs) and pace.elapsed - printed < SECONDS_BETWEEN_LINES and not trouble:
             return
-        printed = elapsed
-        left = ""
-        if done < len(costs) and spent > first_spent:
-            pace = (elapsed - first_elapsed) / (spent - first_spent)
-            left = f"; {duration(pace * (total - spent))} left"
-        say(console, f"[{done}/{len(costs)}] {cell}: {outcome}{left}")
+        printed = pace.elapsed
+        say(console, f"[{pace.done}/{len(costs)}] {cell}: {outcome}{pace.left}")
+
+    return advance
+
+
+def _page(console: Console, costs: Mapping[Any, float], unit: str) -> Advance:
+    """A bar below the cell of a notebook, drawn anew in its place; rich's own needs widgets."""
+    from IPython.display import HTML, display
+
+    pace = _Pace(costs)
+    shown = display(HTML(""), display_id=True)
+    drawn = -SECONDS_BETWEEN_PAGES
+
+    def advance(cell: Hashable, outcome: str, trouble: bool) -> None:
+        nonlocal drawn
+        pace.add(cell)
+        if trouble:
+            say(console, f"{cell}: {outcome}")
+        if pace.done < len(costs) and pace.elapsed - drawn < SECONDS_BETWEEN_PAGES:
+            return
+        drawn = pace.elapsed
+        text = escape(f"{pace.done} of {len(costs)} {unit}{pace.left}: {cell}")
+        shown.update(HTML(f'<progress value="{pace.spent}" max="{pace.total}"></progress> {text}'))
 
     return advance

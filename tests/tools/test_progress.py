@@ -1,6 +1,8 @@
 """Progress on a terminal and elsewhere."""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -38,3 +40,23 @@ def test_a_terminal_keeps_the_trouble_above_the_bar():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quiet(terminal):
     assert shown(terminal=terminal, quiet=True) == ""
+
+
+def test_a_notebook_has_one_bar_that_is_drawn_anew_and_the_trouble(monkeypatch):
+    pages, said = [], []
+
+    class Handle:
+        def update(self, page):
+            pages.append(page)
+
+    display = SimpleNamespace(HTML=str, display=lambda page, display_id: Handle())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("curvlab.tools.progress.say", lambda _, text: said.append(text))
+    monkeypatch.setattr("curvlab.tools.progress.SECONDS_BETWEEN_PAGES", 0.0)
+    with progress(Console(file=io.StringIO(), force_jupyter=True), COSTS, quiet=False) as advance:
+        for cell in CELLS:
+            advance(cell, "failed", cell == "seed=2")
+    assert said == ["seed=2: failed"]
+    assert len(pages) == 5
+    assert pages[-1] == '<progress value="10.0" max="10.0"></progress> 5 of 5 cells: seed=4'
