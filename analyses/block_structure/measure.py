@@ -87,7 +87,7 @@ def _products(operator: Operator, point: Point, share: object, count: int, seed:
     for name, block in vectors.items():
         exact, kept = operator.matmat(block), blocks.matmat(block)
         norms, errors = exact.square().sum(1), (exact - kept).square().sum(1)
-        cosines = torch.nn.functional.cosine_similarity(exact, kept, dim=1)
+        cosines = torch.nn.functional.cosine_similarity(exact, kept, dim=1).clamp(-1, 1)
         error, alignment = float((errors.sum() / norms.sum()).sqrt()), float(cosines.mean())
         rows += [observed("product_error", error, vectors=name), observed("alignment", alignment, vectors=name)]
         if name == "random" and isinstance(share, float) and 0 < share < 1:

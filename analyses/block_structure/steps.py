@@ -87,4 +87,4 @@ class Blocks:
 
 def cosine(first: Tensor, second: Tensor) -> float:
     """Cosine of two vectors."""
-    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0).clamp(-1, 1))

@@ -100,7 +100,7 @@ def undamped_cosine(kernels: ArrayLike, residual: ArrayLike) -> float:
     r = array("residual", residual, 1)
     length("residual", r, kernels.shape[-1], "the rows of the kernels")
     whole, *parts = (_quadratic(index, kernel, r) for index, kernel in enumerate([kernels.sum(0), *kernels]))
-    return len(kernels) * sqrt(whole / sum(parts))
+    return min(1.0, len(kernels) * sqrt(whole / sum(parts)))
 
 
 def _quadratic(index: int, kernel: Float[np.ndarray, "R R"], r: Float[np.ndarray, " R"]) -> float:

@@ -17,7 +17,8 @@ from analyses.block_structure.measure import measure
 from analyses.block_structure.optimiser import AdamMini
 from analyses.block_structure.points import START
 from analyses.block_structure.setting import Point, loss_in_testing, problem_of, times, train
-from analyses.block_structure.steps import Blocks, best, full_solver
+from analyses.block_structure.steps import Blocks, best, cosine, full_solver
+from analyses.gnn_natural_gradient.experiments import kronecker
 from curvlab.problems.short_text import short_text_problem
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.spectrum import Partition, by_layer, by_tensor
@@ -452,3 +453,9 @@ def test_large_networks_have_maps_of_layers_alone() -> None:
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**options)  # type: ignore[arg-type]
+
+
+def test_no_cosine_is_above_one():
+    vectors = torch.randn(200, 7, generator=torch.Generator().manual_seed(0))
+    assert all(kronecker._cosine(v, v) <= 1 and cosine(v, v) <= 1 for v in vectors)
+    assert cosine(vectors[0], -vectors[0]) >= -1

@@ -85,6 +85,7 @@ def test_equal_kernels_have_the_full_step_whatever_is_left_out_and_multiples_hav
     residual = [1.0, -2.0, 0.3, 0.7]
     assert theory.off_block_share(theory.kernel_mass([kernel] * 3)) == pytest.approx(2 / 3)
     assert theory.undamped_cosine([kernel] * 3, residual) == pytest.approx(1.0)
+    assert all(theory.undamped_cosine([kernel * factor] * 3, residual) <= 1 for factor in np.linspace(0.1, 2, 50))
     scales = np.array([1.0, 2.0, 0.5])
     multiples = 3 / np.sqrt(scales.sum() * (1 / scales).sum())
     assert theory.undamped_cosine(scales[:, None, None] * kernel, residual) == pytest.approx(multiples)

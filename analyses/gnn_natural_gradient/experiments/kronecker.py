@@ -60,7 +60,7 @@ def _blocks(model: nn.Module) -> dict[str, slice]:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    return float((a.flatten() @ b.flatten()) / (a.norm() * b.norm()))
+    return float(((a.flatten() @ b.flatten()) / (a.norm() * b.norm())).clamp(-1, 1))
 
 
 def _quality(model: GraphNetwork, setting: Setting) -> list[dict[str, object]]:
