@@ -47,7 +47,7 @@ def absolute(damping: Damping, largest: Callable[[], float]) -> float:
         if isinstance(damping, str) and not damping.startswith("rel:"):
             raise ValueError
         value = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f'damping is a number or a string such as "rel:1e-6", got {damping!r}.') from None
     if not isfinite(value) or value < 0:
         raise ValueError(f"damping must be finite and not negative, got {damping!r}.")

@@ -13,6 +13,7 @@ from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.parameters import Layout
 from curvlab.tools.looks import Look
+from curvlab.tools.text import as_names
 
 
 class RowStructure(Structure):
@@ -61,7 +62,7 @@ class BlockDiagonal(
     """The blocks of `F` on its diagonal: one a layer, or those of a partition of the parameters' names.
 
     Args:
-        partition: groups of parameter names, each a block; layers if None.
+        partition: groups of parameter names, or names alone, each a block; layers if None.
         side: "rows" or "parameters", on which a block is kept and solved; "auto" for the smaller one.
         window: keep the rows of the last `window` batches, each `decay` times the weight of the next.
         rtol: rank tolerance of undamped solves, relative to λ_max; n·ε if None.
@@ -72,13 +73,13 @@ class BlockDiagonal(
     def __init__(
         self,
         *,
-        partition: Sequence[Sequence[str]] | None = None,
+        partition: Sequence[str | Sequence[str]] | None = None,
         side: Side = "auto",
         window: int | None = None,
         rtol: float | None = None,
     ) -> None:
         super().__init__(side=side, window=window, rtol=rtol)
-        self._partition = None if partition is None else tuple(tuple(group) for group in partition)
+        self._partition = as_partition(partition)
         self.by_layer = self.by_layer and partition is None
 
     @property
@@ -88,6 +89,14 @@ class BlockDiagonal(
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
         return [RowBlock(name, parts, self._config) for name, parts in partition_parts(rows, self._partition)]
+
+
+def as_partition(partition: Sequence[str | Sequence[str]] | None) -> tuple[tuple[str, ...], ...] | None:
+    """Read a partition of parameters' names; a name that stands alone is a block of its own."""
+    if partition is None:
+        return None
+    groups = (partition,) if isinstance(partition, str) else partition
+    return tuple(as_names(group, "partition") for group in groups)
 
 
 def partition_parts(rows: Rows, partition: Sequence[Sequence[str]] | None) -> list[tuple[str, list[Layout]]]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from curvlab.errors import IllConditioned
 from curvlab.fisher.block import Block, RowRelation
-from curvlab.fisher.full import RowStructure, partition_parts
+from curvlab.fisher.full import RowStructure, as_partition, partition_parts
 from curvlab.fisher.power import Power
 from curvlab.fisher.side import RowSide, Side, SidedBlock
 from curvlab.fisher.system import Eigen, condition_limit, rank_tolerance
@@ -286,13 +286,13 @@ class LayerWise(
         self,
         sigma: Sigma | None = None,
         *,
-        partition: Sequence[Sequence[str]] | None = None,
+        partition: Sequence[str | Sequence[str]] | None = None,
         side: Side = "auto",
         window: int | None = None,
         rtol: float | None = None,
     ) -> None:
         super().__init__(side=side, window=window, rtol=rtol)
-        self._partition = None if partition is None else tuple(tuple(group) for group in partition)
+        self._partition = as_partition(partition)
         self._sigma: Callable[[int], Tensor]
         if sigma is None:
             self._sigma = _identity
@@ -334,7 +334,7 @@ class BlockTridiagonal(
     def __init__(
         self,
         *,
-        partition: Sequence[Sequence[str]] | None = None,
+        partition: Sequence[str | Sequence[str]] | None = None,
         side: Side = "auto",
         window: int | None = None,
         rtol: float | None = None,

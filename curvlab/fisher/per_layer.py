@@ -30,7 +30,7 @@ class PerLayer(Structure):
     and exact blocks with `side="parameters"`.
 
     Args:
-        choices: structures, not updated yet, or keys of `curvlab.fisher.STRUCTURES`, by pattern.
+        choices: structures, not updated yet, or keys of `curvlab.fisher.STRUCTURES`, by pattern; one alone is for every layer.
 
     Raises:
         ValueError: if there are no choices, one has a state already, or they keep rows for different windows.
@@ -40,9 +40,12 @@ class PerLayer(Structure):
     key = "per-layer"
     summary = "another structure for each layer, by patterns of names"
 
-    def __init__(self, choices: Mapping[str, Structure | str]) -> None:
+    def __init__(
+        self, choices: Mapping[str, Structure | type[Structure] | str] | Structure | type[Structure] | str
+    ) -> None:
         super().__init__()
-        self._choices = {p: make(s) if isinstance(s, str) else s for p, s in choices.items()}
+        by_pattern = choices if isinstance(choices, Mapping) else {"*": choices}
+        self._choices = {pattern: make(structure) for pattern, structure in by_pattern.items()}
         structures = list(self._choices.values())
         if not structures:
             raise ValueError('choices has no pattern; {"*": "kfac"} takes K-FAC for every layer.')

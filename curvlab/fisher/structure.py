@@ -428,14 +428,20 @@ class Structure(State):
         return total
 
 
-def make(key: str, **options: Any) -> Structure:
-    """Return a structure by its key in `STRUCTURES`, with the options of its class.
+def make(key: str | type[Structure] | Structure, **options: Any) -> Structure:
+    """Return a structure by its key in `STRUCTURES` or its class, with the options of its class; one that is there as it is.
 
     Raises:
-        ValueError: for an unknown key or option, with the nearest known one suggested.
+        ValueError: for an unknown key or option, with the nearest known one suggested, and for what is no structure.
     """
-    known = signature(STRUCTURES[key]).parameters
+    if isinstance(key, Structure) and not options:
+        return key
+    made = STRUCTURES[key] if isinstance(key, str) else key
+    if not (isinstance(made, type) and issubclass(made, Structure)):
+        what = "one that is made takes no further options" if options else f"got a {type(key).__name__}"
+        raise ValueError(f"A structure is a key such as 'kfac', a class, or an object such as KFAC(); {what}.")
+    known = signature(made).parameters
     for name in options:
         if name not in known:
-            raise unknown_name(f"option of {key!r}", name, known)
-    return STRUCTURES[key](**options)
+            raise unknown_name(f"option of {getattr(made, 'key', made.__name__)!r}", name, known)
+    return made(**options)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import called_with
-from curvlab.nn.modes import randomness, refuse_script
+from curvlab.nn.modes import check_module, randomness
 
 
 class Linearized(nn.Module):
@@ -95,7 +95,7 @@ def linearize(model: nn.Module) -> Linearized:
             normalisation or dropout in training mode), cannot be copied, or has a parameter or submodule
             called `base`, which would hide the frozen model.
     """
-    refuse_script(model)
+    check_module(model)
     noisy = [name or type(model).__name__ for name, module in model.named_modules() if randomness(module)]
     if noisy:
         raise UnsupportedModel(

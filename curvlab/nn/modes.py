@@ -60,12 +60,17 @@ def as_cast() -> Iterator[None]:
         yield
 
 
-def refuse_script(model: nn.Module) -> None:
-    """Refuse TorchScript, whose parameters are not in dictionaries.
+def check_module(model: nn.Module) -> None:
+    """Refuse what is no module, and TorchScript, whose parameters are not in dictionaries.
 
     Raises:
-        UnsupportedModel: naming the module.
+        UnsupportedModel: naming what it is, or the module.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(
+            f"The model is a torch.nn.Module, got {_called(model)}: pass the module itself, not its parameters, its class or its "
+            "outputs."
+        )
     modules = model.named_modules()
     scripted = next(
         (name or type(model).__name__ for name, m in modules if isinstance(m, torch.jit.ScriptModule)), None
@@ -75,6 +80,11 @@ def refuse_script(model: nn.Module) -> None:
             f"{scripted} is scripted or traced (TorchScript), which hides what happens inside. Use the module in Python that it "
             "was made from, with its state_dict."
         )
+
+
+def _called(thing: object) -> str:
+    """What somebody gave instead of something else, in a few words."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 def randomness(module: nn.Module) -> str | None:

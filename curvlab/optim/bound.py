@@ -73,8 +73,8 @@ class Bound:
             raise no_rows_beside(coupled, self.ruleless)
         if coupled and not (structure.averages or by_batch):
             raise UnsupportedModel(
-                f"{', '.join(coupled)} normalise by the batch, so samples interact and the {structure.key} structure has no "
-                "rows. Call eval() on them, or use a structure of moments such as 'kfac'."
+                f"The normalisation in {', '.join(coupled)} is that of the batch, in training mode, so samples interact and the "
+                f"{structure.key} structure has no rows. Call eval() on it, or use a structure of moments such as 'kfac'."
             )
 
 

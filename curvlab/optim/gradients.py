@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from curvlab.tools.shown import some
+
 
 def is_hooked(parameter: nn.Parameter) -> bool:
     """Whether a hook may have changed what the backward pass brought."""
@@ -27,6 +29,23 @@ def masked(direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> 
     """Return the direction, 0 if a gradient is not finite, without asking the device which it is."""
     finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()
     return {name: torch.where(finite, step, torch.zeros_like(step)) for name, step in direction.items()}
+
+
+def not_finite(model: nn.Module, outputs: Sequence[Tensor]) -> str:
+    """Say which parameters, or else at which sample a model's outputs, are not finite, and the remedy.
+
+    Args:
+        model: whose steps are skipped.
+        outputs: those of the last step's passes, `[N, …]`.
+    """
+    broken = [name for name, p in model.named_parameters() if not all_finite([p.detach()])]
+    if broken:
+        return f"{some(broken)} of the model are not finite: begin again with finite ones, and a lower learning rate."
+    for z in outputs:
+        samples = (~z.isfinite()).flatten(1).any(1).nonzero()
+        if len(samples):
+            return f"The model's output is not, first at sample {int(samples[0])}: check the inputs, or lower the learning rate."
+    return "Lower the learning rate or raise the damping."
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

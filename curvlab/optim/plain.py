@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from torch import nn
 
 from curvlab.errors import UnsupportedModel, unknown_name
+from curvlab.nn.modes import check_module
 from curvlab.rows.owners import Owner, owners_of
 
 
 def preconditioned(model: nn.Module, plain: Sequence[str]) -> list[Owner]:
     """Return the owners of parameters that are not left to the plain gradient."""
-    known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules() if name}
+    check_module(model)
+    known = [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_modules() if name)]
     for name in plain:
         if name not in known:
             raise unknown_name("module or parameter in plain", name, known)

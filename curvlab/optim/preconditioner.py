@@ -29,7 +29,7 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, Structure, make
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
-from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, unchanged
+from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, not_finite, unchanged
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.plain import preconditioned
 from curvlab.optim.processes import inverses_by, own_share
@@ -47,6 +47,7 @@ from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
 from curvlab.rows.sharded import own_part, reshard
 from curvlab.tools.shown import changed, line, some
+from curvlab.tools.text import as_names
 
 KL_CLIP = 1e-2
 """Bound of the trust region unless another is given."""
@@ -62,8 +63,8 @@ class Preconditioner:
             within `collect` only.
         loss: the loss module that the training loop calls on the model's output and the targets, flattened or not: in
             `loss(logits.view(-1, C), targets.view(-1))`, positions of a sample have one row as in logits `[N, C, T]`.
-        structure: a structure, not updated yet, or a key of `curvlab.fisher.STRUCTURES` for one with default options; K-FAC with
-            factored damping, whose inverses are renewed every 10 steps, if None.
+        structure: a structure, not updated yet, or its class or a key of `curvlab.fisher.STRUCTURES` for one with default options;
+            K-FAC with factored damping, whose inverses are renewed every 10 steps, if None.
         kind: which rows the curvature is made of, as in `curvlab.sqrt_fisher`. "empirical" costs no further sweep, "mc"
             one to the layers' outputs a draw, "exact" and "ggn" C of them.
         draws: random rows of a loss term, for "mc" and for signs.
@@ -93,7 +94,7 @@ class Preconditioner:
         self,
         model: nn.Module,
         loss: nn.Module,
-        structure: Structure | str | None = None,
+        structure: Structure | type[Structure] | str | None = None,
         *,
         kind: Kind = "mc",
         draws: int = 1,
@@ -102,16 +103,14 @@ class Preconditioner:
         kl_clip: Schedule | None = KL_CLIP,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
-        plain: Sequence[str] = (),
+        plain: str | Sequence[str] = (),
         graph: bool = False,
         seed: int = 0,
         patience: int = 10,
     ) -> None:
         check_loss(loss)
         self.loss = loss
-        if structure is None:
-            structure = KFAC(factored_damping=True, invert_every=10)
-        self.structure = make(structure) if isinstance(structure, str) else structure
+        self.structure = KFAC(factored_damping=True, invert_every=10) if structure is None else make(structure)
         self._blank = copy.deepcopy(self.structure)
         self.damping = Hyper("damping", damping)
         self.kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
@@ -119,7 +118,7 @@ class Preconditioner:
         self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
         self.refresh_every = Every("refresh_every", refresh_every)
         self.patience = whole("patience", patience)
-        self.plain = tuple(plain)
+        self.plain = as_names(plain, "plain")
         self.graph = graph
         self.steps = 0
         self.skipped = 0
@@ -216,7 +215,8 @@ class Preconditioner:
     def collect(self) -> Iterator[None]:
         """Collect from one forward pass, call of the loss and backward pass; several before a step accumulate.
 
-        A pass that finds no gradients to add to begins anew: passes before it were given up.
+        A pass that finds no gradients to add to begins anew: passes before it were given up. A factor on the loss, such as 1/k
+        for k passes, is one on the gradient alone: the curvature is that of the loss given, of `curvlab.nn.Scaled` with its factor.
 
         Raises:
             StateError: if a pass is missing or one too many, or trainable parameters have changed.
@@ -339,6 +339,7 @@ class Preconditioner:
                 # The inputs of a sum that adds up are finite.
                 seen += layer.row_factors if sums.issuperset(layer.layout.names) else layer.factors
             if not self._all_finite(seen, shared=due or self._sharding is not None):
+                self._passes = passes
                 self.skip()
                 return None
         self.heard.hear(self.loss, passes, clips=self.kl_clip is not None, looks=looks)
@@ -407,14 +408,14 @@ class Preconditioner:
         Raises:
             FloatingPointError: see `precondition`.
         """
+        outputs = [found.output for found in self._passes]
         self._passes, self._untouched = [], {}
         self._advance(due=self.due)
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self.patience:
             raise FloatingPointError(
-                f"Gradients or rows were not finite in {self._skipped_in_a_row} steps in a row. Lower the learning rate "
-                "or raise the damping."
+                f"Gradients or rows were not finite in {self._skipped_in_a_row} steps in a row. {not_finite(self.model, outputs)}"
             )
 
     def state_dict(self) -> dict[str, Any]:

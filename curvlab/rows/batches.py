@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from curvlab.rows.packed import is_packed, length, together
 
@@ -20,12 +20,24 @@ def as_batches(data: Data) -> Any:
 
     A pair has targets in a tensor, or in a mapping as `curvlab.nn.MultiTask` takes them, or inputs that are no pair themselves,
     such as a tensor beside targets in a tuple.
+
+    Raises:
+        ValueError: for a data set, whose entries are samples.
     """
+    if _holds_samples(data):
+        raise ValueError(
+            f"The data are a {type(data).__name__}, which holds samples and no batches: wrap it in DataLoader(data, batch_size=…), "
+            "with batch_size=None if what it holds are batches."
+        )
     if not isinstance(data, tuple | list) or len(data) != 2:
         return data
     inputs, targets = data
     of_one = is_packed(inputs) or not isinstance(inputs, tuple | list)
     return [data] if of_one or isinstance(targets, Tensor | Mapping) else data
+
+
+def _holds_samples(data: object) -> bool:
+    return isinstance(data, Dataset) and not isinstance(data, IterableDataset)
 
 
 def as_pair(batch: Any) -> tuple[Any, Any]:

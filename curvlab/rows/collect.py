@@ -145,6 +145,12 @@ class Collector(AbstractContextManager["Collector"]):
             self._finish()
 
     @property
+    def output(self) -> Tensor:
+        """What the loss was called on."""
+        assert self._z is not None
+        return self._z
+
+    @property
     def seen(self) -> tuple[Arguments, Any, bool, torch.Size, RandomState]:
         """Inputs, targets, whether the loss was called on what the model returned, in which shape, and random states before."""
         assert self._z is not None
@@ -217,7 +223,8 @@ class Collector(AbstractContextManager["Collector"]):
             return
         if self._z is not None or self._arguments is None:
             when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
-            raise StateError(f"The loss was called {when}: open a context, run the model, then call the loss.")
+            given = f"the {type(self._model).__name__} that was given"
+            raise StateError(f"The loss was called {when}: open a context, run {given}, then call the loss.")
         self._watching.close()
         by_position = signature(self._loss.forward).bind(*args, **kwargs).arguments.values() if kwargs else args
         self._z, self._targets = by_position
@@ -344,11 +351,17 @@ class Collector(AbstractContextManager["Collector"]):
 
     @without_autocast()
     def _finish(self) -> None:
+        if self._arguments is None:
+            raise StateError(
+                f"No rows were collected: call the {type(self._model).__name__} that was given within the context, the very module "
+                "and with gradients on, and on its output the loss."
+            )
         if self._z is None or self._terms is None:
             raise StateError(
                 f"No rows were collected: call the {type(self._loss).__name__} that was given on the model's output within the "
-                "context. A model that makes its loss from labels among its inputs does not call it: call it on the model's "
-                "logits and shifted labels, or let the model call it, as in docs/sequence_models.md."
+                "context; another object of its class, or its function in torch.nn.functional, is another loss. A model that makes "
+                "its loss from labels among its inputs does not call it: call it on the model's logits and shifted labels, or let "
+                "the model call it, as in docs/sequence_models.md."
             )
         if self._upstream is None:
             raise StateError("No rows were collected: call backward() within the context.")

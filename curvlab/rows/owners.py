@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import UnsupportedModel
-from curvlab.nn.modes import randomness, refuse_script
+from curvlab.nn.modes import check_module, randomness
 from curvlab.rows.modules import (
     OWN,
     Composite,
@@ -68,10 +68,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters, in `named_parameters()` order.
 
     Raises:
-        UnsupportedModel: if there are none, a lazy module has not made its own yet, they have no numbers or complex ones, and for
-            compiled TorchScript.
+        UnsupportedModel: for what is no module, if there are none, a lazy module has not made its own yet, they have no numbers
+            or complex ones, and for compiled TorchScript.
     """
-    refuse_script(model)
+    check_module(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UnsupportedModel("The model has no trainable parameter: set requires_grad on those to analyse.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import unknown_name
 from curvlab.nn import Linearized
+from curvlab.nn.modes import check_module
 from curvlab.rows.loss import Draws, Kind, LossTerms, RowPer, identity_cotangents, one_row_a_position
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, call
@@ -96,6 +97,10 @@ class Pass:
             )
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}.")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ValueError(
+                f"generator is a torch.Generator, such as torch.Generator().manual_seed(0), got a {type(self.generator).__name__}."
+            )
         if self.random and self.generator is None:
             what = "kind='mc'" if self.kind == "mc" else "rows='signs'"
             raise ValueError(f"{what} draws at random: pass generator=torch.Generator().manual_seed(…).")
@@ -127,6 +132,7 @@ class Pass:
 
     def read(self, model: nn.Module, inputs: Any) -> ModelInputs:
         """Tell the arguments of a model, and what a sample is."""
+        check_module(model)
         arguments = as_arguments(inputs)
         called = model.base if isinstance(model, Linearized) else model
         return ModelInputs(arguments, samples_of(called, inputs, arguments, self.nodes), self.output, self.plain)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn.functional import attributes_kept
@@ -78,7 +79,18 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def as_arguments(inputs: Any) -> Arguments:
-    """Unpack a tuple into arguments, a mapping into keywords; anything else is one argument. Tensors are `detached`."""
+    """Unpack a tuple into arguments, a mapping into keywords; anything else is one argument. Tensors are `detached`.
+
+    Raises:
+        ValueError: for data that come in batches, and for arrays that are no tensors.
+    """
+    if isinstance(inputs, DataLoader | Dataset):
+        raise ValueError(
+            f"inputs are those of one batch, got a {type(inputs).__name__}. Take one, as in inputs, targets = next(iter(loader)); "
+            "curvlab.gram and the fit of a structure take all batches of a loader."
+        )
+    if hasattr(inputs, "__array_interface__"):
+        raise ValueError("inputs are a NumPy array: pass torch.as_tensor(inputs), in the type of the parameters.")
     if isinstance(inputs, Mapping):
         unpacked: Arguments = (), dict(inputs)
     else:

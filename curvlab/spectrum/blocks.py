@@ -22,8 +22,11 @@ from torch import Tensor
 from curvlab.rows import Rows
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import gram
-from curvlab.spectrum.operator import DenseOperator, Operator
+from curvlab.spectrum.operator import DenseOperator, Operator, check_operator
 from curvlab.tools.shown import line, some, table
+
+Located = ParameterSpace | Rows | Operator
+"""Parameters, or rows or an operator on them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +45,16 @@ class Partition:
         return line(self, some(self.names), blocks=len(self.names), P=len(self.labels))
 
     @classmethod
-    def of(cls, space: ParameterSpace, blocks: Callable[[str, torch.Size], Iterable[str]]) -> Partition:
+    def of(cls, space: Located, blocks: Callable[[str, torch.Size], Iterable[str]]) -> Partition:
         """Return the partition that puts units of parameters together under names.
 
         Args:
-            space: the parameters.
+            space: the parameters, or what is located on them.
             blocks: name and shape of a parameter → a block for every equal part of it, units outermost; one for all of it.
         """
         names: dict[str, int] = {}
         labels = []
-        for parameter, shape in space.shapes.items():
+        for parameter, shape in (space if isinstance(space, ParameterSpace) else space.space).shapes.items():
             units = [names.setdefault(block, len(names)) for block in blocks(parameter, shape)]
             labels.append(torch.tensor(units, device="cpu").repeat_interleave(shape.numel() // len(units)))
         return cls(tuple(names), torch.cat(labels))
@@ -69,21 +72,21 @@ class Partition:
         return (self.labels == blocks[:, None]).to(like)
 
 
-def by_layer(space: ParameterSpace) -> Partition:
+def by_layer(space: Located) -> Partition:
     """Return one block a module that has parameters of its own: a weight with its bias, scale and shift of a normalisation."""
     return Partition.of(space, lambda name, _: [layer_of(name)])
 
 
-def by_tensor(space: ParameterSpace) -> Partition:
+def by_tensor(space: Located) -> Partition:
     """Return one block a parameter tensor."""
     return Partition.of(space, lambda name, _: [name])
 
 
-def by_unit(space: ParameterSpace, groups: Mapping[str, int] | None = None) -> Partition:
+def by_unit(space: Located, groups: Mapping[str, int] | None = None) -> Partition:
     """Return one block an index of the first axis: a neuron with its bias, a channel, a row of an embedding.
 
     Args:
-        space: the parameters.
+        space: the parameters, or rows or an operator on them.
         groups: for some layers, into how many blocks of consecutive units they are cut instead, such as heads.
 
     Raises:
@@ -229,6 +232,11 @@ class _DiagonalPart(Operator):
 
 
 def _check(operator: Operator, partition: Partition) -> None:
+    check_operator(operator)
+    if not isinstance(partition, Partition):
+        raise ValueError(
+            f"partition is one such as by_layer(operator.space), by_tensor or by_unit, got a {type(partition).__name__}."
+        )
     if not operator.euclidean:
         raise ValueError(f"{operator!r} is not symmetric in the Euclidean inner product, which its blocks belong to.")
     if len(partition.labels) != operator.size:

@@ -19,7 +19,7 @@ from curvlab.fisher.damping import Damping, absolute
 from curvlab.spectrum.eigen import eigenpairs
 from curvlab.spectrum.estimates import Estimate
 from curvlab.spectrum.lanczos import Quadrature, quadratures
-from curvlab.spectrum.operator import Operator
+from curvlab.spectrum.operator import Operator, check_operator
 from curvlab.tools.shown import curve, line
 
 BASIS_ELEMENTS = 2**27
@@ -119,6 +119,7 @@ def density(
     Cost: `probes·steps` products, in blocks of as many probes as memory admits, and `2·probes·steps²·P` operations;
     memory `steps·P` for each probe of a block.
     """
+    check_operator(operator)
     if not operator.euclidean:
         raise ValueError(f"{operator!r} is not symmetric in the Euclidean inner product, which the density relies on.")
     if probes < 2:

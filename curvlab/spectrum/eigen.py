@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import NotPositiveDefinite, unknown_name
-from curvlab.spectrum.operator import Operator
+from curvlab.spectrum.operator import Operator, check_operator
 from curvlab.tools.shown import line, table
 
 Which = Literal["largest", "smallest", "both"]
@@ -128,6 +128,9 @@ def eigenpairs(
     result is that of a dense decomposition. What the start is exactly orthogonal to stays unseen, as in all Krylov
     methods; random starts make that improbable.
     """
+    check_operator(operator)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise ValueError(f"k is a whole number of eigenpairs, got {k!r}.")
     wanted = 2 * k if which == "both" else k
     if which not in get_args(Which):
         raise unknown_name("end of the spectrum", which, get_args(Which))

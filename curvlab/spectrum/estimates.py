@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.spectrum.operator import Operator
+from curvlab.spectrum.operator import Operator, check_operator
 from curvlab.tools.shown import line
 
 
@@ -157,6 +157,7 @@ def _sketch(operator: Operator, number: int, generator: torch.Generator | None, 
 
 def _exact(operator: Operator, products: int) -> Tensor | None:
     """Check the arguments; return the dense matrix if it takes no more products."""
+    check_operator(operator)
     if not operator.euclidean:
         raise ValueError(f"{operator!r} is not symmetric in the Euclidean inner product, which the estimate relies on.")
     if products < 4:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import UnsupportedModel
 from curvlab.nn import WeightedCrossEntropy
@@ -81,6 +82,15 @@ class Part:
                 return known(self.loss, z, self.targets)
             value: Tensor = self.loss(z, self.targets)
         return value
+
+    def checked(self, z: Float[Tensor, "N C ..."]) -> Float[Tensor, ""]:
+        """Return the loss of an output; where it cannot be called on it, and is known, say what does not fit."""
+        try:
+            return self.of_output(z)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            if isinstance(self.loss, nn.Module) and type(self.loss) in LOSSES:
+                loss_terms(self.loss, z.detach(), self.targets)
+            raise
 
     def value(self, parameters: Parameters) -> Float[Tensor, ""]:
         """Return the loss."""
@@ -255,12 +265,16 @@ class Objective:
             if not len(z):
                 raise ValueError("The inputs hold zero samples.")
             self.outputs = max(self.outputs, z.numel())
-            value = part.of_output(z)
+            value = part.checked(z)
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(f"{_name(self.loss)} returns no scalar; use reduction='mean' or 'sum'.")
             if not bool(value.isfinite()):
                 broken = (~z.isfinite()).flatten(1).any(1).nonzero()
                 where = f": the model's output is not, first at sample {int(broken[0])}" if len(broken) else ""
+                if not where and not all(
+                    bool(t.isfinite().all()) for t in tree_leaves(part.targets) if isinstance(t, Tensor)
+                ):
+                    where = ": the targets are not"
                 raise ValueError(f"The loss is not finite{where}. Check inputs, targets and parameters.")
             zero = sum(p.flatten()[:0].sum() for p in own.values())
             gradient = torch.autograd.grad(value + zero, list(own.values()), materialize_grads=True)

@@ -155,3 +155,21 @@ class RowsOperator(Operator):
 
     def matmat(self, block: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:  # noqa: D102
         return self.space.flatten(self.rows.rmatvec(self.rows.matvec(block)))
+
+
+def check_operator(operator: object) -> None:
+    """Refuse what is no operator.
+
+    Raises:
+        ValueError: with the operator to make of it.
+    """
+    if isinstance(operator, Operator):
+        return
+    makers = {Rows: "RowsOperator(rows)", Tensor: "DenseOperator(matrix)"}
+    maker = next((text for kind, text in makers.items() if isinstance(operator, kind)), None)
+    if maker is None and hasattr(operator, "solve"):
+        maker = "StructureOperator(structure)"
+    raise ValueError(
+        f"An operator is needed, got a {type(operator).__name__}: pass curvlab.spectrum."
+        f"{maker or 'Hessian(model, loss, data), GGN or Fisher'}."
+    )

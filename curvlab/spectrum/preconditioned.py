@@ -15,7 +15,7 @@ from curvlab.errors import OutsideRange
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.fisher.structure import Structure
 from curvlab.rows.parameters import ParameterSpace, Vector
-from curvlab.spectrum.operator import Operator
+from curvlab.spectrum.operator import Operator, check_operator
 from curvlab.tools.shown import line
 
 
@@ -55,6 +55,11 @@ class DiagonalPreconditioner:
     """
 
     def __init__(self, diagonal: Mapping[str, Tensor]) -> None:
+        if not isinstance(diagonal, Mapping):
+            raise ValueError(
+                f"The diagonal is a mapping by parameter name, got a {type(diagonal).__name__}: {{name: values, …}}, in the shapes "
+                "of the parameters."
+            )
         self.space = ParameterSpace({name: value.shape for name, value in diagonal.items()})
         self.diagonal: Float[Tensor, " P"] = self.space.flatten(diagonal)
         for name, value in diagonal.items():
@@ -128,9 +133,15 @@ class Preconditioned(Operator):
     euclidean = False
 
     def __init__(self, operator: Operator, preconditioner: SupportsSolve, damping: Damping = 0.0) -> None:
+        check_operator(operator)
         if not operator.euclidean:
             raise ValueError(
                 f"{operator!r} is not symmetric in the Euclidean inner product: precondition it once only."
+            )
+        if not (hasattr(preconditioner, "matvec") and hasattr(preconditioner, "solve")):
+            raise ValueError(
+                f"The preconditioner has matvec and solve, as a structure with rows such as KFAC().update(rows), got a "
+                f"{type(preconditioner).__name__}."
             )
         space = getattr(preconditioner, "space", operator.space)
         if dict(space.shapes) != dict(operator.space.shapes):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from curvlab.errors import unknown_name
 from curvlab.rows import Rows
 from curvlab.rows.parameters import ParameterSpace
+from curvlab.tools.text import as_names
 
 
 def choose(known: Iterable[str], wanted: str | Sequence[str] | None) -> list[str]:
@@ -24,7 +25,7 @@ def choose(known: Iterable[str], wanted: str | Sequence[str] | None) -> list[str
     if wanted is None:
         return known
     chosen: set[str] = set()
-    for name in [wanted] if isinstance(wanted, str) else wanted:
+    for name in as_names(wanted, "parameters"):
         below = [parameter for parameter in known if f"{parameter}.".startswith(f"{name}.")]
         if not below:
             modules = {parameter.rpartition(".")[0] for parameter in known} - {""}

@@ -54,10 +54,28 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def as_names(names: str | Iterable[str], what: str) -> tuple[str, ...]:
+    """Read names: one, or several.
+
+    Args:
+        names: as the user gave them.
+        what: they are, in messages.
+
+    Raises:
+        ValueError: they are no text.
+    """
+    found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    strange = next((name for name in found if not isinstance(name, str)), None)
+    if strange is not None:
+        raise ValueError(f"{what} holds names, such as 'head', got a {type(strange).__name__}.")
+    return found
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A question for the known name nearest to ``name``, and a space; empty if none is near."""
-    close = get_close_matches(name, tuple(known), n=1)
-    return f"Did you mean {close[0]!r}? " if close else ""
+    """A question for the known name nearest to ``name``, and a space; empty if none is near. Case does not matter."""
+    by_lower = {one.lower(): one for one in known}
+    close = get_close_matches(name.lower(), tuple(by_lower), n=1)
+    return f"Did you mean {by_lower[close[0]]!r}? " if close else ""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ def test_batch_normalisation_in_training_is_allowed_for_moments_and_said(key: st
 @pytest.mark.parametrize("key", [key for key in STRUCTURES if not STRUCTURES[key].averages])
 def test_batch_normalisation_in_training_is_refused_by_structures_of_rows(key: str) -> None:
     pre = Preconditioner(normalised(), nn.CrossEntropyLoss(), make(key, **options(key)), damping=RHO)
-    with pytest.raises(UnsupportedModel, match=r"1 normalise by the batch.*eval\(\)"):
+    with pytest.raises(UnsupportedModel, match=r"normalisation in 1 is that of the batch.*eval\(\)"):
         run(pre, *data())
 
 

@@ -61,7 +61,9 @@ def check_loss(loss: nn.Module) -> None:
     if type(loss) in REMEDIES:
         raise UnsupportedModel(f"{type(loss).__name__} has no rows. {REMEDIES[type(loss)]}")
     if type(loss) not in LOSSES and getattr(loss, "reduction", None) is None:
-        raise UnsupportedModel(f"{type(loss).__name__} does not say whether it is a mean or a sum over samples. {WRAP}")
+        name = getattr(loss, "__name__", type(loss).__name__)
+        remedy = f"Pass an object of the class, {name}()." if isinstance(loss, type) else WRAP
+        raise UnsupportedModel(f"{name} does not say whether it is a mean or a sum over samples. {remedy}")
 
 
 def loss_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
@@ -78,6 +80,10 @@ def loss_terms(loss: nn.Module, z: Tensor, targets: Any) -> LossTerms:
         ValueError: if targets do not fit or are not finite, or if weights are negative.
     """
     check_loss(loss)
+    if type(loss) in READERS and not isinstance(targets, Tensor):
+        raise ValueError(
+            f"{type(loss).__name__} takes targets in one tensor, got a {type(targets).__name__}: pass torch.as_tensor(targets)."
+        )
     if isinstance(targets, Tensor) and targets.is_floating_point() and not torch.isfinite(targets).all():
         sample = int((~torch.isfinite(targets)).reshape(len(targets), -1).any(1).nonzero()[0])
         raise ValueError(f"The targets are not finite, first at sample {sample}.")

@@ -91,6 +91,19 @@ def _check_probabilities(z: Float[Tensor, "N C ..."], targets: Tensor) -> None:
         raise ValueError(f"CrossEntropyLoss needs class probabilities of at least 0, which sample {sample} has not.")
 
 
+def _remedy(z: Float[Tensor, "N C ..."], targets: Tensor) -> str:
+    """What to do about class indices of another shape than the outputs have without axis 1."""
+    if z.ndim > 2 and targets.shape == z.shape[:-1]:
+        moved = "z.mT" if z.ndim == 3 else "z.movedim(-1, 1)"
+        return (
+            f"The outputs seem to have the classes last: move classes to axis 1, as in output=lambda z: {moved}, and in a loop of "
+            f"your own loss({moved.replace('z', 'outputs')}, targets); outputs and targets may be flattened there instead."
+        )
+    if targets.shape == (z.shape[0], 1, *z.shape[2:]):
+        return "Targets have one axis too many: pass targets.squeeze(1)."
+    return "Axis 1 of the outputs are the classes; every other axis is one of the targets, too."
+
+
 def _classes(
     loss: nn.CrossEntropyLoss, z: Float[Tensor, "N C ..."], targets: Tensor
 ) -> tuple[Int[Tensor, "N 1 X"], Float[Tensor, "N 1 X"]]:
@@ -98,8 +111,8 @@ def _classes(
     positions = (z.shape[0], *z.shape[2:])
     if targets.shape != positions:
         raise ValueError(
-            f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}. If it takes the outputs "
-            "in another shape than the model returns them, say so, such as output=lambda z: z.flatten(0, 1) for [N, T, C]."
+            f"CrossEntropyLoss needs class indices of shape {positions}, got {tuple(targets.shape)}, for outputs {tuple(z.shape)}. "
+            f"{_remedy(z, targets)}"
         )
     N, C, X = flat_outputs(z).shape
     y = targets.long().reshape(N, X)

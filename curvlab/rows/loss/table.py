@@ -31,8 +31,9 @@ def reduction_of(loss: nn.Module) -> Reduction:
 
 def _same_shape(loss: nn.Module, z: Tensor, targets: Tensor) -> Tensor:
     if targets.shape != z.shape:
+        remedy = " Pass targets.view_as(outputs)." if targets.numel() == z.numel() else ""
         raise ValueError(
-            f"{type(loss).__name__} needs targets of the output's shape {tuple(z.shape)}, got {tuple(targets.shape)}."
+            f"{type(loss).__name__} needs targets of the output's shape {tuple(z.shape)}, got {tuple(targets.shape)}.{remedy}"
         )
     return targets.to(z.dtype)
 
