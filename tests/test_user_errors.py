@@ -364,3 +364,10 @@ def test_a_loss_divided_by_the_number_of_passes_takes_the_step_of_the_whole_batc
         assert summed is not None
         assert torch.allclose(summed, whole, rtol=1e-8, atol=1e-12)
     model.zero_grad(set_to_none=True)
+
+
+def test_a_pass_without_gradients_is_no_pass() -> None:
+    natural = Preconditioner(model, loss)
+    message = "call the Sequential that was given in the context, with gradients on"
+    with pytest.raises(StateError, match=message), natural.collect(), torch.no_grad():
+        loss(model(x), y)

@@ -60,13 +60,16 @@ class MultiTask(nn.Module):
             the same; "sum" does not divide.
 
     Raises:
-        ValueError: There is no task, a weight is negative, outputs of two tasks overlap or have a step, a task's loss is
-            not a sum, or the reduction is neither "mean" nor "sum".
+        ValueError: There is no task, one has a name that modules cannot have, a weight is negative, outputs of two tasks overlap
+            or have a step, a task's loss is not a sum, or the reduction is neither "mean" nor "sum".
     """
 
     def __init__(self, tasks: Mapping[str, Task], reduction: str = "mean") -> None:
         super().__init__()
         self.reduction = checked_reduction(self, reduction)
+        unfit = next((name for name in tasks if not name or "." in name or hasattr(nn.ModuleDict, name)), None)
+        if unfit is not None:
+            raise ValueError(f"MultiTask: a task cannot be called {unfit!r}, as no module can: choose another name.")
         self.losses = nn.ModuleDict({name: task.loss for name, task in tasks.items()})
         self.tasks = dict(tasks)
         if not tasks:

@@ -27,6 +27,7 @@ from curvlab.optim.quadratic import BatchLoss, LevenbergMarquardt, agreement, be
 from curvlab.optim.trust import clip
 from curvlab.rows.loss import Kind, RowPer
 from curvlab.rows.sharded import gathered, is_sharded
+from curvlab.rows.sweep import PickOutput
 from curvlab.tools.shown import changed, line
 
 logger = logging.getLogger("curvlab")
@@ -68,6 +69,7 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
+        output: which tensor of a structured output the loss is called on, see `Preconditioner`.
         seed: seed of the draws.
         patience: steps in a row that may be skipped because something was not finite.
         momentum: of the preconditioned gradient, a number or a function of the step.
@@ -107,6 +109,7 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh_every: Interval = 1,
         plain: str | Sequence[str] = (),
         graph: bool = False,
+        output: PickOutput = None,
         seed: int = 0,
         patience: int = 10,
         momentum: Schedule = 0.0,
@@ -135,6 +138,7 @@ class NaturalGradient(torch.optim.Optimizer):
             refresh_every=refresh_every,
             plain=plain,
             graph=graph,
+            output=output,
             seed=seed,
             patience=patience,
         )

@@ -46,6 +46,7 @@ from curvlab.rows.processes import Processes
 from curvlab.rows.rows import Rows, batch_row
 from curvlab.rows.samples import Nodes
 from curvlab.rows.sharded import own_part, reshard
+from curvlab.rows.sweep import PickOutput
 from curvlab.tools.shown import changed, line, some
 from curvlab.tools.text import as_names
 
@@ -79,6 +80,8 @@ class Preconditioner:
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
+        output: which tensor of a structured output the loss is called on, as in `curvlab.sqrt_fisher`; rows are taken where it is
+            called, so that only what calls the model again, the quadratic model, needs it.
         seed: seed of the draws.
         patience: steps in a row that may be skipped because something was not finite.
 
@@ -105,6 +108,7 @@ class Preconditioner:
         refresh_every: Interval = 1,
         plain: str | Sequence[str] = (),
         graph: bool = False,
+        output: PickOutput = None,
         seed: int = 0,
         patience: int = 10,
     ) -> None:
@@ -119,11 +123,9 @@ class Preconditioner:
         self.refresh_every = Every("refresh_every", refresh_every)
         self.patience = whole("patience", patience)
         self.plain = as_names(plain, "plain")
-        self.graph = graph
-        self.steps = 0
-        self.skipped = 0
+        self.graph, self.output = graph, output
+        self.steps = self.skipped = self._skipped_in_a_row = 0
         self._last_due: int | None = None
-        self._skipped_in_a_row = 0
         self.heard = Heard()
         self.refresh_seconds = 0.0
         """Time that the last update of the curvature took; on a GPU, that of giving it the work."""
@@ -183,7 +185,7 @@ class Preconditioner:
         """Return the options that a line shows: structure, kind, damping and decay, and what is not as usual."""
         others: dict[str, object] = {"draws": self.how.draws, "rows": self.how.per}
         others |= {"kl_clip": self.kl_clip and self.kl_clip.value, "refresh_every": self.refresh_every.value}
-        others |= {"plain": self.plain, "graph": self.graph, "patience": self.patience}
+        others |= {"plain": self.plain, "graph": self.graph, "output": self.output, "patience": self.patience}
         main: dict[str, object] = {"structure": self.structure, "kind": self.how.kind}
         return main | {"damping": self.damping.value, "decay": self.decay.value} | changed(self, others)
 
@@ -235,6 +237,7 @@ class Preconditioner:
             checks=self._checks,
             coupled=coupled,
             part=Processes.present() is not None,
+            output=self.output,
             anywhere=bool if self._sharding is None else self._sharding.anywhere,
         )
         with collector:
@@ -294,7 +297,7 @@ class Preconditioner:
                 "The quadratic model calls the model at other parameters, which fully_shard does not allow: give numbers or "
                 'functions of the step for lr and damping, instead of "quadratic" and LevenbergMarquardt.'
             )
-        return BatchLoss(self.model, self.loss, *self._passes[0].seen) if len(self._passes) == 1 else None
+        return BatchLoss(self.model, self.loss, *self._passes[0].seen, self.output) if len(self._passes) == 1 else None
 
     def direction(
         self, gradients: Mapping[str, Tensor], damping: Callable[[Mapping[str, Tensor]], float] | None = None

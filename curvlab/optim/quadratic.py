@@ -28,7 +28,7 @@ from curvlab.nn.modes import RandomState, replayed
 from curvlab.optim.hyper import Hyper, whole
 from curvlab.rows.loss import flat_outputs, loss_terms
 from curvlab.rows.parameters import Parameters
-from curvlab.rows.sweep import Arguments
+from curvlab.rows.sweep import Arguments, PickOutput, select_output
 
 SHARE = 0.01
 """Of the curvature along the first gradient that the damping has at first."""
@@ -42,6 +42,7 @@ class BatchLoss:
         direct: whether the loss was called on what the model returned.
         shape: in which it was, if not that of what the model returned.
         random: what random numbers the pass drew from, which every evaluation draws anew, so that dropout is the same.
+        pick: which tensor of a structured output the loss is called on.
         decay: λ of `½ λ‖θ‖²` that parameters, by name, add to the loss.
     """
 
@@ -52,6 +53,7 @@ class BatchLoss:
     direct: bool = True
     shape: Sequence[int] | None = None
     random: RandomState = field(default_factory=dict)
+    pick: PickOutput = None
     decay: Mapping[str, float] = field(default_factory=dict)
 
     def outputs(self, parameters: Parameters) -> Tensor:
@@ -63,12 +65,14 @@ class BatchLoss:
         if not self.direct:
             raise UnsupportedModel(
                 "The loss was called on something else than what the model returned. The quadratic model evaluates the loss on "
-                "what the model returns, perhaps flattened: let the model pick, scale and transpose its output."
+                "what the model returns, perhaps flattened: let the model pick, scale and transpose its output, or say how the "
+                "optimiser does so, as in output='logits' or output=lambda heads: torch.cat(heads, 1)."
             )
         args, kwargs = self.arguments
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with replayed(self.random):
-            z: Tensor = called_with(self.model, {**buffers, **parameters}, args, kwargs)
+            returned = called_with(self.model, {**buffers, **parameters}, args, kwargs)
+        z: Tensor = returned if self.pick is None else select_output(returned, self.pick)
         z = z if self.shape is None else z.reshape(tuple(self.shape))
         # A step changes the loss by less than the round-off of half precision.
         return z.to(torch.promote_types(z.dtype, torch.float32))

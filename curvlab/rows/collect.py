@@ -40,7 +40,7 @@ from curvlab.rows.samples import Samples
 from curvlab.rows.sharded import is_sharded, reshard
 from curvlab.rows.single_samples import dense_rows
 from curvlab.rows.spread import probe, repeats, spread
-from curvlab.rows.sweep import Arguments, detached, in_parameter_order
+from curvlab.rows.sweep import Arguments, PickOutput, detached, in_parameter_order, select_output
 from curvlab.rows.upstream import coefficients, is_single, of_whole_samples, row_scale
 
 
@@ -56,6 +56,7 @@ class Collector(AbstractContextManager["Collector"]):
         checks: what has been compared with a reverse pass so far; what is compared here is added.
         coupled: modules in which samples interact, as in batch normalisation; rows are then those of the batch as it is.
         part: whether the samples are part of a larger batch, so that none of their targets need count.
+        output: what the loss is called on, of a structured output, so that it can be found again; see `seen`.
         anywhere: whether a flag is set in any of the processes that run each pass of a sharded model together.
 
     Raises:
@@ -77,6 +78,7 @@ class Collector(AbstractContextManager["Collector"]):
         checks: Checks | None = None,
         coupled: Sequence[str] = (),
         part: bool = False,
+        output: PickOutput = None,
         anywhere: Anywhere = bool,
     ) -> None:
         self.rows: Rows | None = None
@@ -106,7 +108,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._random: RandomState = {}
         self._z: Tensor | None = None
         self._upstream: Tensor | None = None
-        self._returned = Returned.of(())
+        self._output = output
+        self._returned = self._picked = Returned.of(())
         self._targets: Any = None
         self._signature = GraphSignature()
         self._kind: Hashable = None
@@ -154,7 +157,7 @@ class Collector(AbstractContextManager["Collector"]):
     def seen(self) -> tuple[Arguments, Any, bool, torch.Size, RandomState]:
         """Inputs, targets, whether the loss was called on what the model returned, in which shape, and random states before."""
         assert self._z is not None
-        return self._unchanged(), self._targets, self._returned.is_what(self._z), self._z.shape, self._random
+        return self._unchanged(), self._targets, self._picked.is_what(self._z), self._z.shape, self._random
 
     @property
     def weight(self) -> Float[Tensor, ""]:
@@ -202,7 +205,10 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
         if self._is_watching():
-            self._returned = Returned.of(returned)
+            self._returned = self._picked = Returned.of(returned)
+            if self._output is not None:
+                with torch.no_grad():
+                    self._picked = Returned.of(select_output(returned, self._output))
 
     def _on_layer(self, call: Call, output: Tensor) -> None:
         if self._sharded:
@@ -227,7 +233,13 @@ class Collector(AbstractContextManager["Collector"]):
             raise StateError(f"The loss was called {when}: open a context, run {given}, then call the loss.")
         self._watching.close()
         by_position = signature(self._loss.forward).bind(*args, **kwargs).arguments.values() if kwargs else args
-        self._z, self._targets = by_position
+        outputs, self._targets = by_position
+        if not isinstance(outputs, Tensor):
+            raise UnsupportedModel(
+                f"The loss was called on a {type(outputs).__name__}: call it on one tensor, such as one head of several, or all of "
+                "them by torch.cat(heads, 1) with curvlab.nn.MultiTask."
+            )
+        self._z = outputs
         self.cleared = all(p.grad is None for p in self.parameters.values())
         z = self._z.detach()
         if z.shape[:1] == (0,):
@@ -352,10 +364,8 @@ class Collector(AbstractContextManager["Collector"]):
     @without_autocast()
     def _finish(self) -> None:
         if self._arguments is None:
-            raise StateError(
-                f"No rows were collected: call the {type(self._model).__name__} that was given within the context, the very module "
-                "and with gradients on, and on its output the loss."
-            )
+            called = f"the {type(self._model).__name__} that was given"
+            raise StateError(f"No rows were collected: call {called} in the context, with gradients on, then the loss.")
         if self._z is None or self._terms is None:
             raise StateError(
                 f"No rows were collected: call the {type(self._loss).__name__} that was given on the model's output within the "
@@ -372,7 +382,8 @@ class Collector(AbstractContextManager["Collector"]):
         if self._how is not None:
             self.rows = self._whole(self._how, self._terms, [*self._factored_layers(), *self._dense_layers])
             self.coefficients = None if self._part else coefficients(self._how, self.rows, self._terms, upstream)
-        self._returned, self._z = self._returned.detached(self._z), self._z.detach()
+        self._picked, self._z = self._picked.detached(self._z), self._z.detach()
+        self._returned = self._picked
 
     def per_sample_gradient(self, name: str) -> LayerRows | None:
         """Return rows that add up to the gradient of this pass, one a sample, of the layer that owns a parameter.

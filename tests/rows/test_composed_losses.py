@@ -130,6 +130,8 @@ def test_tasks_that_do_not_fit() -> None:
     z = torch.zeros(2, 3, dtype=DOUBLE)
     with pytest.raises(ValueError, match="there is no task"):
         MultiTask({})
+    with pytest.raises(ValueError, match="cannot be called 'values', as no module can"):
+        MultiTask({"values": Task(half, slice(1))})
     with pytest.raises(ValueError, match=r"HalfSquaredError of task 'a' needs reduction='sum'"):
         MultiTask({"a": Task(HalfSquaredError(), slice(1))})
     with pytest.raises(ValueError, match="weight of task 'a' must be at least 0, not -1"):
