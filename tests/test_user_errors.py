@@ -156,7 +156,48 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a seed": (
         lambda: KFAC.fit(model, loss, (x, y), kind="mc", generator=any_ or 1),
         ValueError,
-        r"torch.Generator\(\).manual_seed\(0\)",
+        r"torch.Generator\(\).manual_seed\(1\)",
+    ),
+    "a batch of three": (
+        lambda: KFAC.fit(model, loss, any_ or [(x, y, y)]),
+        ValueError,
+        "got a tuple of 3. Inputs may be",
+    ),
+    "a batch by name": (
+        lambda: KFAC.fit(model, loss, any_ or [{"x": x, "y": y}]),
+        ValueError,
+        "got a dict. .*make pairs",
+    ),
+    "a sample alone": (lambda: curvlab.jacobian(model, x[0]), UnsupportedModel, r"inputs\[None\] for a sample"),
+    "a vector in a list": (
+        lambda: KFAC().update(rows).solve(any_ or [1.0], 1.0),
+        ValueError,
+        "mapping by parameter name.*a list",
+    ),
+    "rows in a tuple": (
+        lambda: KFAC().update(any_ or (x, y)),
+        ValueError,
+        "not from a tuple; fit takes model and data",
+    ),
+    "a state of something else": (
+        lambda: KFAC().load_state_dict({}),
+        ValueError,
+        "state of a None structure, not of 'kfac'",
+    ),
+    "a seed for a trace": (
+        lambda: trace(hessian, products=4, generator=any_ or 3),
+        ValueError,
+        r"manual_seed\(3\), got 3",
+    ),
+    "a type by name": (
+        lambda: curvlab.jacobian(model, x, dtype=any_ or "float64"),
+        ValueError,
+        "torch.float64, got 'float64'",
+    ),
+    "a rate for a loss": (
+        lambda: NaturalGradient(model, any_ or 0.1, loss),
+        UnsupportedModel,
+        r"CrossEntropyLoss\(\), got a float",
     ),
     "eigenpairs of a structure": (
         lambda: eigenpairs(any_ or KFAC().update(rows)),

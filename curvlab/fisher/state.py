@@ -105,7 +105,7 @@ class State(ABC):
         return line(self, state, *self._notes(), **self._configured())
 
     def _repr_html_(self) -> str:
-        rows = ((block.name, type(block).__name__.strip("_"), block.size) for block in self._blocks)
+        rows = ((b.name, type(b).__name__.strip("_"), b.size) for b in self._blocks)
         return table(self, ("layer", "block", "P"), rows, **self.options)
 
     def _configured(self) -> dict[str, object]:
@@ -184,14 +184,18 @@ class State(ABC):
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is a number in [0, 1], got {decay}.")
-        if rows.kind == "jacobian":
-            raise ValueError("A structure is built from rows of S (curvlab.sqrt_fisher), not of the Jacobian.")
+        if not isinstance(rows, Rows) or rows.kind == "jacobian":
+            what = (
+                "of the Jacobian"
+                if isinstance(rows, Rows)
+                else f"from a {type(rows).__name__}; fit takes model and data"
+            )
+            raise ValueError(f"A structure is built from rows of S (curvlab.sqrt_fisher), not {what}.")
         if rows.dtype != (wide := torch.promote_types(rows.dtype, torch.float32)):
             rows = rows.to(wide)
-        if self._shapes is None:
-            decay = 0.0
-        else:
+        if self._shapes is not None:
             self._check_fits(rows, self._shapes, decay)
+        decay = 0.0 if self._shapes is None else decay
         blocks = self._blocks or self._cut(rows)
         batches = [
             replace(batch, decay=0.0) if block in self._anew else batch
@@ -408,8 +412,8 @@ class State(ABC):
         Raises:
             ValueError: if the state is that of another structure, or its blocks are not those of this configuration.
         """
-        if state["key"] != self.key:
-            raise ValueError(f"This is the state of a {state['key']!r} structure, not of {self.key!r}.")
+        if (key := state.get("key")) != self.key:
+            raise ValueError(f"This is the state of a {key!r} structure, not of {self.key!r}.")
         shapes = unpack_rows(state["shapes"])
         blocks = self._cut(shapes)
         made, saved = list(map(repr, blocks)), [name for name, *_ in state["blocks"]]

@@ -48,7 +48,10 @@ def as_pair(batch: Any) -> tuple[Any, Any]:
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ValueError(f"A batch is a pair (inputs, targets), got a {type(batch).__name__}{size}.")
+        raise ValueError(
+            f"A batch is a pair (inputs, targets), got a {type(batch).__name__}{size}. Inputs may be a tuple of arguments or a "
+            "dict of keywords: make pairs of yours, as in [({'x': b['x']}, b['y']) for b in loader]."
+        )
     inputs, targets = batch
     return inputs, targets
 

@@ -205,10 +205,9 @@ class Collector(AbstractContextManager["Collector"]):
 
     def _on_output(self, _: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
         if self._is_watching():
-            self._returned = self._picked = Returned.of(returned)
-            if self._output is not None:
-                with torch.no_grad():
-                    self._picked = Returned.of(select_output(returned, self._output))
+            self._returned = Returned.of(returned)
+            picked = returned if self._output is None else select_output(returned, self._output)
+            self._picked = Returned.of(picked)
 
     def _on_layer(self, call: Call, output: Tensor) -> None:
         if self._sharded:

@@ -178,6 +178,11 @@ class ParameterSpace:
 
             return named, restore_flat
 
+        if not isinstance(vector, Mapping):
+            raise ValueError(
+                f"A vector is a tensor [P] or [K, P], or a mapping by parameter name as dict(model.named_parameters()), got a "
+                f"{type(vector).__name__}."
+            )
         self._check_names(vector)
         ranks = {name: vector[name].ndim - len(shape) for name, shape in self.shapes.items()}
         if set(ranks.values()) == {0}:

@@ -19,6 +19,7 @@ from curvlab.nn.modes import check_module
 from curvlab.rows.loss import Draws, Kind, LossTerms, RowPer, identity_cotangents, one_row_a_position
 from curvlab.rows.samples import NodeChoice, Samples, samples_of
 from curvlab.rows.sweep import Arguments, PickOutput, as_arguments, call
+from curvlab.tools.generators import check_generator
 
 Engine = Literal["auto", "backpack", "autograd"]
 
@@ -97,10 +98,9 @@ class Pass:
             )
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}.")
-        if not isinstance(self.generator, torch.Generator | None):
-            raise ValueError(
-                f"generator is a torch.Generator, such as torch.Generator().manual_seed(0), got a {type(self.generator).__name__}."
-            )
+        check_generator(self.generator)
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise ValueError(f"dtype is a type such as torch.float64, got {self.dtype!r}.")
         if self.random and self.generator is None:
             what = "kind='mc'" if self.kind == "mc" else "rows='signs'"
             raise ValueError(f"{what} draws at random: pass generator=torch.Generator().manual_seed(…).")

@@ -14,7 +14,7 @@ into the first axis, one sample after the other, as by `logits.view(-1, C)`. Row
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -31,7 +31,7 @@ from curvlab.rows.modules import Inputs, LayerUse, rule_for
 from curvlab.rows.packed import is_packed, leaves, length
 from curvlab.rows.sweep import Arguments
 
-NodeChoice = Tensor | Callable[[Any], Tensor] | None
+NodeChoice = Tensor | Sequence[int] | Sequence[bool] | Callable[[Any], Tensor] | None
 """Which nodes carry rows: a mask over all nodes, indices, or a function that chooses them given the inputs."""
 
 REMEDY = (
@@ -260,7 +260,7 @@ def samples_of(model: nn.Module, inputs: Any, arguments: Arguments, nodes: NodeC
     Edges that the inputs do not list, as those of a model that finds neighbours itself, belong to no known graph.
     """
     if nodes is not None:
-        return Nodes(nodes if isinstance(nodes, Tensor) else nodes(inputs))
+        return Nodes(nodes(inputs) if callable(nodes) else torch.as_tensor(nodes))
     if isinstance(model, GraphNetwork):
         return Nodes(None)
     x, edges, batch = _graph_of(model, arguments)

@@ -128,7 +128,7 @@ def select_output(result: Any, pick: PickOutput) -> Tensor:
     if result.ndim < 2:
         raise UnsupportedModel(
             f"The model's output has shape {tuple(result.shape)}; curvlab needs [N, C] or [N, C, …]. "
-            "Use output=lambda z: z[:, None] for one output a sample."
+            "Use output=lambda z: z[:, None] for one output a sample, and inputs[None] for a sample that stands alone."
         )
     if not result.is_floating_point():
         raise UnsupportedModel(f"The model's output is {result.dtype}; curvlab needs a floating-point type.")

@@ -23,6 +23,7 @@ from curvlab.rows import Rows
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.rows import gram
 from curvlab.spectrum.operator import DenseOperator, Operator, check_operator
+from curvlab.tools.generators import source_of
 from curvlab.tools.shown import line, some, table
 
 Located = ParameterSpace | Rows | Operator
@@ -166,7 +167,7 @@ def block_map(
         return dense_block_map(operator.to_dense(), partition)
     if operator.size <= probes * len(partition):
         return replace(dense_block_map(operator.to_dense(), partition), products=operator.size)
-    source = generator or torch.Generator().manual_seed(0)
+    source = source_of(generator)
     inside = partition.indicator(torch.zeros((), dtype=operator.dtype, device=operator.device))
     drawn = []
     for _ in range(probes):

@@ -20,6 +20,7 @@ from curvlab.spectrum.eigen import eigenpairs
 from curvlab.spectrum.estimates import Estimate
 from curvlab.spectrum.lanczos import Quadrature, quadratures
 from curvlab.spectrum.operator import Operator, check_operator
+from curvlab.tools.generators import source_of
 from curvlab.tools.shown import curve, line
 
 BASIS_ELEMENTS = 2**27
@@ -126,7 +127,7 @@ def density(
         raise ValueError(f"probes must be at least 2, for an error bar; got {probes}.")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    source = generator or torch.Generator().manual_seed(0)
+    source = source_of(generator)
     drawn = torch.randn(probes, operator.size, generator=source, dtype=operator.dtype, device=source.device)
     together = max(1, BASIS_ELEMENTS // (min(steps, operator.size) * operator.size))
     found = [

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.spectrum.operator import Operator, check_operator
+from curvlab.tools.generators import source_of
 from curvlab.tools.shown import line
 
 
@@ -137,7 +138,7 @@ def diagonal(operator: Operator, *, products: int = 64, generator: torch.Generat
 
 
 def _sketch(operator: Operator, number: int, generator: torch.Generator | None, *, normal: bool) -> _Sketch:
-    source = generator or torch.Generator().manual_seed(0)
+    source = source_of(generator)
     shape = (number, operator.size)
     if normal:
         drawn = torch.randn(shape, generator=source, dtype=operator.dtype, device=source.device)

@@ -45,6 +45,7 @@ from curvlab.spectrum.singular import (
     singular_values,
     small_operator,
 )
+from curvlab.tools.generators import source_of
 from curvlab.tools.shown import line
 
 logger = logging.getLogger("curvlab")
@@ -202,7 +203,7 @@ def rank(
     with the rows and `probes·steps²·n` ("lanczos").
     """
     _check_options(rtol, method, memory, probes, steps)
-    source = generator or torch.Generator().manual_seed(0)
+    source = source_of(generator)
     if isinstance(rows_or_gram, Tensor):
         return _rank_of_gram(rows_or_gram, rtol, method, parameters, (probes, steps, source))
     rows = restricted(rows_or_gram, parameters)

@@ -128,6 +128,33 @@ def test_one_head_of_several_is_picked_by_name_and_another_one_is_refused(output
         made.step()
 
 
+class Decoder(nn.Module):
+    """Logits of a language model among other things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(7, 4).double(), nn.Linear(4, 7).double()
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        return {"logits": self.head(torch.tanh(self.table(tokens))), "cache": None}
+
+
+def test_logits_picked_by_key_may_be_flattened_for_the_loss() -> None:
+    tokens, loss, found = torch.arange(12).view(3, 4) % 7, nn.CrossEntropyLoss(), []
+    for output, of in (
+        ("logits", lambda made: made["logits"].flatten(0, 1)),
+        (lambda made: made["logits"].flatten(0, 1), lambda made: made["logits"].flatten(0, 1)),
+    ):
+        model = Decoder()
+        optimizer = NaturalGradient(model, loss, "quadratic", kind="exact", output=output)
+        with optimizer.collect():
+            loss(of(model(tokens)), tokens.roll(1).flatten()).backward()
+        optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_a_batch_by_name_takes_the_step_of_one_by_position() -> None:
     (make, pick), (x, y) = FORMS["dict"], data()
     found = []

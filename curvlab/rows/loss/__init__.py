@@ -61,6 +61,10 @@ def check_loss(loss: nn.Module) -> None:
     if type(loss) in REMEDIES:
         raise UnsupportedModel(f"{type(loss).__name__} has no rows. {REMEDIES[type(loss)]}")
     if type(loss) not in LOSSES and getattr(loss, "reduction", None) is None:
+        if not callable(loss):
+            raise UnsupportedModel(
+                f"The loss is a module such as torch.nn.CrossEntropyLoss(), got a {type(loss).__name__}."
+            )
         name = getattr(loss, "__name__", type(loss).__name__)
         remedy = f"Pass an object of the class, {name}()." if isinstance(loss, type) else WRAP
         raise UnsupportedModel(f"{name} does not say whether it is a mean or a sum over samples. {remedy}")
