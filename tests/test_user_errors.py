@@ -64,7 +64,7 @@ def train(
 def test_one_name_is_as_good_as_a_list_of_names() -> None:
     assert rank(rows, parameters="0").columns == rank(rows, parameters=["0"]).columns == 56
     assert Hessian(model, loss, (x, y), parameters="0.weight").size == 48
-    assert Preconditioner(model, loss, plain="2").plain == ("2",)
+    assert Preconditioner(model, loss, plain="2", kl_clip=None).plain == ("2",)
     alone = BlockDiagonal(partition=["0.weight", "0.bias", "2.weight", "2.bias"]).update(rows)
     grouped = BlockDiagonal(partition=[["0.weight"], ["0.bias"], ["2.weight"], ["2.bias"]]).update(rows)
     assert torch.equal(alone.to_dense(), grouped.to_dense())
@@ -94,17 +94,17 @@ def test_rows_and_operators_say_themselves_where_their_parameters_are() -> None:
 hessian = Hessian(model, loss, (x, y))
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a module in plain": (
-        lambda: Preconditioner(model, loss, plain=any_ or model[2]),
+        lambda: Preconditioner(model, loss, plain=any_ or model[2], kl_clip=None),
         ValueError,
         "names, such as 'head', got a Linear",
     ),
     "an unknown name in plain": (
-        lambda: Preconditioner(model, loss, plain="head"),
+        lambda: Preconditioner(model, loss, plain="head", kl_clip=None),
         ValueError,
         "in plain 'head'. Known: 0.weight, ",
     ),
     "parameters": (
-        lambda: NaturalGradient(any_ or model.parameters(), loss, 0.1),
+        lambda: NaturalGradient(any_ or model.parameters(), loss, 0.1, kl_clip=None),
         UnsupportedModel,
         "not its parameters",
     ),
@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"MSELoss\(\)",
     ),
     "a function for a loss": (
-        lambda: Preconditioner(model, any_ or nn.functional.cross_entropy),
+        lambda: Preconditioner(model, any_ or nn.functional.cross_entropy, kl_clip=None),
         UnsupportedModel,
         "cross_entropy does not say.*PerSample",
     ),
@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "torch.float64, got 'float64'",
     ),
     "a rate for a loss": (
-        lambda: NaturalGradient(model, any_ or 0.1, loss),
+        lambda: NaturalGradient(model, any_ or 0.1, loss, kl_clip=None),
         UnsupportedModel,
         r"CrossEntropyLoss\(\), got a float",
     ),
@@ -274,7 +274,7 @@ def test_so_do_operators_that_differentiate_the_loss(of: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_does_a_training_step_where_torch_would_name_no_remedy(kind: str) -> None:
-    natural = Preconditioner(decoder, loss, kind=kind)
+    natural = Preconditioner(decoder, loss, kind=kind, kl_clip=None)
     with pytest.raises(ValueError, match=r"move classes to axis 1.*loss\(outputs.mT, targets\)"), natural.collect():
         loss(decoder(tokens), following)
     with natural.collect():
@@ -361,14 +361,14 @@ def test_a_model_in_training_mode_is_told_to_leave_it_and_trains(layer: nn.Modul
 
 
 def test_another_loss_than_the_one_that_was_given_is_not_seen_and_the_message_says_why() -> None:
-    natural = Preconditioner(model, loss)
+    natural = Preconditioner(model, loss, kl_clip=None)
     for other in (nn.CrossEntropyLoss(), nn.functional.cross_entropy):
         with pytest.raises(StateError, match="another object of its class, or its function"), natural.collect():
             other(model(x), y).backward()
 
 
 def test_another_model_than_the_one_that_was_given_is_not_seen() -> None:
-    natural = Preconditioner(model, loss)
+    natural = Preconditioner(model, loss, kl_clip=None)
     with pytest.raises(StateError, match="run the Sequential that was given, then call the loss"), natural.collect():
         loss(network()(x), y).backward()
 
@@ -377,7 +377,7 @@ def test_another_model_than_the_one_that_was_given_is_not_seen() -> None:
 def test_a_factor_on_the_loss_scales_the_gradient_and_not_the_curvature(kind: Any) -> None:
     found = {}
     for factor in (1.0, 0.25):
-        natural = Preconditioner(model, loss, KFAC(), kind=kind)
+        natural = Preconditioner(model, loss, KFAC(), kind=kind, kl_clip=None)
         model.zero_grad()
         with natural.collect():
             (factor * loss(model(x), y)).backward()
@@ -393,7 +393,7 @@ def test_a_factor_on_the_loss_scales_the_gradient_and_not_the_curvature(kind: An
 def test_a_loss_divided_by_the_number_of_passes_takes_the_step_of_the_whole_batch() -> None:
     directions = []
     for parts in (1, 2):
-        natural = Preconditioner(model, loss, "full", kind="exact", damping=1e-2)
+        natural = Preconditioner(model, loss, "full", kind="exact", damping=1e-2, kl_clip=None)
         model.zero_grad()
         for inputs, targets in zip(x.chunk(parts), y.chunk(parts), strict=True):
             with natural.collect():
@@ -408,7 +408,7 @@ def test_a_loss_divided_by_the_number_of_passes_takes_the_step_of_the_whole_batc
 
 
 def test_a_pass_without_gradients_is_no_pass() -> None:
-    natural = Preconditioner(model, loss)
+    natural = Preconditioner(model, loss, kl_clip=None)
     message = "call the Sequential that was given in the context, with gradients on"
     with pytest.raises(StateError, match=message), natural.collect(), torch.no_grad():
         loss(model(x), y)

@@ -121,7 +121,7 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         self._gives_way, self._stuck = damping is None, False
         if damping is None:
-            damping = SHARDED_DAMPING if is_sharded(model) else LevenbergMarquardt()
+            damping = SHARDED_DAMPING if isinstance(model, nn.Module) and is_sharded(model) else LevenbergMarquardt()
         self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
         self._rho = Present(nan)
         self._quadratic = lr == "quadratic"

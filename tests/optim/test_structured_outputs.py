@@ -80,7 +80,14 @@ def test_the_direction_is_that_of_a_fit_to_the_same_batch(form: str, kind: Any) 
     (make, pick), (x, y) = FORMS[form], data()
     model = Heads(make)
     natural = Preconditioner(
-        model, tasks, kind=kind, rows="term" if kind == "empirical" else None, damping=RHO, output=pick
+        model,
+        tasks,
+        "kfac",
+        kind=kind,
+        rows="term" if kind == "empirical" else None,
+        damping=RHO,
+        output=pick,
+        kl_clip=None,
     )
     with natural.collect():
         tasks(joins(pick)(model(x)), y).backward()
@@ -99,7 +106,7 @@ def test_the_quadratic_model_takes_the_same_steps_whatever_form_the_outputs_have
     for make, pick in (FORMS["one tensor"], FORMS[form]):
         model, (x, y) = Heads(make), data()
         made = NaturalGradient(
-            model, tasks, "quadratic", kind="exact", damping=LevenbergMarquardt(every=1), output=pick
+            model, tasks, "quadratic", kind="exact", damping=LevenbergMarquardt(every=1), output=pick, kl_clip=None
         )
         values = []
         for _ in range(4):
@@ -117,11 +124,11 @@ def test_the_quadratic_model_takes_the_same_steps_whatever_form_the_outputs_have
 @pytest.mark.parametrize("output", [None, 1])
 def test_one_head_of_several_is_picked_by_name_and_another_one_is_refused(output: int | None) -> None:
     model, (x, y), loss = Heads(FORMS["tuple"][0]), data(), nn.CrossEntropyLoss()
-    made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=0)
+    made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=0, kl_clip=None)
     with made.collect():
         loss(model(x)[0], y["classes"]).backward()
     made.step()
-    made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=output)
+    made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=output, kl_clip=None)
     with made.collect():
         loss(model(x)[0], y["classes"]).backward()
     with pytest.raises(UnsupportedModel, match="something else than what the model returned.*output="):
@@ -147,7 +154,7 @@ def test_logits_picked_by_key_may_be_flattened_for_the_loss() -> None:
         (lambda made: made["logits"].flatten(0, 1), lambda made: made["logits"].flatten(0, 1)),
     ):
         model = Decoder()
-        optimizer = NaturalGradient(model, loss, "quadratic", kind="exact", output=output)
+        optimizer = NaturalGradient(model, loss, "quadratic", kind="exact", output=output, kl_clip=None)
         with optimizer.collect():
             loss(of(model(tokens)), tokens.roll(1).flatten()).backward()
         optimizer.step()
@@ -160,7 +167,7 @@ def test_a_batch_by_name_takes_the_step_of_one_by_position() -> None:
     found = []
     for call in (lambda model: model(x, 0.3), lambda model: model(shift=0.3, features=x)):
         model = Heads(make)
-        made = NaturalGradient(model, tasks, "quadratic", kind="exact", output=pick)
+        made = NaturalGradient(model, tasks, "quadratic", kind="exact", output=pick, kl_clip=None)
         with made.collect():
             tasks(pick(call(model)), y).backward()
         made.step()
@@ -177,6 +184,6 @@ def test_a_loss_on_all_heads_at_once_says_to_join_them() -> None:
             return nn.functional.cross_entropy(heads["classes"], targets["classes"])
 
     model, (x, y), loss = Heads(FORMS["dict"][0]), data(), OnHeads()
-    natural = Preconditioner(model, loss)
+    natural = Preconditioner(model, loss, kl_clip=None)
     with pytest.raises(UnsupportedModel, match=r"called on a dict.*torch.cat\(heads, 1\)"), natural.collect():
         loss(model(x), y).backward()
