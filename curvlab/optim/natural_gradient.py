@@ -217,7 +217,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls `backward()` and returns the loss; called once, in a
-                collecting context.
+                collecting context. It may do nothing after passes in contexts of their own.
 
         Returns:
             What the closure returned.
@@ -225,10 +225,7 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             StateError, FloatingPointError: see `Preconditioner.precondition`.
         """
-        result = None
-        if closure is not None:
-            with torch.enable_grad(), self.collect():
-                result = closure()
+        result = None if closure is None else self.preconditioner.run(closure)
         self._follow_schedules()
         if getattr(self, "found_inf", 0):
             self.preconditioner.skip()

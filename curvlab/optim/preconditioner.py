@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -126,6 +126,7 @@ class Preconditioner:
         self.graph, self.output = graph, output
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self._last_due: int | None = None
+        self._collecting = False
         self.heard = Heard()
         self.refresh_seconds = 0.0
         """Time that the last update of the curvature took; on a GPU, that of giving it the work."""
@@ -213,17 +214,35 @@ class Preconditioner:
         held = self._names if self._sharding is None else set(self._sharding.own)
         return [first for owner in self._owners if (first := next(iter(owner.names.values()))) in held]
 
-    @contextmanager
-    def collect(self) -> Iterator[None]:
+    def collect(self) -> AbstractContextManager[None]:
         """Collect from one forward pass, call of the loss and backward pass; several before a step accumulate.
 
         A pass that finds no gradients to add to begins anew: passes before it were given up. A factor on the loss, such as 1/k
         for k passes, is one on the gradient alone: the curvature is that of the loss given, of `curvlab.nn.Scaled` with its factor.
+        Within a context that is open, this one does nothing.
 
         Raises:
             StateError: if a pass is missing or one too many, or trainable parameters have changed.
             UnsupportedModel: if rows do not exist; the message names the layers.
         """
+        return self._collect(optional=False)
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Call a closure that runs a pass, in a collecting context, and return what it returns.
+
+        After passes in contexts of their own it may run none, as the closures of frameworks do.
+
+        Raises:
+            StateError, UnsupportedModel: see `collect`.
+        """
+        with torch.enable_grad(), self._collect(optional=bool(self._passes)):
+            return closure()
+
+    @contextmanager
+    def _collect(self, *, optional: bool) -> Iterator[None]:
+        if self._collecting:
+            yield
+            return
         coupled = coupled_modules(self.model)
         self._bound.check(
             self.model, self.structure, coupled, sharded=self._sharding is not None, by_batch=self.how.per == "batch"
@@ -239,9 +258,16 @@ class Preconditioner:
             part=Processes.present() is not None,
             output=self.output,
             anywhere=bool if self._sharding is None else self._sharding.anywhere,
+            optional=optional,
         )
-        with collector:
-            yield
+        self._collecting = True
+        try:
+            with collector:
+                yield
+        finally:
+            self._collecting = False
+        if collector.idle:
+            return
         if collector.cleared:
             self._passes = []
         self._passes.append(collector)
@@ -448,5 +474,5 @@ class Preconditioner:
         self.steps, self.skipped, self._last_due = state["steps"], state["skipped"], state["last_due"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.heard.load_state_dict(state["heard"])
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
         self._former = state["former"]

@@ -58,6 +58,7 @@ class Collector(AbstractContextManager["Collector"]):
         part: whether the samples are part of a larger batch, so that none of their targets need count.
         output: what the loss is called on, of a structured output, so that it can be found again; see `seen`.
         anywhere: whether a flag is set in any of the processes that run each pass of a sharded model together.
+        optional: whether there need be no pass at all.
 
     Raises:
         StateError: on exit, unless there was one forward pass, one call of the loss and one backward pass.
@@ -80,15 +81,17 @@ class Collector(AbstractContextManager["Collector"]):
         part: bool = False,
         output: PickOutput = None,
         anywhere: Anywhere = bool,
+        optional: bool = False,
     ) -> None:
         self.rows: Rows | None = None
         """Rows of S."""
         self.coefficients: Tensor | None = None
         """c `[R]` with `Sᵀc` the gradient of this pass, if the kind of rows determines it."""
         self.cleared = False
-        """Whether there were no gradients to add to when the loss was called."""
+        """Whether there were no gradients to add to when the backward pass began."""
         self._model, self._loss, self._owners, self._how = model, loss, owners, how
         self._checks, self._coupled, self._part, self._anywhere = checks or Checks(), coupled, part, anywhere
+        self._optional = optional
         self._sharded = is_sharded(model)
         reshard(model)
         self._samples, self._given = samples or Samples(), samples
@@ -144,8 +147,13 @@ class Collector(AbstractContextManager["Collector"]):
     ) -> None:
         self._watching.close()
         self._leave.close()
-        if kind is None:
+        if kind is None and not (self._optional and self.idle):
             self._finish()
+
+    @property
+    def idle(self) -> bool:
+        """Whether neither the model nor the loss was called."""
+        return self._arguments is None and self._z is None
 
     @property
     def output(self) -> Tensor:
@@ -239,7 +247,6 @@ class Collector(AbstractContextManager["Collector"]):
                 "them by torch.cat(heads, 1) with curvlab.nn.MultiTask."
             )
         self._z = outputs
-        self.cleared = all(p.grad is None for p in self.parameters.values())
         z = self._z.detach()
         if z.shape[:1] == (0,):
             raise ValueError("The outputs that the loss was called on hold zero samples.")
@@ -260,8 +267,13 @@ class Collector(AbstractContextManager["Collector"]):
             self._leave.callback(self._z.register_hook(self._on_upstream).remove)
 
     def _on_upstream(self, gradient: Tensor) -> None:
-        if not self._watch.quiet:
-            self._upstream = gradient.detach() if self._upstream is None else self._upstream + gradient.detach()
+        if self._watch.quiet:
+            return
+        if self._upstream is None:
+            self.cleared = all(p.grad is None for p in self.parameters.values())
+            self._upstream = gradient.detach()
+        else:
+            self._upstream = self._upstream + gradient.detach()
 
     def _propagate(self, z: Tensor, terms: LossTerms) -> None:
         """Choose the rows of S at the output, and sweep unless the backward pass will bring them."""
