@@ -21,8 +21,12 @@ def digits(batches: int) -> TensorDataset:
     return TensorDataset(x, y)
 
 
-def loader(batches: int) -> DataLoader[Any]:
-    return DataLoader(digits(batches), batch_size=BATCH)
+def loader(batches: int, dtype: torch.dtype = torch.float64, rank: int = 0, size: int = 1) -> DataLoader[Any]:
+    """Return the part of each batch that is that of one process of several."""
+    x, y = digits(batches).tensors
+    part = BATCH // size
+    own = [n for n in range(len(x)) if n % BATCH // part == rank]
+    return DataLoader(TensorDataset(x.to(dtype), y), batch_size=part, sampler=own)
 
 
 def network() -> nn.Sequential:
