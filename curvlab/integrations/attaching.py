@@ -86,8 +86,8 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> Preconditioner | None
 def numbers_of(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
     """Return what is to be logged of a step, by name."""
     found = preconditioner_of(optimizer)
-    for source in (optimizer, found):
-        if hasattr(source, "log"):
-            logged: Mapping[str, float] = source.log()
-            return logged
+    logs = getattr(optimizer, "log", None) or getattr(found, "log", None)
+    if logs is not None:
+        logged: Mapping[str, float] = logs()
+        return logged
     return {} if found is None else {"damping": found.damping.at(found.steps), "skipped": float(found.skipped)}

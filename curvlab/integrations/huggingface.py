@@ -34,7 +34,7 @@ class NaturalTrainer(Trainer):
 
     Nothing needs to be overridden. The loss is the preconditioner's loss module on `logits`; for causal language models, labels are
     one place ahead. Of several batches that one step accumulates, each weighs as many labels as it has, as in the library. Clipping
-    by `max_grad_norm` is that of plain gradients, before they are preconditioned. Checkpoints hold the state of curvature. Logs have
+    by `max_grad_norm` is that of plain gradients, before they are preconditioned. Checkpoints hold the state of curvature, and logs
     the numbers of the last step, such as "curvature/damping".
 
     Args:
@@ -111,16 +111,16 @@ class NaturalTrainer(Trainer):
             logits, labels = logits[:, :-1], labels[:, 1:]
         if labels.is_floating_point():
             labels = labels.view_as(logits).to(logits.dtype)
-        elif labels.ndim > 1:
+        elif labels.ndim > 1 and logits.shape[:-1] == labels.shape:
             logits, labels = logits.flatten(0, -2), labels.flatten()
         loss, counting = self.preconditioner.loss, labels.ne(IGNORED).sum()
         value: Tensor = loss(logits, labels)
         if num_items_in_batch is None:
-            return value / self.current_gradient_accumulation_steps if self.model.training else value
+            return value / self.current_gradient_accumulation_steps if self.preconditioner.model.training else value
         return (value if getattr(loss, "reduction", "mean") == "sum" else value * counting) / num_items_in_batch
 
 
-def _is_causal(model: nn.Module) -> bool:
+def _is_causal(model: Any) -> bool:
     """Whether a model of the library, or the one that an adapter is in, predicts the next token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from curvlab.integrations.attaching import numbers_of, preconditioner_of
 from curvlab.optim import Preconditioner
@@ -28,7 +27,7 @@ class _GivenUp(Exception):
 
 
 class CollectCurvature(Callback):
-    """Collects from every pass of `Trainer.fit`, for the one optimiser that is a `NaturalGradient` or has a preconditioner attached.
+    """Collects from every pass of `Trainer.fit` for the one optimiser that is a `NaturalGradient` or has a preconditioner.
 
     `training_step` calls the model and the loss module that the optimiser was made for. With manual optimisation, each
     `self.manual_backward(loss)` ends a pass. Clipping by the trainer is that of plain gradients, before they are preconditioned.
@@ -37,8 +36,8 @@ class CollectCurvature(Callback):
         log: whether to log the numbers of every step, such as "curvature/damping".
 
     Raises:
-        ValueError: when training starts, unless there is one such optimiser, and if it was made for the LightningModule itself where
-            that is wrapped, as by "ddp".
+        ValueError: when training starts, unless there is one such optimiser, and if it was made for the LightningModule itself
+            where that is wrapped, as by "ddp".
     """
 
     def __init__(self, *, log: bool = True) -> None:
@@ -62,8 +61,9 @@ class CollectCurvature(Callback):
         assert self._preconditioner is not None
         if self._preconditioner.model is pl_module and trainer.strategy.model is not pl_module:
             raise ValueError(
-                f"The optimiser was made for the {type(pl_module).__name__} itself, whose call the {type(trainer.strategy).__name__} "
-                "redirects to training_step. Make it for a module within, such as self.net, that training_step calls."
+                f"The optimiser was made for the {type(pl_module).__name__} itself, whose call the "
+                f"{type(trainer.strategy).__name__} redirects to training_step. Make it for a module "
+                "within, such as self.net, that training_step calls."
             )
         if not pl_module.automatic_optimization:
             # A training step may go on with further passes after a step.

@@ -53,13 +53,16 @@ OPTIMISERS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 }
 
 
-def plain(optimiser: str, batches: int, accumulate: int = 1) -> tuple[nn.Module, list[float]]:
-    """Train in a plain loop; return the model and the loss of every batch."""
-    model, loss, losses = network(), nn.CrossEntropyLoss(), []
+def plain(optimiser: str, batches: int, accumulate: int = 1, half: bool = False) -> tuple[nn.Module, list[float]]:
+    """Train in a plain loop, with `half` in float32 and the model in bfloat16; return it and the loss of every batch."""
+    dtype = torch.float32 if half else torch.float64
+    model, loss, losses = network().to(dtype), nn.CrossEntropyLoss(), []
     made = OPTIMISERS[optimiser](model, loss)
-    for position, (x, y) in enumerate(loader(batches)):
+    for position, (x, y) in enumerate(loader(batches, dtype)):
         with made.preconditioner.collect():
-            value = loss(model(x), y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                z = model(x)
+            value = loss(z.to(dtype), y)
             (value / accumulate).backward()
         losses.append(float(value.detach()))
         if (position + 1) % accumulate == 0:

@@ -28,7 +28,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.net = network()
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ARG002 - by which the trainer keeps them
         return {"logits": self.net(x)}
 
 
@@ -94,11 +94,13 @@ def pixels(padded: bool = True) -> list[dict[str, Tensor]]:
         tokens = (16 * image[16:40]).round().long()
         length = 15 if padded and number % 2 else len(tokens)
         tokens[length:] = 17
-        made.append({
-            "input_ids": tokens,
-            "attention_mask": (tokens != 17).long(),
-            "labels": tokens.masked_fill(tokens == 17, -100),
-        })
+        made.append(
+            {
+                "input_ids": tokens,
+                "attention_mask": (tokens != 17).long(),
+                "labels": tokens.masked_fill(tokens == 17, -100),
+            }
+        )
     return made
 
 
@@ -194,3 +196,67 @@ def test_losses_and_steps_are_those_of_the_librarys_own_loss(
     after = float(of_the_library(transformers, twin, batch, smoothing))
     assert made.evaluate(unequal)["eval_loss"] == pytest.approx(after, rel=1e-4)
     assert after < expected
+
+
+def test_a_language_model_with_padding_and_accumulation_trains_as_in_a_plain_loop(
+    trainers: Any, transformers: Any, tmp_path: Path
+) -> None:
+    loss, unequal = nn.CrossEntropyLoss(), sorted(pixels(), key=lambda sample: int(sample["attention_mask"].sum()))
+    model, twin = gpt2(transformers).double(), gpt2(transformers).double()
+    args = arguments(
+        transformers, tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=32, num_train_epochs=8
+    )
+    natural, plainly = (NaturalGradient(m, loss, lr=0.3, kl_clip=0.1, damping=0.05) for m in (model, twin))
+    made = trainers.NaturalTrainer(model, args, train_dataset=unequal, optimizers=(natural, None))
+    made.train()
+    batches = [transformers.default_data_collator(part) for part in (unequal[:32], unequal[32:])]
+    targets = [batch.pop("labels")[:, 1:].flatten() for batch in batches]
+    tokens = sum((y != -100).sum() for y in targets)
+    for _ in range(8):
+        plainly.zero_grad()
+        for batch, y in zip(batches, targets, strict=True):
+            with plainly.preconditioner.collect():
+                (loss(twin(**batch).logits[:, :-1].flatten(0, 1), y) * (y != -100).sum() / tokens).backward()
+        plainly.step()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-7)
+    assert losses(made)[-1] < 0.9 * losses(made)[0]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_without_a_preconditioner_is_refused(trainers: Any, transformers: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"NaturalTrainer needs optimizers=\(optimizer, None\).*or preconditioner="):
+        trainers.NaturalTrainer(Classifier(), arguments(transformers, tmp_path))
+
+
+def test_another_label_smoothing_than_that_of_the_loss_is_refused(
+    trainers: Any, transformers: Any, tmp_path: Path
+) -> None:
+    pre = Preconditioner(model := gpt2(transformers), nn.CrossEntropyLoss())
+    args = arguments(transformers, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(
+        ValueError, match=r"label_smoothing_factor=0\.1, and the CrossEntropyLoss .* smoothing of 0: give"
+    ):
+        trainers.NaturalTrainer(model, args, preconditioner=pre)
+
+
+def test_a_batch_without_labels_is_refused(trainers: Any, transformers: Any, tmp_path: Path) -> None:
+    made = trainer(trainers, transformers, tmp_path, "natural gradient")
+    made.train_dataset = [{"x": sample["x"]} for sample in made.train_dataset]
+    with pytest.raises(ValueError, match=r'The batch has no "labels": name the targets so, or give compute_loss_func='):
+        made.train()
+    assert not made.model._forward_pre_hooks
+
+
+def test_a_loss_function_of_the_users_own_is_called(trainers: Any, transformers: Any, tmp_path: Path) -> None:
+    model, loss = Classifier(), nn.CrossEntropyLoss()
+    made = trainers.NaturalTrainer(
+        model,
+        arguments(transformers, tmp_path),
+        train_dataset=[{"x": x, "labels": y} for x, y in digits(BATCHES)],
+        optimizers=(NaturalGradient(model, loss, lr=0.3, momentum=0.5, damping=0.05, seed=4), None),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: loss(outputs["logits"], labels),
+    )
+    made.train()
+    torch.testing.assert_close(flat(model), flat(plain("natural gradient", BATCHES)[0]), rtol=1e-9, atol=1e-10)
