@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchrun
 from integration_cases import BATCH, OPTIMISERS, digits, flat, network, plain
 from torch import Tensor, nn
 
@@ -260,3 +261,12 @@ def test_a_loss_function_of_the_users_own_is_called(trainers: Any, transformers:
     )
     made.train()
     torch.testing.assert_close(flat(model), flat(plain("natural gradient", BATCHES)[0]), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_two_processes_are_the_plain_loop(optimiser: str, trainers: Any, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("huggingface_training.py")
+    model, _ = plain(optimiser, BATCHES)
+    for found in torchrun.run(script, 2, tmp_path / "found", optimiser):
+        torch.testing.assert_close(found, flat(model), rtol=1e-5, atol=1e-8)  # Adam divides what is rounded by itself
