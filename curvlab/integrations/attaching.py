@@ -50,12 +50,12 @@ def attach(preconditioner: Preconditioner, optimizer: OptimizerT) -> OptimizerT:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if given is None:
-            preconditioner.precondition()
+            preconditioner.precondition(getattr(optimizer, "grad_scale", None))
             return None
 
         def closure() -> Any:
             value = preconditioner.run(given)
-            preconditioner.precondition()
+            preconditioner.precondition(getattr(optimizer, "grad_scale", None))
             return value
 
         return args[:1], {**kwargs, "closure": closure}

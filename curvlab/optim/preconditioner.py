@@ -277,7 +277,7 @@ class Preconditioner:
             if p.grad is not None and not is_hooked(p)
         }
 
-    def precondition(self) -> None:
+    def precondition(self, scale: Tensor | float | None = None) -> None:
         """Replace gradients by `(F + ρI)⁻¹ grad`: in place, but for tensors that this backward pass has made.
 
         A step in which rows or gradients, plain ones included, are not finite is skipped: gradients become None, the state
@@ -285,6 +285,9 @@ class Preconditioner:
         plain gradients are left as they are, and nothing is counted.
 
         With a GradScaler, first call its `unscale_`: it looks for gradients that are not finite, and here they become None.
+
+        Args:
+            scale: a factor that gradients have and keep, which is nothing to the trust region.
 
         Raises:
             StateError: if curvature is due and nothing was collected.
@@ -301,7 +304,8 @@ class Preconditioner:
                 parameter.grad = None
             return
         if bound is not None and gradients:
-            factor = clip(bound, self.heard.unit, inner(gradients, direction, list(gradients)))
+            squared = inner(gradients, direction, list(gradients))
+            factor = clip(bound, self.heard.unit, squared if scale is None else squared / scale**2)
             direction = {name: step * factor for name, step in direction.items()}
         for name, parameter in parameters.items():
             if parameter.grad is None:

@@ -63,7 +63,7 @@ def test_training_is_the_plain_loop(
     torch.testing.assert_close(flat(made.model), flat(model), rtol=1e-9, atol=1e-10)
     expected = torch.tensor(of_batches).view(-1, accumulate).mean(1).tolist()
     assert losses(made) == pytest.approx(expected, rel=1e-3)
-    assert losses(made)[-1] < 0.9 * losses(made)[0]
+    assert losses(made)[-1] < 0.95 * losses(made)[0]
     assert made.state.log_history[0]["curvature/damping"] == 0.05
     assert not made.model._forward_pre_hooks
 
@@ -220,7 +220,7 @@ def test_a_language_model_with_padding_and_accumulation_trains_as_in_a_plain_loo
                 (loss(twin(**batch).logits[:, :-1].flatten(0, 1), y) * (y != -100).sum() / tokens).backward()
         plainly.step()
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-7)
-    assert losses(made)[-1] < 0.9 * losses(made)[0]
+    assert losses(made)[-1] < 0.95 * losses(made)[0]
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------
