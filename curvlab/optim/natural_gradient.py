@@ -208,6 +208,16 @@ class NaturalGradient(torch.optim.Optimizer):
         """ρ of the next step; not a number before the first one if that sets it."""
         return self._rho.value if self._adapts else self.preconditioner.damping.at(self.preconditioner.steps)
 
+    @property
+    def decoupled(self) -> bool:
+        """Whether weight decay shrinks parameters, and adds nothing to gradients."""
+        return self._decoupled
+
+    @property
+    def chooses_step(self) -> bool:
+        """Whether step size and momentum follow from the quadratic model."""
+        return self._quadratic
+
     def collect(self) -> AbstractContextManager[None]:
         """Collect from one forward and backward pass: see `Preconditioner.collect`."""
         return self.preconditioner.collect()
