@@ -31,15 +31,9 @@ class MachineFields(TypedDict):
 
 
 @dataclass(frozen=True)
-class CommonOptions:
-    """How long methods are timed, on what, and where the comparison goes."""
+class PlaceOptions:
+    """On what is timed, and where the result goes."""
 
-    repeats: int = 15
-    """Timed calls of a method."""
-    seconds: float = 30.0
-    """No further call of a method starts after this much timed work (unit: seconds)."""
-    timeout: float = 600.0
-    """A method's process is stopped after this time (unit: seconds)."""
     threads: int = os.cpu_count() or 1
     """Threads of each process."""
     device: str = "cpu"
@@ -48,12 +42,32 @@ class CommonOptions:
     """File for the comparison: .md or .json."""
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "threads", "seconds", "timeout"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} must be positive, got {getattr(self, name)}")
+        self.check_positive("threads")
         if self.output is not None and self.output.suffix not in tables.FORMATS:
             raise UsageError(f"--output {self.output} must end in one of: {', '.join(tables.FORMATS)}")
         check_device(self.device)
+
+    def check_positive(self, *names: str) -> None:
+        """Refuse options that are no positive numbers."""
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CommonOptions(PlaceOptions):
+    """How long methods are timed, on what, and where the comparison goes."""
+
+    repeats: int = 15
+    """Timed calls of a method."""
+    seconds: float = 30.0
+    """No further call of a method starts after this much timed work (unit: seconds)."""
+    timeout: float = 600.0
+    """A method's process is stopped after this time (unit: seconds)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("repeats", "seconds", "timeout")
 
     @property
     def machine(self) -> MachineFields:
@@ -82,7 +96,7 @@ class SampledOptions(CommonOptions):
             raise UsageError(f"--samples must be at least 1, got {self.samples}")
 
 
-Chosen = TypeVar("Chosen", bound=CommonOptions)
+Chosen = TypeVar("Chosen", bound=PlaceOptions)
 
 
 def command(

@@ -22,7 +22,7 @@ class Alignment(
 ):
     """The cosine of what a step added to the parameters and the negative gradient before it, and the length of the step."""
 
-    weight = 0.25
+    passes = 1.0
     of_optimizer = of_step = True
 
     def measure(self, training: Training) -> dict[str, float]:
@@ -43,8 +43,7 @@ class Layers(Quantity, key="layers", summary="by layer: norms of weights and gra
     are all dead in two measurements is an event. Embeddings have no such share, as a batch looks up some of their rows only.
     """
 
-    weight = 0.25
-    passes = 2.0
+    passes = 1.0
 
     def __init__(self) -> None:
         self._dead: dict[str, float] = {}

@@ -4,9 +4,10 @@
     balance               =  budget · seconds of training  −  seconds that all of the monitor took so far
 
 A quantity is due when its credit and the balance both cover what it is expected to cost: what it took at most in its last two
-measurements or, before the first, the forward and backward passes that it states, at the present time of a step. So the share
-goes above the budget by at most what a measurement takes beyond that, and what was overdrawn is paid back before the
-next one. The work of planning is on the balance, too.
+measurements. Before the first that is the forward and backward passes that it states, at the present time of a step; the first
+one, which allocates and compiles, is paid for, and foretells nothing unless it took less. The credit has to cover that and half
+as much again. So the share goes above the budget only where a measurement takes longer still, by what it takes beyond that, and
+what was overdrawn is paid back before the next one. The work of planning is on the balance, too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from curvlab.errors import unknown_name
 
 WARM_UP = 2
 """First steps that do not count: they allocate, tune and compile."""
-PAUSE = 10.0
-"""A step that takes so many times the mean counts as one of mean length: it was a validation, a checkpoint or a break."""
+PAUSE = 1.0
+"""Steps that take more than twice their mean length, and this longer (unit: seconds), had a validation, a checkpoint or a break
+between them, the rest of which does not count."""
+MARGIN = 1.5
+"""Credit that a measurement needs, over what it is expected to cost."""
+UNSEEN = 100
+"""Steps that may pass without a look at the plan, at most."""
 
 
 @runtime_checkable
@@ -36,8 +42,11 @@ class Plan(Protocol):
     def spent(self) -> float:
         """Seconds of the monitor."""
 
-    def earn(self, seconds: float) -> None:
-        """Count a training step of so many seconds."""
+    def earn(self, seconds: float, steps: int = 1) -> None:
+        """Count training steps of so many seconds together."""
+
+    def rest(self) -> int:
+        """Return a number of steps from now on in which nothing will be due."""
 
     def due(self, name: str | None = None, ahead: int = 0) -> bool:
         """Whether a quantity is to be measured in this step, or so many steps ahead; whether any may be, if None."""
@@ -57,15 +66,28 @@ class _Account:
         weight: its part of the budget, beside the weights of others.
         passes: forward and backward passes that its first measurement takes at most.
         spent: seconds of all measurements.
-        last: seconds of the last measurement, None before the first.
-        cost: seconds that the next one is expected to take, once there was one.
+        taken: seconds of the last measurements, up to two and without the first; that of the first alone before there are others.
+        measured: number of measurements.
     """
 
     weight: float
     passes: float
     spent: float = 0.0
-    last: float | None = None
-    cost: float = 0.0
+    taken: tuple[float, ...] = ()
+    measured: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Count a measurement."""
+        self.spent += seconds
+        self.measured += 1
+        self.taken = (*(self.taken[-1:] if self.measured > 2 else ()), seconds)
+
+    def cost(self, step_seconds: float) -> float:
+        """Return the seconds that the next measurement is expected to take."""
+        stated = self.passes * step_seconds
+        if not self.taken:
+            return stated
+        return min(stated, self.taken[0]) if self.measured == 1 else max(self.taken)
 
 
 class Budget:
@@ -108,15 +130,25 @@ class Budget:
         """Mean time of a training step so far."""
         return self.trained / self.steps if self.steps else 0.0
 
-    def earn(self, seconds: float) -> None:
-        """Count a training step; the first ones and the length of pauses do not count."""
+    def earn(self, seconds: float, steps: int = 1) -> None:
+        """Count training steps; the first ones and long pauses do not count."""
         if self._skipped < WARM_UP:
-            self._skipped += 1
+            self._skipped += steps
             return
-        if self.steps and seconds > PAUSE * self.step_seconds:
-            seconds = self.step_seconds
+        if self.steps:
+            usual = steps * self.step_seconds
+            seconds = min(seconds, usual + max(usual, PAUSE))
         self._trained += seconds
-        self.steps += 1
+        self.steps += steps
+
+    def rest(self) -> int:
+        """Return the steps that half of the time until anything may be due will take."""
+        if not self._trained:
+            return 0
+        self._wake = min(map(self._due_at, self._accounts.values()), default=inf)
+        if self._wake == inf:
+            return UNSEEN
+        return max(0, min(UNSEEN, int((self._wake - self._trained) / (2 * self.step_seconds))))
 
     def due(self, name: str | None = None, ahead: int = 0) -> bool:  # noqa: ARG002
         """Whether the credit of a quantity and the balance cover its next measurement."""
@@ -124,19 +156,13 @@ class Budget:
             return self.steps > 0 and self._trained >= self._wake
         if name not in self._accounts:
             raise unknown_name("quantity", name, self._accounts)
-        due = self.steps > 0 and self.trained >= self._due_at(self._accounts[name])
-        if not due:
-            self._wake = min(map(self._due_at, self._accounts.values()), default=inf)
-        return due
+        return self.steps > 0 and self._trained >= self._due_at(self._accounts[name])
 
     def spend(self, seconds: float, name: str | None = None) -> None:
         """Count what a measurement took."""
         self._spent += seconds
         if name is not None:
-            account = self._accounts[name]
-            account.spent += seconds
-            account.cost = seconds if account.last is None else max(seconds, account.last)
-            account.last = seconds
+            self._accounts[name].add(seconds)
 
     def drop(self, name: str) -> None:
         """Leave what a quantity would have had to the others."""
@@ -145,7 +171,7 @@ class Budget:
 
     def _due_at(self, account: _Account) -> float:
         """Seconds of training after which a quantity is due."""
-        cost = account.passes * self.step_seconds if account.last is None else account.cost
+        cost = MARGIN * account.cost(self.step_seconds)
         part = self.share * account.weight / sum(other.weight for other in self._accounts.values())
         return max((account.spent + cost) / part, (self.spent + cost) / self.share)
 
@@ -160,10 +186,14 @@ class Every:
         self.trained = self.spent = 0.0
         self.steps = 0
 
-    def earn(self, seconds: float) -> None:
-        """Count a training step."""
+    def earn(self, seconds: float, steps: int = 1) -> None:
+        """Count training steps."""
         self.trained += seconds
-        self.steps += 1
+        self.steps += steps
+
+    def rest(self) -> int:
+        """Return 0: every step is looked at."""
+        return 0
 
     def due(self, name: str | None = None, ahead: int = 0) -> bool:  # noqa: ARG002
         """Whether it is that step."""

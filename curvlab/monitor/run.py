@@ -98,7 +98,8 @@ class Monitor:
         self._before: dict[str, Tensor] = {}
         self._last: float | None = None
         self._own = 0.0  # seconds since then that were not training
-        optimizer = training.optimizer
+        self._unseen = self._rest = 0
+        optimizer = training.optimizer if any(quantity.of_step for quantity in quantities) else None
         self._hook = None if optimizer is None else optimizer.register_step_pre_hook(self._before_step)
 
     @property
@@ -114,15 +115,20 @@ class Monitor:
             targets: as the loss takes them.
             value: the loss of this step; where it is not finite, nothing is measured.
         """
+        self._unseen += 1
+        if self._unseen <= self._rest:
+            return
         begun = self._clock()
         training = 0.0 if self._last is None else begun - self._last - self._own
-        self.training.step += 1
-        self.plan.earn(max(training, 0.0))
+        self.plan.earn(max(training, 0.0), self._unseen)
+        self.training.step += self._unseen
+        self._unseen = 0
         counted = self._measure_due(inputs, targets, value) if self.plan.due() else 0.0
         self._before = {}
         self._last = self._clock()
         self.plan.spend(self._last - begun - counted + self._own)
         self._own = 0.0
+        self._rest = self.plan.rest()
 
     def measure(self, inputs: Any, targets: Any, *quantities: str) -> dict[str, float]:
         """Measure now, whatever the plan says; writers and events as usual.
@@ -170,14 +176,16 @@ class Monitor:
         left = f", dropped: {', '.join(self.dropped)}" if self.dropped else ""
         return (
             f"Monitor({', '.join(self.quantities)}; {len(self.measurements)} measurements and {len(self.events)} events in "
-            f"{self.training.step} steps, {self.share:.1%} of the time of training{left})"
+            f"{self.training.step + self._unseen} steps, {self.share:.1%} of the time of training{left})"
         )
 
     def _before_step(self, *_: object) -> None:
         """Keep the parameters before a step whose change is due."""
+        if self._before or self._unseen < self._rest:
+            return
         begun = self._clock()
         asked = (key for key, quantity in self.quantities.items() if quantity.of_step)
-        if not self._before and self.plan.due(ahead=1) and any(self.plan.due(key, ahead=1) for key in asked):
+        if self.plan.due(ahead=1) and any(self.plan.due(key, ahead=1) for key in asked):
             self._before = {n: p.detach().clone() for n, p in trainable(self.training.model).items()}
         self._own += self._clock() - begun
 

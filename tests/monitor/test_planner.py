@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curvlab.monitor.planner import PAUSE, WARM_UP, Budget, Every
+from curvlab.monitor.planner import MARGIN, WARM_UP, Budget, Every
 
 STEP = 1.0
 
@@ -45,28 +45,32 @@ def test_budget_is_used_up_and_shared_by_weight():
 
 def test_first_measurement_waits_until_the_passes_that_it_states_fit():
     seen = run(Budget(0.02, {"q": 1.0}, {"q": 10.0}), 2000, {"q": 1.0})["q"]
-    assert seen[0] == WARM_UP + 500 - 1  # 10 steps are 2 % of 500
+    assert seen[0] == WARM_UP + MARGIN * 500 - 1  # 10 steps are 2 % of 500
     assert seen[1] == seen[0] + 1  # it took 1, the credit covers more
 
 
 def test_what_a_first_measurement_overdraws_is_paid_back_by_all():
     plan = Budget(0.02, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
-    seen = run(plan, 12000, {"a": lambda n: 50.0 if n == 1 else 1.0, "b": 1.0})
-    assert seen["a"][0] == WARM_UP + 100 - 1
-    # 0.02 t ≥ 50 + (what b took) + 1 before anything runs again
-    assert min(seen["a"][1], *(t for t in seen["b"] if t > seen["a"][0])) >= 2549
+    seen = run(plan, 6000, {"a": lambda n: 50.0 if n == 1 else 1.0, "b": 1.0})
+    assert seen["a"][0] == WARM_UP + MARGIN * 100 - 1
+    # 0.02 t ≥ 50 + 1.5 before anything runs again
+    assert min(seen["a"][1], *(t for t in seen["b"] if t > seen["a"][0])) >= 2574
     assert plan.spent <= 0.02 * plan.trained
 
 
-def test_cost_is_the_larger_of_the_last_two():
+def test_cost_is_the_larger_of_the_last_two_and_the_first_foretells_nothing():
     plan = Budget(0.5, {"q": 1.0}, {"q": 1.0})
     for _ in range(WARM_UP):
         plan.earn(1.0)
-    for seconds, due_at in ((4.0, 2 * (4 + 4)), (2.0, 2 * (6 + 4)), (5.0, 2 * (11 + 5))):
+    spent = 0.0
+    for seconds, expected in ((4.0, 1.0), (2.0, 2.0), (5.0, 5.0), (1.0, 5.0), (1.0, 1.0)):
+        spent += seconds
+        due_at = 2 * (spent + MARGIN * expected)
+        before = plan.trained
         plan.spend(seconds, "q")
         while not plan.due("q"):
             plan.earn(1.0)
-        assert plan.trained == due_at
+        assert plan.trained == max(-(-due_at // 1), before)
 
 
 def test_warm_up_and_pauses_earn_no_time_to_measure():
@@ -76,8 +80,10 @@ def test_warm_up_and_pauses_earn_no_time_to_measure():
     assert plan.trained == 0
     for _ in range(5):
         plan.earn(1.0)
-    plan.earn(PAUSE * 1.0 + 1)
-    assert plan.trained == 6.0
+    plan.earn(1.9)
+    assert plan.trained == 6.9
+    plan.earn(3600.0)
+    assert plan.trained == pytest.approx(6.9 + 2 * 6.9 / 6)
 
 
 def test_planning_itself_is_on_the_budget():
@@ -94,17 +100,31 @@ def test_nothing_is_asked_before_anything_may_be_due():
         plan.earn(1.0)
     assert plan.due()  # unknown yet
     assert not plan.due("q")
+    plan.rest()
     asked = 0
     while not plan.due():
         plan.earn(1.0)
         asked += 1
     assert plan.due("q")
-    assert asked == 499
+    assert asked == MARGIN * 500 - 1
+
+
+def test_a_first_measurement_comes_earlier_where_steps_get_faster():
+    plan = Budget(0.1, {"q": 1.0}, {"q": 10.0})
+    for _ in range(WARM_UP):
+        plan.earn(1.0)
+    plan.earn(100.0)
+    steps = 0
+    while not plan.due("q"):
+        unseen = plan.rest()
+        plan.earn(1.0 * (unseen + 1), unseen + 1)
+        steps += unseen + 1
+    assert steps < 300  # while the first step alone would ask for 1500 s
 
 
 def test_dropped_quantities_leave_their_part_to_the_others():
     plan = Budget(0.1, {"a": 9.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
-    for _ in range(WARM_UP + 10):
+    for _ in range(WARM_UP + 15):
         plan.earn(1.0)
     assert not plan.due("b")
     plan.drop("a")
@@ -135,3 +155,18 @@ def test_weights_and_intervals_out_of_range_are_refused():
         Budget(0.1, {"q": 0.0}, {"q": 1.0})
     with pytest.raises(ValueError, match="whole number of steps"):
         Every(0)
+
+
+def test_steps_that_pass_unseen_end_before_anything_is_due():
+    plan = Budget(0.02, {"q": 1.0}, {"q": 10.0})
+    for _ in range(WARM_UP + 1):
+        assert plan.rest() == 0
+        plan.earn(1.0)
+    assert not plan.due("q")
+    looks = 0
+    while not plan.due("q"):
+        unseen = plan.rest()
+        plan.earn(1.0 * (unseen + 1), unseen + 1)
+        looks += 1
+    assert plan.trained == MARGIN * 500.0
+    assert looks < 20
