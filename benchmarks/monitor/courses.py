@@ -59,7 +59,7 @@ def _adam(parameters: Iterator[torch.nn.Parameter], rate: float) -> torch.optim.
 
 COURSES: Mapping[CourseName, Course] = {
     "digits-mlp": Course(_sgd, "SGD", 0.1, 256),
-    "fashion-lenet": Course(_momentum, "SGD with momentum 0.9", 0.004, 64),
+    "fashion-lenet": Course(_momentum, "SGD with momentum 0.9", 0.02, 64),
     "characters": Course(_adam, "Adam", 5e-4, 16),
     "karate-gcn": Course(_sgd, "SGD", 0.3, None),
 }

@@ -213,6 +213,7 @@ class Monitor:
             if key in self.quantities:
                 self.plan.spend(seconds, key)
                 counted += seconds
+        self.training.change = None
         return counted + self._show()
 
     def _measure(self, key: str, quantity: Quantity, begun: float, loss: float | None) -> None:
@@ -270,12 +271,12 @@ class Monitor:
 
     def _show(self) -> float:
         """Draw live figures where that is due; returns the seconds that were counted for it."""
-        if not (self._figures and self._curves and self.plan.due(FIGURE)):
+        figures = [figure for figure in self._figures if figure.due]
+        if not (figures and self._curves and self.plan.due(FIGURE)):
             return 0.0
         begun = self._clock()
-        for figure in self._figures:
-            if figure.due:
-                figure.show(self.curves, self.events)
+        for figure in figures:
+            figure.show(self.curves, self.events)
         seconds = self._clock() - begun
         self.plan.spend(seconds, FIGURE)
         return seconds
