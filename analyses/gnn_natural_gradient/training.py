@@ -143,13 +143,13 @@ class IzadiPreconditioner(Preconditioner):
             seed=seed,
         )
 
-    def precondition(self) -> None:
+    def precondition(self, scale: Tensor | float | None = None) -> None:
         """Turn gradients into natural ones."""
-        scale = self._scale(self.steps)
-        super().precondition()
+        nodes = self._scale(self.steps)
+        super().precondition(scale)
         for parameter in self.parameters.values():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+                parameter.grad.mul_(nodes)
 
 
 class TorchDraws:
