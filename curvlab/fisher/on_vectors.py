@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlab.rows.factored import KroneckerRows
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.products import chunks
+from curvlab.rows.products import CHUNK_ELEMENTS, chunks
 
 
 def is_on_vectors(rows: LayerRows) -> TypeGuard[KroneckerRows]:
@@ -37,11 +37,13 @@ def contract_units(left: KroneckerRows, kernels: Float[Tensor, "U N M"], right: 
 def weighted_product(left: LayerRows, weights: Float[Tensor, " P_l"], right: LayerRows) -> Float[Tensor, "R S"]:
     """Return `left diag(weights) rightᵀ`, in chunks.
 
-    Cost `N·M·P_l + U·R·S` for dense layers on vectors, else `R·S·P_l`.
+    Cost `N·M·P_l + U·R·S` for dense layers on vectors, else `R·S·P_l`, the rows on the right formed once if they are small.
     """
     if not (is_on_vectors(left) and is_on_vectors(right)):
         V, N = left.shape
         largest = max(left.size, right.row_factors[-1][0].numel())
+        if right.count * right.size <= CHUNK_ELEMENTS:
+            right = right.formed()
         pieces = [
             right.matvec(left.select(part).dense() * weights).view(V, -1, right.count)
             for part in chunks(N, V * largest)
