@@ -37,9 +37,24 @@ def called_with(
     Raises:
         ValueError: for a name that the model does not have, and for two tensors in place of one.
     """
-    with attributes_kept(model), unwatched(model), differentiable_weight_norm(model), differentiable_bags(model):
-        _put(model, state)
+    with holding(model, state), unwatched(model), differentiable_weight_norm(model), differentiable_bags(model):
         return model(*args, **(kwargs or {}))
+
+
+@contextmanager
+def holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have a model hold other tensors as its parameters and buffers within the block; it is left as it was found.
+
+    Args:
+        model: any module.
+        state: see `called_with`. With `Parameter` objects it is, within the block, the same model at other weights.
+
+    Raises:
+        ValueError: as `called_with`.
+    """
+    with attributes_kept(model):
+        _put(model, state)
+        yield
 
 
 @contextmanager

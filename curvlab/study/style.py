@@ -5,14 +5,10 @@ own colour *and* marker, the same in all figures, so that none has to be told ap
 """
 
 import io
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -24,62 +20,20 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from curvlab.study.inference import Summary
+from curvlab.tools.canvas import COLUMN as COLUMN
+from curvlab.tools.canvas import DOUBLE as DOUBLE
+from curvlab.tools.canvas import RC as RC
+from curvlab.tools.canvas import canvas as canvas
+from curvlab.tools.canvas import use as use
 from curvlab.tools.looks import Look as Look
 from curvlab.tools.looks import in_order as in_order
 from curvlab.tools.looks import look as look
 from curvlab.tools.storage import write
 
-COLUMN = 3.25
-"""Width of one column, in inches."""
-DOUBLE = 6.75
-"""Width of both columns, in inches."""
-
 CONFIDENCE = 0.95
 """Of the intervals; they are not adjusted for multiplicity, unlike those of the verdicts."""
 CHARACTERS = 23
 """Characters of small print to an inch."""
-
-RC: Mapping[Any, Any] = MappingProxyType(
-    {
-        "pdf.fonttype": 42,
-        "svg.fonttype": "none",
-        "figure.constrained_layout.use": True,
-        "figure.dpi": 150,
-        "savefig.dpi": 300,
-        "font.size": 8,
-        "axes.labelsize": 8,
-        "axes.titlesize": 8,
-        "legend.fontsize": 7,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.xmargin": 0.1,
-        "axes.grid": True,
-        "grid.color": "#e4e4e4",
-        "grid.linewidth": 0.5,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 4.5,
-        "legend.frameon": False,
-        "legend.handlelength": 1.6,
-    }
-)
-
-
-def use() -> AbstractContextManager[None]:
-    """Context in which figures are made and saved in this style."""
-    return mpl.rc_context(dict(RC))
-
-
-def canvas(
-    rows: int = 1, columns: int = 1, *, width: Literal["column", "double"] = "column", height: float = 2.3
-) -> tuple[Figure, np.ndarray]:
-    """A figure of a paper's width with axes ``[rows, columns]``; ``height`` is inches per row."""
-    inches = COLUMN if width == "column" else DOUBLE
-    figure, axes = plt.subplots(rows, columns, figsize=(inches, rows * height), squeeze=False)
-    return figure, axes
 
 
 def theory(axes: Axes, x: Collection[Any], y: Collection[Any], structure: str, *, label: str | None = None) -> Line2D:

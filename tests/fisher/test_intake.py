@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_memory import Live
 from oracle import ARCHITECTURES, DOUBLE, Architecture, architecture, loss_case
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from curvlab.rows.layer import LayerRows
 from curvlab.rows.modules import convolution, linear, rule
 from curvlab.rows.products import chunks
 from curvlab.testing.oracle import assert_close, outputs
+from curvlab.tools.live_memory import Live
 
 KEYS = ("kfac", "ekfac", "diagonal")
 PICKED = [a for a in ARCHITECTURES if a.output is None]

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_memory import Live
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlab.fisher import KFAC, Diagonal
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.testing.oracle import assert_close
+from curvlab.tools.live_memory import Live
 
 FUSED = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_memory import Live
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from curvlab.rows import products
 from curvlab.rows.loss import RowPer
 from curvlab.spectrum import GGN, Fisher, Hessian, Operator
 from curvlab.testing.oracle import assert_close
+from curvlab.tools.live_memory import Live
 
 N, T, C, WIDTH = 3, 5, 7, 4
 

@@ -17,7 +17,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._held = 0
         self.functions: set[str] = set()
         self._sizes: dict[int, int] = {}
