@@ -42,8 +42,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 3)).double()
     x, y = torch.randn(32, 20).double(), torch.randint(3, (32,))
     structures = ("full", "diagonal", "scalar")
-    table = curvlab.compare(model, nn.CrossEntropyLoss(), (x, y), damping=["rel:1e-3"], structures=structures)
-    print(table.to_string())
+    print(curvlab.compare(model, nn.CrossEntropyLoss(), (x, y), damping="rel:1e-3", structures=structures))
 
 
 if __name__ == "__main__":

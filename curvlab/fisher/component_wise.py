@@ -142,6 +142,7 @@ class ComponentWise(
     Source: Tran, Irvan, Yamaguchi & Nakata 2022; Tran et al. 2023 ("semantic").
     """
 
+    costly = True
     within_layers = True
 
     def __init__(

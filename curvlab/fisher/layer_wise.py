@@ -282,6 +282,8 @@ class LayerWise(
             number of layers.
     """
 
+    costly = True
+
     def __init__(
         self,
         sigma: Sigma | None = None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
-from curvlab.fisher.block import Batch, Block
+from curvlab.fisher.block import Batch, Block, batches_of
+from curvlab.rows import Rows
 from curvlab.tools.memory import available_memory
 from curvlab.tools.text import size
 
@@ -29,3 +31,16 @@ def check_memory(key: str, blocks: Sequence[Block], batches: Sequence[Batch]) ->
             f"are available; the largest is that of {largest.name!r}. Use a structure of smaller blocks, such as 'kfac' "
             "or 'diagonal', or fewer rows (kind='mc', smaller batches)."
         )
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """What cuts rows into blocks, as structures do."""
+
+    def _make_blocks(self, rows: Rows) -> list[Block]: ...
+
+
+def matrix_elements(structure: Divided, rows: Rows) -> int:
+    """Return how many numbers the matrices of a structure would hold after an update with rows; none are formed."""
+    blocks = structure._make_blocks(rows)
+    return sum(block.elements(batch) for block, batch in zip(blocks, batches_of(blocks, rows, 0.0), strict=True))

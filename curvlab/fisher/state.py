@@ -49,6 +49,8 @@ class State(ABC):
     """Whether every layer is treated by itself, and of its rows only moments are needed, so that `fit` never holds those of all."""
     joins_positions: bool = False
     """Whether only the sum of a sample's rows is used, so that one row, its whole gradient, says as much."""
+    costly: ClassVar[bool] = False
+    """Whether its products with rows cost far more than a sweep in large networks, where it is compared if named only."""
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []

@@ -161,6 +161,7 @@ class UnitWise(RowStructure, key="unit-wise", summary="one block of F a unit", l
     Source: Karakida & Osawa 2020, section 3.3; Ollivier 2015.
     """
 
+    costly = True
     within_layers = True
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
