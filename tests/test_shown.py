@@ -64,6 +64,7 @@ def instances() -> Iterator[Any]:
     yield from (measured, measured.probes[0], spectrum.trace(hessian), spectrum.diagonal(hessian))
     yield from (spectrum.rank(rows), spectrum.eigenpairs(hessian, k=12))
     yield from (spectrum.by_unit(rows.space), spectrum.rows_block_map(rows))
+    yield curvlab.compare(model, loss, (x, y), "diagonal", damping=0.1, steps=0)
     natural = optim.NaturalGradient(
         model,
         loss,

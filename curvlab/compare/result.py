@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvlab.compare.candidates import Candidate
 from curvlab.compare.printing import note_lines, page, terminal_width
+from curvlab.tools.shown import line
 from curvlab.tools.text import number
 
 if TYPE_CHECKING:
@@ -127,15 +128,17 @@ class Comparison:
         return self.text()
 
     def __repr__(self) -> str:
-        names = dict.fromkeys(record["structure"] for record in self.records)
-        return f"Comparison({len(self.records)} candidates: {', '.join(names)}; print it, or see .table, .best() and .plot())"
+        names = dict.fromkeys(str(record["structure"]) for record in self.records)
+        return line(
+            self, "print it, or see .table, .best() and .plot()", candidates=len(self.records), structures=list(names)
+        )
 
     def _repr_html_(self) -> str:
         from html import escape
 
         shown = self.table.map(_shown) if self.records else self.table
-        above = "".join(f"<p>{escape(line)}</p>" for line in (self.about, *self._recommended()))
-        return above + shown.to_html(index=False)
+        above = "".join(f"<p>{escape(text)}</p>" for text in (repr(self), self.about, *self._recommended()))
+        return f"<div>{above}{shown.to_html(index=False)}</div>"
 
     def plot(self) -> Figure:
         """Draw how far the loss of the second batch falls at each learning rate, and the learning rates of every candidate.

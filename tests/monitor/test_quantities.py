@@ -229,7 +229,7 @@ def test_anisotropy_is_that_of_compare(run):
     model, loss, x, y = run
     optimizer = NaturalGradient(model, loss, lr=0.0, structure="diagonal", kind="exact", damping=0.01)
     training = stepped(run, optimizer, steps=1)
-    row = curvlab.compare(model, loss, (x, y), ["diagonal"], damping=[0.01]).iloc[0]
+    row = curvlab.compare(model, loss, (x, y), ["diagonal"], damping=[0.01], steps=0).table.iloc[0]
     values = Anisotropy(samples=12).measure(training)
     assert values["alpha"] == pytest.approx(row["alpha"])
     assert values["anisotropy"] == pytest.approx(row["anisotropy"])
