@@ -65,6 +65,7 @@ def instances() -> Iterator[Any]:
     yield from (spectrum.rank(rows), spectrum.eigenpairs(hessian, k=12))
     yield from (spectrum.by_unit(rows.space), spectrum.rows_block_map(rows))
     yield curvlab.compare(model, loss, (x, y), "diagonal", damping=0.1, steps=0)
+    yield curvlab.advise(model, loss, (x, y), 0.1, candidates=[curvlab.advice.Candidate("SGD", {"lr": 0.1})])
     natural = optim.NaturalGradient(
         model,
         loss,

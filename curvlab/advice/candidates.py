@@ -1,0 +1,72 @@
+"""Optimisers that advice chooses among, each with its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from curvlab.optim import LevenbergMarquardt, NaturalGradient
+from curvlab.rows.sweep import PickOutput
+
+Method = Literal["natural gradient", "Adam", "SGD"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimiser with settings.
+
+    Attributes:
+        method: which one.
+        settings: its arguments, by name; all others as they are by default.
+    """
+
+    method: Method
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        *,
+        output: PickOutput = None,
+        graph: bool = False,
+        damping: float | None = None,
+    ) -> torch.optim.Optimizer:
+        """Return the optimiser of a model.
+
+        Args:
+            model: the model.
+            loss: its loss, which natural gradient needs.
+            output: which tensor of a structured output the loss is called on.
+            graph: whether the loss is called on nodes of one graph.
+            damping: where the damping of natural gradient starts, which adapts; at its usual place if None.
+        """
+        if self.method == "natural gradient":
+            start = {} if damping is None or "damping" in self.settings else {"damping": LevenbergMarquardt(damping)}
+            return NaturalGradient(model, loss, output=output, graph=graph, **{**start, **self.settings})
+        made = torch.optim.Adam if self.method == "Adam" else torch.optim.SGD
+        return made([p for p in model.parameters() if p.requires_grad], **self.settings)
+
+    def __str__(self) -> str:
+        shown = [f"{name}={f'{x:g}' if isinstance(x, float) else x}" for name, x in self.settings.items()]
+        return f"{self.method} ({', '.join(shown) or 'as it is'})"
+
+
+def usual() -> list[Candidate]:
+    """Return those that are raced by default: natural gradient in seven ways, Adam at four learning rates, SGD at five."""
+    natural: list[dict[str, Any]] = [
+        {},
+        {"kl_clip": 3e-2},
+        {"kl_clip": 3e-3},
+        {"kind": "empirical"},
+        {"refresh_every": 5},
+        {"structure": "ekfac"},
+        {"structure": "diagonal"},
+    ]
+    found = [Candidate("natural gradient", settings) for settings in natural]
+    found += [Candidate("Adam", {"lr": lr}) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
+    return found + [Candidate("SGD", {"lr": lr, "momentum": 0.9}) for lr in (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)]

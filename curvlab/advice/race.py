@@ -1,0 +1,161 @@
+"""A race of optimisers in equal times, in rounds after each of which the worse half drops out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import ceil, inf, isfinite, log2
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvlab.advice.candidates import Candidate
+from curvlab.errors import CurvlabError
+from curvlab.optim import NaturalGradient
+from curvlab.rows.sweep import PickOutput, as_arguments, select_output
+
+Batch = tuple[Any, Any]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a run: its steps, seconds in them, and the loss of data that it does not train on."""
+
+    steps: int
+    seconds: float
+    loss: float
+
+
+@dataclass
+class Entrant:
+    """A candidate that trains a copy of the model.
+
+    Attributes:
+        candidate: the optimiser and its settings.
+        model: the copy.
+        optimizer: of the copy.
+        loss: the loss module.
+        output: which tensor of a structured output the loss is called on.
+        steps: taken so far.
+        seconds: in them, but for the first one, which checks and learns.
+        looks: what was seen, after every round.
+        trouble: why it is out, if it is for something else than its loss.
+    """
+
+    candidate: Candidate
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: nn.Module
+    output: PickOutput
+    steps: int = 0
+    seconds: float = 0.0
+    looks: list[Look] = field(default_factory=list)
+    trouble: str | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate, model: nn.Module, loss: nn.Module, output: PickOutput, *, graph: bool) -> Entrant:
+        """Enter a candidate; raises what its optimiser raises."""
+        own, criterion = copy.deepcopy((model, loss))
+        return cls(candidate, own, candidate.make(own, criterion, output=output, graph=graph), criterion, output)
+
+    @property
+    def best(self) -> float:
+        """The lowest loss that was seen; infinite if it is in trouble or unseen."""
+        return min((look.loss for look in self.looks), default=inf) if self.trouble is None else inf
+
+    @property
+    def damping(self) -> float | None:
+        """Where the damping of natural gradient has arrived."""
+        return self.optimizer.damping if isinstance(self.optimizer, NaturalGradient) and self.steps else None
+
+    def run(self, batches: Sequence[Batch], until: float, clock: Clock) -> None:
+        """Train until a time has come, one step at least."""
+        while self.trouble is None:
+            begun = clock()
+            try:
+                value = self._step(batches[self.steps % len(batches)])
+            except (CurvlabError, FloatingPointError, ValueError, NotImplementedError, RuntimeError) as problem:
+                if isinstance(problem, torch.OutOfMemoryError):
+                    raise
+                self.trouble = str(problem).strip().splitlines()[0]
+                return
+            ended = clock()
+            self.seconds += ended - begun if self.steps else 0.0
+            self.steps += 1
+            if not isfinite(value):
+                self.trouble = f"its loss was not finite in step {self.steps}"
+            if ended >= until:
+                return
+
+    def _step(self, batch: Batch) -> float:
+        inputs, targets = batch
+        self.optimizer.zero_grad()
+        with self.optimizer.collect() if isinstance(self.optimizer, NaturalGradient) else nullcontext():
+            value = self.loss(self._outputs(inputs), targets)
+            value.backward()
+        self.optimizer.step()
+        return float(value.detach())
+
+    def _outputs(self, inputs: Any) -> Any:
+        args, kwargs = as_arguments(inputs)
+        returned = self.model(*args, **kwargs)
+        return returned if self.output is None else select_output(returned, self.output)
+
+    def look(self, held: Sequence[Batch]) -> float:
+        """See the loss of batches that it does not train on, their mean, in evaluation mode."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                found = [float(self.loss(self._outputs(inputs), targets)) for inputs, targets in held]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        loss = sum(found) / len(found)
+        self.looks.append(Look(self.steps, self.seconds, loss if isfinite(loss) else inf))
+        return loss
+
+
+def race(
+    entrants: Sequence[Entrant],
+    batches: Sequence[Batch],
+    held: Sequence[Batch],
+    seconds: float,
+    *,
+    clock: Clock = time.perf_counter,
+    told: Callable[[Entrant, int], None] = lambda _, __: None,
+) -> list[Entrant]:
+    """Train all in equal times, in rounds of equal length, after each of which the worse half drops out.
+
+    Args:
+        entrants: at least one.
+        batches: what they train on, in this order, over and over.
+        held: what they are judged on.
+        seconds: for all of it.
+        clock: tells the time in seconds.
+        told: called after each entrant's part of a round, with the number of the round.
+
+    Returns:
+        Those of the last round, the best first; none if all are in trouble.
+
+    Source: Jamieson & Talwalkar 2016, *Non-stochastic Best Arm Identification and Hyperparameter Optimization*.
+    """
+    rounds, alive = max(1, ceil(log2(len(entrants)))), list(entrants)
+    end = clock() + seconds
+    for number in range(rounds):
+        for position, entrant in enumerate(alive):
+            rounds_left = (len(alive) - position) / len(alive) + rounds - number - 1
+            share = max(0.0, end - clock()) / rounds_left / len(alive)
+            entrant.run(batches, clock() + share, clock)
+            entrant.look(held)
+            told(entrant, number)
+        alive = sorted((entrant for entrant in alive if entrant.best < inf), key=lambda entrant: entrant.best)
+        if not alive or number == rounds - 1:
+            break
+        alive = alive[: max(1, ceil(len(alive) / 2))]
+    return alive

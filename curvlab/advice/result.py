@@ -1,0 +1,161 @@
+"""What a race found: the optimiser to take, and the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from curvlab.advice.candidates import Candidate, Method
+from curvlab.advice.race import Entrant
+from curvlab.rows.sweep import PickOutput
+from curvlab.tools.shown import line
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+LOOKS: Mapping[Method, tuple[str, str]] = {
+    "natural gradient": ("#0072B2", "o"),
+    "Adam": ("#D55E00", "s"),
+    "SGD": ("#009E73", "^"),
+}
+"""Colour and marker of each method."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Advice:
+    """What `curvlab.advise` found; `print` says it.
+
+    Attributes:
+        winner: the entrant of the last round whose held-out loss was lowest.
+        entrants: all that raced.
+        refused: candidates that could not start, by name, with the reason.
+        before: the held-out loss at the weights that all started from.
+        held_out: what is held out, in words.
+        budget: of the race, in words.
+        loss: the loss module.
+        output: which tensor of a structured output the loss is called on.
+        graph: whether samples are nodes of one graph.
+    """
+
+    winner: Entrant
+    entrants: Sequence[Entrant]
+    refused: Mapping[str, str]
+    before: float
+    held_out: str
+    budget: str
+    loss: nn.Module
+    output: PickOutput
+    graph: bool
+
+    @property
+    def candidate(self) -> Candidate:
+        """The optimiser to take, with its settings."""
+        return self.winner.candidate
+
+    @property
+    def damping(self) -> float | None:
+        """Where the damping of natural gradient has arrived in the race, which is where `optimizer` starts; None for others."""
+        return self.winner.damping
+
+    @property
+    def falls(self) -> bool:
+        """Whether the held-out loss has fallen at all."""
+        return self.winner.best < self.before
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimiser of a model, made for the loss of the race."""
+        return self.candidate.make(model, self.loss, output=self.output, graph=self.graph, damping=self.damping)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row an entrant, the best first: `method`, `settings`, `rounds`, `steps`, `seconds`, `loss`, `damping`, `trouble`.
+
+        `loss` is the lowest held-out one that was seen; only entrants of the same number of rounds had the same time.
+        """
+        import pandas as pd  # takes as long to import as all of curvlab
+
+        def row(entrant: Entrant) -> dict[str, Any]:
+            settings = str(entrant.candidate).removeprefix(entrant.candidate.method).strip(" ()")
+            own = {"method": entrant.candidate.method, "settings": settings, "rounds": len(entrant.looks)}
+            run = {"steps": entrant.steps, "seconds": entrant.seconds, "loss": entrant.best, "damping": entrant.damping}
+            return own | run | {"trouble": entrant.trouble or ""}
+
+        return pd.DataFrame([row(entrant) for entrant in self._ordered()])
+
+    def plot(self) -> Figure:
+        """Draw the held-out loss against seconds in steps, a line an entrant; the best of each method is named and heavy."""
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        from curvlab.tools.canvas import canvas, use
+
+        with use():
+            figure, axes = canvas()
+            at, named = axes[0, 0], set()
+            for entrant in self._ordered():
+                method = entrant.candidate.method
+                seen = [look for look in entrant.looks if look.loss < 10 * abs(self.before)]
+                if not seen:
+                    continue
+                colour, marker = LOOKS[method]
+                times, losses = zip(*((look.seconds, look.loss) for look in seen), strict=True)
+                first = method not in named
+                weight = {"linewidth": 1.8, "alpha": 1.0, "zorder": 3} if first else {"linewidth": 0.6, "alpha": 0.5}
+                at.plot(
+                    times,
+                    losses,
+                    marker=marker,
+                    color=colour,
+                    label=str(entrant.candidate) if first else None,
+                    **weight,
+                )
+                named.add(method)
+            at.set_xscale("log")
+            if min(min(line.get_ydata()) for line in at.lines) > 0:
+                at.set_yscale("log")
+            for axis in (at.xaxis, at.yaxis):
+                if axis.get_scale() == "log":
+                    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    axis.set_major_formatter("{x:g}")
+                    axis.set_minor_formatter(NullFormatter())
+            at.set_xlabel("seconds of training")
+            at.set_ylabel(f"held-out loss (before: {self.before:.3g})")
+            at.legend(fontsize=6)
+        return figure
+
+    def _ordered(self) -> list[Entrant]:
+        return sorted(
+            self.entrants, key=lambda entrant: (entrant is not self.winner, -len(entrant.looks), entrant.best)
+        )
+
+    def __str__(self) -> str:
+        rivals: dict[str, Entrant] = {}
+        for entrant in self._ordered():
+            rivals.setdefault(entrant.candidate.method, entrant)
+        start = "." if self.damping is None else f", whose damping starts at {self.damping:.2g}."
+        lines = [f"Take {self.candidate}{start}", f"The loss of {self.held_out} was {self.before:.4g} before."]
+        lines += [f"{entrant.candidate}: {_told(entrant)}" for entrant in rivals.values()]
+        lines += [f"{name} could not start: {reason}" for name, reason in self.refused.items()]
+        if not self.falls:
+            lines += ["No candidate has lowered it: give a larger budget, or look at the data."]
+        return "\n".join([*lines, f"Raced for {self.budget}; what wins a short race need not win a long one."])
+
+    def __repr__(self) -> str:
+        return line(self, str(self.candidate), before=self.before, after=self.winner.best, raced=len(self.entrants))
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        said = "".join(f"<p>{escape(text)}</p>" for text in (repr(self), *str(self).splitlines()))
+        return f"<div>{said}{self.table.to_html(index=False)}</div>"
+
+
+def _told(entrant: Entrant) -> str:
+    """Say how an entrant fared."""
+    if entrant.trouble is not None:
+        return entrant.trouble
+    return f"down to {entrant.best:.4g} in {entrant.steps} steps, {entrant.seconds:.3g} s, {len(entrant.looks)} rounds."
