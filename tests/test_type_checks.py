@@ -41,7 +41,7 @@ def test_functions_and_methods(rows: Rows) -> None:
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_they_can_be_switched_off(rows: Rows) -> None:
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="from a Tensor"):
         Diagonal().update(rows.dense())  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         rows.rmatvec("ones")  # type: ignore[arg-type]

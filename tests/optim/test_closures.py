@@ -20,7 +20,7 @@ def test_a_closure_that_does_nothing_is_a_step_after_the_pass_before_it() -> Non
 
 
 def test_a_closure_that_does_nothing_without_a_pass_before_it_is_refused() -> None:
-    with pytest.raises(StateError, match="No rows were collected: call the CrossEntropyLoss"):
+    with pytest.raises(StateError, match="No rows were collected: call the Sequential"):
         optimiser(network()).step(lambda: None)
 
 

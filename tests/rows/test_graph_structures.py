@@ -138,6 +138,6 @@ def test_steps_and_comparisons_take_nodes() -> None:
     )
     expected = torch.linalg.solve(S.T @ S + 0.1 * torch.eye(S.shape[1], dtype=S.dtype), gradient)
     assert_close(torch.cat([value.flatten() for value in step.values()]), expected, 1e-8)
-    table = compare(model, loss, ((x, edges), targets), ("full",), (0.0,), nodes=nodes)
+    table = compare(model, loss, ((x, edges), targets), ("full",), (0.0,), nodes=nodes, steps=0).table
     assert float(table["anisotropy"][0]) < 1e-6
     assert float(table["cosine"][0]) > 1 - 1e-9
