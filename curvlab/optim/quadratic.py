@@ -28,6 +28,7 @@ from curvlab.nn.modes import RandomState, replayed
 from curvlab.optim.hyper import Hyper, whole
 from curvlab.rows.loss import flat_outputs, loss_terms
 from curvlab.rows.parameters import Parameters
+from curvlab.rows.processes import mean_of_processes
 from curvlab.rows.sweep import Arguments, PickOutput, select_output
 
 SHARE = 0.01
@@ -36,7 +37,7 @@ SHARE = 0.01
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """The loss of a model on the batch of one pass; evaluating it changes no buffer of the model.
+    """The loss of a model on the batch of one pass, its mean over processes; evaluating it changes no buffer of the model.
 
     Attributes:
         direct: whether the loss was called on what the model returned.
@@ -81,7 +82,7 @@ class BatchLoss:
         """Return the loss at other parameters."""
         with torch.no_grad():
             decay = sum(weight / 2 * float(parameters[name].square().sum()) for name, weight in self.decay.items())
-            return float(self.loss(self.outputs(parameters), self.targets)) + decay
+            return float(mean_of_processes(self.loss(self.outputs(parameters), self.targets))) + decay
 
     def _moved(self, here: Parameters, moving: Parameters) -> Tensor:
         return self.outputs({**here, **moving})
@@ -97,7 +98,7 @@ class BatchLoss:
             root = loss_terms(self.loss, z, self.targets).root()
             weighted.append(root.apply(flat_outputs(u).permute(1, 2, 0).flatten(0, 1)).flatten())
         stacked = torch.stack(weighted)
-        products: Tensor = stacked @ stacked.T
+        products = mean_of_processes(stacked @ stacked.T)
         for name, weight in self.decay.items():
             if name in directions[0]:
                 moved = torch.stack([direction[name].flatten() for direction in directions])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
 from curvlab.rows.collect import Collector
-from curvlab.rows.processes import Processes
+from curvlab.rows.processes import mean_of_processes
 
 SQUARES = (nn.MSELoss, HalfSquaredError, nn.HuberLoss, nn.SmoothL1Loss)
 """Losses in units of the targets; all others are in nats."""
@@ -34,21 +34,17 @@ def unit(loss: nn.Module, passes: Sequence[Collector]) -> Float[Tensor, ""]:
     samples are fitted, their Fisher matrix vanishes, and no bound by it alone keeps steps short. So is a loss in units of the
     targets, which knows no KL divergence before its noise is known.
     """
-    processes = Processes.present()
-    mean = _mean([_unit(loss, found) for found in passes])
-    return mean if processes is None else processes.total(mean) / processes.size
+    values = [found.value for found in passes if found.value is not None]
+    if isinstance(loss, SQUARES) and values:
+        return _mean(values)
+    weight = _mean([found.weight for found in passes])
+    return torch.minimum(weight, _mean(values)) if isinstance(loss, POSITIVE) and values else weight
 
 
 def _mean(numbers: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Return the mean, in single precision at least."""
+    """Return the mean, over all processes, in single precision at least."""
     stacked = torch.stack([number.detach() for number in numbers])
-    return stacked.to(torch.promote_types(stacked.dtype, torch.float32)).mean()
-
-
-def _unit(loss: nn.Module, found: Collector) -> Tensor:
-    if found.value is None or not isinstance(loss, SQUARES + POSITIVE):
-        return found.weight
-    return found.value if isinstance(loss, SQUARES) else torch.minimum(found.weight, found.value)
+    return mean_of_processes(stacked.to(torch.promote_types(stacked.dtype, torch.float32)).mean())
 
 
 def clip(bound: float, unit: Float[Tensor, ""], squared: Float[Tensor, ""]) -> Float[Tensor, ""]:

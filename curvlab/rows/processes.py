@@ -188,6 +188,12 @@ class Processes:
         return [part[tuple(map(slice, shape))] for part, shape in zip(self._gather(padded, to), shapes, strict=False)]
 
 
+def mean_of_processes(numbers: Tensor) -> Tensor:
+    """Return the mean over all processes of the run, which all have to ask for; the numbers themselves in one alone."""
+    processes = Processes.present()
+    return numbers if processes is None else processes.total(numbers) / processes.size
+
+
 def spread(costs: Sequence[int | float], processes: int) -> list[int]:
     """Give the dearest task first, each to the process with the least to do."""
     load, owners = [0.0] * processes, [0] * len(costs)

@@ -1,6 +1,7 @@
 """Trains by every structure on a share of each batch: `torchrun … shared_training.py FILE`; alone, on whole batches."""
 
 import sys
+from typing import Any
 
 import torch
 from natural_gradients import STRUCTURES, natural
@@ -8,7 +9,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrun import leave
 
+from curvlab.optim import LevenbergMarquardt, NaturalGradient
+
 STEPS, BATCH = 4, 12
+ADAPTED: dict[str, dict[str, Any]] = {"adapted damping": {}, "quadratic": {"lr": "quadratic"}}
+"""Of natural gradient whose steps depend on the loss of the batch."""
 
 
 def network() -> nn.Sequential:
@@ -21,10 +26,13 @@ def network() -> nn.Sequential:
 def train(rank: int = 0, size: int = 1) -> dict[str, Tensor]:
     """Return the parameters after training, by structure."""
     found = {}
-    for name in STRUCTURES:
+    for name in (*STRUCTURES, *ADAPTED):
         model = network()
         run = DistributedDataParallel(model) if size > 1 else model
-        made = natural(model, name, momentum=0.5)
+        if name in ADAPTED:
+            made = NaturalGradient(model, nn.CrossEntropyLoss(), damping=LevenbergMarquardt(every=2), **ADAPTED[name])
+        else:
+            made = natural(model, name, momentum=0.5)
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(BATCH, 2, 5, dtype=torch.float64, generator=generator).chunk(size)[rank]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from natural_gradients import STRUCTURES
-from shared_training import train
+from shared_training import ADAPTED, train
 from torchrun import run
 
 from curvlab.rows.processes import Processes, spread
@@ -23,7 +23,7 @@ def alone() -> dict[str, torch.Tensor]:
     return train()
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [*STRUCTURES, *ADAPTED])
 def test_two_processes_end_where_one_does(
     name: str, trained: list[dict[str, torch.Tensor]], alone: dict[str, torch.Tensor]
 ) -> None:
