@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,9 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, Structure, make
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
-from curvlab.optim.gradients import all_finite, interchangeable, is_hooked, masked, not_finite, unchanged
+from curvlab.optim.gradients import all_finite, interchangeable, masked, not_finite
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
+from curvlab.optim.passes import Passes
 from curvlab.optim.plain import preconditioned
 from curvlab.optim.processes import inverses_by, own_share
 from curvlab.optim.quadratic import BatchLoss, inner
@@ -126,7 +127,6 @@ class Preconditioner:
         self.graph, self.output = graph, output
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self._last_due: int | None = None
-        self._collecting = False
         self.heard = Heard()
         self.refresh_seconds = 0.0
         """Time that the last update of the curvature took; on a GPU, that of giving it the work."""
@@ -142,8 +142,7 @@ class Preconditioner:
         self.model = model
         self._names = {name for owner in self._owners for name in owner.names.values()}
         self._bound = Bound.of(model, self._owners)
-        self._passes: list[Collector] = []
-        self._untouched: dict[str, tuple[Tensor, int]] = {}
+        self._passes = Passes()
         self._checks = Checks()
         reshard(model)
         self._sharding = Sharding.of(self.parameters, self._owners, self.structure)
@@ -238,16 +237,15 @@ class Preconditioner:
         with torch.enable_grad(), self._collect(optional=bool(self._passes)):
             return closure()
 
-    @contextmanager
-    def _collect(self, *, optional: bool) -> Iterator[None]:
-        if self._collecting:
-            yield
-            return
+    def _collect(self, *, optional: bool) -> AbstractContextManager[None]:
+        return self._passes.collect(partial(self._collector, optional))
+
+    def _collector(self, optional: bool) -> Collector:
         coupled = coupled_modules(self.model)
         self._bound.check(
             self.model, self.structure, coupled, sharded=self._sharding is not None, by_batch=self.how.per == "batch"
         )
-        collector = Collector(
+        return Collector(
             self.model,
             self.loss,
             self._owners,
@@ -260,22 +258,6 @@ class Preconditioner:
             anywhere=bool if self._sharding is None else self._sharding.anywhere,
             optional=optional,
         )
-        self._collecting = True
-        try:
-            with collector:
-                yield
-        finally:
-            self._collecting = False
-        if collector.idle:
-            return
-        if collector.cleared:
-            self._passes = []
-        self._passes.append(collector)
-        self._untouched = {
-            n: (p.grad, p.grad._version)
-            for n, p in collector.parameters.items()
-            if p.grad is not None and not is_hooked(p)
-        }
 
     def precondition(self, scale: Tensor | float | None = None) -> None:
         """Replace gradients by `(F + ρI)⁻¹ grad`: in place, but for tensors that this backward pass has made.
@@ -296,7 +278,7 @@ class Preconditioner:
         reshard(self.model)
         parameters = self.parameters
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-        of_this_pass = self._is_untouched(gradients)
+        of_this_pass = self._of_the_pass(gradients)
         bound = None if self.kl_clip is None else self.kl_clip.at(self.steps)
         direction = self._end_step(parameters, gradients)
         if direction is None:
@@ -356,8 +338,8 @@ class Preconditioner:
             )
         due = self.due
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()}
-        route = route_of(Step(self.structure, self._passes[0] if self._is_untouched(complete) else None, due))
-        passes, self._passes, self._untouched = self._passes, [], {}
+        route = route_of(Step(self.structure, self._passes[0] if self._of_the_pass(complete) else None, due))
+        passes = self._passes.take()
         rows = [found.rows for found in passes if found.rows is not None]
         dtype = rows[0].dtype if rows else self.structure.dtype
         complete = {name: own_part(gradient).to(dtype) for name, gradient in complete.items()}
@@ -372,8 +354,7 @@ class Preconditioner:
                 # The inputs of a sum that adds up are finite.
                 seen += layer.row_factors if sums.issuperset(layer.layout.names) else layer.factors
             if not self._all_finite(seen, shared=due or self._sharding is not None):
-                self._passes = passes
-                self.skip()
+                self._skip(passes)
                 return None
         self.heard.hear(self.loss, passes, clips=self.kl_clip is not None, looks=looks)
         self._skipped_in_a_row = 0
@@ -417,18 +398,9 @@ class Preconditioner:
                 self._former = None
             self.structure.update(whole, step, total=processes.total if processes is not None and adds else None)
 
-    def _is_untouched(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Whether the gradients are those of the one backward pass before this step, in this process alone."""
-        return (
-            Processes.present() is None
-            and self._sharding is None
-            and len(self._passes) == 1
-            and self._passes[0].cleared
-            and all(
-                name in self._untouched and unchanged(gradient, *self._untouched[name])
-                for name, gradient in gradients.items()
-            )
-        )
+    def _of_the_pass(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether gradients are those of the one pass before this step, whole."""
+        return self._sharding is None and self._passes.brought(gradients)
 
     def _advance(self, *, due: bool) -> None:
         if due:
@@ -441,14 +413,16 @@ class Preconditioner:
         Raises:
             FloatingPointError: see `precondition`.
         """
-        outputs = [found.output for found in self._passes]
-        self._passes, self._untouched = [], {}
+        self._skip(self._passes.take())
+
+    def _skip(self, passes: Sequence[Collector]) -> None:
         self._advance(due=self.due)
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self.patience:
             raise FloatingPointError(
-                f"Gradients or rows were not finite in {self._skipped_in_a_row} steps in a row. {not_finite(self.model, outputs)}"
+                f"Gradients or rows were not finite in {self._skipped_in_a_row} steps in a row. "
+                f"{not_finite(self.model, [found.output for found in passes])}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -470,7 +444,7 @@ class Preconditioner:
         Raises:
             ValueError: if it belongs to another structure or configuration.
         """
-        self._passes, self._untouched = [], {}
+        self._passes.take()
         if state["structure"] is None:
             self.structure = copy.deepcopy(self._blank)
         else:

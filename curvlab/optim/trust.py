@@ -109,4 +109,8 @@ class Heard:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a state."""
-        self.unit, self.usual, self.steps = torch.tensor(state["unit"]), state["usual"], int(state["steps"])
+        self.unit, self.usual, self.steps = (
+            torch.tensor(state["unit"], dtype=torch.float64),
+            state["usual"],
+            int(state["steps"]),
+        )
