@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.nn.hooks import HookWatch, is_sweeping
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.nn.modes import RandomState, eagerly, random_state, without_autocast
+from curvlab.nn.modes import RandomState, eagerly, without_autocast
 from curvlab.rows.autograd import backward_over_graphs
 from curvlab.rows.broadcast import Broadcast, broadcast
+from curvlab.rows.entered import Entered
 from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Anywhere, Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
@@ -40,7 +40,7 @@ from curvlab.rows.samples import Samples
 from curvlab.rows.sharded import is_sharded, reshard
 from curvlab.rows.single_samples import dense_rows
 from curvlab.rows.spread import probe, repeats, spread
-from curvlab.rows.sweep import Arguments, PickOutput, detached, in_parameter_order, select_output
+from curvlab.rows.sweep import Arguments, PickOutput, in_parameter_order, select_output
 from curvlab.rows.upstream import coefficients, is_single, of_whole_samples, row_scale
 
 
@@ -106,9 +106,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._recorder = Recorder([owner for owner in owners if owner.ruled])
         self._factored: dict[Owner, list[Call]] = {}
         self._shared = Broadcast()
-        self._arguments: Arguments | None = None
-        self._entered: list[int] = []
-        self._random: RandomState = {}
+        self._entered: Entered | None = None
         self._z: Tensor | None = None
         self._upstream: Tensor | None = None
         self._output = output
@@ -153,7 +151,7 @@ class Collector(AbstractContextManager["Collector"]):
     @property
     def idle(self) -> bool:
         """Whether neither the model nor the loss was called."""
-        return self._arguments is None and self._z is None
+        return self._entered is None and self._z is None
 
     @property
     def output(self) -> Tensor:
@@ -165,7 +163,9 @@ class Collector(AbstractContextManager["Collector"]):
     def seen(self) -> tuple[Arguments, Any, bool, torch.Size, RandomState]:
         """Inputs, targets, whether the loss was called on what the model returned, in which shape, and random states before."""
         assert self._z is not None
-        return self._unchanged(), self._targets, self._picked.is_what(self._z), self._z.shape, self._random
+        assert self._entered is not None
+        entered, z = self._entered, self._z
+        return entered.unchanged(), self._targets, self._picked.is_what(z), z.shape, entered.random
 
     @property
     def weight(self) -> Float[Tensor, ""]:
@@ -173,33 +173,21 @@ class Collector(AbstractContextManager["Collector"]):
         assert self._terms is not None
         return self._terms.sample_weights.sum() / self._terms.count
 
-    def _unchanged(self) -> Arguments:
-        """Return what the model was called on, to call it once more."""
-        assert self._arguments is not None
-        if _versions(self._arguments) != self._entered:
-            raise UnsupportedModel(
-                "The model's inputs were changed in place after it was called on them, so that its pass cannot be repeated. "
-                "Give it copies, or call precondition() or step() before the next batch takes their memory."
-            )
-        return self._arguments
-
     def _is_watching(self) -> bool:
         return torch.is_grad_enabled() and not is_sweeping()
 
     def _on_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
             return
-        if self._arguments is not None:
+        if self._entered is not None:
             raise StateError(
                 "The model ran twice in one collecting context. Open a context for each forward and backward pass; "
                 "those of several before one step accumulate."
             )
         self._watching.enter_context(self._watch)
-        self._random = random_state(self._model)
-        self._arguments = detached((args, kwargs))
-        self._entered = _versions(self._arguments)
-        self._samples = self._given or Samples.of(self._arguments)
-        self._spread(self._arguments)
+        self._entered = Entered.of(self._model, args, kwargs)
+        self._samples = self._given or Samples.of(self._entered.arguments)
+        self._spread(self._entered.arguments)
 
     def _spread(self, arguments: Arguments) -> None:
         """Let layers that all samples share see every sample in this pass; looked for among tables only, as positions are."""
@@ -234,8 +222,8 @@ class Collector(AbstractContextManager["Collector"]):
     def _on_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_watching():
             return
-        if self._z is not None or self._arguments is None:
-            when = "twice in one collecting context" if self._arguments else "before the model in a collecting context"
+        if self._z is not None or self._entered is None:
+            when = "twice in one collecting context" if self._entered else "before the model in a collecting context"
             given = f"the {type(self._model).__name__} that was given"
             raise StateError(f"The loss was called {when}: open a context, run {given}, then call the loss.")
         self._watching.close()
@@ -374,7 +362,7 @@ class Collector(AbstractContextManager["Collector"]):
 
     @without_autocast()
     def _finish(self) -> None:
-        if self._arguments is None:
+        if self._entered is None:
             called = f"the {type(self._model).__name__} that was given"
             raise StateError(f"No rows were collected: call {called} in the context, with gradients on, then the loss.")
         if self._z is None or self._terms is None:
@@ -432,7 +420,8 @@ class Collector(AbstractContextManager["Collector"]):
                 f"The parameters {', '.join(names)} have no factored rows, and the loss was not called on one tensor that the "
                 f"model returned, or a function of one. Do so, or leave them to the plain gradient: plain={names}."
             )
-        return [*formed, *dense_rows(self._model, self._unchanged(), *found, len(z), left)]
+        assert self._entered is not None
+        return [*formed, *dense_rows(self._model, self._entered.unchanged(), *found, len(z), left)]
 
     def _whole(self, how: Pass, terms: LossTerms, layers: list[LayerRows]) -> Rows:
         rows = Rows(
@@ -459,11 +448,6 @@ class Collector(AbstractContextManager["Collector"]):
 def _gradient(call: Call, like: Tensor) -> Tensor:
     """Return the gradient at a layer's output, zero if none arrived."""
     return like.new_zeros(call.shape) if call.gradient is None else call.gradient
-
-
-def _versions(arguments: Arguments) -> list[int]:
-    """Return how often each tensor was changed in place."""
-    return [x._version for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _scaled(gradient: Float[Tensor, "M ..."], scale: Float[Tensor, " N"]) -> Float[Tensor, "M ..."]:
