@@ -43,7 +43,7 @@ from curvlab.nn.linearize import differentiable_attention
 from curvlab.rows.batches import Data
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum.at_output import curved, slope_and_curved
-from curvlab.spectrum.linear import ChangesInPlace, is_own
+from curvlab.spectrum.in_place import ChangesInPlace, is_own
 from curvlab.spectrum.objective import Loss, Objective, Parameters, Part
 from curvlab.spectrum.operator import Operator
 from curvlab.spectrum.pull import Flat, pull, start

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.dlpack import from_dlpack
 
 from curvlab.nn.linearize import differentiable_attention
-from curvlab.spectrum.linear import ChangesInPlace
+from curvlab.spectrum.in_place import ChangesInPlace
 from curvlab.spectrum.objective import Parameters, Part
 
 
