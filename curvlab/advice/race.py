@@ -79,9 +79,9 @@ class Entrant:
             begun = clock()
             try:
                 value = self._step(batches[self.steps % len(batches)])
-            except (CurvlabError, FloatingPointError, ValueError, NotImplementedError, RuntimeError) as problem:
-                if isinstance(problem, torch.OutOfMemoryError):
-                    raise
+            except torch.OutOfMemoryError:
+                raise
+            except (CurvlabError, ArithmeticError, ValueError, RuntimeError) as problem:
                 self.trouble = str(problem).strip().splitlines()[0]
                 return
             ended = clock()

@@ -89,7 +89,7 @@ class Advice:
 
     def plot(self) -> Figure:
         """Draw the held-out loss against seconds in steps, a line an entrant; the best of each method is named and heavy."""
-        from matplotlib.ticker import LogLocator, NullFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter  # takes as long to import as all of curvlab
 
         from curvlab.tools.canvas import canvas, use
 
