@@ -8,16 +8,11 @@ from math import isfinite
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvlab.nn import HalfSquaredError, WeightedCrossEntropy
 from curvlab.rows.collect import Collector
 from curvlab.rows.processes import mean_of_processes
 
-SQUARES = (nn.MSELoss, HalfSquaredError, nn.HuberLoss, nn.SmoothL1Loss)
-"""Losses in units of the targets; all others are in nats."""
-POSITIVE = (nn.CrossEntropyLoss, WeightedCrossEntropy, nn.BCEWithLogitsLoss, nn.BCELoss)
-"""Losses in nats that are at least 0."""
 FIRST = 3
 """Steps that say what losses are usual."""
 EXPLODED = 1e3
@@ -26,19 +21,20 @@ AT_ONCE = 1e6
 """The same before it is known what is usual."""
 
 
-def unit(loss: nn.Module, passes: Sequence[Collector]) -> Float[Tensor, ""]:
+def unit(passes: Sequence[Collector]) -> Float[Tensor, ""]:
     """Return the unit of a step's squared length in the metric of the Fisher matrix.
 
     It is the weight of the samples in the loss, 1 for a mean and N for a sum, so that the bound on a step's length is one on
     the mean KL divergence of a sample, whatever the loss is multiplied by. A cross-entropy below 1 nat is its own unit: where
-    samples are fitted, their Fisher matrix vanishes, and no bound by it alone keeps steps short. So is a loss in units of the
-    targets, which knows no KL divergence before its noise is known.
+    samples are fitted, their Fisher matrix vanishes, and no bound by it alone keeps steps short. So are squares in units of the
+    targets, which know no KL divergence before their noise is known.
     """
     values = [found.value for found in passes if found.value is not None]
-    if isinstance(loss, SQUARES) and values:
+    measure = passes[0].measure
+    if measure == "squares":
         return _mean(values)
     weight = _mean([found.weight for found in passes])
-    return torch.minimum(weight, _mean(values)) if isinstance(loss, POSITIVE) and values else weight
+    return torch.minimum(weight, _mean(values)) if measure == "nats from 0 on" else weight
 
 
 def _mean(numbers: Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -49,7 +45,7 @@ def _mean(numbers: Sequence[Tensor]) -> Float[Tensor, ""]:
 
 def clip(bound: float, unit: Float[Tensor, ""], squared: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return the factor min(1, √(κu/l²)) that brings a step of squared length l² into the trust region; 0 if it is not a number."""
-    room = bound * unit / squared.clamp_min(torch.finfo(squared.dtype).tiny)
+    room = bound * unit.to(squared) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
     return room.sqrt().clamp_max(1.0).nan_to_num(0.0)
 
 
@@ -71,11 +67,10 @@ class Heard:
     usual: float = 0.0
     steps: int = 0
 
-    def hear(self, loss: nn.Module, passes: Sequence[Collector], *, clips: bool, looks: bool) -> None:
+    def hear(self, passes: Sequence[Collector], *, clips: bool, looks: bool) -> None:
         """Take note of a step.
 
         Args:
-            loss: the module.
             passes: those of the step.
             clips: whether the unit is needed.
             looks: whether the loss may be looked at, for which a GPU waits.
@@ -87,10 +82,10 @@ class Heard:
         if not values:
             return
         if clips:
-            self.unit = unit(loss, passes)
+            self.unit = unit(passes)
         self.loss = _mean(values)
         if looks and isfinite(value := float(self.loss)):
-            self._look(value, 0.0 if isinstance(loss, SQUARES) else float(passes[0].weight))
+            self._look(value, 0.0 if passes[0].measure == "squares" else float(passes[0].weight))
 
     def _look(self, value: float, least: float) -> None:
         if value > (EXPLODED if self.steps == FIRST else AT_ONCE) * self.usual > 0:

@@ -28,7 +28,7 @@ from curvlab.rows.entered import Entered
 from curvlab.rows.graph_signature import GraphSignature, signature_of
 from curvlab.rows.guard import Anywhere, Checks, compare_with_reverse_pass, refuse, unfactored, without_factors
 from curvlab.rows.layer import LayerRows
-from curvlab.rows.loss import LossTerms, flat_outputs, identity_cotangents, watching
+from curvlab.rows.loss import LossTerms, Measure, flat_outputs, identity_cotangents, watching
 from curvlab.rows.owners import Owner, decomposing, no_rows_beside, no_rows_of_shards, widest
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.passes import Pass
@@ -166,6 +166,12 @@ class Collector(AbstractContextManager["Collector"]):
         assert self._entered is not None
         entered, z = self._entered, self._z
         return entered.unchanged(), self._targets, self._picked.is_what(z), z.shape, entered.random
+
+    @property
+    def measure(self) -> Measure:
+        """What values of the loss are."""
+        assert self._terms is not None
+        return self._terms.measure
 
     @property
     def weight(self) -> Float[Tensor, ""]:

@@ -13,7 +13,7 @@ from optimiser_cases import data, flat, network, take
 from oracle import DOUBLE
 from torch import Tensor, nn
 
-from curvlab.nn import HalfSquaredError
+from curvlab.nn import HalfSquaredError, Scaled
 from curvlab.optim import LevenbergMarquardt, NaturalGradient, Preconditioner
 from curvlab.problems import resolve
 
@@ -125,19 +125,20 @@ def test_a_preconditioner_trains_without_a_further_argument(
 
 
 @pytest.mark.parametrize("target", ["classes", "values"])
-def test_a_sum_takes_the_same_steps_as_a_mean(target: str) -> None:
-    """Damping and trust region follow the factor N between them."""
+def test_a_sum_and_a_multiple_take_the_same_steps_as_a_mean(target: str) -> None:
+    """Damping and trust region follow the factor between them."""
     x, y = data()
     losses = nn.CrossEntropyLoss if target == "classes" else HalfSquaredError
     y = y if target == "classes" else torch.randn(len(x), 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    models = [network(), network()]
-    for model, reduction in zip(models, ("mean", "sum"), strict=True):
-        optimizer = NaturalGradient(model, losses(reduction=reduction))
+    models = [network() for _ in range(3)]
+    for model, loss in zip(models, (losses(), losses(reduction="sum"), Scaled(losses(), 7.0)), strict=True):
+        optimizer = NaturalGradient(model, loss)
         for _ in range(12):
             take(optimizer, x, y)
-    mean, summed = map(flat, models)
+    mean, *others = map(flat, models)
     assert not torch.allclose(mean, flat(network()))
-    torch.testing.assert_close(summed, mean, rtol=1e-6, atol=1e-8)
+    for other in others:
+        torch.testing.assert_close(other, mean, rtol=1e-6, atol=1e-8)
 
 
 def test_the_trust_region_is_in_units_of_squares_and_of_cross_entropies_below_a_nat() -> None:

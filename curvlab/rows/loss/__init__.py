@@ -29,7 +29,15 @@ from curvlab.rows.loss.own import (
 )
 from curvlab.rows.loss.root import DiagonalRoot, OutputRoot, restored
 from curvlab.rows.loss.table import READERS, REMEDIES, Reader
-from curvlab.rows.loss.terms import Kind, LossTerms, RowPer, flat_outputs, identity_cotangents, one_row_a_position
+from curvlab.rows.loss.terms import (
+    Kind,
+    LossTerms,
+    Measure,
+    RowPer,
+    flat_outputs,
+    identity_cotangents,
+    one_row_a_position,
+)
 
 __all__ = [
     "LOSSES",
@@ -37,6 +45,7 @@ __all__ = [
     "Draws",
     "Kind",
     "LossTerms",
+    "Measure",
     "OutputRoot",
     "RowPer",
     "bound_to_samples",

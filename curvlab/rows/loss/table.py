@@ -13,7 +13,7 @@ from curvlab.errors import UnsupportedModel
 from curvlab.nn import GaussianNLL, HalfSquaredError, WeightedCrossEntropy
 from curvlab.rows.loss.cross_entropy import read_labels
 from curvlab.rows.loss.likelihood import Elementwise, Independent, Likelihood, PoissonRate, Probability, Softmax
-from curvlab.rows.loss.terms import LossTerms, Reduction, flat_outputs
+from curvlab.rows.loss.terms import LossTerms, Measure, Reduction, flat_outputs
 
 Reader = Callable[[nn.Module, Tensor, Any], LossTerms]
 
@@ -46,6 +46,7 @@ def _by_element(
     *,
     weight: Tensor | None = None,
     divisor: int | None = None,
+    measure: Measure = "nats",
 ) -> LossTerms:
     """Return the terms of an element-wise loss, a mean of which is over elements unless a divisor is given."""
     weight = torch.ones_like(z) if weight is None else weight.expand_as(z)
@@ -57,6 +58,7 @@ def _by_element(
         score=flat_outputs(score),
         count=float(z.numel() if divisor is None else divisor) if loss.reduction == "mean" else 1.0,
         reduction=reduction_of(loss),
+        measure=measure,
     )
 
 
@@ -66,12 +68,12 @@ def _constant(z: Tensor, curvature: float) -> Independent:
 
 def _squared(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     residual = z - _same_shape(loss, z, targets)
-    return _by_element(loss, z, 2 * residual, _constant(z, 2.0))
+    return _by_element(loss, z, 2 * residual, _constant(z, 2.0), measure="squares")
 
 
 def _half_squared(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     residual = z - _same_shape(loss, z, targets)
-    return _by_element(loss, z, residual, _constant(z, 1.0), divisor=len(z))
+    return _by_element(loss, z, residual, _constant(z, 1.0), divisor=len(z), measure="squares")
 
 
 def _gaussian(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
@@ -104,7 +106,8 @@ def _clipped(loss: nn.Module, z: Tensor, targets: Tensor, edge: float, curvature
             "target, or the threshold, by a little."
         )
     inside = flat_outputs((residual.abs() < edge).to(z))
-    return _by_element(loss, z, curvature * residual.clamp(-edge, edge), Elementwise(curvature * inside))
+    score = curvature * residual.clamp(-edge, edge)
+    return _by_element(loss, z, score, Elementwise(curvature * inside), measure="squares")
 
 
 def _poisson(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
@@ -135,6 +138,7 @@ def _cross_entropy(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
         score=labels.take_from(p.clone()),
         count=labels.count if loss.reduction == "mean" else 1.0,
         reduction=reduction_of(loss),
+        measure="nats from 0 on",
     )
 
 
@@ -158,7 +162,8 @@ def _bernoulli(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     weight = mass if loss.weight is None else mass * loss.weight.to(z)
     p = z.sigmoid()
     score = p - positive / torch.where(mass > 0, mass, 1)
-    return _by_element(loss, z, score, Independent(flat_outputs(p * (1 - p))), weight=weight)
+    likelihood = Independent(flat_outputs(p * (1 - p)))
+    return _by_element(loss, z, score, likelihood, weight=weight, measure="nats from 0 on")
 
 
 def _probability(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
@@ -174,7 +179,8 @@ def _probability(loss: nn.Module, z: Tensor, targets: Tensor) -> LossTerms:
     curvature = y / z.square() + (1 - y) / (1 - z).square()
     likelihood = Probability(flat_outputs(curvature), flat_outputs(z))
     weight = None if loss.weight is None else loss.weight.to(z)
-    return _by_element(loss, z, (z - y) / (z * (1 - z)), likelihood, weight=weight)
+    score = (z - y) / (z * (1 - z))
+    return _by_element(loss, z, score, likelihood, weight=weight, measure="nats from 0 on")
 
 
 def _binary(loss: nn.Module, z: Tensor, targets: Tensor) -> Tensor:

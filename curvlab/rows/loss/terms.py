@@ -37,6 +37,9 @@ Kind = Literal["exact", "ggn", "mc", "empirical"]
 RowPer = Literal["term", "sample", "signs", "batch"]
 Reduction = Literal["mean", "sum"]
 
+Measure = Literal["nats", "nats from 0 on", "squares"]
+"""What values of a loss are."""
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -50,6 +53,7 @@ class LossTerms:
         score: `s_i`, gradient of each term without its weight.
         count: divisor that the loss applies.
         reduction: "mean" or "sum"; says how batches merge.
+        measure: what its values are: log-likelihoods in nats, such that are at least 0, or squares in units of the targets.
     """
 
     name: str
@@ -59,6 +63,7 @@ class LossTerms:
     score: Float[Tensor, "N C X"]
     count: float
     reduction: Reduction
+    measure: Measure = "nats"
 
     @property
     def sample_weights(self) -> Float[Tensor, " N"]:
