@@ -15,6 +15,7 @@ from torch import nn
 
 from curvlab.advice.candidates import Candidate
 from curvlab.errors import CurvlabError
+from curvlab.nn.modes import evaluating
 from curvlab.optim import NaturalGradient
 from curvlab.rows.sweep import PickOutput, as_arguments, select_output
 
@@ -108,14 +109,8 @@ class Entrant:
 
     def look(self, held: Sequence[Batch]) -> float:
         """See the loss of batches that it does not train on, their mean, in evaluation mode."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                found = [float(self.loss(self._outputs(inputs), targets)) for inputs, targets in held]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self.model), torch.no_grad():
+            found = [float(self.loss(self._outputs(inputs), targets)) for inputs, targets in held]
         loss = sum(found) / len(found)
         self.looks.append(Look(self.steps, self.seconds, loss if isfinite(loss) else inf))
         return loss

@@ -127,6 +127,18 @@ def random_state(model: nn.Module) -> RandomState:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode, and every module in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def replayed(states: RandomState) -> Iterator[None]:
     """Let passes draw from given states, and afterwards on from where generators were."""
     before = {device: _module(device).get_rng_state(*_index(device)) for device in states}

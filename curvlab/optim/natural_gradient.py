@@ -22,7 +22,7 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Structure
 from curvlab.optim.gradients import norm
 from curvlab.optim.hyper import Hyper, Interval, Present, Schedule
-from curvlab.optim.preconditioner import KL_CLIP, Preconditioner
+from curvlab.optim.preconditioner import DAMPING, KL_CLIP, Preconditioner
 from curvlab.optim.quadratic import BatchLoss, LevenbergMarquardt, agreement, best_combination, inner
 from curvlab.optim.trust import clip
 from curvlab.rows.loss import Kind, RowPer
@@ -36,9 +36,6 @@ T = TypeVar("T")
 
 _HOOKS = re.compile("_optimizer_.*_hooks")
 """Names of the attributes in which `torch.optim.Optimizer` keeps hooks, and which it makes anew in a copy."""
-
-SHARDED_DAMPING = 1e-2
-TINY = 1e-30
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -121,7 +118,7 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         self._gives_way, self._stuck = damping is None, False
         if damping is None:
-            damping = SHARDED_DAMPING if isinstance(model, nn.Module) and is_sharded(model) else LevenbergMarquardt()
+            damping = DAMPING if isinstance(model, nn.Module) and is_sharded(model) else LevenbergMarquardt()
         self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
         self._rho = Present(nan)
         self._quadratic = lr == "quadratic"
@@ -325,8 +322,8 @@ class NaturalGradient(torch.optim.Optimizer):
         product = self.preconditioner.structure.matvec(dict(gradients))
         assert not isinstance(product, Tensor)
         names = list(gradients)
-        curvature = float(inner(gradients, product, names)) / max(float(inner(gradients, gradients, names)), TINY)
-        self._rho.value = self._adapts.first(curvature)
+        size = float(inner(gradients, gradients, names))
+        self._rho.value = self._adapts.first(float(inner(gradients, product, names)) / size if size else nan)
         return self._rho.value
 
     def _batch_loss(self) -> BatchLoss | None:
@@ -358,7 +355,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         squared = torch.stack([lr**2 * inner(gradients, direction, names) for lr, names in named if names]).sum()
-        factor = None if bound is None else clip(bound, self.preconditioner.heard.unit.to(squared.device), squared)
+        factor = None if bound is None else clip(bound, self.preconditioner.heard.unit, squared)
         self._log |= {
             "clip": 1.0 if factor is None else factor,
             "kl": squared if factor is None else factor**2 * squared,
@@ -405,7 +402,7 @@ class NaturalGradient(torch.optim.Optimizer):
         directions = [direction] if last is None else [direction, last]
         best, squared = best_combination(batch, gradients, directions, damping)
         if bound is not None:
-            factor = clip(bound, self.preconditioner.heard.unit.to(squared), squared)
+            factor = clip(bound, self.preconditioner.heard.unit, squared)
             best, squared = factor * best, factor**2 * squared
             self._log["clip"] = factor
         self._log["kl"] = squared

@@ -51,6 +51,8 @@ from curvlab.rows.sweep import PickOutput
 from curvlab.tools.shown import changed, line, some
 from curvlab.tools.text import as_names
 
+DAMPING = 1e-2
+"""ρ unless another is given."""
 KL_CLIP = 1e-2
 """Bound of the trust region unless another is given."""
 
@@ -103,7 +105,7 @@ class Preconditioner:
         kind: Kind = "mc",
         draws: int = 1,
         rows: RowPer | None = None,
-        damping: Schedule = 1e-2,
+        damping: Schedule = DAMPING,
         kl_clip: Schedule | None = KL_CLIP,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
@@ -356,7 +358,7 @@ class Preconditioner:
             if not self._all_finite(seen, shared=due or self._sharding is not None):
                 self._skip(passes)
                 return None
-        self.heard.hear(self.loss, passes, clips=self.kl_clip is not None, looks=looks)
+        self.heard.hear(passes, clips=self.kl_clip is not None, looks=looks)
         self._skipped_in_a_row = 0
         if due:
             begun = time.perf_counter()
