@@ -42,8 +42,7 @@ def advise(
 
     Natural gradient, Adam and SGD, each with several settings, train copies of the model from its present weights in equal times,
     in rounds after each of which the worse half drops out: an optimiser is tuned in the time that its rivals have, too. They are
-    judged by the lowest loss, after any of their rounds, of data that none of them trains on. Natural gradient brings its damping
-    along, which has adapted in the race.
+    judged by the lowest loss, after any of their rounds, of data that none of them trains on.
 
     What wins a short race need not win a long one: learning rates that are best at first tend to be too large later. Give the race
     a share of the time that training will take.

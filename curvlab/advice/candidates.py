@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from curvlab.optim import LevenbergMarquardt, NaturalGradient
+from curvlab.optim import NaturalGradient
 from curvlab.rows.sweep import PickOutput
 
 Method = Literal["natural gradient", "Adam", "SGD"]
@@ -34,7 +34,6 @@ class Candidate:
         *,
         output: PickOutput = None,
         graph: bool = False,
-        damping: float | None = None,
     ) -> torch.optim.Optimizer:
         """Return the optimiser of a model.
 
@@ -43,11 +42,9 @@ class Candidate:
             loss: its loss, which natural gradient needs.
             output: which tensor of a structured output the loss is called on.
             graph: whether the loss is called on nodes of one graph.
-            damping: where the damping of natural gradient starts, which adapts; at its usual place if None.
         """
         if self.method == "natural gradient":
-            start = {} if damping is None or "damping" in self.settings else {"damping": LevenbergMarquardt(damping)}
-            return NaturalGradient(model, loss, output=output, graph=graph, **{**start, **self.settings})
+            return NaturalGradient(model, loss, output=output, graph=graph, **self.settings)
         made = torch.optim.Adam if self.method == "Adam" else torch.optim.SGD
         return made([p for p in model.parameters() if p.requires_grad], **self.settings)
 

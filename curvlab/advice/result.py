@@ -58,24 +58,20 @@ class Advice:
         return self.winner.candidate
 
     @property
-    def damping(self) -> float | None:
-        """Where the damping of natural gradient has arrived in the race, which is where `optimizer` starts; None for others."""
-        return self.winner.damping
-
-    @property
     def falls(self) -> bool:
         """Whether the held-out loss has fallen at all."""
         return self.winner.best < self.before
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimiser of a model, made for the loss of the race."""
-        return self.candidate.make(model, self.loss, output=self.output, graph=self.graph, damping=self.damping)
+        """Return the optimiser of a model, made for the loss of the race; it starts as the winner did."""
+        return self.candidate.make(model, self.loss, output=self.output, graph=self.graph)
 
     @property
     def table(self) -> pd.DataFrame:
         """One row an entrant, the best first: `method`, `settings`, `rounds`, `steps`, `seconds`, `loss`, `damping`, `trouble`.
 
-        `loss` is the lowest held-out one that was seen; only entrants of the same number of rounds had the same time.
+        `loss` is the lowest held-out one that was seen; only entrants of the same number of rounds had the same
+        time. `damping` is where that of natural gradient has arrived.
         """
         import pandas as pd  # takes as long to import as all of curvlab
 
@@ -136,8 +132,7 @@ class Advice:
         rivals: dict[str, Entrant] = {}
         for entrant in self._ordered():
             rivals.setdefault(entrant.candidate.method, entrant)
-        start = "." if self.damping is None else f", whose damping starts at {self.damping:.2g}."
-        lines = [f"Take {self.candidate}{start}", f"The loss of {self.held_out} was {self.before:.4g} before."]
+        lines = [f"Take {self.candidate}.", f"The loss of {self.held_out} was {self.before:.4g} before."]
         lines += [f"{entrant.candidate}: {_told(entrant)}" for entrant in rivals.values()]
         lines += [f"{name} could not start: {reason}" for name, reason in self.refused.items()]
         if not self.falls:
