@@ -30,7 +30,7 @@ class Live(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         self.functions.add(function.name())
         for storage in (_storage(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
-            if storage._cdata not in given | self._sizes.keys():
+            if storage._cdata not in given and storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self._held += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage._cdata)
