@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from curvlab.advice.candidates import Candidate, usual
 from curvlab.advice.race import Batch, Entrant, race
 from curvlab.advice.result import Advice
 from curvlab.compare.batches import part_of, randomness_kept, samples_of_batch
 from curvlab.errors import CurvlabError
-from curvlab.rows.batches import Data, as_batches, as_pair
+from curvlab.rows.batches import Data, pairs_of
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.progress import say
 from curvlab.tools.text import duration
@@ -125,13 +124,7 @@ def _enter(
 
 def _split(data: Any, loss: nn.Module, *, graph: bool) -> tuple[list[Batch], list[Batch], str]:
     """Return batches to train on, batches that are held out, and where those come from."""
-    if isinstance(data, Tensor | str) or not isinstance(data, Iterable):
-        raise ValueError(
-            f"data is a pair (inputs, targets) or an iterable of pairs such as a DataLoader, got a {type(data).__name__}."
-        )
-    batches = list(map(as_pair, islice(as_batches(data), MOST_BATCHES)))
-    if not batches:
-        raise ValueError("The data hold no batch.")
+    batches = pairs_of(data, MOST_BATCHES)
     if len(batches) > 1:
         size = min(HELD, max(1, len(batches) // HELD))
         return batches[:-size], batches[-size:], f"the last {size} of {len(batches)} batches, held out,"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
-from curvlab.rows.batches import Data, as_batches, as_pair
+from curvlab.rows.batches import Data, pairs_of
 from curvlab.rows.loss import held_by_sample
 from curvlab.rows.packed import is_packed, leaves, length, taken
 
@@ -68,13 +67,7 @@ def two_batches(data: Data, loss: nn.Module, *, splits: bool, wants_second: bool
     Raises:
         ValueError: the data are neither a pair nor pairs, or none.
     """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise ValueError(
-            f"data is a pair (inputs, targets) or an iterable of pairs such as a DataLoader, got a {type(data).__name__}."
-        )
-    pairs = list(map(as_pair, islice(as_batches(data), 2 if wants_second else 1)))
-    if not pairs:
-        raise ValueError("The data hold no batch.")
+    pairs = pairs_of(data, 2 if wants_second else 1)
     first = pairs[0]
     if not wants_second:
         return Batches(first, None, "none was asked for")

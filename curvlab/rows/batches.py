@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -56,18 +57,29 @@ def as_pair(batch: Any) -> tuple[Any, Any]:
     return inputs, targets
 
 
+def pairs_of(data: Any, most: int | None = None) -> list[tuple[Any, Any]]:
+    """Return the first batches of data, all if there is no limit.
+
+    Raises:
+        ValueError: the data are neither a pair nor pairs, or none.
+    """
+    if isinstance(data, Tensor | str) or not isinstance(data, Iterable):
+        raise ValueError(
+            f"data is a pair (inputs, targets) or an iterable of pairs such as a DataLoader, got a {type(data).__name__}."
+        )
+    pairs = list(map(as_pair, islice(as_batches(data), most)))
+    if not pairs:
+        raise ValueError("The data hold no batch.")
+    return pairs
+
+
 def joined(data: Any) -> Any:
     """Return one pair (inputs, targets) of all samples.
 
     Raises:
         ValueError: the data are neither a pair nor pairs, or none.
     """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise ValueError(f"The data are a pair (inputs, targets) or an iterable of them, got a {type(data).__name__}.")
-    batches = list(as_batches(data))
-    pairs = list(map(as_pair, batches))
-    if not pairs:
-        raise ValueError("The data hold no batch.")
+    pairs = pairs_of(data)
     return pairs[0] if len(pairs) == 1 else tree_map(_together, *pairs, is_leaf=is_packed)
 
 

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_named() -> None:
         curvlab.gram(model, x, memory=100)
     with pytest.raises(ValueError, match=r"out must be contiguous, \[18, 18\] and torch\.float64; it is \[17, 17\]"):
         curvlab.gram(model, x, out=torch.zeros(17, 17, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"data are a pair \(inputs, targets\) or an iterable of them, got a Tensor"):
+    with pytest.raises(ValueError, match=r"data is a pair \(inputs, targets\) or an iterable of pairs .* got a Tensor"):
         curvlab.gram(model, x, loss=nn.MSELoss())
     with pytest.raises(ValueError, match=r"A batch is a pair \(inputs, targets\), got a Tensor"):
         curvlab.gram(model, [x])
