@@ -12,9 +12,10 @@ from torch import nn
 from curvlab.advice.candidates import Candidate, usual
 from curvlab.advice.race import Batch, Entrant, race
 from curvlab.advice.result import Advice
-from curvlab.compare.batches import part_of, randomness_kept, samples_of_batch
+from curvlab.compare.batches import randomness_kept, samples_of_batch
 from curvlab.errors import CurvlabError
 from curvlab.rows.batches import Data, pairs_of
+from curvlab.rows.packed import part_of
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.progress import say
 from curvlab.tools.text import duration

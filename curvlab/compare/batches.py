@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from curvlab.rows.batches import Data, pairs_of
 from curvlab.rows.loss import held_by_sample
-from curvlab.rows.packed import is_packed, leaves, length, taken
+from curvlab.rows.packed import lengths, part_of
 
 Batch = tuple[Any, Any]
 """Inputs and targets."""
@@ -86,21 +85,9 @@ def two_batches(data: Data, loss: nn.Module, *, splits: bool, wants_second: bool
 
 def samples_of_batch(batch: Batch, loss: nn.Module) -> int | None:
     """Return how many samples a batch has, if its tensors can be cut by them."""
-    inputs = {n for n in map(length, leaves(batch[0])) if n is not None}
+    inputs, folded = map(lengths, batch)
     if len(inputs) != 1 or 0 in inputs:
         return None
     (total,) = inputs
-    folded = [n for n in map(length, leaves(batch[1])) if n is not None]
     fits = all(n and n % total == 0 for n in folded) and not any(held_by_sample(part, total) for part in loss.modules())
     return total if fits else None
-
-
-def part_of(batch: Batch, part: slice, total: int) -> Batch:
-    """Return some of the samples of a batch, whose targets may have positions folded into their first axis."""
-
-    def entries(x: Any) -> Any:
-        found = length(x)
-        return x if found is None else taken(x, slice(part.start * (found // total), part.stop * (found // total)))
-
-    inputs, targets = (tree_map(entries, x, is_leaf=is_packed) for x in batch)
-    return inputs, targets

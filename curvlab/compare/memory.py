@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from curvlab.compare.batches import Batch, part_of
+from curvlab.compare.batches import Batch
 from curvlab.compare.landscape import Landscape
 from curvlab.fisher import Structure
 from curvlab.fisher.memory import matrix_elements
 from curvlab.rows import Rows
+from curvlab.rows.packed import part_of
 from curvlab.rows.passes import Pass
-from curvlab.rows.streamed import bytes_of
+from curvlab.rows.streamed import PROBED, bytes_of
 from curvlab.tools.memory import available_memory
 from curvlab.tools.text import as_bytes, size
 
-PROBED = 2
-"""Samples of which the rows are formed to tell how large those of others are."""
 SQUARES = 5
 """Matrices `[R, R]` at once: the response, its symmetric part, the projector, a Gram matrix and its factorisation."""
 
@@ -100,17 +99,5 @@ def state_bytes(structure: Structure, rows: Rows) -> int:
 
 def _bytes(state: Any) -> int:
     """Memory of the tensors in nested containers, storage that is shared counted once."""
-    seen: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
-
-    visit(state)
-    return sum(seen.values())
+    storages = [x.untyped_storage() for x in tree_leaves(state) if isinstance(x, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

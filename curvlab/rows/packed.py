@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 
 def is_packed(x: Any) -> bool:
@@ -28,11 +28,32 @@ def leaves(arguments: Any) -> list[Any]:
     return tree_flatten(arguments, is_leaf=is_packed)[0]
 
 
+def lengths(arguments: Any) -> set[int]:
+    """Return how many samples the tensors and packed sequences in arguments may hold."""
+    return {found for found in map(length, leaves(arguments)) if found is not None}
+
+
 def taken(x: Any, part: slice) -> Any:
     """Return some of the samples."""
     if isinstance(x, PackedSequence):
         return pack_sequence(unpack_sequence(x)[part], enforce_sorted=x.sorted_indices is None)
     return x[part]
+
+
+def entries_of(part: slice, along: int, total: int) -> slice:
+    """Return the entries of some samples along an axis that holds an equal number of each."""
+    each = along // total
+    return slice(each * part.start, each * part.stop)
+
+
+def part_of(arguments: Any, part: slice, total: int) -> Any:
+    """Return some of the samples of all tensors in arguments, which may have positions folded into their first axis."""
+
+    def entries(x: Any) -> Any:
+        found = length(x)
+        return x if found is None else taken(x, entries_of(part, found, total))
+
+    return tree_map(entries, arguments, is_leaf=is_packed)
 
 
 def together(parts: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ for every panel, multiplied with it and forgotten:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import ceil, isqrt
@@ -22,14 +22,13 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import tree_map
 
 from curvlab.nn import GaussianNLL, Scaled, WeightedCrossEntropy
 from curvlab.rows.batches import joined
 from curvlab.rows.loss import LOSSES, Kind, RowPer, bound_to_samples, held_by_sample, loss_terms
 from curvlab.rows.loss.terms import weightless
 from curvlab.rows.making import rows_of_loss, rows_of_model
-from curvlab.rows.packed import is_packed, leaves, length, taken
+from curvlab.rows.packed import entries_of, lengths, part_of
 from curvlab.rows.passes import Engine, Pass
 from curvlab.rows.processes import Processes, spread
 from curvlab.rows.rows import Rows
@@ -204,9 +203,8 @@ class _Chunks:
     how: Pass
 
     def __post_init__(self) -> None:
-        lengths = set(self._lengths(self.data if self.loss is None else self.data[0]))
-        folded = set(self._lengths(self.data))
-        if len(lengths) != 1 or 0 in lengths or any(n % self.total for n in folded):
+        found, folded = lengths(self._inputs), lengths(self.data)
+        if len(found) != 1 or 0 in found or any(n % self.total for n in folded):
             raise ValueError(
                 "The first axis of every tensor in the data must be the sample, of targets perhaps with positions folded into "
                 f"it, but their lengths are {sorted(folded)}."
@@ -214,14 +212,15 @@ class _Chunks:
         if self.how.generator is not None:
             object.__setattr__(self, "_start", self.how.generator.get_state())
 
-    @staticmethod
-    def _lengths(data: Any) -> Iterator[int]:
-        return (n for n in map(length, leaves(data)) if n is not None)
+    @property
+    def _inputs(self) -> Any:
+        return self.data if self.loss is None else self.data[0]
 
     @property
     def total(self) -> int:
         """Number of samples."""
-        return next(self._lengths(self.data))
+        (total,) = lengths(self._inputs)
+        return total
 
     def probe(self) -> Rows:
         """Return rows of a few samples."""
@@ -232,19 +231,15 @@ class _Chunks:
         if self.loss is None or not _is_own(self.loss) or len(parts) == 1:
             return
         with torch.no_grad(), left_as_found(self.model):
-            outputs = [call(self.model, as_arguments(self._part(part)[0]), self.how.output) for part in parts]
+            outputs = [
+                call(self.model, as_arguments(part_of(self._inputs, part, self.total)), self.how.output)
+                for part in parts
+            ]
             loss_terms(self.loss, torch.cat(outputs), self.data[1])
-
-    def _part(self, part: slice) -> Any:
-        def entries(x: Any) -> Any:
-            found = length(x)
-            return x if found is None else taken(x, _entries(part, found, self.total))
-
-        return tree_map(entries, self.data, is_leaf=is_packed)
 
     def rows(self, part: slice) -> Rows:
         """Return the rows of some samples, without those of J behind them."""
-        chosen = self._part(part)
+        chosen = part_of(self.data, part, self.total)
         if self.loss is None:
             return rows_of_model(self.model, chosen, self.how)
         if self.how.generator is not None:
@@ -274,14 +269,8 @@ def _of_samples(loss: nn.Module, targets: Any, part: slice, total: int) -> nn.Mo
         return own
     whole = len(targets) // (part.stop - part.start) * total
     if value.ndim == targets.ndim and len(value) == whole:
-        setattr(own, name, value[_entries(part, len(value), total)])
+        setattr(own, name, value[entries_of(part, len(value), total)])
     return own
-
-
-def _entries(part: slice, length: int, total: int) -> slice:
-    """Return the entries of some samples along an axis that holds an equal number of each."""
-    each = length // total
-    return slice(each * part.start, each * part.stop)
 
 
 def _is_own(loss: nn.Module) -> bool:
