@@ -53,7 +53,7 @@ class Candidate:
     Attributes:
         name: of the structure.
         damping: as given.
-        fresh: the structure before any update.
+        fresh: the structure as it was given, copied for every update.
         fitted: the structure with the rows of the batch.
         step: its direction at the present weights.
         response: in the linearised model.
@@ -169,7 +169,7 @@ class Setting:
 
         Args:
             name: of the structure.
-            fresh: the structure before any update.
+            fresh: the structure as it was given.
             left_out: why it is not to be measured, if it is not.
 
         Raises:
@@ -275,7 +275,7 @@ class Setting:
             self.budget.check()
             try:
                 return make(weights)
-            except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]  # weights have run away
+            except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]  # weights have run away; wrong options were refused at the present ones
                 return None
 
         def holds(rate: float) -> bool:

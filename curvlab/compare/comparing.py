@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from curvlab.compare.batches import Batches, randomness_kept, samples_of_batch, two_batches
+from curvlab.compare.batches import randomness_kept, samples_of_batch, two_batches
 from curvlab.compare.budget import Budget
 from curvlab.compare.candidates import Candidate, Setting
 from curvlab.compare.landscape import Landscape
@@ -155,7 +154,7 @@ def compare(
             candidates = [candidate for name in chosen for candidate in measured[name]]
         if steps:
             _step(setting, candidates, progress)
-    return Comparison(table_of(candidates), _steps_of(candidates), _about(model, loss, setting, batches), steps)
+    return Comparison(table_of(candidates), _steps_of(candidates), _about(setting), steps)
 
 
 def _step(setting: Setting, candidates: Sequence[Candidate], progress: bool) -> None:
@@ -170,7 +169,7 @@ def _step(setting: Setting, candidates: Sequence[Candidate], progress: bool) -> 
 
 
 def _chosen(structures: Structures) -> dict[str, Structure]:
-    """Return structures by name, before any update; those of the user stay as they are."""
+    """Return structures by name; they are copied wherever they are updated."""
     if isinstance(structures, Mapping):
         named = dict(structures)
     else:
@@ -186,7 +185,7 @@ def _chosen(structures: Structures) -> dict[str, Structure]:
             )
     if not named:
         raise ValueError("structures is empty: there is nothing to compare.")
-    return {name: deepcopy(one) for name, one in named.items()}
+    return named
 
 
 def _dampings(damping: Damping | Sequence[Damping]) -> list[Damping]:
@@ -229,9 +228,10 @@ def _steps_of(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
     ]
 
 
-def _about(model: nn.Module, loss: nn.Module, setting: Setting, batches: Batches) -> str:
+def _about(setting: Setting) -> str:
+    model, loss = (type(module).__name__ for module in (setting.landscape.model, setting.landscape.loss))
     exact = setting.exact
     return (
-        f"{type(model).__name__} with {type(loss).__name__}: P = {exact.P}, R = {exact.R} rows of {exact.shape[1]} samples; "
-        f"second batch: {batches.origin}."
+        f"{model} with {loss}: P = {exact.P}, R = {exact.R} rows of {exact.shape[1]} samples; "
+        f"second batch: {setting.batches.origin}."
     )

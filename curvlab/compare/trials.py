@@ -8,9 +8,9 @@ Directions d come from anywhere: of a structure as in `compare`, or a plain grad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 
 from torch import Tensor
 
@@ -65,14 +65,14 @@ class Trial:
     @property
     def eta_second(self) -> float:
         """As `eta_batch`, of the second batch; not a number if there is none."""
-        if self.second != self.second:
+        if not self.has_second:
             return nan
         return _largest_falling([(step.rate, step.second < self.second) for step in self.steps])
 
     @property
     def has_second(self) -> bool:
         """Whether there was a second batch."""
-        return self.second == self.second
+        return not isnan(self.second)
 
     def fall(self, step: Step) -> float:
         """Return by how much the loss of the second batch fell in a step, that of the batch itself if there is no second one."""
@@ -106,23 +106,21 @@ def trial(
     """
     start = landscape.value(landscape.here, batches.first)
     second = nan if batches.second is None else landscape.value(landscape.here, batches.second)
-    steps: list[Step] = []
+    found = Trial(start, second, ())
     for k in range(HALVINGS):
         rate = top / 2**k
         there = moved(landscape.here, direction, rate)
-        steps.append(
-            Step(
-                rate,
-                landscape.value(there, batches.first),
-                nan if batches.second is None else landscape.value(there, batches.second),
-                rate * slope - rate**2 * curvature / 2,
-            )
+        step = Step(
+            rate,
+            landscape.value(there, batches.first),
+            nan if batches.second is None else landscape.value(there, batches.second),
+            rate * slope - rate**2 * curvature / 2,
         )
-        found = Trial(start, second, tuple(steps))
+        found = replace(found, steps=(*found.steps, step))
         best = found.best(inf)
         if best is not None and found.eta_batch > 0 and rate <= best.rate / 2**BEYOND:
             break
-    return Trial(start, second, tuple(steps))
+    return found
 
 
 def repeated(
