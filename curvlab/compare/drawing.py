@@ -46,16 +46,21 @@ def draw(table: pd.DataFrame, steps: pd.DataFrame, *, real: bool) -> Figure:
         if real:
             _falls(left, steps)
             _rates(right, table)
+            _lines(right, names)
         else:
-            for at, column in ((left, "alpha"), (right, "anisotropy")):
-                _points(at, table, column)
-                at.set_xlabel({"alpha": "scale α of the response", "anisotropy": "anisotropy of the response"}[column])
-        for at in (right,) if real else (left, right):
-            at.set_yticks(range(len(table)), names if at is right or not real else [])
-            at.set_ylim(len(table) - 0.5, -0.5)
-        if not real:
-            right.set_yticklabels([])
+            _points(left, table, "alpha")
+            left.set_xlabel("scale α of the response")
+            _lines(left, names)
+            _points(right, table, "anisotropy")
+            right.set_xlabel("anisotropy of the response")
+            _lines(right, [""] * len(names))
     return figure
+
+
+def _lines(axes: Axes, names: list[str]) -> None:
+    """Give every candidate a line, the first one at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _falls(axes: Axes, steps: pd.DataFrame) -> None:

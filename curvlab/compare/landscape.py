@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from curvlab.rows import Rows
 from curvlab.rows.loss import flat_outputs
 from curvlab.rows.making import rows_of_loss
 from curvlab.rows.owners import trainable
-from curvlab.rows.passes import Pass
+from curvlab.rows.passes import ModelInputs, Pass
 from curvlab.rows.sweep import left_as_found, select_output
 
 Weights = dict[str, Tensor]
@@ -59,11 +58,11 @@ class Landscape:
     def __post_init__(self) -> None:
         object.__setattr__(self, "here", {name: p.detach() for name, p in trainable(self.model).items()})
 
-    def _outputs(self, inputs: Any) -> Tensor:
-        asked = self.how.read(self.model, inputs)
+    def _outputs(self, asked: ModelInputs) -> Tensor:
+        """Return the outputs that the loss takes, which may be infinite or not numbers, unlike those of `ModelInputs.outputs`."""
         args, kwargs = asked.arguments
         with as_cast():
-            z = asked.samples.choose(select_output(self.model(*args, **kwargs), self.how.output))
+            z = asked.samples.choose(select_output(self.model(*args, **kwargs), asked.output))
         # A step may change the loss by less than the round-off of half precision.
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
@@ -71,17 +70,18 @@ class Landscape:
         """Return the loss of a batch at some weights, which may be infinite or not a number. Cost: one forward pass."""
         inputs, targets = batch
         with torch.no_grad(), left_as_found(self.model), holding(self.model, weights):
-            return float(self.loss(self._outputs(inputs), targets))
+            return float(self.loss(self._outputs(self.how.read(self.model, inputs)), targets))
 
     def slope(self, weights: Mapping[str, Tensor], batch: Batch) -> Slope:
         """Return the loss of a batch and its gradients at some weights. Cost: one forward and one backward pass."""
         inputs, targets = batch
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
         with torch.enable_grad(), left_as_found(self.model), holding(self.model, leaves), unwatched(self.model):
-            z = self._outputs(inputs)
+            asked = self.how.read(self.model, inputs)
+            z = self._outputs(asked)
             value = self.loss(z, targets)
             found = torch.autograd.grad(value, [z, *leaves.values()], materialize_grads=True, allow_unused=True)
-            laid_out = self.how.read(self.model, inputs).samples.lay_out(found[0])
+            laid_out = asked.samples.lay_out(found[0])
         return Slope(
             float(value.detach()),
             dict(zip(leaves, found[1:], strict=True)),
