@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab
 from curvlab.compare.batches import randomness_kept, two_batches
 from curvlab.compare.landscape import Landscape
+from curvlab.compare.printing import note_lines
 from curvlab.compare.trials import Step, Trial, largest, repeated
 from curvlab.fisher import EKFAC, KFAC, STRUCTURES, BlockDiagonal, Diagonal, Full, make
 from curvlab.nn import HalfSquaredError
@@ -451,6 +452,24 @@ def test_every_number_is_printed_at_any_width(comparison: curvlab.Comparison, wi
         assert all(name in first for name in ("structure", "damping", "eta", "fall", "eta_repeated", "eta_second"))
     best = comparison.best()
     assert f"{best['structure']} at damping {best['damping']}" in " ".join(text.split())
+
+
+def test_a_note_that_names_several_things_stays_in_one_piece() -> None:
+    """Whatever punctuation it has; structures that share it stand before it."""
+    long = "not measured: it needs 2 GiB; 1 GiB are left."
+    records = [
+        {"structure": name, "damping": rho, "notes": notes}
+        for name, rho, notes in (
+            ("full", 0.1, (long,)),
+            ("full", 1.0, (long, "late")),
+            ("kfac", 0.1, ()),
+            ("kfac", 1.0, ("late",)),
+        )
+    ]
+    assert note_lines(records) == [
+        "full: not measured: it needs 2 GiB; 1 GiB are left.",
+        "full at 1.0, kfac at 1.0: late.",
+    ]
 
 
 def test_print_shows_the_table_and_the_repr_is_one_line(comparison: curvlab.Comparison, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, nan
 
 import torch
@@ -64,7 +64,7 @@ class Candidate:
         seconds: of building it and of one step.
         state: bytes that it holds from step to step.
         peak: bytes of tensors at once while it is built and takes a step.
-        note: what was not measured, and why.
+        notes: what was not measured, and why.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Candidate:
     seconds: float = nan
     state: float = nan
     peak: float = nan
-    note: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def promise(self) -> float:
@@ -91,8 +91,8 @@ class Candidate:
         return -inf if best is None else self.trial.fall(best)
 
     def remark(self, text: str) -> str:
-        """Add to the note."""
-        self.note = "; ".join(filter(None, (self.note, text)))
+        """Add a note, and return it."""
+        self.notes.append(text)
         return text
 
 

@@ -15,7 +15,7 @@ from curvlab.compare.budget import Budget
 from curvlab.compare.candidates import Candidate, Setting
 from curvlab.compare.landscape import Landscape
 from curvlab.compare.memory import Needs, allowed_memory, needs_of
-from curvlab.compare.result import Comparison, table_of
+from curvlab.compare.result import Comparison, record_of
 from curvlab.fisher import STRUCTURES, Structure, make
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows.batches import Data
@@ -150,11 +150,11 @@ def compare(
             for name, structure in sorted(chosen.items(), key=lambda item: not item[1].averages):
                 left_out = "" if small or not structure.costly else "costly at this size, and not named in structures="
                 measured[name] = found = setting.measure(name, structure, left_out)
-                advance(name, found[0].note or "response measured", bool(found[0].note))
+                advance(name, "; ".join(found[0].notes) or "response measured", bool(found[0].notes))
             candidates = [candidate for name in chosen for candidate in measured[name]]
         if steps:
             _step(setting, candidates, progress)
-    return Comparison(table_of(candidates), _steps_of(candidates), _about(setting), steps)
+    return Comparison([record_of(c) for c in candidates], _steps_of(candidates), _about(setting), steps)
 
 
 def _step(setting: Setting, candidates: Sequence[Candidate], progress: bool) -> None:

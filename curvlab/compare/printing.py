@@ -77,12 +77,12 @@ def note_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     dampings: dict[str, int] = {}
     for record in records:
         dampings[record["structure"]] = dampings.get(record["structure"], 0) + 1
-        for note in filter(None, record["note"].split("; ")):
+        for note in record["notes"]:
             about.setdefault(note, {}).setdefault(record["structure"], []).append(str(record["damping"]))
     return [
         ", ".join(
             name if len(of) == dampings[name] else f"{name} at {' and '.join(of)}" for name, of in structures.items()
         )
-        + f": {note}."
+        + f": {note.removesuffix('.')}."
         for note, structures in about.items()
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 from curvlab.compare.candidates import Candidate
@@ -39,8 +41,8 @@ COLUMNS: Mapping[str, str] = {
     "note": "",
 }
 """Columns of the table, the first ones to be read first, with what the print says of them."""
-LINEAR_ONLY = ("eta", "fall", "eta_repeated", "eta_batch", "eta_second", "ratio", "momentum")
-"""Columns of real steps."""
+REAL = ("eta", "fall", "eta_repeated", "eta_batch", "eta_second", "ratio", "momentum")
+"""Columns of real steps, which are not printed where there were none."""
 WHOLE = 10**7
 """Whole numbers below it are written out."""
 
@@ -50,7 +52,7 @@ class Comparison:
     """What `curvlab.compare` found. `print` shows what was measured at the width of the terminal, `text` at any other.
 
     Attributes:
-        records: one a candidate, see `table`.
+        records: one a candidate, see `table`; the texts of its column `note` under `notes`.
         single_steps: one a single real step, see `steps`.
         about: model, loss, data and where the second batch comes from, in a sentence.
         in_a_row: real steps in a row that a learning rate has to hold for, 0 if none were taken.
@@ -64,9 +66,7 @@ class Comparison:
     @property
     def table(self) -> pd.DataFrame:
         """One row a structure and damping, with the columns that `curvlab.compare` lists."""
-        import pandas as pd  # takes as long to import as all of curvlab
-
-        return pd.DataFrame(self.records, columns=list(COLUMNS))
+        return _frame([{**record, "note": "; ".join(record["notes"])} for record in self.records], COLUMNS)
 
     @property
     def steps(self) -> pd.DataFrame:
@@ -74,10 +74,9 @@ class Comparison:
 
         `fall` is of the batch, `second_fall` of the second batch, `predicted_fall` of the quadratic model of the batch.
         """
-        import pandas as pd
-
-        names = ("structure", "damping", "learning_rate", "fall", "second_fall", "predicted_fall")
-        return pd.DataFrame(self.single_steps, columns=list(names))
+        return _frame(
+            self.single_steps, ("structure", "damping", "learning_rate", "fall", "second_fall", "predicted_fall")
+        )
 
     def best(self) -> pd.Series[Any]:
         """Return the row whose step at `eta` lowers the loss of the *second* batch most, of the batch itself if there is no second.
@@ -105,8 +104,8 @@ class Comparison:
     def text(self, width: int | None = None) -> str:
         """Return the table as text, in groups of columns that fit into a width, that of the terminal if None."""
         width = terminal_width() if width is None else width
-        shown = [name for name in COLUMNS if name != "note" and (self.in_a_row or name not in LINEAR_ONLY)]
-        measured = [record for record in self.records if record["lambda_max"] == record["lambda_max"]]
+        shown = [name for name in COLUMNS if name != "note" and (self.in_a_row or name not in REAL)]
+        measured = [record for record in self.records if not isnan(record["lambda_max"])]
         rows = [[_shown(record[name]) for name in shown] for record in measured]
         meanings = [f"{name}: {COLUMNS[name]}" for name in shown if COLUMNS[name]]
         notes = note_lines(self.records)
@@ -134,9 +133,7 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        shown = self.table.map(_shown) if self.records else self.table
+        shown = self.table.map(_shown)
         above = "".join(f"<p>{escape(text)}</p>" for text in (repr(self), self.about, *self._recommended()))
         return f"<div>{above}{shown.to_html(index=False)}</div>"
 
@@ -145,20 +142,15 @@ class Comparison:
 
         Without real steps, scale and anisotropy of the response are drawn.
         """
-        from curvlab.compare.drawing import draw
+        from curvlab.compare.drawing import draw  # matplotlib starts slowly
 
         return draw(self.table, self.steps, real=bool(self.in_a_row))
 
 
-def table_of(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Return one record a candidate, by the names of `COLUMNS`."""
-    return [_record(candidate) for candidate in candidates]
-
-
-def _record(candidate: Candidate) -> dict[str, Any]:
-    nan = float("nan")
+def record_of(candidate: Candidate) -> dict[str, Any]:
+    """Return what was measured of a candidate by the names of `COLUMNS`, and its notes."""
     record: dict[str, Any] = dict.fromkeys(COLUMNS, nan)
-    record |= {"structure": candidate.name, "damping": candidate.damping, "note": candidate.note}
+    record |= {"structure": candidate.name, "damping": candidate.damping, "notes": tuple(candidate.notes)}
     record |= {"rank": candidate.rank, "seconds": candidate.seconds}
     record |= {"mib": candidate.state / 2**20, "peak_mib": candidate.peak / 2**20}
     if (response := candidate.response) is not None:
@@ -170,6 +162,12 @@ def _record(candidate: Candidate) -> dict[str, Any]:
         if (best := found.best(candidate.eta_repeated)) is not None:
             record |= {"eta": best.rate, "fall": found.fall(best), "ratio": found.ratio(best)}
     return record
+
+
+def _frame(records: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> pd.DataFrame:
+    import pandas as pd  # takes as long to import as all of curvlab
+
+    return pd.DataFrame(list(records), columns=list(columns))
 
 
 def _shown(value: Any) -> str:
