@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.compare.batches import Batches
-from curvlab.compare.budget import Budget, OutOfTime
+from curvlab.compare.deadline import Deadline, OutOfTime
 from curvlab.compare.landscape import Landscape, Weights
 from curvlab.compare.memory import state_bytes, too_large
 from curvlab.compare.response import (
@@ -108,7 +108,7 @@ class Setting:
         projector: on the rows' directions that the loss weighs.
         wanted: steps of the full exact matrix by damping.
         steps: real steps in a row.
-        budget: seconds.
+        deadline: after which nothing is begun.
         left: bytes for matrices of a structure, beside rows and responses; None where that is unknown.
     """
 
@@ -119,7 +119,7 @@ class Setting:
     projector: Float[Tensor, "R R"]
     wanted: dict[Damping, Weights]
     steps: int
-    budget: Budget
+    deadline: Deadline
     left: float | None
 
     @classmethod
@@ -130,7 +130,7 @@ class Setting:
         how: Pass,
         dampings: Sequence[Damping],
         steps: int,
-        budget: Budget,
+        deadline: Deadline,
         left: float | None,
     ) -> Setting:
         """Form the rows of the batch and the steps of the full exact matrix.
@@ -141,7 +141,7 @@ class Setting:
             how: how exact rows are made.
             dampings: of all candidates.
             steps: real steps in a row.
-            budget: seconds.
+            deadline: after which nothing is begun.
             left: bytes for matrices of a structure.
 
         Raises:
@@ -157,12 +157,12 @@ class Setting:
             )
         own = exact if landscape.how.spans_outputs else Local.at(landscape, landscape.here, batches.first)
         wanted = {rho: exact.step(reference, rho) for rho in dampings}
-        return cls(landscape, batches, exact.rows, own, projector_of(exact.rows), wanted, steps, budget, left)
+        return cls(landscape, batches, exact.rows, own, projector_of(exact.rows), wanted, steps, deadline, left)
 
     @property
     def _late(self) -> bool:
         """Whether no further response is begun: some time is kept for steps in a row."""
-        return self.budget.spent(SHARE if self.steps else 1.0)
+        return self.deadline.passed(SHARE if self.steps else 1.0)
 
     def measure(self, name: str, fresh: Structure, left_out: str = "") -> list[Candidate]:
         """Measure responses and single real steps of a structure at every damping.
@@ -176,7 +176,7 @@ class Setting:
             ValueError: if the structure is zero.
         """
         candidates = [Candidate(name, damping, fresh) for damping in self.wanted]
-        left_out = left_out or (self.budget.over if self._late else "")
+        left_out = left_out or (self.deadline.over if self._late else "")
         left_out = left_out or too_large(fresh, self.local.rows, self.left)
         if not left_out:
             try:
@@ -185,7 +185,7 @@ class Setting:
                 left_out = str(error)
         for candidate in candidates:
             if candidate.response is None:
-                candidate.remark(f"not measured: {left_out or self.budget.over}")
+                candidate.remark(f"not measured: {left_out or self.deadline.over}")
         return candidates
 
     def _respond(self, candidates: Sequence[Candidate]) -> None:
@@ -243,7 +243,7 @@ class Setting:
         try:
             candidate.eta_repeated = self._largest(candidate, refitted, candidate.trial.eta_batch, self.steps)
         except OutOfTime:
-            return candidate.remark(f"steps in a row not measured: {self.budget.over}")
+            return candidate.remark(f"steps in a row not measured: {self.deadline.over}")
         return f"learning rates up to {candidate.eta_repeated:.3g} hold"
 
     def with_momentum(self, candidate: Candidate) -> str:
@@ -260,7 +260,7 @@ class Setting:
             plain = self._largest(candidate, frozen, candidate.trial.eta_batch, FROZEN_STEPS)
             heavy = self._largest(candidate, frozen, 2 * plain, FROZEN_STEPS, MOMENTUM)
         except OutOfTime:
-            return candidate.remark(f"momentum not measured: {self.budget.over}")
+            return candidate.remark(f"momentum not measured: {self.deadline.over}")
         if not plain:
             return candidate.remark(f"no learning rate holds for {FROZEN_STEPS} steps with the structure left as it is")
         candidate.momentum = heavy / plain
@@ -272,14 +272,14 @@ class Setting:
         """Return the first of a learning rate, a half of it, … that holds for some steps in a row; 0 if none does."""
 
         def direction(weights: Weights) -> Weights | None:
-            self.budget.check()
+            self.deadline.check()
             try:
                 return make(weights)
             except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]  # weights have run away; wrong options were refused at the present ones
                 return None
 
         def holds(rate: float) -> bool:
-            self.budget.check()
+            self.deadline.check()
             assert candidate.step is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", IllConditioned)

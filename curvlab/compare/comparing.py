@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from curvlab.compare.batches import randomness_kept, samples_of_batch, two_batches
-from curvlab.compare.budget import Budget
+from curvlab.compare.deadline import Deadline
 from curvlab.compare.candidates import Candidate, Setting
 from curvlab.compare.landscape import Landscape
 from curvlab.compare.memory import Needs, allowed_memory, needs_of
@@ -126,7 +126,7 @@ def compare(
     chosen, dampings = _chosen(structures), _dampings(damping)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps is a whole number of real steps in a row, 0 for none, got {steps!r}.")
-    budget = Budget(seconds)
+    deadline = Deadline(seconds)
     how = Pass(kind, draws, generator, nodes, output, keep_jacobian=False, rows=rows)
     exact = how if kind == "ggn" else replace(how, kind="exact", draws=1, generator=None, rows=None)
     with randomness_kept(data):
@@ -139,11 +139,11 @@ def compare(
         if needs is not None:
             needs.check(allowed)
         if progress:
-            say(Console(stderr=True), _estimate(len(chosen) * len(dampings), len(dampings), P, needs, budget))
+            say(Console(stderr=True), _estimate(len(chosen) * len(dampings), len(dampings), P, needs, deadline))
         costs = {"rows": 1.0, **{name: float(len(dampings)) for name in chosen}}
         with showing(Console(stderr=True), costs, not progress, unit="pieces") as advance:
             left = allowed if allowed is None or needs is None else allowed - needs.total
-            setting = Setting.begin(landscape, batches, exact, dampings, steps, budget, left)
+            setting = Setting.begin(landscape, batches, exact, dampings, steps, deadline, left)
             advance("rows", "formed", False)
             small = structures is not None or setting.exact.R * setting.exact.P <= SMALL
             measured: dict[str, list[Candidate]] = {}
@@ -198,7 +198,7 @@ def _dampings(damping: Damping | Sequence[Damping]) -> list[Damping]:
     return list(dict.fromkeys(found))
 
 
-def _estimate(candidates: int, dampings: int, P: int, needs: Needs | None, budget: Budget) -> str:
+def _estimate(candidates: int, dampings: int, P: int, needs: Needs | None, deadline: Deadline) -> str:
     """Say what is to be done."""
     memory = (
         ""
@@ -207,7 +207,7 @@ def _estimate(candidates: int, dampings: int, P: int, needs: Needs | None, budge
     )
     return (
         f"Comparing {candidates} candidates ({candidates // dampings} structures × {dampings} dampings): P = {P}{memory}; "
-        f"seconds: {budget}."
+        f"seconds: {deadline}."
     )
 
 

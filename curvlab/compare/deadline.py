@@ -1,4 +1,4 @@
-"""A number of seconds that work may take."""
+"""A time by which work is to end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from curvlab.tools.text import duration
 
 
 class OutOfTime(Exception):
-    """The seconds are spent."""
+    """The deadline has passed."""
 
 
-class Budget:
-    """Seconds from now on; without end if None.
+class Deadline:
+    """So many seconds from now on; never if None.
 
     Raises:
         ValueError: they are no number above 0.
@@ -23,13 +23,13 @@ class Budget:
             raise ValueError(f"seconds is a number above 0, or None for no limit, got {seconds}.")
         self.seconds, self._start = seconds, time.monotonic()
 
-    def spent(self, share: float = 1.0) -> bool:
-        """Whether they are over, or a share of them."""
+    def passed(self, share: float = 1.0) -> bool:
+        """Whether the seconds are over, or a share of them."""
         return self.seconds is not None and time.monotonic() - self._start >= share * self.seconds
 
     def check(self) -> None:
-        """Raise `OutOfTime` if they are over."""
-        if self.spent():
+        """Raise `OutOfTime` if the seconds are over."""
+        if self.passed():
             raise OutOfTime
 
     @property
