@@ -14,7 +14,7 @@ import curvlab
 from curvlab.compare.batches import randomness_kept, two_batches
 from curvlab.compare.landscape import Landscape
 from curvlab.compare.printing import note_lines
-from curvlab.compare.trials import Step, Trial, largest, repeated
+from curvlab.compare.trials import RealStep, Trial, largest, repeated
 from curvlab.fisher import EKFAC, KFAC, STRUCTURES, BlockDiagonal, Diagonal, Full, make
 from curvlab.nn import HalfSquaredError
 from curvlab.problems.images import load_images
@@ -122,7 +122,7 @@ def test_real_steps_are_those_that_one_takes_by_hand(key: str) -> None:
 def test_the_largest_rates_are_those_up_to_which_the_loss_falls() -> None:
     """A rate at which the loss falls by chance, beyond one at which it rises, does not count."""
     losses = [(8.0, 0.5, 3.0), (4.0, 2.0, 3.0), (2.0, float("nan"), 0.5), (1.0, 0.8, 0.7), (0.5, 0.9, 0.8)]
-    found = Trial(1.0, 1.0, tuple(Step(rate, batch, second, 0.1) for rate, batch, second in losses))
+    found = Trial(1.0, 1.0, tuple(RealStep(rate, batch, second, 0.1) for rate, batch, second in losses))
     assert found.eta_batch == 1.0
     assert found.eta_second == 2.0
     assert found.best(8.0).rate == 2.0

@@ -18,7 +18,7 @@ from curvlab.compare.deadline import Deadline, OutOfTime
 from curvlab.compare.landscape import Landscape, Weights
 from curvlab.compare.memory import state_bytes, too_large
 from curvlab.compare.response import (
-    Local,
+    Linearised,
     Response,
     curvature_along,
     projector_of,
@@ -104,7 +104,7 @@ class Setting:
         landscape: the loss at other weights.
         batches: the batch, and the second one.
         exact: exact rows of the batch.
-        local: rows that structures are built from, and the gradient.
+        linearised: rows that structures are built from, and the gradient.
         projector: on the rows' directions that the loss weighs.
         wanted: steps of the full exact matrix by damping.
         steps: real steps in a row.
@@ -115,7 +115,7 @@ class Setting:
     landscape: Landscape
     batches: Batches
     exact: Rows
-    local: Local
+    linearised: Linearised
     projector: Float[Tensor, "R R"]
     wanted: dict[Damping, Weights]
     steps: int
@@ -147,7 +147,7 @@ class Setting:
         Raises:
             ValueError: if the exact Fisher matrix is zero.
         """
-        exact = Local.at(landscape, landscape.here, batches.first, how)
+        exact = Linearised.at(landscape, landscape.here, batches.first, how)
         reference = Full().update(exact.rows)
         if reference.largest_eigenvalue() == 0:
             raise ValueError(
@@ -155,7 +155,7 @@ class Setting:
                 "zero, so no step moves an output that the loss weighs: there is nothing to compare. A softmax over one output is "
                 "such a case (use BCEWithLogitsLoss or more outputs), saturated outputs are another."
             )
-        own = exact if landscape.how.spans_outputs else Local.at(landscape, landscape.here, batches.first)
+        own = exact if landscape.how.spans_outputs else Linearised.at(landscape, landscape.here, batches.first)
         wanted = {rho: exact.step(reference, rho) for rho in dampings}
         return cls(landscape, batches, exact.rows, own, projector_of(exact.rows), wanted, steps, deadline, left)
 
@@ -177,7 +177,7 @@ class Setting:
         """
         candidates = [Candidate(name, damping, fresh) for damping in self.wanted]
         left_out = left_out or (self.deadline.over if self._late else "")
-        left_out = left_out or too_large(fresh, self.local.rows, self.left)
+        left_out = left_out or too_large(fresh, self.linearised.rows, self.left)
         if not left_out:
             try:
                 self._respond(candidates)
@@ -192,14 +192,14 @@ class Setting:
         structure = deepcopy(candidates[0].fresh)
         started = time.perf_counter()
         with Live() as live:
-            structure.update(self.local.rows)
+            structure.update(self.linearised.rows)
             largest_eigenvalue = structure.largest_eigenvalue()
         built = time.perf_counter() - started
         name = candidates[0].name
         if largest_eigenvalue == 0:
             raise ValueError(
-                f"The structure {name!r} of rows of kind {self.local.rows.kind!r} is zero, or has no positive eigenvalue, on these "
-                "data, so nothing is relative to its largest eigenvalue. Leave it out, or use kind='exact'."
+                f"The structure {name!r} of rows of kind {self.linearised.rows.kind!r} is zero, or has no positive eigenvalue, on "
+                "these data, so nothing is relative to its largest eigenvalue. Leave it out, or use kind='exact'."
             )
         rank = self._rank(structure)
         for candidate in candidates:
@@ -207,10 +207,10 @@ class Setting:
                 return
             started = time.perf_counter()
             with live:
-                step = self.local.step(structure, candidate.damping)
+                step = self.linearised.step(structure, candidate.damping)
             candidate.seconds = built + time.perf_counter() - started
             candidate.step, candidate.fitted, candidate.rank = step, structure, rank
-            candidate.state, candidate.peak = state_bytes(structure, self.local.rows), live.peak
+            candidate.state, candidate.peak = state_bytes(structure, self.linearised.rows), live.peak
             candidate.response = response_of(
                 structure, candidate.damping, self.exact, self.projector, step, self.wanted[candidate.damping]
             )
@@ -219,13 +219,13 @@ class Setting:
                     self.landscape,
                     self.batches,
                     step,
-                    slope_along(self.local, step),
+                    slope_along(self.linearised, step),
                     curvature_along(self.exact, step),
                     2 * candidate.response.eta_linear,
                 )
 
     def _rank(self, structure: Structure) -> float:
-        if matrix_elements(structure, self.local.rows) > RANKED:
+        if matrix_elements(structure, self.linearised.rows) > RANKED:
             return nan
         values = structure.eigvalsh().abs()
         return float((values > self.exact.P * torch.finfo(values.dtype).eps * values.max()).sum())
@@ -235,9 +235,9 @@ class Setting:
 
         def refitted(weights: Weights) -> Weights:
             averages = candidate.fresh.averages
-            local = Local.at(self.landscape, weights, self.batches.first, lifts=not averages)
-            structure = deepcopy(candidate.fresh).update(local.rows)
-            return local.step(structure, candidate.damping)
+            there = Linearised.at(self.landscape, weights, self.batches.first, lifts=not averages)
+            structure = deepcopy(candidate.fresh).update(there.rows)
+            return there.step(structure, candidate.damping)
 
         assert candidate.trial is not None
         try:

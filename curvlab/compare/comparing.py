@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from curvlab.compare.batches import randomness_kept, samples_of_batch, two_batches
-from curvlab.compare.deadline import Deadline
 from curvlab.compare.candidates import Candidate, Setting
+from curvlab.compare.deadline import Deadline
 from curvlab.compare.landscape import Landscape
 from curvlab.compare.memory import Needs, allowed_memory, needs_of
 from curvlab.compare.result import Comparison, record_of

@@ -20,7 +20,7 @@ from curvlab.rows.passes import Pass
 
 
 @dataclass(frozen=True, eq=False)
-class Local:
+class Linearised:
     """What steps at some weights are made of.
 
     Attributes:
@@ -36,7 +36,7 @@ class Local:
     @classmethod
     def at(
         cls, landscape: Landscape, weights: Weights, batch: Batch, how: Pass | None = None, *, lifts: bool = True
-    ) -> Local:
+    ) -> Linearised:
         """Take rows and gradient at some weights. Cost: a sweep, a forward and a backward pass.
 
         Args:
@@ -122,9 +122,9 @@ def projector_of(exact: Rows) -> Float[Tensor, "R R"]:
     return out.view(V * N, V * N)
 
 
-def slope_along(local: Local, direction: Weights) -> float:
+def slope_along(linearised: Linearised, direction: Weights) -> float:
     """Return g·d."""
-    return float(sum((g.double() * direction[name].double()).sum() for name, g in local.gradient.items()))
+    return float(sum((g.double() * direction[name].double()).sum() for name, g in linearised.gradient.items()))
 
 
 def curvature_along(exact: Rows, direction: Weights) -> float:

@@ -27,7 +27,7 @@ Direction = Callable[[Weights], Weights | None]
 
 
 @dataclass(frozen=True)
-class Step:
+class RealStep:
     """What one real step did.
 
     Attributes:
@@ -55,7 +55,7 @@ class Trial:
 
     start: float
     second: float
-    steps: tuple[Step, ...]
+    steps: tuple[RealStep, ...]
 
     @property
     def eta_batch(self) -> float:
@@ -74,17 +74,17 @@ class Trial:
         """Whether there was a second batch."""
         return not isnan(self.second)
 
-    def fall(self, step: Step) -> float:
+    def fall(self, step: RealStep) -> float:
         """Return by how much the loss of the second batch fell in a step, that of the batch itself if there is no second one."""
         after, before = (step.second, self.second) if self.has_second else (step.batch, self.start)
         return before - after if isfinite(after) else -inf
 
-    def best(self, limit: float) -> Step | None:
+    def best(self, limit: float) -> RealStep | None:
         """Return the step of the largest `fall` at rates up to a limit; None if the loss rises at all of them."""
         falling = [step for step in self.steps if step.rate <= limit and self.fall(step) > 0]
         return max(falling, key=self.fall, default=None)
 
-    def ratio(self, step: Step) -> float:
+    def ratio(self, step: RealStep) -> float:
         """Return the real decrease of the batch's loss over the predicted one; not a number if none is predicted."""
         return (self.start - step.batch) / step.predicted if step.predicted > 0 else nan
 
@@ -110,7 +110,7 @@ def trial(
     for k in range(HALVINGS):
         rate = top / 2**k
         there = moved(landscape.here, direction, rate)
-        step = Step(
+        step = RealStep(
             rate,
             landscape.value(there, batches.first),
             nan if batches.second is None else landscape.value(there, batches.second),
