@@ -176,8 +176,8 @@ class Setting:
             ValueError: if the structure is zero.
         """
         candidates = [Candidate(name, damping, fresh) for damping in self.wanted]
-        left_out = left_out or (self.deadline.over if self._late else "")
-        left_out = left_out or too_large(fresh, self.linearised.rows, self.left)
+        late = self.deadline.over if self._late else ""
+        left_out = left_out or late or too_large(fresh, self.linearised.rows, self.left)
         if not left_out:
             try:
                 self._respond(candidates)
@@ -201,7 +201,7 @@ class Setting:
                 f"The structure {name!r} of rows of kind {self.linearised.rows.kind!r} is zero, or has no positive eigenvalue, on "
                 "these data, so nothing is relative to its largest eigenvalue. Leave it out, or use kind='exact'."
             )
-        rank = self._rank(structure)
+        rank, state = self._rank(structure), state_bytes(structure, self.linearised.rows)
         for candidate in candidates:
             if candidate is not candidates[0] and self._late:
                 return
@@ -209,9 +209,9 @@ class Setting:
             with live:
                 step = self.linearised.step(structure, candidate.damping)
             candidate.seconds = built + time.perf_counter() - started
-            candidate.step, candidate.fitted, candidate.rank = step, structure, rank
-            candidate.state, candidate.peak = state_bytes(structure, self.linearised.rows), live.peak
-            candidate.response = response_of(
+            candidate.step, candidate.fitted = step, structure
+            candidate.rank, candidate.state, candidate.peak = rank, state, live.peak
+            response = response_of(
                 structure, candidate.damping, self.exact, self.projector, step, self.wanted[candidate.damping]
             )
             if self.steps:
@@ -221,8 +221,9 @@ class Setting:
                     step,
                     slope_along(self.linearised, step),
                     curvature_along(self.exact, step),
-                    2 * candidate.response.eta_linear,
+                    2 * response.eta_linear,
                 )
+            candidate.response = response
 
     def _rank(self, structure: Structure) -> float:
         if matrix_elements(structure, self.linearised.rows) > RANKED:

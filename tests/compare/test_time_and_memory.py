@@ -7,6 +7,7 @@ import torch
 from comparison_cases import LOSSES, X, small_model
 
 import curvlab
+from curvlab.compare import candidates
 from curvlab.fisher import KFAC, Full
 from curvlab.problems.vision import digits_residual_problem
 
@@ -45,6 +46,17 @@ def test_what_does_not_fit_is_left_out_by_name_or_refused() -> None:
     assert kept["alpha"] > 0
     with pytest.raises(MemoryError, match=r"R = 18 rows, .* 1.0 KiB are allowed"):
         curvlab.compare(model, loss, (X, y), memory=1024)
+
+
+def test_a_candidate_whose_steps_run_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for a step")
+
+    monkeypatch.setattr(candidates, "trial", fail)
+    loss, y = LOSSES["half"]
+    table = curvlab.compare(small_model(4), loss, (X, y), "kfac", [1.0, 2.0]).table
+    assert table["note"].tolist() == ["not measured: no memory for a step"] * 2
+    assert table["eta_linear"].isna().all()
 
 
 def test_memory_is_that_of_the_state_in_training() -> None:
