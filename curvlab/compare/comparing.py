@@ -139,7 +139,7 @@ def compare(
         if needs is not None:
             needs.check(allowed)
         if progress:
-            say(Console(stderr=True), _estimate(len(chosen) * len(dampings), len(dampings), P, needs, deadline))
+            say(Console(stderr=True), _estimate(len(chosen), len(dampings), P, needs, deadline))
         costs = {"rows": 1.0, **{name: float(len(dampings)) for name in chosen}}
         with showing(Console(stderr=True), costs, not progress, unit="pieces") as advance:
             left = allowed if allowed is None or needs is None else allowed - needs.total
@@ -198,7 +198,7 @@ def _dampings(damping: Damping | Sequence[Damping]) -> list[Damping]:
     return list(dict.fromkeys(found))
 
 
-def _estimate(candidates: int, dampings: int, P: int, needs: Needs | None, deadline: Deadline) -> str:
+def _estimate(structures: int, dampings: int, P: int, needs: Needs | None, deadline: Deadline) -> str:
     """Say what is to be done."""
     memory = (
         ""
@@ -206,7 +206,7 @@ def _estimate(candidates: int, dampings: int, P: int, needs: Needs | None, deadl
         else f", R = {needs.R} rows that take about {size(needs.rows)}, {size(needs.square)} for a matrix of R × R"
     )
     return (
-        f"Comparing {candidates} candidates ({candidates // dampings} structures × {dampings} dampings): P = {P}{memory}; "
+        f"Comparing {structures * dampings} candidates ({structures} structures × {dampings} dampings): P = {P}{memory}; "
         f"seconds: {deadline}."
     )
 

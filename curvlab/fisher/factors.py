@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -146,7 +147,8 @@ def _per_group(x: Float[Tensor, "*K T Q d"], inverse: Inverse) -> Float[Tensor, 
 class TableBlock(KroneckerBlock):
     """Factors of a table: diagonal over its rows, a matrix over their entries."""
 
-    form: type[LayerRows]
+    form: ClassVar[type[LayerRows]]
+    """Class of the rows of such a table."""
 
     def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
         super().__init__(name, layout, options)
