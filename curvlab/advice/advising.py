@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import nn
 
 from curvlab.advice.candidates import Candidate, usual
-from curvlab.advice.race import Batch, Entrant, race
+from curvlab.advice.race import Entrant, race
 from curvlab.advice.result import Advice
-from curvlab.compare.batches import randomness_kept, samples_of_batch
+from curvlab.compare.batches import Batch, randomness_kept, samples_of_batch
 from curvlab.errors import CurvlabError
 from curvlab.rows.batches import Data, pairs_of
 from curvlab.rows.packed import part_of

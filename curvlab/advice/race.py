@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from curvlab.advice.candidates import Candidate
+from curvlab.compare.batches import Batch
 from curvlab.errors import CurvlabError
 from curvlab.nn.modes import evaluating
 from curvlab.optim import NaturalGradient
 from curvlab.rows.sweep import PickOutput, as_arguments, select_output
 
-Batch = tuple[Any, Any]
 Clock = Callable[[], float]
 
 

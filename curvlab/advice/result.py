@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from curvlab.advice.candidates import Candidate, Method
+from curvlab.advice.candidates import Candidate
 from curvlab.advice.race import Entrant
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.shown import line
@@ -17,13 +18,6 @@ from curvlab.tools.shown import line
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-LOOKS: Mapping[Method, tuple[str, str]] = {
-    "natural gradient": ("#0072B2", "o"),
-    "Adam": ("#D55E00", "s"),
-    "SGD": ("#009E73", "^"),
-}
-"""Colour and marker of each method."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,56 +75,23 @@ class Advice:
             run = {"steps": entrant.steps, "seconds": entrant.seconds, "loss": entrant.best, "damping": entrant.damping}
             return own | run | {"trouble": entrant.trouble or ""}
 
-        return pd.DataFrame([row(entrant) for entrant in self._ordered()])
+        return pd.DataFrame([row(entrant) for entrant in self.ordered()])
 
     def plot(self) -> Figure:
         """Draw the held-out loss against seconds in steps, a line an entrant; the best of each method is named and heavy."""
-        from matplotlib.ticker import LogLocator, NullFormatter  # takes as long to import as all of curvlab
+        from curvlab.advice.drawing import draw  # matplotlib takes as long to import as all of curvlab
 
-        from curvlab.tools.canvas import canvas, use
+        return draw(self.ordered(), self.before)
 
-        with use():
-            figure, axes = canvas()
-            at, named = axes[0, 0], set()
-            for entrant in self._ordered():
-                method = entrant.candidate.method
-                seen = [look for look in entrant.looks if look.loss < 10 * abs(self.before)]
-                if not seen:
-                    continue
-                colour, marker = LOOKS[method]
-                times, losses = zip(*((look.seconds, look.loss) for look in seen), strict=True)
-                first = method not in named
-                weight = {"linewidth": 1.8, "alpha": 1.0, "zorder": 3} if first else {"linewidth": 0.6, "alpha": 0.5}
-                at.plot(
-                    times,
-                    losses,
-                    marker=marker,
-                    color=colour,
-                    label=str(entrant.candidate) if first else None,
-                    **weight,
-                )
-                named.add(method)
-            at.set_xscale("log")
-            if min(min(line.get_ydata()) for line in at.lines) > 0:
-                at.set_yscale("log")
-            for axis in (at.xaxis, at.yaxis):
-                if axis.get_scale() == "log":
-                    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                    axis.set_major_formatter("{x:g}")
-                    axis.set_minor_formatter(NullFormatter())
-            at.set_xlabel("seconds of training")
-            at.set_ylabel(f"held-out loss (before: {self.before:.3g})")
-            at.legend(fontsize=6)
-        return figure
-
-    def _ordered(self) -> list[Entrant]:
+    def ordered(self) -> list[Entrant]:
+        """Return the entrants, the best first."""
         return sorted(
             self.entrants, key=lambda entrant: (entrant is not self.winner, -len(entrant.looks), entrant.best)
         )
 
     def __str__(self) -> str:
         rivals: dict[str, Entrant] = {}
-        for entrant in self._ordered():
+        for entrant in self.ordered():
             rivals.setdefault(entrant.candidate.method, entrant)
         lines = [f"Take {self.candidate}.", f"The loss of {self.held_out} was {self.before:.4g} before."]
         lines += [f"{entrant.candidate}: {_told(entrant)}" for entrant in rivals.values()]
@@ -143,8 +104,6 @@ class Advice:
         return line(self, str(self.candidate), before=self.before, after=self.winner.best, raced=len(self.entrants))
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         said = "".join(f"<p>{escape(text)}</p>" for text in (repr(self), *str(self).splitlines()))
         return f"<div>{said}{self.table.to_html(index=False)}</div>"
 
