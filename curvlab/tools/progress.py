@@ -1,9 +1,10 @@
-"""Progress through cells, or other pieces of work: a bar on a terminal or in a notebook, plain lines elsewhere."""
+"""Progress through cells, or other pieces of work: a bar on a terminal or in a notebook, lines elsewhere, none when quiet."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
+from math import inf
 from typing import Any
 
 from rich.console import Console
@@ -59,16 +60,20 @@ class _Pace:
     def __init__(self, costs: Mapping[Any, float]) -> None:
         self.costs, self.total = costs, sum(costs.values())
         self.done, self.spent, self.elapsed = 0, 0.0, 0.0
-        self._start = time.monotonic()
+        self._start, self._reported = time.monotonic(), -inf
         self._first = (0.0, 0.0)
 
-    def add(self, cell: Hashable) -> None:
-        """Count a cell as done."""
+    def add(self, cell: Hashable, every: float, *, at_once: bool = False) -> bool:
+        """Count a cell as done; returns whether to report that: of the last one, if asked, and once in so many seconds."""
         self.done += 1
         self.spent += self.costs[cell]
         self.elapsed = time.monotonic() - self._start
         if self.done == 1:
             self._first = (self.elapsed, self.spent)
+        reports = at_once or self.done == len(self.costs) or self.elapsed - self._reported >= every
+        if reports:
+            self._reported = self.elapsed
+        return reports
 
     @property
     def left(self) -> str:
@@ -82,36 +87,26 @@ class _Pace:
 def _lines(console: Console, costs: Mapping[Any, float]) -> Advance:
     """A line for the first and the last cell, for one in trouble, and otherwise one every few seconds."""
     pace = _Pace(costs)
-    printed = -SECONDS_BETWEEN_LINES
 
     def advance(cell: Hashable, outcome: str, trouble: bool) -> None:
-        nonlocal printed
-        pace.add(cell)
-        if pace.done < len(costs) and pace.elapsed - printed < SECONDS_BETWEEN_LINES and not trouble:
-            return
-        printed = pace.elapsed
-        say(console, f"[{pace.done}/{len(costs)}] {cell}: {outcome}{pace.left}")
+        if pace.add(cell, SECONDS_BETWEEN_LINES, at_once=trouble):
+            say(console, f"[{pace.done}/{len(costs)}] {cell}: {outcome}{pace.left}")
 
     return advance
 
 
 def _page(console: Console, costs: Mapping[Any, float], unit: str) -> Advance:
     """A bar below the cell of a notebook, drawn anew in its place; rich's own needs widgets."""
-    from IPython.display import HTML, display
+    from IPython.display import HTML, display  # IPython is there in notebooks alone
 
     pace = _Pace(costs)
-    shown = display(HTML(""), display_id=True)
-    drawn = -SECONDS_BETWEEN_PAGES
+    bar = display(HTML(""), display_id=True)
 
     def advance(cell: Hashable, outcome: str, trouble: bool) -> None:
-        nonlocal drawn
-        pace.add(cell)
         if trouble:
             say(console, f"{cell}: {outcome}")
-        if pace.done < len(costs) and pace.elapsed - drawn < SECONDS_BETWEEN_PAGES:
-            return
-        drawn = pace.elapsed
-        text = escape(f"{pace.done} of {len(costs)} {unit}{pace.left}: {cell}")
-        shown.update(HTML(f'<progress value="{pace.spent}" max="{pace.total}"></progress> {text}'))
+        if pace.add(cell, SECONDS_BETWEEN_PAGES):
+            text = escape(f"{pace.done} of {len(costs)} {unit}{pace.left}: {cell}")
+            bar.update(HTML(f'<progress value="{pace.spent}" max="{pace.total}"></progress> {text}'))
 
     return advance

@@ -55,7 +55,7 @@ def shown(value: object) -> str:
 def some(names: Iterable[str]) -> str:
     """Return the first few of some names, and how many they are if that is not all."""
     names = list(names)
-    return ", ".join(names) if len(names) <= FEW else f"{', '.join(names[: FEW - 1])}, … {len(names)} in all"
+    return _few(names, len(names))
 
 
 def changed(thing: object, options: Mapping[str, object]) -> dict[str, object]:
@@ -95,11 +95,14 @@ def curve(thing: object, x: Sequence[float], y: Sequence[float]) -> str:
 def _tensor(value: Tensor) -> str:
     if value.ndim > 1 or value.is_meta:
         return f"{' × '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
-    entries = value[: FEW if len(value) <= FEW else FEW - 1].tolist() if value.ndim else [value.item()]
-    text = ", ".join(map(shown, entries))
     if value.ndim == 0:
-        return text
-    return f"[{text}]" if len(value) <= FEW else f"[{text}, … {len(value)} in all]"
+        return shown(value.item())
+    return f"[{_few([shown(entry) for entry in value[:FEW].tolist()], len(value))}]"
+
+
+def _few(first: Sequence[str], total: int) -> str:
+    """Join the first of so many entries, all of them if they are few."""
+    return ", ".join(first) if total <= FEW else f"{', '.join(first[: FEW - 1])}, … {total} in all"
 
 
 def _cell(value: object) -> str:

@@ -94,11 +94,10 @@ def _check_probabilities(z: Float[Tensor, "N C ..."], targets: Tensor) -> None:
 def _remedy(z: Float[Tensor, "N C ..."], targets: Tensor) -> str:
     """What to do about class indices of another shape than the outputs have without axis 1."""
     if z.ndim > 2 and targets.shape == z.shape[:-1]:
-        moved = "z.mT" if z.ndim == 3 else "z.movedim(-1, 1)"
+        moved = "mT" if z.ndim == 3 else "movedim(-1, 1)"
         return (
-            f"The outputs seem to have the classes last: move classes to axis 1, as in output=lambda z: {moved}, or of what is "
-            f"picked, output=lambda z: {moved.replace('z', 'z.logits')}; in a loop of your own call "
-            f"loss({moved.replace('z', 'outputs')}, targets), or flatten both."
+            f"The outputs seem to have the classes last: move classes to axis 1, as in output=lambda z: z.{moved}, or of what is "
+            f"picked, output=lambda z: z.logits.{moved}; in a loop of your own call loss(outputs.{moved}, targets), or flatten both."
         )
     if targets.shape == (z.shape[0], 1, *z.shape[2:]):
         return "Targets have one axis too many: pass targets.squeeze(1)."
