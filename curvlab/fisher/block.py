@@ -71,11 +71,8 @@ class Batch:
 
     def average(self, average: RunningAverage, value: Tensor) -> None:
         """Add the batch's matrix, of which this process has its samples' share, to a running average."""
-        amount, weight = self.weight * value, self.fresh_weight
-        if self.total is not None:
-            amount = self.total(amount)
-            weight = weight if self.additive else float(self.total(value.new_tensor(weight)))
-        average.update(amount, weight, self.decay, additive=self.additive)
+        amount = self.weight * value
+        average.update(amount, self.fresh_weight, self.decay, additive=self.additive, total=self.total)
 
     @property
     def weight(self) -> float:
@@ -104,9 +101,16 @@ class RunningAverage:
         self.weight = 0.0
         self.additive = False
 
-    def update(self, amount: Tensor, weight: float, decay: float, *, additive: bool = False) -> None:
-        """Decay the state and add `w x` and w of a batch; more of the last one has the weight 0 and decay 1."""
+    def update(
+        self, amount: Tensor, weight: float, decay: float, *, additive: bool = False, total: Total | None = None
+    ) -> None:
+        """Decay the state and add `w x` and w of a batch; more of the last one has the weight 0 and decay 1.
+
+        With `total`, what several processes give adds up to that of their batch.
+        """
         self.additive = additive
+        if total is not None:
+            amount, weight = total(amount), weight_of_batch(weight, additive, total, amount)
         if self.total is None or decay == 0:
             self.total, self.weight = amount, weight
             return
@@ -136,6 +140,11 @@ class RunningAverage:
         assert not isinstance(total, float)
         assert isinstance(weight, float)
         self.total, self.weight = total, weight
+
+
+def weight_of_batch(weight: float, additive: bool, total: Total, like: Tensor) -> float:
+    """Return the weight of a batch of which each process has a share: their sum, or that of each where sums add."""
+    return weight if additive else float(total(like.new_tensor(weight)))
 
 
 def weight_of_all(weight: float, additive: bool, total: Total, like: Tensor) -> float:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlab.fisher.basis import Basis
-from curvlab.fisher.block import BlockState, RunningAverage, Total, weight_of_all
+from curvlab.fisher.block import BlockState, RunningAverage, Total, weight_of_all, weight_of_batch
 from curvlab.fisher.inverse import CholeskyInverse, DiagonalInverse, Inverse, LowRankInverse, MatrixInverse
 from curvlab.fisher.system import condition_limit, naming_overflow
 from curvlab.rows.aligned import aligned, padded_columns
@@ -99,7 +99,7 @@ class Moment(Factor):
         """
         self._basis, self.additive = None, additive
         if total is not None:
-            weight = weight if additive else float(total(root.new_tensor(weight)))
+            weight = weight_of_batch(weight, additive, total, root)
         fresh = decay == 0 or self.weight == 0
         if fresh:
             self.root, self.matrix, self._mirrored = None, None, True
@@ -280,16 +280,16 @@ def decompose(moments: Iterable[Moment]) -> None:
     """Find the eigenvectors of moments that are kept as matrices, those of one width in one call where that is faster."""
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Moment]] = defaultdict(list)
     for moment in moments:
-        if moment._basis is None and moment.matrix is not None and _batches(moment.matrix.device):
+        if moment._basis is None and moment.matrix is not None and _faster_together(moment.matrix.device):
             alike[moment.matrix.shape, moment.matrix.dtype, moment.matrix.device].append(moment)
-    for (Q, *_), group in ((key[0], group) for key, group in alike.items()):
+    for ((Q, *_), *_), group in alike.items():
         values, vectors = _eigh(torch.cat([moment.dense() for moment in group]))
         for moment, own, directions in zip(group, values.split(Q), vectors.split(Q), strict=True):
             moment._basis = moment._spanned(own, directions)
 
 
-def _batches(device: torch.device) -> bool:
-    """Whether matrices are decomposed faster together than one after the other."""
+def _faster_together(device: torch.device) -> bool:
+    """Whether matrices are decomposed faster in one call than one after the other."""
     return device.type != "cpu"
 
 
@@ -346,10 +346,7 @@ class DiagonalMoment(Factor):
         total: Total | None = None,
     ) -> None:
         """Add a diagonal D of some weight w, given as `w·D`; see `Moment.update`."""
-        if total is not None:
-            diagonal = total(diagonal)
-            weight = weight if additive else float(total(diagonal.new_tensor(weight)))
-        self.average.update(diagonal, weight, decay, additive=additive)
+        self.average.update(diagonal, weight, decay, additive=additive, total=total)
 
     def add_up(self, total: Total) -> None:  # noqa: D102
         self.average.add_up(total)

@@ -384,7 +384,7 @@ def test_eigenvectors_of_factors_of_one_width_come_from_one_call(monkeypatch: py
     expected, calls = found(), []
     eigh = moment._eigh
     monkeypatch.setattr(moment, "_eigh", lambda matrix: (calls.append(len(matrix)), eigh(matrix))[1])
-    monkeypatch.setattr(moment, "_batches", lambda _: True)
+    monkeypatch.setattr(moment, "_faster_together", lambda _: True)
     for one, other in zip(found(), expected, strict=True):
         assert_close(one, other)
     assert max(calls) > 1
