@@ -130,9 +130,9 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "another case": (lambda: make("KFAC"), Exception, "Did you mean 'kfac'"),
     "no structure": (
-        lambda: make(any_ or nn.ReLU),
+        lambda: make(any_ or nn.ReLU, sharing="reduce"),
         ValueError,
-        "A structure is a key such as 'kfac', a class, or an object",
+        r"A structure is a key such as 'kfac', a class, or an object such as KFAC\(\); got the class ReLU",
     ),
     "options of one that is made": (lambda: make(KFAC(), sharing="reduce"), ValueError, "takes no further options"),
     "a list of dampings": (

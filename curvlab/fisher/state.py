@@ -20,12 +20,13 @@ from curvlab.errors import StateError
 from curvlab.fisher.block import Block, RunningAverage, Total, batches_of
 from curvlab.fisher.intake import Intake
 from curvlab.fisher.memory import check_memory
-from curvlab.fisher.serialise import pack_rows, unpack_rows, without_numbers
+from curvlab.fisher.serialise import pack_blocks, pack_rows, restore_blocks, unpack_rows, without_numbers
 from curvlab.rows import Rows, merge
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.processes import Processes
 from curvlab.rows.rows import IN_COMMON
 from curvlab.tools.shown import changed, line, table
+from curvlab.tools.text import what_was_given
 
 Own = TypeVar("Own", bound="State")
 
@@ -186,18 +187,13 @@ class State(ABC):
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is a number in [0, 1], got {decay}.")
-        if not isinstance(rows, Rows) or rows.kind == "jacobian":
-            what = (
-                "of the Jacobian"
-                if isinstance(rows, Rows)
-                else f"from a {type(rows).__name__}; fit takes model and data"
-            )
-            raise ValueError(f"A structure is built from rows of S (curvlab.sqrt_fisher), not {what}.")
+        _check_rows_of_fisher(rows)
         if rows.dtype != (wide := torch.promote_types(rows.dtype, torch.float32)):
             rows = rows.to(wide)
-        if self._shapes is not None:
+        if self._shapes is None:
+            decay = 0.0
+        else:
             self._check_fits(rows, self._shapes, decay)
-        decay = 0.0 if self._shapes is None else decay
         blocks = self._blocks or self._cut(rows)
         batches = [
             replace(batch, decay=0.0) if block in self._anew else batch
@@ -405,7 +401,7 @@ class State(ABC):
             "shapes": pack_rows(self.shapes),
             "kept": [(decay, pack_rows(rows)) for decay, rows in self._kept],
             "counts": self._counts.state(),
-            "blocks": [(repr(block), list(block.names), block.covered(), block.state()) for block in self._blocks],
+            "blocks": pack_blocks(self._blocks),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -418,24 +414,17 @@ class State(ABC):
             raise ValueError(f"This is the state of a {key!r} structure, not of {self.key!r}.")
         shapes = unpack_rows(state["shapes"])
         blocks = self._cut(shapes)
-        made, saved = list(map(repr, blocks)), [name for name, *_ in state["blocks"]]
-        if sorted(made) != sorted(saved):
-            raise ValueError(f"The state has the blocks {saved}, but this configuration makes {made}.")
-        alike: dict[str, list[Any]] = {name: [] for name in saved}
-        for of_block in state["blocks"]:
-            alike[of_block[0]].append(of_block)
-        ordered = [alike[name].pop(0) for name in made]
-        for block, (name, names, entries, _) in zip(blocks, ordered, strict=True):
-            if list(block.names) != names or not torch.equal(block.covered(), entries):
-                raise ValueError(
-                    f"The state's {name} covers other parameters than that of this configuration, which cuts them by another "
-                    "partition. Load the state into a structure with the same one."
-                )
-        for block, (*_, content) in zip(blocks, ordered, strict=True):
-            block.restore(content)
+        restore_blocks(blocks, state["blocks"])
         self._shapes, self._blocks, self._anew, self._latest, self._largest = shapes, blocks, [], None, None
         self._counts.restore(state["counts"])
         self._merge([(decay, unpack_rows(packed)) for decay, packed in state["kept"]])
+
+
+def _check_rows_of_fisher(rows: object) -> None:
+    if isinstance(rows, Rows) and rows.kind != "jacobian":
+        return
+    what = "of the Jacobian" if isinstance(rows, Rows) else f"from {what_was_given(rows)}; fit takes model and data"
+    raise ValueError(f"A structure is built from rows of S (curvlab.sqrt_fisher), not {what}.")
 
 
 def _add_count(counts: RunningAverage, rows: Rows, decay: float, total: Total | None = None) -> None:

@@ -42,6 +42,7 @@ from curvlab.rows.sharded import whole
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.looks import REGISTRIES, WITHOUT_STRUCTURE, Look, distinct
 from curvlab.tools.registry import Registry
+from curvlab.tools.text import what_was_given
 
 Own = TypeVar("Own", bound="Structure")
 
@@ -429,7 +430,7 @@ class Structure(State):
 
 
 def make(key: str | type[Structure] | Structure, **options: Any) -> Structure:
-    """Return a structure by its key in `STRUCTURES` or its class, with the options of its class; one that is there as it is.
+    """Return a structure by its key in `STRUCTURES` or its class, with the options of its class; an object is returned as it is.
 
     Raises:
         ValueError: for an unknown key or option, with the nearest known one suggested, and for what is no structure.
@@ -438,7 +439,8 @@ def make(key: str | type[Structure] | Structure, **options: Any) -> Structure:
         return key
     made = STRUCTURES[key] if isinstance(key, str) else key
     if not (isinstance(made, type) and issubclass(made, Structure)):
-        what = "one that is made takes no further options" if options else f"got a {type(key).__name__}"
+        made_already = isinstance(key, Structure)
+        what = "one that is made takes no further options" if made_already else f"got {what_was_given(key)}"
         raise ValueError(f"A structure is a key such as 'kfac', a class, or an object such as KFAC(); {what}.")
     known = signature(made).parameters
     for name in options:

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from curvlab.errors import UnsupportedModel
+from curvlab.tools.text import what_was_given
 
 
 @contextmanager
@@ -68,8 +69,8 @@ def check_module(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(
-            f"The model is a torch.nn.Module, got {_called(model)}: pass the module itself, not its parameters, its class or its "
-            "outputs."
+            f"The model is a torch.nn.Module, got {what_was_given(model)}: pass the module itself, not its parameters, its class "
+            "or its outputs."
         )
     modules = model.named_modules()
     scripted = next(
@@ -80,11 +81,6 @@ def check_module(model: nn.Module) -> None:
             f"{scripted} is scripted or traced (TorchScript), which hides what happens inside. Use the module in Python that it "
             "was made from, with its state_dict."
         )
-
-
-def _called(thing: object) -> str:
-    """What somebody gave instead of something else, in a few words."""
-    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 def randomness(module: nn.Module) -> str | None:

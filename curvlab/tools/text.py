@@ -54,6 +54,11 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def what_was_given(thing: object) -> str:
+    """What somebody gave instead of something else, such as ``a list`` or ``the class Linear``."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
 def as_names(names: str | Iterable[str], what: str) -> tuple[str, ...]:
     """Read names: one, or several.
 
@@ -67,7 +72,7 @@ def as_names(names: str | Iterable[str], what: str) -> tuple[str, ...]:
     found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
     strange = next((name for name in found if not isinstance(name, str)), None)
     if strange is not None:
-        raise ValueError(f"{what} holds names, such as 'head', got a {type(strange).__name__}.")
+        raise ValueError(f"{what} holds names, such as 'head', got {what_was_given(strange)}.")
     return found
 
 

@@ -97,7 +97,8 @@ def _remedy(z: Float[Tensor, "N C ..."], targets: Tensor) -> str:
         moved = "mT" if z.ndim == 3 else "movedim(-1, 1)"
         return (
             f"The outputs seem to have the classes last: move classes to axis 1, as in output=lambda z: z.{moved}, or of what is "
-            f"picked, output=lambda z: z.logits.{moved}; in a loop of your own call loss(outputs.{moved}, targets), or flatten both."
+            f"picked, output=lambda z: z.logits.{moved}; in a loop of your own call loss(outputs.{moved}, targets), or "
+            "flatten both."
         )
     if targets.shape == (z.shape[0], 1, *z.shape[2:]):
         return "Targets have one axis too many: pass targets.squeeze(1)."
