@@ -1,6 +1,6 @@
 """What somebody is told, or what happens, who hands over something else than what a function takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -39,9 +39,12 @@ def network() -> nn.Module:
 model = network()
 x, y = torch.randn(10, 6, dtype=torch.float64), torch.randint(CLASSES, (10,))
 loader = DataLoader(TensorDataset(x, y), 5)
-rows = curvlab.sqrt_fisher(model, loss, x, y)
-any_: Any = None
-"""For what no type checker lets pass."""
+rows, hessian = curvlab.sqrt_fisher(model, loss, x, y), Hessian(model, loss, (x, y))
+
+
+def untyped(thing: object) -> Any:
+    """Return what no type checker lets pass."""
+    return thing
 
 
 def generator() -> torch.Generator:
@@ -91,10 +94,9 @@ def test_rows_and_operators_say_themselves_where_their_parameters_are() -> None:
     assert by_layer(rows).names == by_layer(rows.space).names == by_layer(Hessian(model, loss, (x, y))).names
 
 
-hessian = Hessian(model, loss, (x, y))
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a module in plain": (
-        lambda: Preconditioner(model, loss, plain=any_ or model[2], kl_clip=None),
+        lambda: Preconditioner(model, loss, plain=untyped(model[2]), kl_clip=None),
         ValueError,
         "names, such as 'head', got a Linear",
     ),
@@ -104,48 +106,48 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "in plain 'head'. Known: 0.weight, ",
     ),
     "parameters": (
-        lambda: NaturalGradient(any_ or model.parameters(), loss, 0.1, kl_clip=None),
+        lambda: NaturalGradient(untyped(model.parameters()), loss, 0.1, kl_clip=None),
         UnsupportedModel,
         "not its parameters",
     ),
     "a class of models": (
-        lambda: curvlab.jacobian(any_ or nn.Linear, x),
+        lambda: curvlab.jacobian(untyped(nn.Linear), x),
         UnsupportedModel,
         "got the class Linear: pass the module",
     ),
     "a function to expand": (
-        lambda: curvlab.linearize(any_ or torch.relu),
+        lambda: curvlab.linearize(untyped(torch.relu)),
         UnsupportedModel,
         "is a torch.nn.Module, got a builtin",
     ),
     "a class of losses": (
-        lambda: curvlab.sqrt_fisher(model, any_ or nn.MSELoss, x, y),
+        lambda: curvlab.sqrt_fisher(model, untyped(nn.MSELoss), x, y),
         UnsupportedModel,
         r"MSELoss\(\)",
     ),
     "a function for a loss": (
-        lambda: Preconditioner(model, any_ or nn.functional.cross_entropy, kl_clip=None),
+        lambda: Preconditioner(model, untyped(nn.functional.cross_entropy), kl_clip=None),
         UnsupportedModel,
         "cross_entropy does not say.*PerSample",
     ),
     "another case": (lambda: make("KFAC"), Exception, "Did you mean 'kfac'"),
     "no structure": (
-        lambda: make(any_ or nn.ReLU, sharing="reduce"),
+        lambda: make(untyped(nn.ReLU), sharing="reduce"),
         ValueError,
         r"A structure is a key such as 'kfac', a class, or an object such as KFAC\(\); got the class ReLU",
     ),
     "options of one that is made": (lambda: make(KFAC(), sharing="reduce"), ValueError, "takes no further options"),
     "a list of dampings": (
-        lambda: KFAC().update(rows).solve(torch.ones(rows.P), any_ or [1e-3]),
+        lambda: KFAC().update(rows).solve(torch.ones(rows.P), untyped([1e-3])),
         ValueError,
         r"got \[0.001\]",
     ),
     "a data set to fit": (
-        lambda: KFAC.fit(model, loss, any_ or loader.dataset),
+        lambda: KFAC.fit(model, loss, untyped(loader.dataset)),
         ValueError,
         r"DataLoader\(data, batch_size",
     ),
-    "a data set": (lambda: Hessian(model, loss, any_ or loader.dataset), ValueError, r"DataLoader\(data, batch_size"),
+    "a data set": (lambda: Hessian(model, loss, untyped(loader.dataset)), ValueError, r"DataLoader\(data, batch_size"),
     "a loader for inputs": (lambda: curvlab.sqrt_fisher(model, loss, loader, y), ValueError, r"next\(iter\(loader\)\)"),
     "an array": (lambda: curvlab.jacobian(model, x.numpy()), ValueError, r"torch.as_tensor\(inputs\)"),
     "targets in a list": (
@@ -154,28 +156,28 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"torch.as_tensor\(targets\)",
     ),
     "a seed": (
-        lambda: KFAC.fit(model, loss, (x, y), kind="mc", generator=any_ or 1),
+        lambda: KFAC.fit(model, loss, (x, y), kind="mc", generator=untyped(1)),
         ValueError,
         r"torch.Generator\(\).manual_seed\(1\)",
     ),
     "a batch of three": (
-        lambda: KFAC.fit(model, loss, any_ or [(x, y, y)]),
+        lambda: KFAC.fit(model, loss, untyped([(x, y, y)])),
         ValueError,
         "got a tuple of 3. Inputs may be",
     ),
     "a batch by name": (
-        lambda: KFAC.fit(model, loss, any_ or [{"x": x, "y": y}]),
+        lambda: KFAC.fit(model, loss, untyped([{"x": x, "y": y}])),
         ValueError,
         "got a dict. .*make pairs",
     ),
     "a sample alone": (lambda: curvlab.jacobian(model, x[0]), UnsupportedModel, r"inputs\[None\] for a sample"),
     "a vector in a list": (
-        lambda: KFAC().update(rows).solve(any_ or [1.0], 1.0),
+        lambda: KFAC().update(rows).solve(untyped([1.0]), 1.0),
         ValueError,
         "mapping by parameter name.*a list",
     ),
     "rows in a tuple": (
-        lambda: KFAC().update(any_ or (x, y)),
+        lambda: KFAC().update(untyped((x, y))),
         ValueError,
         "not from a tuple; fit takes model and data",
     ),
@@ -185,44 +187,44 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "state of a None structure, not of 'kfac'",
     ),
     "a seed for a trace": (
-        lambda: trace(hessian, products=4, generator=any_ or 3),
+        lambda: trace(hessian, products=4, generator=untyped(3)),
         ValueError,
         r"manual_seed\(3\), got 3",
     ),
     "a type by name": (
-        lambda: curvlab.jacobian(model, x, dtype=any_ or "float64"),
+        lambda: curvlab.jacobian(model, x, dtype=untyped("float64")),
         ValueError,
         "torch.float64, got 'float64'",
     ),
     "a rate for a loss": (
-        lambda: NaturalGradient(model, any_ or 0.1, loss, kl_clip=None),
+        lambda: NaturalGradient(model, untyped(0.1), loss, kl_clip=None),
         UnsupportedModel,
         r"CrossEntropyLoss\(\), got a float",
     ),
     "eigenpairs of a structure": (
-        lambda: eigenpairs(any_ or KFAC().update(rows)),
+        lambda: eigenpairs(untyped(KFAC().update(rows))),
         ValueError,
         r"StructureOperator\(structure\)",
     ),
-    "a trace of rows": (lambda: trace(any_ or rows), ValueError, r"RowsOperator\(rows\)"),
-    "a density of a matrix": (lambda: density(any_ or torch.eye(3)), ValueError, r"DenseOperator\(matrix\)"),
-    "eigenpairs of a model": (lambda: eigenpairs(any_ or model), ValueError, r"Hessian\(model, loss, data\)"),
+    "a trace of rows": (lambda: trace(untyped(rows)), ValueError, r"RowsOperator\(rows\)"),
+    "a density of a matrix": (lambda: density(untyped(torch.eye(3))), ValueError, r"DenseOperator\(matrix\)"),
+    "eigenpairs of a model": (lambda: eigenpairs(untyped(model)), ValueError, r"Hessian\(model, loss, data\)"),
     "half a pair": (
-        lambda: eigenpairs(hessian, k=any_ or 1.5),
+        lambda: eigenpairs(hessian, k=untyped(1.5)),
         ValueError,
         "k is a whole number of eigenpairs, got 1.5",
     ),
     "a key that preconditions": (
-        lambda: Preconditioned(hessian, any_ or "kfac"),
+        lambda: Preconditioned(hessian, untyped("kfac")),
         ValueError,
         r"KFAC\(\).update\(rows\), got a str",
     ),
     "a nameless diagonal": (
-        lambda: DiagonalPreconditioner(any_ or torch.ones(3)),
+        lambda: DiagonalPreconditioner(untyped(torch.ones(3))),
         ValueError,
         "mapping by parameter name",
     ),
-    "a name for a partition": (lambda: block_map(hessian, any_ or "layer"), ValueError, r"by_layer\(operator.space\)"),
+    "a name for a partition": (lambda: block_map(hessian, untyped("layer")), ValueError, r"by_layer\(operator.space\)"),
 }
 
 
@@ -373,38 +375,27 @@ def test_another_model_than_the_one_that_was_given_is_not_seen() -> None:
         loss(network()(x), y).backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_factor_on_the_loss_scales_the_gradient_and_not_the_curvature(kind: Any) -> None:
-    found = {}
-    for factor in (1.0, 0.25):
-        natural = Preconditioner(model, loss, KFAC(), kind=kind, kl_clip=None)
-        model.zero_grad()
+def direction(batches: Iterable[tuple[Tensor, Tensor]], factor: float, **how: Any) -> Tensor:
+    """Return what a step makes of the gradients of losses of batches times a factor, flat."""
+    net = network()
+    natural = Preconditioner(net, loss, kl_clip=None, **how)
+    for inputs, targets in batches:
         with natural.collect():
-            (factor * loss(model(x), y)).backward()
-        natural.precondition()
-        found[factor] = [p.grad for p in model.parameters()]
-    for whole, quarter in zip(found[1.0], found[0.25], strict=True):
-        assert whole is not None
-        assert quarter is not None
-        assert torch.allclose(quarter, whole / 4, rtol=1e-9)
-    model.zero_grad(set_to_none=True)
+            (factor * loss(net(inputs), targets)).backward()
+    natural.precondition()
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_on_the_loss_scales_the_gradient_and_not_the_curvature(kind: str) -> None:
+    quarter, whole = (direction([(x, y)], factor, structure="kfac", kind=kind) for factor in (0.25, 1.0))
+    torch.testing.assert_close(quarter, whole / 4, rtol=1e-9, atol=1e-12)
 
 
 def test_a_loss_divided_by_the_number_of_passes_takes_the_step_of_the_whole_batch() -> None:
-    directions = []
-    for parts in (1, 2):
-        natural = Preconditioner(model, loss, "full", kind="exact", damping=1e-2, kl_clip=None)
-        model.zero_grad()
-        for inputs, targets in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            with natural.collect():
-                (loss(model(inputs), targets) / parts).backward()
-        natural.precondition()
-        directions.append([p.grad for p in model.parameters()])
-    for whole, summed in zip(*directions, strict=True):
-        assert whole is not None
-        assert summed is not None
-        assert torch.allclose(summed, whole, rtol=1e-8, atol=1e-12)
-    model.zero_grad(set_to_none=True)
+    how = {"structure": "full", "kind": "exact", "damping": 1e-2}
+    halves = zip(x.chunk(2), y.chunk(2), strict=True)
+    torch.testing.assert_close(direction(halves, 0.5, **how), direction([(x, y)], 1.0, **how), rtol=1e-8, atol=1e-12)
 
 
 def test_a_pass_without_gradients_is_no_pass() -> None:

@@ -11,11 +11,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from curvlab.optim import NaturalGradient, Preconditioner
+from curvlab.rows.loss import Kind
 
 STEPS = 6
-Made = Callable[[torch.optim.Optimizer], Any]
-
-SCHEDULERS: dict[str, Made] = {
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.7),
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
@@ -56,6 +55,11 @@ def advance(scheduler: Any, value: float) -> None:
         scheduler.step()
 
 
+def scheduled(name: str) -> tuple[NaturalGradient, Any]:
+    made = optimiser(network(), lr=0.1, momentum=0.5)
+    return made, SCHEDULERS[name](made)
+
+
 def settings(made: torch.optim.Optimizer) -> tuple[float, float]:
     group = made.param_groups[0]
     return float(group["lr"]), float(group["momentum"])
@@ -65,9 +69,8 @@ def settings(made: torch.optim.Optimizer) -> tuple[float, float]:
 def test_rates_and_momentum_are_those_that_sgd_has_and_the_steps_are_taken_at_them(name: str) -> None:
     (x, y), plain = data(), network()
     reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.5)
-    made = optimiser(network(), lr=0.1, momentum=0.5)
     at_rates = optimiser(network(), lr=0.1, momentum=0.5)
-    for_reference, for_made = SCHEDULERS[name](reference), SCHEDULERS[name](made)
+    for_reference, (made, for_made) = SCHEDULERS[name](reference), scheduled(name)
     seen = set()
     for _ in range(STEPS):
         assert settings(made) == settings(reference)
@@ -82,40 +85,36 @@ def test_rates_and_momentum_are_those_that_sgd_has_and_the_steps_are_taken_at_th
     assert len(seen) > 1
 
 
+def train(made: NaturalGradient, schedule: Any, steps: int) -> None:
+    x, y = data()
+    for _ in range(steps):
+        take(made, x, y)
+        advance(schedule, 1.0)
+
+
 @pytest.mark.parametrize("name", ["OneCycleLR", "ReduceLROnPlateau"])
 def test_a_saved_schedule_goes_on(name: str) -> None:
-    x, y = data()
-    whole, first = optimiser(network(), lr=0.1, momentum=0.5), optimiser(network(), lr=0.1, momentum=0.5)
-    schedules = SCHEDULERS[name](whole), SCHEDULERS[name](first)
-    for made, schedule in zip((whole, first), schedules, strict=True):
-        for _ in range(3):
-            take(made, x, y)
-            advance(schedule, 1.0)
-    second = optimiser(network(), lr=0.1, momentum=0.5)
-    resumed = SCHEDULERS[name](second)
+    (whole, schedule), (first, begun), (second, resumed) = (scheduled(name) for _ in range(3))
+    train(whole, schedule, STEPS)
+    train(first, begun, STEPS // 2)
     second.preconditioner.model.load_state_dict(first.preconditioner.model.state_dict())
     second.load_state_dict(first.state_dict())
-    resumed.load_state_dict(schedules[1].state_dict())
-    for made, schedule in ((whole, schedules[0]), (second, resumed)):
-        for _ in range(3):
-            take(made, x, y)
-            advance(schedule, 1.0)
+    resumed.load_state_dict(begun.state_dict())
+    train(second, resumed, STEPS // 2)
     assert settings(second) == settings(whole)
     assert torch.equal(flat(second.preconditioner.model), flat(whole.preconditioner.model))
 
 
-def loop(scaler: torch.amp.GradScaler | None, name: str, preset: str) -> torch.Tensor:
+def loop(scaler: torch.amp.GradScaler | None, name: str, kind: Kind, *, before_sgd: bool) -> torch.Tensor:
     """Train with a preconditioner before SGD, or with natural gradient, under a schedule; with a scaler or without."""
     model, loss = network(), nn.CrossEntropyLoss()
-    kinds = {"kind": "mc"} if preset == "mc" else {"kind": "exact"}
-    natural: Any = None
-    if preset == "natural gradient":
-        stepper: torch.optim.Optimizer = NaturalGradient(model, loss, 0.1, damping=RHO, momentum=0.5, **kinds)  # type: ignore[arg-type]
-        collect = stepper.collect  # type: ignore[attr-defined]
+    natural = Preconditioner(model, loss, kind=kind, damping=RHO) if before_sgd else None
+    stepper: Any
+    if natural is None:
+        stepper = NaturalGradient(model, loss, 0.1, kind=kind, damping=RHO, momentum=0.5)
     else:
-        natural = Preconditioner(model, loss, damping=RHO, **kinds)  # type: ignore[arg-type]
         stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-        collect = natural.collect
+    collect = (natural or stepper).collect
     schedule = SCHEDULERS[name](stepper)
     for seed in range(STEPS):
         x, y = data(seed=seed)
@@ -123,9 +122,9 @@ def loop(scaler: torch.amp.GradScaler | None, name: str, preset: str) -> torch.T
         with collect():
             value = loss(model(x), y)
             (value if scaler is None else scaler.scale(value)).backward()
-        if scaler is not None and natural is not None:
-            scaler.unscale_(stepper)
         if natural is not None:
+            if scaler is not None:
+                scaler.unscale_(stepper)
             natural.precondition()
         if scaler is None:
             stepper.step()
@@ -136,9 +135,16 @@ def loop(scaler: torch.amp.GradScaler | None, name: str, preset: str) -> torch.T
     return flat(model)
 
 
-@pytest.mark.parametrize("preset", ["natural gradient", "preconditioner", "mc"])
+@pytest.mark.parametrize(
+    ("kind", "before_sgd"),
+    [("exact", False), ("exact", True), ("mc", True)],
+    ids=["natural gradient", "preconditioner", "preconditioner of draws"],
+)
 @pytest.mark.parametrize("name", ["OneCycleLR", "ReduceLROnPlateau", "SequentialLR"])
-def test_a_scaler_and_a_schedule_together_take_the_steps_of_the_schedule_alone(name: str, preset: str) -> None:
+def test_a_scaler_and_a_schedule_together_take_the_steps_of_the_schedule_alone(
+    name: str, kind: Kind, before_sgd: bool
+) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    torch.testing.assert_close(loop(scaler, name, preset), loop(None, name, preset), rtol=1e-9, atol=1e-12)
+    scaled, plain = (loop(one, name, kind, before_sgd=before_sgd) for one in (scaler, None))
+    torch.testing.assert_close(scaled, plain, rtol=1e-9, atol=1e-12)
     assert scaler.get_scale() > 1024

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimiser_cases import flat
 from oracle import DOUBLE
 from torch import Tensor, nn
 
@@ -122,15 +123,17 @@ def test_the_quadratic_model_takes_the_same_steps_whatever_form_the_outputs_have
 
 
 @pytest.mark.parametrize("output", [None, 1])
-def test_one_head_of_several_is_picked_by_name_and_another_one_is_refused(output: int | None) -> None:
+def test_one_head_of_several_is_picked_by_position_and_another_one_is_refused(output: int | None) -> None:
     model, (x, y), loss = Heads(FORMS["tuple"][0]), data(), nn.CrossEntropyLoss()
-    made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=0, kl_clip=None)
-    with made.collect():
-        loss(model(x)[0], y["classes"]).backward()
-    made.step()
-    made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=output, kl_clip=None)
-    with made.collect():
-        loss(model(x)[0], y["classes"]).backward()
+
+    def after_a_pass(output: int | None) -> NaturalGradient:
+        made = NaturalGradient(model, loss, "quadratic", kind="exact", plain="values", output=output, kl_clip=None)
+        with made.collect():
+            loss(model(x)[0], y["classes"]).backward()
+        return made
+
+    after_a_pass(0).step()
+    made = after_a_pass(output)
     with pytest.raises(UnsupportedModel, match="something else than what the model returned.*output="):
         made.step()
 
@@ -149,16 +152,18 @@ class Decoder(nn.Module):
 
 def test_logits_picked_by_key_may_be_flattened_for_the_loss() -> None:
     tokens, loss, found = torch.arange(12).view(3, 4) % 7, nn.CrossEntropyLoss(), []
-    for output, of in (
-        ("logits", lambda made: made["logits"].flatten(0, 1)),
-        (lambda made: made["logits"].flatten(0, 1), lambda made: made["logits"].flatten(0, 1)),
-    ):
+
+    def flattened(made: dict[str, Any]) -> Tensor:
+        logits: Tensor = made["logits"]
+        return logits.flatten(0, 1)
+
+    for output in ("logits", flattened):
         model = Decoder()
         optimizer = NaturalGradient(model, loss, "quadratic", kind="exact", output=output, kl_clip=None)
         with optimizer.collect():
-            loss(of(model(tokens)), tokens.roll(1).flatten()).backward()
+            loss(flattened(model(tokens)), tokens.roll(1).flatten()).backward()
         optimizer.step()
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
@@ -171,7 +176,7 @@ def test_a_batch_by_name_takes_the_step_of_one_by_position() -> None:
         with made.collect():
             tasks(pick(call(model)), y).backward()
         made.step()
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     assert torch.equal(*found)
 
 
