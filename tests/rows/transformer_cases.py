@@ -13,6 +13,8 @@ from curvlab.rows import sqrt_fisher
 from curvlab.testing.oracle import assert_close
 
 SAMPLES, VOCABULARY = 3, 5
+SIZES = {"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 6}
+"""What the configurations of most families call alike."""
 SINGLE = 1e-5
 """Tolerance for models that compute their normalisations in float32."""
 Case = tuple[nn.Module, dict[str, Tensor], Any, Tensor]
@@ -32,9 +34,9 @@ def moved(model: nn.Module) -> nn.Module:
 
 def decoder(library: Any, family: str, **more: Any) -> nn.Module:
     """Return a language model of a family whose configurations have the names of LLaMA's."""
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 4, "intermediate_size": 6, "max_position_embeddings": 8}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
-    config = getattr(library, f"{family}Config")(pad_token_id=0, **{**sizes, **heads, **more})
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 8, "num_hidden_layers": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 2}
+    config = getattr(library, f"{family}Config")(pad_token_id=0, **{**SIZES, **sizes, **heads, **more})
     return moved(getattr(library, f"{family}ForCausalLM")(config))
 
 
@@ -53,13 +55,7 @@ def gpt2(library: Any) -> nn.Module:
 
 def bert(library: Any, kind: str) -> nn.Module:
     config = library.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=6,
-        max_position_embeddings=6,
-        num_labels=3,
+        vocab_size=VOCABULARY, num_hidden_layers=1, max_position_embeddings=6, num_labels=3, **SIZES
     )
     return moved(getattr(library, f"BertFor{kind}")(config))
 
@@ -116,16 +112,7 @@ def classifier(library: Any) -> Case:
 
 
 def images(library: Any) -> Case:
-    config = library.ViTConfig(
-        hidden_size=4,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=6,
-        image_size=4,
-        patch_size=2,
-        num_channels=2,
-        num_labels=3,
-    )
+    config = library.ViTConfig(num_hidden_layers=2, image_size=4, patch_size=2, num_channels=2, num_labels=3, **SIZES)
     x = {"pixel_values": torch.randn(SAMPLES, 2, 4, 4, dtype=DOUBLE)}
     return moved(library.ViTForImageClassification(config)), x, "logits", torch.tensor([0, 2, 1])
 
