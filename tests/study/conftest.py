@@ -29,6 +29,17 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """What one process measures of the dummy at a number of seeds."""
+
+    def measurements(seeds):
+        assert main(UNDRAWN, ["--seeds", str(seeds), "--workers", "1", "--results", str(tmp_path / "alone")]) == 0
+        return load(tmp_path / "alone" / "dummy" / "latest").measurements
+
+    return measurements
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_interrupts():
     """Undo that a shell makes what it starts in the background ignore SIGINT."""

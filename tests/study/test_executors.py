@@ -1,66 +1,33 @@
 """Cells measured by pools, Ray, Slurm and executors of one's own: the same numbers, and nothing lost that an executor loses."""
 
-import errno
 import logging
 import multiprocessing
 import os
-import re
-import shutil
 import signal
-import sys
 import threading
 import time
-import types
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import dummy_analysis
 import own_executors
 import pandas as pd
 import pytest
-from own_executors import Losing, Short, lost, pretended_slurm
+from dummy_analysis import UNDRAWN
+from executor_cases import POOL, PROCESSES, RAY, SLURM, THREADS, log_of, measuring, plain
+from own_executors import Losing, Short, lost
 
 import curvlab.study.executors
 from analyses.gnn_natural_gradient.experiments.timing import SECONDS as PER_EPOCH
 from analyses.training.comparison import SECONDS as PER_STEP
-from curvlab.study import Analysis, Experiment, latest, load, main
+from curvlab.study import Analysis, Experiment, latest, main
 from curvlab.study.execution import Plan
-from curvlab.study.executors import EXECUTORS, Lost
+from curvlab.study.executors import EXECUTORS
 from curvlab.study.executors.parcel import Parcel, measured
-from curvlab.study.executors.slurm_jobs import Slurm
 from curvlab.study.registry import ANALYSES
 
-ANALYSIS = replace(dummy_analysis.ANALYSIS, figures={})
 TWO = ("--seeds", "4", "--workers", "2")
-WITHOUT = {name: not find_spec(name) for name in ("ray", "submitit")}
-
-
-def case(name, *settings, needs="", study=False):
-    """An executor with its settings as a case of the fixture `executor`, of long runs only or of all."""
-    marks = [pytest.mark.skipif(WITHOUT[needs], reason=f"{needs} is not installed")] if needs else []
-    options = ("--executor-options", *settings) if settings else ()
-    return pytest.param(("--executor", name, *options), id=name, marks=[*marks, pytest.mark.study] if study else marks)
-
-
-THREADS = case("concurrent.futures:ThreadPoolExecutor")
-PROCESSES = case("own_executors:processes", "max_workers=2")
-RAY = case("ray", needs="ray", study=True)
-SLURM = case("slurm", "cluster=local", needs="submitit", study=True)
-POOL = ("--executor", "own_executors:processes")
-needs_submitit = pytest.mark.skipif(WITHOUT["submitit"], reason="submitit is not installed")
-
-
-def measuring(measure, **fields):
-    """The dummy with another measurement, in an environment that travels with it."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith("DUMMY_")}
-    measure = partial(measure, environment)
-    return replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=measure, seconds=1.0, **fields),))
-
-
-def plain():
-    return measuring(dummy_analysis.measure_in)
 
 
 def struck(folder, once, always, environment, cell, context):
@@ -71,15 +38,6 @@ def struck(folder, once, always, environment, cell, context):
         if cell["seed"] == once:
             marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return dummy_analysis.measure_in(environment, cell, context)
-
-
-def out_of_time(folder, environment, cell, context):
-    """The dummy; on one cell its job is told once that its time is up."""
-    marker = Path(folder) / "told"
-    if cell["structure"] == "block-diagonal" and cell["seed"] == 1 and not marker.exists():
-        marker.touch()
-        signal.raise_signal(signal.SIGUSR2)
     return dummy_analysis.measure_in(environment, cell, context)
 
 
@@ -98,21 +56,6 @@ def executor(request):
     if "ray" in request.param:
         request.getfixturevalue("cluster")
     return request.param
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """What one process measures of the dummy at a number of seeds."""
-
-    def measurements(seeds):
-        assert main(ANALYSIS, ["--seeds", str(seeds), "--workers", "1", "--results", str(tmp_path / "alone")]) == 0
-        return load(tmp_path / "alone" / "dummy" / "latest").measurements
-
-    return measurements
-
-
-def log_of(folder):
-    return (folder / "log.txt").read_text()
 
 
 def failures_of(results):
@@ -251,7 +194,7 @@ def test_machines_that_share_no_folder_read_what_was_measured_before_and_their_r
     after = Experiment(
         name="sums", cells=({},), measure=partial(summed, {}), varies=("draws",), seconds=1.0, after=("numbers",)
     )
-    analysis = replace(ANALYSIS, experiments=(before, after))
+    analysis = replace(UNDRAWN, experiments=(before, after))
     assert run(*TWO, "--executor", f"own_executors:{name}", analysis=analysis) == 0
     assert len(run.measured) == 16, "none is measured a second time where it is read"
     found = run.stored().measurements
@@ -279,131 +222,6 @@ def hanging(environment, cell, context):
     """The dummy, which takes minutes at later seeds."""
     time.sleep(300.0 if cell["seed"] > 1 else 0.0)
     return dummy_analysis.measure_in(environment, cell, context)
-
-
-@needs_submitit
-def test_a_job_whose_time_is_up_hands_back_what_it_has_and_the_rest_goes_into_another(run, alone):
-    options = ("--executor", "slurm", "--executor-options", "cluster=local", "cpus=1", "partition=any")
-    analysis = measuring(partial(out_of_time, str(run.results.parent)))
-    assert run("--seeds", "2", "--workers", "1", *options, analysis=analysis) == 0
-    assert len(run.measured) == len(set(run.measured)) == 8
-    assert run.stored().failures == ()
-    assert log_of(run.stored().folder).count("2 observations in") == 8
-    pd.testing.assert_frame_equal(run.stored().measurements, alone(2))
-
-
-@needs_submitit
-def test_the_files_of_jobs_are_the_users_alone_and_stay_if_they_explain_why_one_was_lost(run, monkeypatch):
-    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
-    monkeypatch.setattr("sys.executable", shutil.which("false"))
-    plan = Plan.of(plain(), dummy_analysis.Options(seeds=1, results=run.results))
-    plan.cache.folder.mkdir(parents=True)
-    parcel = Parcel.of(plan.task(), shared=True)
-    slurm = Slurm(cluster="local")
-    dead = slurm.submit(measured, parcel, list(plan.cells))
-    while not dead.done():
-        time.sleep(0.01)
-    with pytest.raises(Lost, match="its output is in") as lost:
-        dead.result()
-    slurm.submit(measured, parcel, list(plan.cells))
-    slurm.close()
-    folder = Path(re.search(r"its output is in (\S+)", lost.value.reason)[1]).parent
-    assert list(folder.iterdir())
-    assert folder.stat().st_mode & 0o777 == 0o700
-
-
-@needs_submitit
-def test_slurm_gets_one_array_of_jobs_with_many_cells_each(run, tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    record = pretended_slurm(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    options = ("partition=gpu", "time=30", "mem=8", "cpus=2", "account=physics")
-    analysis = replace(
-        plain(), experiments=tuple(replace(one, seconds=40.0) for one in plain().experiments)
-    )  # 80 s: one cell more than a minute
-    assert (
-        run("--seeds", "2", "--workers", "3", "--executor", "slurm", "--executor-options", *options, analysis=analysis)
-        == 0
-    )
-    assert len(run.measured) == 8
-    script = record.read_text()
-    for line in ("partition=gpu", "time=30", "mem=8GB", "cpus-per-task=2", "account=physics", "array=0-3%3"):
-        assert f"#SBATCH --{line}" in script
-    assert "cancelled" not in script
-    assert not list((run.results / ".cache" / "dummy").glob("*.jobs"))
-
-
-@needs_submitit
-def test_chunks_for_slurm_fill_a_quarter_of_a_job_and_a_minute_at_least(monkeypatch):
-    costs = dict.fromkeys(Plan.of(ANALYSIS, dummy_analysis.Options(seeds=100)).cells, 10.0)
-    slurm = Slurm(cluster="local", time=20)
-    assert {len(chunk) for chunk in slurm.chunking.chunks(costs, 4)} == {30, 10}, "5 minutes of 20"
-    assert {len(chunk) for chunk in slurm.chunking.chunks(costs, 400)} == {6, 4}, "a minute"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--executor", "rai"], r"Unknown executor 'rai'. Did you mean 'ray'\? Known: local, ray, slurm"),
-        (["--executor", "slurm", "--executor-options", "cluster=local", "colour=red"], "Unknown argument 'colour'"),
-        (["--executor", "slurm"], 'Could not detect "srun"'),
-        (["--executor", "ray", "--executor-options", "num_cpu=1"], "num_cpu"),
-        (["--executor", "local", "--executor-options", "time=60"], "cannot be started with these --executor-options"),
-        (["--executor-options", "time"], "are name=value, each name once, such as partition=gpu; got 'time'"),
-        (["--executor", "own_executors:NOTHING"], "NOTHING is object, not a class or function"),
-        (["--executor", "own_executors:lost", "--executor-options", "count=1"], "gives list, which has no submit"),
-        (["--executor", "own_executors:OPEN", "--executor-options", "a=1"], "is there already"),
-        (["--executor", "own_executors:Refusing"], "takes no jobs: RuntimeError: closed for the season"),
-    ],
-)
-def test_what_cannot_be_used_is_refused_with_a_reason(run, capsys, words, said):
-    for name, package in {"ray": "ray", "slurm": "submitit"}.items():
-        if name in words and WITHOUT[package]:
-            pytest.skip(f"{package} is not installed")
-    assert run("--seeds", "1", *words) == 2
-    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert re.search(said, shown), shown
-    assert run.measured == []
-
-
-@pytest.mark.parametrize(("name", "package"), [("ray", "ray>=2.40"), ("slurm", "submitit>=1.5")])
-def test_a_package_that_is_not_there_is_named_with_the_command_that_installs_it(
-    run, capsys, monkeypatch, name, package
-):
-    monkeypatch.setitem(sys.modules, package.partition(">")[0], None)
-    assert run("--seeds", "1", "--executor", name) == 2
-    assert f"pip install '{package}'" in capsys.readouterr().err
-
-
-def test_an_analysis_that_other_machines_cannot_import_is_refused_with_a_reason(run, capsys):
-    module = types.ModuleType("of_this_process_only")
-    exec("def measure(cell, context):\n    return []", module.__dict__)
-    module.measure.__module__ = module.__name__
-    sys.modules[module.__name__] = module
-    analysis = replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=module.measure),))
-    try:
-        assert run("--seeds", "1", *POOL, analysis=analysis) == 2
-    finally:
-        del sys.modules[module.__name__]
-    shown = capsys.readouterr().err
-    assert "No module named 'of_this_process_only'" in shown
-    assert "installed on every machine" in shown
-
-
-def test_a_disk_that_is_full_before_the_first_job_stops_the_run_with_a_reason(run, capsys, monkeypatch):
-    def full(self, **_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-
-    monkeypatch.setattr(Path, "touch", full)
-    assert run("--seeds", "1", *POOL, analysis=plain()) == 3
-    assert "no space left" in capsys.readouterr().err
-    assert run.measured == []
-
-
-def test_an_analysis_that_cannot_be_sent_is_refused_with_a_reason(run, capsys):
-    local = replace(ANALYSIS, experiments=(replace(dummy_analysis.NUMBERS, measure=lambda *a: []),))
-    assert run("--seeds", "1", *POOL, analysis=local) == 2
-    assert "dummy cannot be sent to others" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from curvlab.study.executors import local
 from curvlab.tools.errors import DataUnavailable
 from curvlab.tools.storage import StorageFull
 
-ANALYSIS = replace(dummy_analysis.ANALYSIS, figures={})
+ANALYSIS = dummy_analysis.UNDRAWN
 STRUCK = "experiment=numbers, structure=full, offset=0.0, seed="
 
 
