@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from curvlab.optim import Preconditioner
+from curvlab.optim import NaturalGradient, Preconditioner
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
@@ -85,9 +85,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> Preconditioner | None
 
 def numbers_of(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
     """Return what is to be logged of a step, by name."""
+    if isinstance(optimizer, NaturalGradient):
+        return optimizer.log()
     found = preconditioner_of(optimizer)
-    logs = getattr(optimizer, "log", None) or getattr(found, "log", None)
-    if logs is not None:
-        logged: Mapping[str, float] = logs()
-        return logged
     return {} if found is None else {"damping": found.damping.at(found.steps), "skipped": float(found.skipped)}

@@ -97,7 +97,7 @@ class NaturalTrainer(Trainer):
         """Log what the trainer logs, and the numbers of the last step beside the training loss."""
         if "loss" in logs and self.optimizer is not None:
             numbers = numbers_of(getattr(self.optimizer, "optimizer", self.optimizer))
-            logs = logs | {f"curvature/{name}": float(value) for name, value in numbers.items()}
+            logs = logs | {f"curvature/{name}": value for name, value in numbers.items()}
         super().log(logs, *args, **kwargs)
 
     def _loss_of(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -96,7 +96,7 @@ class CollectCurvature(Callback):
         self._give_up()
         if self._log and self._optimizer is not None:
             numbers = numbers_of(self._optimizer)
-            pl_module.log_dict({f"curvature/{name}": float(value) for name, value in numbers.items()})
+            pl_module.log_dict({f"curvature/{name}": value for name, value in numbers.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Leave the model and the optimiser as they were."""
