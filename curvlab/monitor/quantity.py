@@ -1,8 +1,8 @@
 """What is measured along a run: one class a quantity, in one registry that is open to others.
 
-class Norm(Quantity, key="norm", summary="norm of all parameters"):
-def measure(self, training):
-return {"norm": float(training.parameters.norm())}
+    class Norm(Quantity, key="norm", summary="norm of all parameters"):
+        def measure(self, training):
+            return {"norm": float(training.parameters.norm())}
 """
 
 from __future__ import annotations

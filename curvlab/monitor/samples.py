@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +25,7 @@ class Noise(Quantity, key="noise", summary="gradient noise scale tr Σ / ‖g‖
     With h_n the gradient of the mean loss of sample n, Σ is the covariance of h over samples and g its mean. Both are estimated
     without bias: tr Σ from N − 1, and ‖g‖² as ‖mean h‖² − tr Σ/N, which noise can make negative; the scale is not given then.
 
-    Source: McCandlish et al. 2018, An empirical model of large-batch training, equation 2.8 (the simple noise scale).
+    Source: McCandlish et al. 2018, An empirical model of large-batch training (its simple noise scale).
     """
 
     passes = 6.0
@@ -35,8 +33,8 @@ class Noise(Quantity, key="noise", summary="gradient noise scale tr Σ / ‖g‖
     def measure(self, training: Training) -> dict[str, float]:
         """Return tr Σ, ‖g‖² and their ratio."""
         rows = training.rows("empirical")
-        V, N = rows.shape
-        if V != 1 or N < 2:
+        N = rows.R  # one a sample
+        if N < 2:
             raise UnsupportedModel(f"The noise is the spread over samples, and the batch has {N}. Use larger batches.")
         products = N**2 / rows.count * rows.gram()  # of h_n = N·∇ℓ_n/count, rows being ∇ℓ_n/√count
         square, mean = float(products.diagonal().mean()), float(products.mean())
@@ -119,9 +117,5 @@ def _response(rows: Rows, stepping: Stepping) -> Float[Tensor, "R R"]:
         return structure.response(rows, stepping.damping) * structure.count
     unit = torch.eye(rows.R, dtype=rows.dtype, device=rows.device)
     return torch.cat(
-        [rows.matvec(stepping.solve(rows.space.flatten(_named(rows, part)))) for part in unit.split(ROWS_AT_ONCE)]
+        [rows.matvec(stepping.solve(rows.space.flatten(rows.rmatvec(part)))) for part in unit.split(ROWS_AT_ONCE)]
     )
-
-
-def _named(rows: Rows, part: Float[Tensor, "K R"]) -> Mapping[str, Tensor]:
-    return rows.rmatvec(part)

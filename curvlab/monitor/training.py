@@ -10,32 +10,19 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from curvlab.errors import UnsupportedModel
 from curvlab.monitor.stepping import Stepping, stepping_of
-from curvlab.nn.modes import eagerly, without_autocast
+from curvlab.nn.modes import eagerly, evaluating, without_autocast
 from curvlab.optim import Preconditioner
 from curvlab.rows import Rows, sqrt_fisher
 from curvlab.rows.owners import trainable
-from curvlab.rows.packed import is_packed, leaves, length, taken
+from curvlab.rows.packed import leaves, length, part_of
 from curvlab.rows.parameters import ParameterSpace
 from curvlab.rows.sweep import PickOutput
 from curvlab.spectrum import Hessian
 
 Change = Mapping[str, Tensor]
-
-
-class _Batch:
-    """The batch of the present step as data of one batch, whose content goes from step to step."""
-
-    pair: tuple[Any, Any]
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        return iter([self.pair])
 
 
 @dataclass(eq=False)
@@ -63,7 +50,7 @@ class Training:
     inputs: Any = None
     targets: Any = None
     change: Change | None = None
-    _batch: _Batch = field(default_factory=_Batch)
+    _data: list[tuple[Any, Any]] = field(default_factory=list)  # of the Hessians: the batch of the present step
     _hessians: dict[tuple[str, ...] | None, Hessian] = field(default_factory=dict)
 
     @property
@@ -84,10 +71,10 @@ class Training:
 
         Cost: the first time two gradients and two products, by which the operator checks itself.
         """
-        self._batch.pair = (self.inputs, self.targets)
+        self._data[:] = [(self.inputs, self.targets)]
         if names not in self._hessians:
             self._hessians[names] = Hessian(
-                self.model, self.loss, self._batch, parameters=names, output=self.output, batched=False
+                self.model, self.loss, self._data, parameters=names, output=self.output, batched=False
             )
         return self._hessians[names]
 
@@ -143,28 +130,16 @@ class Training:
         """Measure in evaluation mode, in the parameters' type, and leave modes and random numbers as they were."""
         device = next(self.model.parameters()).device
         devices = [device] if device.type == "cuda" else []
-        modes = [(module, module.training) for module in self.model.modules()]
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(without_autocast())
             stack.enter_context(eagerly())
             stack.enter_context(torch.inference_mode(False))
-            self.model.eval()
-            try:
-                yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+            stack.enter_context(evaluating(self.model))
+            yield
 
 
 def first_samples(data: Any, samples: int | None) -> Any:
     """Return data of the first samples only; their number is the first axis of the first tensor."""
     total = next((n for n in map(length, leaves(data)) if n is not None), 0)
-    if samples is None or samples >= total:
-        return data
-
-    def entries(x: Any) -> Any:
-        found = length(x)
-        return x if found is None else taken(x, slice(0, samples * (found // total)))
-
-    return tree_map(entries, data, is_leaf=is_packed)
+    return data if samples is None or samples >= total else part_of(data, slice(0, samples), total)
