@@ -1,5 +1,7 @@
 """What is measured along a run: one class a quantity, in one registry that is open to others.
 
+A quantity of one's own takes a class:
+
     class Norm(Quantity, key="norm", summary="norm of all parameters"):
         def measure(self, training):
             return {"norm": float(training.parameters.norm())}
