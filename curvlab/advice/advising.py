@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from curvlab.advice.candidates import Candidate, usual
-from curvlab.advice.race import Entrant, race
+from curvlab.advice.race import Clock, Entrant, race
 from curvlab.advice.result import Advice
 from curvlab.compare.batches import Batch, randomness_kept, samples_of_batch
 from curvlab.errors import CurvlabError
@@ -37,6 +38,7 @@ def advise(
     output: PickOutput = None,
     graph: bool = False,
     progress: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Advice:
     """Say which optimiser to train a model with, and with which settings.
 
@@ -58,6 +60,8 @@ def advise(
         output: which tensor of a structured output the loss is called on.
         graph: whether samples are nodes of one graph, which interact; nothing is held out of a pair then.
         progress: whether to print a line for every part of a round.
+        clock: what the budget is counted by; `time.process_time` counts processor time, which is not taken up by others on a
+            machine.
 
     Returns:
         The advice; print it.
@@ -86,7 +90,7 @@ def advise(
         before = next((entrant.look(held) for entrant in entrants), float("nan"))
         for entrant in entrants:
             entrant.looks.clear()
-        best = race(entrants, batches, held, seconds, told=told) if entrants else []
+        best = race(entrants, batches, held, seconds, clock=clock, told=told) if entrants else []
     if not best:
         reasons = refused | {
             str(e.candidate): e.trouble or "its loss on held-out data was not finite" for e in entrants

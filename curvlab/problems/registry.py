@@ -17,7 +17,14 @@ from curvlab.problems.problem import Problem
 from curvlab.problems.short_text import SHORT_TEXT
 from curvlab.problems.text import character_problem
 from curvlab.problems.two_layer import synthetic_two_layer_problem, two_layer_problem
-from curvlab.problems.vision import cifar_cnn_problem, digits_mlp_problem, digits_residual_problem, lenet_problem
+from curvlab.problems.vision import (
+    cifar_cnn_problem,
+    cifar_residual_problem,
+    digits_mlp_problem,
+    digits_residual_problem,
+    fashion_mlp_problem,
+    lenet_problem,
+)
 from curvlab.tools.errors import CommandError, DataUnavailable
 from curvlab.tools.registry import BrokenPlugin, Registry, UnknownName
 
@@ -41,8 +48,10 @@ _OURS: Mapping[str, Callable[..., Problem]] = {
     **{f"{graph}-gcn": partial(graph_problem, graph) for graph in GRAPHS},
     "digits-mlp": digits_mlp_problem,
     "digits-residual": digits_residual_problem,
+    "fashion-mlp": fashion_mlp_problem,
     "fashion-lenet": lenet_problem,
     "cifar10-5k-cnn": cifar_cnn_problem,
+    "cifar10-5k-residual": cifar_residual_problem,
     "characters": character_problem,
     **SHORT_TEXT,
 }
@@ -50,7 +59,8 @@ _OURS: Mapping[str, Callable[..., Problem]] = {
 `karakida-osawa` is the paper's own setting: MNIST 0 and 1, N = 100, 50 test samples, width 4096, depth 3.
 `two-layer` has the data of `digits`, `synthetic-two-layer` random inputs; both have the network of Zhang,
 Martens & Grosse. `karate-gcn`, `cora-gcn`, `citeseer-gcn` and `pubmed-gcn` classify the nodes of a graph; karate needs
-no file. `digits-mlp`, `digits-residual`, `fashion-lenet`, `cifar10-5k-cnn` and `characters` are whole training tasks,
+no file. `digits-mlp`, `digits-residual`, `fashion-mlp`, `fashion-lenet`, `cifar10-5k-cnn`, `cifar10-5k-residual` and
+`characters` are whole training tasks,
 `short-text`, `short-text-cnn`, `short-text-mlp` and `short-text-mixer` four small networks on the same text, `chebyshev` a
 regression in one variable."""
 

@@ -62,23 +62,56 @@ def digits_residual_problem(*, width: int = 16, seed: int = 0, dtype: torch.dtyp
 
     Source: He, Zhang, Ren & Sun 2016, with blocks of two convolutions.
     """
+    return _classification("digits-residual", "digits", lambda: _residual_network(1, width), seed, dtype)
+
+
+def cifar_residual_problem(*, width: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:
+    """Return 5000 images of CIFAR-10 with a residual network of five convolutions and batch normalisation.
+
+    Args:
+        width: Channels of the first stage, whose first convolution halves the resolution; the second has twice as many.
+        seed: Of the network's initialisation.
+        dtype: Of model and data.
+
+    Source: He, Zhang, Ren & Sun 2016, with blocks of two convolutions.
+    """
+    return _classification("cifar10-5k-residual", "cifar10-5k", lambda: _residual_network(3, width, 2), seed, dtype)
+
+
+def _residual_network(channels: int, width: int, stride: int = 1) -> nn.Module:
+    """Return a residual network of two stages for ten classes; its first convolution has the stride."""
 
     def normalised(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
 
-    def build() -> nn.Module:
-        first = nn.Sequential(*normalised(width, width), nn.ReLU(), *normalised(width, width))
-        second = nn.Sequential(*normalised(width, 2 * width, 2), nn.ReLU(), *normalised(2 * width, 2 * width))
-        shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
-        return nn.Sequential(
-            *normalised(1, width), nn.ReLU(),
-            Residual(first), nn.ReLU(),
-            Residual(second, shortcut), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(2 * width, 10),
-        )  # fmt: skip
+    first = nn.Sequential(*normalised(width, width), nn.ReLU(), *normalised(width, width))
+    second = nn.Sequential(*normalised(width, 2 * width, 2), nn.ReLU(), *normalised(2 * width, 2 * width))
+    shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
+    return nn.Sequential(
+        *normalised(channels, width, stride), nn.ReLU(),
+        Residual(first), nn.ReLU(),
+        Residual(second, shortcut), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(2 * width, 10),
+    )  # fmt: skip
 
-    return _classification("digits-residual", "digits", build, seed, dtype)
+
+def fashion_mlp_problem(
+    *, width: int = 256, samples: int = 10000, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Problem:
+    """Return Fashion-MNIST with an MLP of one hidden layer, 784-M-10.
+
+    Args:
+        width: Units M of the hidden layer.
+        samples: Training images, the first ones.
+        seed: Of the network's initialisation.
+        dtype: Of model and data.
+    """
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+
+    return _classification("fashion-mlp", "fashion-mnist", build, seed, dtype, samples, 2000)
 
 
 def lenet_problem(*, samples: int = 10000, seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:

@@ -43,8 +43,10 @@ def test_colours_are_standardised_one_by_one():
     [
         ("digits-mlp", (1, 8, 8)),
         ("digits-residual", (1, 8, 8)),
+        ("fashion-mlp", (1, 28, 28)),
         ("fashion-lenet", (1, 28, 28)),
         ("cifar10-5k-cnn", (3, 32, 32)),
+        ("cifar10-5k-residual", (3, 32, 32)),
     ],
 )
 def test_image_problems(name, shape):
