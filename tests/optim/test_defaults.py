@@ -124,6 +124,45 @@ def test_a_preconditioner_trains_without_a_further_argument(
     assert left(model, loss, x, y, train) < 2 * bound
 
 
+PROBLEMS = {
+    "digits-mlp": 0.1,
+    "digits-residual": 0.3,
+    "karate-gcn": 0.1,
+    "cora-gcn": 0.5,
+    "fashion-mlp": 0.25,
+    "fashion-lenet": 0.3,
+    "cifar10-5k-cnn": 0.7,
+    "cifar10-5k-residual": 0.8,
+    "characters": 0.8,
+}
+"""Training problems, and the share of the training loss before that 100 steps may leave."""
+
+
+@pytest.mark.study
+@needs_images
+@pytest.mark.parametrize("before", [None, "sgd"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_training_problem_trains_without_a_further_argument(name: str, before: str | None) -> None:
+    problem = resolve(name, seed=5).to(dtype=torch.float32)
+    model, loss, (x, y) = problem.model, problem.loss, problem.train
+    graph = name.endswith("gcn")
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    natural = Preconditioner(model, loss, graph=graph) if before else NaturalGradient(model, loss, graph=graph)
+
+    def train() -> None:
+        for inputs, targets in [(x, y)] * 100 if graph else batches(x, y, 100, 32 if name == "characters" else 128):
+            if isinstance(natural, NaturalGradient):
+                take(natural, inputs, targets)
+                continue
+            plain.zero_grad()
+            with natural.collect():
+                loss(model(inputs), targets).backward()
+            natural.precondition()
+            plain.step()
+
+    assert left(model, loss, x, y, train) < PROBLEMS[name]
+
+
 @pytest.mark.parametrize("target", ["classes", "values"])
 def test_a_sum_and_a_multiple_take_the_same_steps_as_a_mean(target: str) -> None:
     """Damping and trust region follow the factor between them."""
