@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 
 from curvlab.advice.candidates import Candidate, usual
+from curvlab.advice.damping import dampings
 from curvlab.advice.race import Clock, Entrant, race
 from curvlab.advice.result import Advice
 from curvlab.compare.batches import Batch, randomness_kept, samples_of_batch
@@ -25,6 +27,8 @@ MOST_BATCHES = 512
 """Batches that are kept in memory; a loader that has more is taken from its start."""
 HELD = 8
 """One batch in so many is held out, eight at most."""
+FOR_DAMPING = 0.1
+"""Part of the budget that is left for the interval of dampings."""
 UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -44,7 +48,8 @@ def advise(
 
     Natural gradient, Adam and SGD, each with several settings, train copies of the model from its present weights in equal times,
     in rounds after each of which the worse half drops out: an optimiser is tuned in the time that its rivals have, too. They are
-    judged by the lowest loss, after any of their rounds, of data that none of them trains on.
+    judged by the lowest loss, after any of their rounds, of data that none of them trains on. If natural gradient wins, a tenth
+    of the time goes into the interval of dampings at which its steps do what they should, see `curvlab.advice.damping`.
 
     What wins a short race need not win a long one: learning rates that are best at first tend to be too large later. Give the race
     a share of the time that training will take.
@@ -90,14 +95,20 @@ def advise(
         before = next((entrant.look(held) for entrant in entrants), float("nan"))
         for entrant in entrants:
             entrant.looks.clear()
-        best = race(entrants, batches, held, seconds, clock=clock, told=told) if entrants else []
+        end = clock() + seconds
+        best = race(entrants, batches, held, (1 - FOR_DAMPING) * seconds, clock=clock, told=told) if entrants else []
+        interval = None
+        if best and best[0].candidate.method == "natural gradient":
+            others = held if len(held) > 1 else _apart(held[0], batches, loss, graph=graph)
+            how: dict[str, Any] = {"output": output, "graph": graph, "until": end, "clock": clock}
+            interval = dampings(best[0].candidate, model, loss, batches[0], others, **how)
     if not best:
         reasons = refused | {
             str(e.candidate): e.trouble or "its loss on held-out data was not finite" for e in entrants
         }
         listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in reasons.items())
         raise ValueError(f"No candidate trains the {type(model).__name__} with {type(loss).__name__}. {listed}.")
-    return Advice(best[0], entrants, refused, before, origin, duration(seconds), loss, output, graph)
+    return Advice(best[0], entrants, refused, before, interval, origin, duration(seconds), loss, output, graph)
 
 
 def as_seconds(budget: str | float | int) -> float:
@@ -125,6 +136,18 @@ def _enter(
         except (CurvlabError, ValueError, TypeError) as problem:
             refused[str(candidate)] = str(problem).strip().splitlines()[0]
     return entrants, refused
+
+
+def _apart(held: Batch, batches: Sequence[Batch], loss: nn.Module, *, graph: bool) -> list[Batch]:
+    """Return the only batch that is held out in several, so that they differ from each other; none if it is trained on."""
+    if any(held is batch for batch in batches):
+        return []
+    total = None if graph else samples_of_batch(held, loss)
+    parts = 1 if total is None else min(HELD, total // 2)
+    if total is None or parts < 2:
+        return [held]
+    cuts = [total * k // parts for k in range(parts + 1)]
+    return [part_of(held, slice(a, b), total) for a, b in pairwise(cuts)]
 
 
 def _split(data: Any, loss: nn.Module, *, graph: bool) -> tuple[list[Batch], list[Batch], str]:

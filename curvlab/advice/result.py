@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from curvlab.advice.candidates import Candidate
+from curvlab.advice.damping import Dampings
 from curvlab.advice.race import Entrant
+from curvlab.compare.printing import terminal_width
+from curvlab.optim import NaturalGradient
 from curvlab.rows.sweep import PickOutput
-from curvlab.tools.shown import line
+from curvlab.tools.shown import line, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +33,7 @@ class Advice:
         entrants: all that raced.
         refused: candidates that could not start, by name, with the reason.
         before: the held-out loss at the weights that all started from.
+        dampings: steps of natural gradient at a grid of dampings, if it has won; see `curvlab.advice.damping`.
         held_out: what is held out, in words.
         budget: of the race, in words.
         loss: the loss module.
@@ -40,6 +45,7 @@ class Advice:
     entrants: Sequence[Entrant]
     refused: Mapping[str, str]
     before: float
+    dampings: Dampings | None
     held_out: str
     budget: str
     loss: nn.Module
@@ -50,6 +56,29 @@ class Advice:
     def candidate(self) -> Candidate:
         """The optimiser to take, with its settings."""
         return self.winner.candidate
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings of the optimiser to take, those that are as by default, too.
+
+        Of natural gradient: structure, kind of rows, damping that it starts with (None if not even one step could be taken for it),
+        whether that is adapted, lr, momentum, kl_clip and refresh_every; of others lr and betas or momentum.
+        """
+        made = self.winner.optimizer
+        group = made.param_groups[0]
+        if not isinstance(made, NaturalGradient):
+            return {name: group[name] for name in ("lr", "betas", "momentum") if name in group}
+        of = made.preconditioner
+        return {
+            "structure": of.structure.key,
+            "kind": of.how.kind,
+            "damping": self.dampings.start if self.dampings else None,
+            "adapted": made.adapts,
+            "lr": group["lr"],
+            "momentum": group["momentum"],
+            "kl_clip": of.kl_clip and of.kl_clip.value,
+            "refresh_every": of.refresh_every.value,
+        }
 
     @property
     def falls(self) -> bool:
@@ -78,10 +107,13 @@ class Advice:
         return pd.DataFrame([row(entrant) for entrant in self.ordered()])
 
     def plot(self) -> Figure:
-        """Draw the held-out loss against seconds in steps, a line an entrant; the best of each method is named and heavy."""
+        """Draw the held-out loss against seconds in steps, a line an entrant; the best of each method is named and heavy.
+
+        Where natural gradient has won, beside it what one step at each damping did.
+        """
         from curvlab.advice.drawing import draw  # matplotlib takes as long to import as all of curvlab
 
-        return draw(self.ordered(), self.before)
+        return draw(self.ordered(), self.before, self.dampings)
 
     def ordered(self) -> list[Entrant]:
         """Return the entrants, the best first."""
@@ -90,21 +122,29 @@ class Advice:
         )
 
     def __str__(self) -> str:
+        return "\n".join(textwrap.fill(text, terminal_width(), subsequent_indent="  ") for text in self._said())
+
+    def _said(self) -> list[str]:
         rivals: dict[str, Entrant] = {}
         for entrant in self.ordered():
             rivals.setdefault(entrant.candidate.method, entrant)
-        lines = [f"Take {self.candidate}.", f"The loss of {self.held_out} was {self.before:.4g} before."]
+        lines = [
+            f"Take {self.candidate}.",
+            f"In full: {', '.join(f'{n} {shown(x)}' for n, x in self.settings.items())}.",
+        ]
+        lines += [str(self.dampings)] if self.dampings else []
+        lines += [f"The loss of {self.held_out} was {self.before:.4g} before."]
         lines += [f"{entrant.candidate}: {_told(entrant)}" for entrant in rivals.values()]
         lines += [f"{name} could not start: {reason}" for name, reason in self.refused.items()]
         if not self.falls:
             lines += ["No candidate has lowered it: give a larger budget, or look at the data."]
-        return "\n".join([*lines, f"Raced for {self.budget}; what wins a short race need not win a long one."])
+        return [*lines, f"Raced for {self.budget}; what wins a short race need not win a long one."]
 
     def __repr__(self) -> str:
         return line(self, str(self.candidate), before=self.before, after=self.winner.best, raced=len(self.entrants))
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{escape(text)}</p>" for text in (repr(self), *str(self).splitlines()))
+        said = "".join(f"<p>{escape(text)}</p>" for text in (repr(self), *self._said()))
         return f"<div>{said}{self.table.to_html(index=False)}</div>"
 
 

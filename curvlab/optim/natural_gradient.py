@@ -206,6 +206,11 @@ class NaturalGradient(torch.optim.Optimizer):
         return self._rho.value if self._adapts else self.preconditioner.damping.at(self.preconditioner.steps)
 
     @property
+    def adapts(self) -> bool:
+        """Whether the damping follows how well the quadratic model predicts the loss."""
+        return self._adapts is not None
+
+    @property
     def decoupled(self) -> bool:
         """Whether weight decay shrinks parameters, and adds nothing to gradients."""
         return self._decoupled
