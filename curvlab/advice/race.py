@@ -136,7 +136,7 @@ def race(
         told: called after each entrant's part of a round, with the number of the round.
 
     Returns:
-        Those of the last round, the best first; none if all are in trouble.
+        Those that are in no trouble, by rounds that they took part in and then by loss, the best first.
 
     Source: Jamieson & Talwalkar 2016, *Non-stochastic Best Arm Identification and Hyperparameter Optimization*.
     """
@@ -149,8 +149,12 @@ def race(
             entrant.run(batches, clock() + share, clock)
             entrant.look(held)
             told(entrant, number)
-        alive = sorted((entrant for entrant in alive if entrant.best < inf), key=lambda entrant: entrant.best)
-        if not alive or number == rounds - 1:
-            break
-        alive = alive[: max(1, ceil(len(alive) / 2))]
-    return alive
+        if number < rounds - 1:
+            alive = _ranked(entrants)[: max(1, ceil(len(alive) / 2))]
+    return _ranked(entrants)
+
+
+def _ranked(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """Return those in no trouble, by rounds and then by loss: one that had dropped out takes the place of a leader that fails."""
+    running = [entrant for entrant in entrants if entrant.best < inf]
+    return sorted(running, key=lambda entrant: (-len(entrant.looks), entrant.best))

@@ -219,7 +219,8 @@ class KroneckerBlock(Block):
         if groups > len(width):
             units = units.mean(0, keepdim=True)
         usable = (units > 0) & (width > 0)
-        pi = torch.where(usable, (width / torch.where(usable, units, 1)).sqrt(), 1)
+        # Roots first: the ratio of a loss that has all but vanished overflows in single precision.
+        pi = torch.where(usable, width.sqrt() / torch.where(usable, units, 1).sqrt(), 1)
         if self.options.factored_damping == "equal":
             pi = torch.ones_like(pi)
         return (damping**0.5 / pi).expand(groups), damping**0.5 * pi

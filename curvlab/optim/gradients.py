@@ -26,12 +26,29 @@ def unchanged(gradient: Tensor, earlier: Tensor, version: int) -> bool:
 
 
 def masked(direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the direction, 0 if a gradient is not finite, without asking the device which it is."""
-    finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()
+    """Return the direction, 0 if it or a gradient is not finite, without asking the device which it is."""
+    finite = torch.stack([x.sum() for x in (*gradients.values(), *direction.values())]).isfinite().all()
     return {name: torch.where(finite, step, torch.zeros_like(step)) for name, step in direction.items()}
 
 
-def not_finite(model: nn.Module, outputs: Sequence[Tensor]) -> str:
+def too_many_skipped(steps: int, model: nn.Module, outputs: Sequence[Tensor], inverse: str) -> str:
+    """Say why steps in a row were skipped, and the remedy.
+
+    Args:
+        steps: how many.
+        model: whose steps they are.
+        outputs: those of the last step's passes, `[N, …]`.
+        inverse: the damped inverse that was beyond what numbers hold, in words; empty if gradients or rows were not finite.
+    """
+    if not inverse:
+        return f"Gradients or rows were not finite in {steps} steps in a row. {_not_finite(model, outputs)}"
+    return (
+        f"Preconditioned gradients were not finite in {steps} steps in a row, although gradients and rows were: {inverse}. Raise "
+        "the damping, or convert model and data to float64."
+    )
+
+
+def _not_finite(model: nn.Module, outputs: Sequence[Tensor]) -> str:
     """Say which parameters, or else at which sample a model's outputs, are not finite, and the remedy.
 
     Args:

@@ -29,7 +29,7 @@ from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, Structure, make
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
-from curvlab.optim.gradients import all_finite, interchangeable, masked, not_finite
+from curvlab.optim.gradients import all_finite, interchangeable, masked, too_many_skipped
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.passes import Passes
 from curvlab.optim.plain import preconditioned
@@ -359,7 +359,6 @@ class Preconditioner:
                 self._skip(passes)
                 return None
         self.heard.hear(passes, clips=self.kl_clip is not None, looks=looks)
-        self._skipped_in_a_row = 0
         if due:
             begun = time.perf_counter()
             self._update(rows)
@@ -372,6 +371,10 @@ class Preconditioner:
                 self.structure.share_inverses(damping, partial(inverses_by, processes))
             found = route.direction(complete, sums, damping)
         self.structure.forget_batch()
+        if looks and not self._all_finite(list(found.values()), shared=due or self._sharding is not None):
+            self._skip(passes, f"(F + ρI)⁻¹ leaves the range of {dtype} at ρ = {damping:.3g}")
+            return None
+        self._skipped_in_a_row = 0
         self._advance(due=due)
         found = found if looks else masked(found, complete)
         return {name: step.to(parameters[name].dtype) for name, step in found.items()}
@@ -417,15 +420,14 @@ class Preconditioner:
         """
         self._skip(self._passes.take())
 
-    def _skip(self, passes: Sequence[Collector]) -> None:
+    def _skip(self, passes: Sequence[Collector], inverse: str = "") -> None:
+        """Leave a step out, because of its gradients or rows, or because of the inverse that is named."""
         self._advance(due=self.due)
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self.patience:
-            raise FloatingPointError(
-                f"Gradients or rows were not finite in {self._skipped_in_a_row} steps in a row. "
-                f"{not_finite(self.model, [found.output for found in passes])}"
-            )
+            outputs = [found.output for found in passes]
+            raise FloatingPointError(too_many_skipped(self._skipped_in_a_row, self.model, outputs, inverse))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on bit for bit; without configuration."""

@@ -146,13 +146,31 @@ def test_half_drop_out_after_every_round_and_the_rest_have_equal_times() -> None
     entrants = runners(0.1, 0.4, 0.2, 0.3, 0.05, 0.6, 0.7, 0.5)
     batch = (torch.zeros(1), torch.zeros(1))
     best = race(entrants, [batch], [batch], 600.0, clock=Clock())
-    assert [entrant.candidate.settings["lr"] for entrant in best] == [0.7, 0.6]
+    assert [entrant.candidate.settings["lr"] for entrant in best[:2]] == [0.7, 0.6]
+    assert [len(entrant.looks) for entrant in best] == [3, 3, 2, 2, 1, 1, 1, 1]
     assert sorted(len(entrant.looks) for entrant in entrants) == [1, 1, 1, 1, 2, 2, 3, 3]
     for rounds in (1, 2, 3):
         steps = [entrant.steps for entrant in entrants if len(entrant.looks) == rounds]
         assert max(steps) - min(steps) <= 0.15 * max(steps)
     longest, shortest = (max(e.steps for e in entrants if len(e.looks) == rounds) for rounds in (3, 1))
     assert longest == pytest.approx(7 * shortest, rel=0.25), "one part of eight, one of four, one of two"
+
+
+class Cliff(Height):
+    """A height that is not a number below some level."""
+
+    def forward(self, z: Tensor, _: Tensor) -> Tensor:
+        return torch.where(z > 60, z, torch.nan).mean()
+
+
+def test_one_that_dropped_out_takes_the_place_of_a_leader_that_fails() -> None:
+    entrants = [
+        Entrant.of(Candidate("SGD", {"lr": lr}), Slope(), Cliff(), None, graph=False) for lr in (0.8, 0.9, 0.1, 0.05)
+    ]
+    batch = (torch.zeros(1), torch.zeros(1))
+    best = race(entrants, [batch], [batch], 200.0, clock=Clock())
+    assert [entrant.candidate.settings["lr"] for entrant in best] == [0.1, 0.05]
+    assert all("not finite" in (entrant.trouble or "") for entrant in entrants[:2])
 
 
 def test_a_run_that_is_not_finite_is_out_and_named() -> None:

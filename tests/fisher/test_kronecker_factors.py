@@ -14,7 +14,7 @@ from curvlab.fisher import moment
 from curvlab.fisher.factors import LinearBlock
 from curvlab.fisher.lasting import LastingBlock
 from curvlab.fisher.moment import Moment, inverses
-from curvlab.nn import HalfSquaredError
+from curvlab.nn import HalfSquaredError, Scaled
 from curvlab.rows import Rows, jacobian, sqrt_fisher
 from curvlab.testing.oracle import assert_close, outputs
 
@@ -41,6 +41,19 @@ def factored_inverse(network: str, sharing: str, rho: float) -> Tensor:
             block = torch.block_diag(*parts)
         inverse[at[:, None], at[None, :]] = block
     return inverse
+
+
+def test_damping_is_split_where_a_loss_has_all_but_vanished() -> None:
+    """The ratio of the factors' mean eigenvalues, 10³⁹ here, is beyond single precision; its root is not."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randn(6, 3)
+    loss, v = Scaled(HalfSquaredError(), 1e-39), torch.randn(15)
+    found = cf.KFAC(factored_damping=True).update(sqrt_fisher(model, loss, x, y)).solve(v, 1e-3)
+    rows = sqrt_fisher(model.double(), loss, x.double(), y.double())
+    expected = cf.KFAC(factored_damping=True).update(rows).solve(v.double(), 1e-3)
+    assert isinstance(found, Tensor)
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::curvlab.errors.OutsideRange")

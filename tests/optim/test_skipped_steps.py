@@ -5,7 +5,7 @@ import torch
 from preconditioner_cases import RHO, data, network, run
 from torch import nn
 
-from curvlab.optim import Preconditioner
+from curvlab.optim import NaturalGradient, Preconditioner
 from curvlab.optim.gradients import masked
 from curvlab.rows.loss import Kind
 
@@ -62,11 +62,32 @@ def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
             pre.precondition()
 
 
+def test_an_inverse_beyond_what_numbers_hold_leaves_parameters_as_they_are() -> None:
+    """Without inputs F is 0, and the inverse of the damping alone overflows in single precision."""
+    model = nn.Linear(3, 2, bias=False)
+    weight = model.weight.detach().clone()
+    loss = nn.CrossEntropyLoss()
+    natural = NaturalGradient(model, loss, structure="diagonal", damping=1e-44, patience=1)
+
+    def step() -> None:
+        with natural.collect():
+            loss(model(torch.zeros(4, 3)), torch.zeros(4, dtype=torch.long)).backward()
+        model.weight.grad = torch.ones(2, 3)
+        natural.step()
+
+    step()
+    assert natural.log()["skipped"] == 1
+    assert torch.equal(model.weight, weight)
+    with pytest.raises(FloatingPointError, match=r"leaves the range of torch.float32 at ρ = 1e-44. Raise the damping"):
+        step()
+
+
 def test_where_a_device_is_not_waited_for_the_direction_becomes_zero() -> None:
     direction = {"a": torch.ones(2), "b": torch.ones(3)}
     good, bad = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan, 1.0])}
     assert all(torch.equal(masked(direction, good)[name], direction[name]) for name in direction)
     assert not any(bool(value.any()) for value in masked(direction, bad).values())
+    assert not any(bool(value.any()) for value in masked(bad, good).values())
 
 
 def test_steps_without_new_curvature_are_skipped_alike() -> None:
