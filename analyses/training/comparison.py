@@ -58,9 +58,8 @@ class Comparison:
 
 
 def against_rivals(config: Config) -> list[Comparison]:
-    """Return every structure that takes part against every rival, one by one."""
+    """Return every structure and every default that takes part against every rival, one by one."""
     present = entrants(config)
     rivals = [method.name for method in present if method.family == "first order"]
-    return [
-        Comparison(method.name, rival) for method in present if method.name in config.structures for rival in rivals
-    ]
+    asked = {*config.structures, *config.defaults}
+    return [Comparison(method.name, rival) for method in present if method.name in asked for rival in rivals]

@@ -69,9 +69,15 @@ def final_loss(trace: Trace, quantity: str) -> Mapping[str, object]:
     return observed(quantity, value, status=trace.status)
 
 
+def trained(trace: Trace, race: Race) -> Mapping[str, object]:
+    """Return the observation of whether a run reached the loss and never diverged, 1 or 0."""
+    reached = any(race.reached("loss", seen) for seen in trace.seen)
+    return observed("trained", float(reached and trace.diverged is None))
+
+
 def chosen(method: Entrant, context: Context[Config]) -> int:
-    """Return the index of the configuration in which a method is judged: the one that did best while it was tuned."""
-    return best(context.rows(TUNING, method=method.name))
+    """Return the index of the configuration in which a method is judged: the one that did best while it was tuned, if it was."""
+    return best(context.rows(TUNING, method=method.name)) if method.tuned else 0
 
 
 def best(tuned: pd.DataFrame) -> int:

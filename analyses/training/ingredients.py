@@ -1,16 +1,16 @@
-"""What single ingredients add to K-FAC: the one table of what is claimed of them."""
+"""What single ingredients add to K-FAC, and to natural gradient by default: the one table of what is claimed of them."""
 
 from dataclasses import dataclass
 
 from analyses.training.comparison import Comparison
 from analyses.training.config import Config
 from analyses.training.entrants import entrants
-from analyses.training.methods import INVERT_EVERY, KL_CLIP, METHODS, PASSES
-from curvlab.fisher import KFAC
+from analyses.training.methods import DEFAULT, INVERT_EVERY, KL_CLIP, METHODS, PASSES
 from curvlab.study import Expected, supported, undecided
 from curvlab.study.claims import Group
 
 KFAC_PAPER = "Martens & Grosse 2015"
+TRUST_PAPER = "Ba, Grosse & Martens 2017"
 
 SLIGHT = 1.1
 """The ratio of steps up to which more of them count as no loss."""
@@ -18,7 +18,7 @@ SLIGHT = 1.1
 
 @dataclass(frozen=True)
 class Ingredient:
-    """What is claimed of an ingredient of K-FAC.
+    """What is claimed of an ingredient of K-FAC, or of natural gradient by default.
 
     Attributes:
         name: In the claim's id.
@@ -29,7 +29,7 @@ class Ingredient:
         bound: The largest ratio of steps that counts as a gain.
         faster: The claim that its steps take less time, if that is what it is for.
         expected_faster: What is expected of that.
-        lacking: The method that lacks it, where K-FAC itself has it; else `kfac-<name>` has it, and lacks it in its base.
+        lacking: The method that lacks it, whose base has it; if none, `kfac-<name>` has it, and lacks it in its base.
         group: Of both claims; what a paper says of it on other problems is derived.
     """
 
@@ -52,7 +52,7 @@ class Ingredient:
     @property
     def method(self) -> str:
         """The method that has it."""
-        return KFAC.key if self.lacking else f"kfac-{self.name}"
+        return METHODS[self.lacking].base if self.lacking else f"kfac-{self.name}"
 
     @property
     def without(self) -> str:
@@ -60,8 +60,13 @@ class Ingredient:
         return self.lacking or METHODS[self.method].base
 
     @property
+    def of_default(self) -> bool:
+        """Whether it is one of natural gradient by default."""
+        return not METHODS[self.without].tuned
+
+    @property
     def versus(self) -> Comparison:
-        """K-FAC with it against K-FAC without it."""
+        """What has it against what has it not."""
         return Comparison(self.method, self.without)
 
 
@@ -87,7 +92,7 @@ INGREDIENTS = (
         "clipped",
         "trust region",
         f"A trust region of {KL_CLIP:g} needs fewer steps than none.",
-        "Ba, Grosse & Martens 2017, section 5",
+        f"{TRUST_PAPER}, section 5",
         undecided("It admits less damping and longer steps later, but shortens the first ones."),
     ),
     Ingredient(
@@ -144,6 +149,43 @@ INGREDIENTS = (
         "A step of K-FAC that leaves the output layer to the plain gradient takes less time than one on all layers.",
         supported("It makes no factors and inverses there."),
         group="exploration",
+    ),
+    Ingredient(
+        "default-clipped",
+        "by default: trust region",
+        "By default, the trust region needs fewer steps than none.",
+        f"{TRUST_PAPER}, section 5",
+        undecided("It keeps the first steps, from a curvature of few batches, short; later it may cost steps."),
+        lacking=f"{DEFAULT}-unclipped",
+    ),
+    Ingredient(
+        "default-adapted",
+        "by default: adapted damping",
+        "By default, Levenberg–Marquardt damping needs fewer steps than the damping that it starts with.",
+        f"{KFAC_PAPER}, section 6.5",
+        undecided(
+            "Where it starts follows from the first gradient, and nobody knows how far that is from what serves."
+        ),
+        lacking=f"{DEFAULT}-steady",
+    ),
+    Ingredient(
+        "default-split",
+        "by default: split damping",
+        "By default, but with inverses of every batch, split damping needs fewer steps than damping of the product.",
+        f"{KFAC_PAPER}, section 6.3",
+        undecided("It damps more at equal ρ, which adapts to that."),
+        lacking=f"{DEFAULT}-product",
+    ),
+    Ingredient(
+        "default-rare",
+        "by default: rare inverses",
+        "By default, inverses that are made rarely, layers in turn, need at most a tenth more steps.",
+        f"{KFAC_PAPER}, section 8",
+        supported("The averaged factors change slowly."),
+        SLIGHT,
+        "A step of natural gradient by default takes less time than one with inverses of every batch.",
+        supported("Inverses are most of what the method adds to a step on small layers."),
+        lacking=f"{DEFAULT}-fresh",
     ),
 )
 

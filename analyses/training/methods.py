@@ -1,5 +1,7 @@
 """The optimisers that are compared, and the configurations that each is tuned over: the one table, written before any run.
 
+Those of curvlab as they are by default have one configuration, and are tuned over none.
+
 The configurations were laid around what trains the MLP on digits from one start, seed 1000, for every method alike; that seed
 is not judged.
 """
@@ -14,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.fisher import KFAC, STRUCTURES, LayerWise, Structure
-from curvlab.optim import LevenbergMarquardt, NaturalGradient
+from curvlab.integrations import attach
+from curvlab.optim import LevenbergMarquardt, NaturalGradient, Preconditioner
 from curvlab.rows.loss import Kind
 
 Point = Mapping[str, float]
 """One configuration: hyper-parameters by name."""
 
-Family = Literal["first order", "structure", "ingredient"]
+Family = Literal["first order", "structure", "default", "ingredient"]
 
 KL_CLIP = 1e-2
 """Bound of the trust region where there is one."""
@@ -55,6 +58,16 @@ class Entrant:
     base: str = ""
     passes: int = 1
     autocast: bool = False
+
+    @property
+    def title(self) -> str:
+        """What claims call it."""
+        return f"{self.name} {'by default' if self.family == 'default' else 'natural gradient'}"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is a choice of configurations."""
+        return len(self.points) > 1
 
     @property
     def keeps_rows(self) -> bool:
@@ -94,6 +107,25 @@ def _natural(
     damping = LevenbergMarquardt(initial=point["damping"]) if adapted else point["damping"]
     lr = cast('float | Literal["quadratic"]', point.get("lr", "quadratic"))
     return [NaturalGradient(model, loss, lr, structure=structure(), damping=damping, **options)]
+
+
+def _as_it_is(
+    model: nn.Module,
+    loss: nn.Module,
+    _: Point,
+    __: Kind,
+    seed: int,
+    *,
+    structure: Callable[[], Structure] | None = None,
+    **otherwise: Any,
+) -> Sequence[torch.optim.Optimizer]:
+    """Natural gradient with no argument beside model and loss, but for the seed of its draws and what is to be otherwise."""
+    return [NaturalGradient(model, loss, seed=seed, structure=structure and structure(), **otherwise)]
+
+
+def _before_sgd(model: nn.Module, loss: nn.Module, point: Point, _: Kind, seed: int) -> Sequence[torch.optim.Optimizer]:
+    """The preconditioner with no argument beside model and loss, but for the seed of its draws, before SGD with momentum."""
+    return [attach(Preconditioner(model, loss, seed=seed), torch.optim.SGD(model.parameters(), **point))]
 
 
 def output_layer(model: nn.Module) -> str:
@@ -185,34 +217,56 @@ def _ingredients() -> Iterator[Entrant]:
     yield ingredient("plain", plain=lambda model: (output_layer(model),))
 
 
+DEFAULT = "natural-gradient"
+UNTUNED: tuple[Point, ...] = ({},)
+DEFAULTS = {
+    DEFAULT: Entrant(DEFAULT, "default", _as_it_is, UNTUNED, KFAC.key),
+    "preconditioned-sgd": Entrant(
+        "preconditioned-sgd", "default", _before_sgd, ({"lr": 0.1, "momentum": 0.9},), KFAC.key
+    ),
+}
+"""`NaturalGradient(model, loss)` and, before the SGD of README, `Preconditioner(model, loss)`."""
+
+
+def _lacking() -> Iterator[Entrant]:
+    def lacking(name: str, *, base: str = DEFAULT, **otherwise: Any) -> Entrant:
+        build = partial(_as_it_is, **otherwise)
+        return Entrant(f"{DEFAULT}-{name}", "ingredient", build, UNTUNED, KFAC.key, base)
+
+    yield lacking("unclipped", kl_clip=None)
+    yield lacking("steady", damping=LevenbergMarquardt(omega=1.0))
+    yield lacking("fresh", structure=partial(KFAC, factored_damping=True))
+    yield lacking("product", base=f"{DEFAULT}-fresh", structure=KFAC)
+
+
 RIVALS = {name: Entrant(name, "first order", build, points) for name, (build, points) in FIRST_ORDER.items()}
 """First-order methods by name."""
-VARIANTS = {method.name: method for method in _ingredients()}
-"""Variants of K-FAC by name."""
+VARIANTS = {method.name: method for method in (*_ingredients(), *_lacking())}
+"""Variants of K-FAC, and of natural gradient by default, by name."""
 
 
 class _Methods(Mapping[str, Entrant]):
-    """Every method by name: rivals, each structure that is registered or named as ``module:Class``, and ingredients.
+    """Every method by name: rivals, each structure that is registered or named as ``module:Class``, defaults, and ingredients.
 
     Raises:
         UnknownName: on looking up a name that is none of them.
     """
 
     def __getitem__(self, name: str) -> Entrant:
-        known = RIVALS | VARIANTS
+        known = RIVALS | DEFAULTS | VARIANTS
         return known[name] if name in known else _of_structure(name)
 
     def __iter__(self) -> Iterator[str]:
-        yield from (*RIVALS, *STRUCTURES, *VARIANTS)
+        yield from (*RIVALS, *STRUCTURES, *DEFAULTS, *VARIANTS)
 
     def __len__(self) -> int:
-        return len(RIVALS) + len(STRUCTURES) + len(VARIANTS)
+        return len(RIVALS) + len(STRUCTURES) + len(DEFAULTS) + len(VARIANTS)
 
 
 METHODS: Mapping[str, Entrant] = _Methods()
 
 CONFIGURATIONS = min(map(len, (NATURAL, QUADRATIC, *(points for _, points in FIRST_ORDER.values()))))
-"""The most configurations that every method has."""
+"""The most configurations that every method has that is tuned."""
 
 
 def in_order(names: Collection[str]) -> list[str]:
@@ -222,4 +276,4 @@ def in_order(names: Collection[str]) -> list[str]:
 
 def described(point: Point) -> str:
     """Return a configuration in words, e.g. `lr=0.1, damping=0.01`."""
-    return ", ".join(f"{name}={value:g}" for name, value in point.items())
+    return ", ".join(f"{name}={value:g}" for name, value in point.items()) or "untuned"

@@ -12,7 +12,8 @@ from analyses.jacobian_rank import panels as jacobian_rank
 from analyses.training.comparison import SECONDS, Comparison, seconds_to
 from analyses.training.experiments import isotropic
 from analyses.training.ingredients import INGREDIENTS
-from analyses.training.methods import METHODS, VARIANTS, in_order
+from analyses.training.methods import DEFAULT, METHODS, VARIANTS, in_order
+from curvlab.fisher import KFAC
 from curvlab.study import style
 from curvlab.study.inference import Summary
 from curvlab.study.panels import DASHED, NEUTRAL, SMALL, NotStored, note, plain_ticks, take
@@ -25,6 +26,11 @@ RIVALS: Mapping[str, style.Look] = {
     "muon": style.Look("#4a4a4a", "d", "Muon"),
 }
 """Greys, markers and names of the first-order methods; structures keep their looks."""
+DEFAULTS: Mapping[str, style.Look] = {
+    DEFAULT: style.Look("#B2182B", "*", "natural gradient, default"),
+    "preconditioned-sgd": style.Look("#762A83", "8", "preconditioned SGD, default"),
+}
+"""Colours, markers and names of what is as it is by default."""
 DASHES: Mapping[str, Any] = {"adam": (0, (4, 1.5)), "adamw": (0, (1, 1)), "muon": (0, (5, 1, 1, 1))}
 """Of their lines."""
 
@@ -45,11 +51,11 @@ def _keeps_rows(name: str) -> bool:
 
 
 def _look(name: str) -> style.Look:
-    return RIVALS.get(name) or style.look(name)
+    return RIVALS.get(name) or DEFAULTS.get(name) or style.look(name)
 
 
 def curves(axes: Axes, measurements: pd.DataFrame, *, rows: bool, against: str) -> None:
-    """Training loss against steps or seconds, structures in colour and first-order methods in grey.
+    """Training loss against steps or seconds, structures and defaults in colour and first-order methods in grey.
 
     The structures are those that keep rows, or those that average moments. A line ends in a cross where the first seed
     diverged.
@@ -127,9 +133,9 @@ def ingredients(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named:
     wide = take(measurements, experiment, quantity).pivot_table("value", "seed", "method")
     shown = [one for one in reversed(INGREDIENTS) if {one.method, one.without} <= set(wide.columns)]
     if not shown:
-        raise NotStored("the comparison of K-FAC with and without its ingredients")
+        raise NotStored("the comparison of a method with and without its ingredients")
     for place, one in enumerate(shown):
-        style.across(axes, wide[one.method] / wide[one.without], place, style.look("kfac"))
+        style.across(axes, wide[one.method] / wide[one.without], place, _look(DEFAULT if one.of_default else KFAC.key))
     axes.axvline(1.0, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(shown)), [one.label if named else "" for one in shown])
     axes.set_ylim(-0.6, len(shown) - 0.4)

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from analyses.training.races import Race
-from curvlab.optim import NaturalGradient
+from curvlab.integrations.attaching import preconditioner_of
 from curvlab.problems import Problem
 from curvlab.study import Diverged, generator
 
@@ -45,8 +45,8 @@ class Training:
 
     def _collecting(self) -> AbstractContextManager[None]:
         """Context of a forward and a backward pass."""
-        first = self.optimisers[0]
-        return first.collect() if isinstance(first, NaturalGradient) else nullcontext()
+        found = preconditioner_of(self.optimisers[0])
+        return nullcontext() if found is None else found.collect()
 
     def take(self, batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Take one step on the means over batches, and return whether all outputs and losses before it were finite."""

@@ -17,6 +17,8 @@ from analyses.training.config import Config
 from analyses.training.entrants import best, entrants
 from analyses.training.methods import (
     CONFIGURATIONS,
+    DEFAULT,
+    DEFAULTS,
     METHODS,
     RIVALS,
     VARIANTS,
@@ -31,7 +33,8 @@ from curvlab.study.measurements import tabulate
 
 SMALL = (
     "--seeds", "2", "--steps", "6", "--configurations", "2", "--starts", "1", "--rivals", "sgd", "muon", "--structures", "kfac",
-    "--ingredients", "kfac-rare", "--target-loss", "2", "--target-accuracy", "0.2",
+    "--defaults", "preconditioned-sgd", "--ingredients", "kfac-rare", "natural-gradient-unclipped", "--target-loss", "2",
+    "--target-accuracy", "0.2",
 )  # fmt: skip
 
 
@@ -51,6 +54,10 @@ def test_the_command_ends_with_verdicts_and_files(run: tuple[subprocess.Complete
     verdicts = {v["claim"]: v["outcome"] for v in json.loads((folder / "verdicts.json").read_text())["verdicts"]}
     expected = {f"{what}-kfac-{rival}" for what in ("steps-loss", "time-accuracy") for rival in ("sgd", "muon")}
     assert {*expected, "ingredient-rare", "time-step-rare", "contraction-rate"} <= set(verdicts)
+    assert {"ingredient-default-clipped", "steps-loss-preconditioned-sgd-muon", "trains-preconditioned-sgd"} <= set(
+        verdicts
+    )
+    assert "trains-natural-gradient" not in verdicts, "it runs for the sake of one without its trust region only"
     assert verdicts["steps-loss-kfac-sgd"] == "inconclusive", "two seeds decide nothing"
     assert verdicts["rate-kfac"] == verdicts["contraction-bound"] == "supported"
     assert verdicts["rate-full"] == "not measured", "only K-FAC was asked for"
@@ -65,6 +72,7 @@ def test_every_method_is_tuned_alike_and_judged_on_fresh_seeds(
     judged = table[table["quantity"] == "steps_to_loss"].groupby("method")["seed"].nunique()
     methods = {"sgd", "muon", "kfac", "kfac-split", "kfac-rare"}
     assert tuned.to_dict() == dict.fromkeys(methods, 2)
+    methods |= {"preconditioned-sgd", "natural-gradient", "natural-gradient-unclipped"}
     assert judged.to_dict() == dict.fromkeys(methods, 2)
     seconds = table[table["quantity"] == SECONDS]
     assert set(seconds["method"]) == methods
@@ -188,12 +196,13 @@ def test_ties_within_the_margin_support_that_an_ingredient_costs_no_steps() -> N
     assert (verdict.outcome, verdict.estimate) == ("supported", 1.0)
 
 
-def test_every_structure_meets_every_rival_and_no_seed_of_theirs_was_explored() -> None:
+def test_every_structure_and_every_default_meets_every_rival_and_no_seed_of_theirs_was_explored() -> None:
     claims = [
         claim for claim in ANALYSIS.claims(CONFIG_OF_ALL) if claim.id.startswith(("steps-", "time-loss", "time-acc"))
     ]
     pairs = {claim.id.split("-", 2)[2] for claim in claims}
-    assert pairs == {f"{structure}-{rival}" for structure in CONFIG_OF_ALL.structures for rival in RIVALS}
+    judged = (*CONFIG_OF_ALL.structures, *CONFIG_OF_ALL.defaults)
+    assert pairs == {f"{method}-{rival}" for method in judged for rival in RIVALS}
     assert len(claims) == 4 * len(pairs)
     assert {claim.expected.explored for claim in claims} == {12}
     assert 1000 not in CONFIG_OF_ALL.seeds_run, "configurations were laid around the run from seed 1000"
@@ -233,6 +242,27 @@ def test_claims_can_come_out_either_way(
     assert verdict.outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("end", "diverged", "outcome"), [(0.05, None, "supported"), (0.05, 4, "refuted"), (0.5, None, "refuted")]
+)
+def test_a_default_trains_if_every_run_of_it_reaches_the_loss_and_none_diverges(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: float, diverged: int | None, outcome: str
+) -> None:
+    def race(method: Entrant, index: int, seed: int) -> Trace:
+        last = seed == 11
+        return replace(trace_of((0, 2.3, 0.1), (3, end if last else 0.05, 0.95)), diverged=diverged if last else None)
+
+    raced(monkeypatch, race)
+    config = replace(CONFIG, first_seed=0, seeds=12, results=tmp_path)
+    (claim,) = (claim for claim in ANALYSIS.claims(config) if claim.id == f"trains-{DEFAULT}")
+    claim = replace(claim, expected=replace(claim.expected, explored=0))
+    cells = [cell for cell in ANALYSIS.cells(config) if claim.needs(cell)]
+    assert {(cell["experiment"], cell["method"]) for cell in cells} == {("judging", DEFAULT)}
+    task = plan_of(config).task()
+    (verdict,) = judge([claim], tabulate({cell: task.observe(cell) for cell in cells}))
+    assert verdict.outcome == outcome
+
+
 def test_divergence_is_a_status_with_its_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wild = replace(METHODS["sgd"], points=({"lr": 1e4, "momentum": 0.9},) * 4)
     monkeypatch.setitem(RIVALS, "sgd", wild)
@@ -249,14 +279,16 @@ def test_batch_normalisation_admits_moments_only() -> None:
     present = {
         method.name for method in entrants(replace(CONFIG, problem="digits-residual", structures=tuple(STRUCTURES)))
     }
-    assert present == {"sgd", "diagonal", "kfac", "ekfac"}
+    assert present == {"sgd", "diagonal", "kfac", "ekfac", *DEFAULTS}
 
 
 def test_the_table_of_methods_is_complete_and_even() -> None:
-    assert list(METHODS) == [*RIVALS, *STRUCTURES, *VARIANTS]
-    assert {len(method.points) for method in METHODS.values()} == {CONFIGURATIONS}
+    assert list(METHODS) == [*RIVALS, *STRUCTURES, *DEFAULTS, *VARIANTS]
+    assert [name for name in METHODS if not METHODS[name].tuned] == [
+        *DEFAULTS, *(name for name in VARIANTS if name.startswith(DEFAULT)),
+    ]  # fmt: skip
     for method in METHODS.values():
-        assert len({tuple(point.items()) for point in method.points}) == CONFIGURATIONS
+        assert len({tuple(point.items()) for point in method.points}) == (CONFIGURATIONS if method.tuned else 1)
         assert method.base in {"", *METHODS}
     assert set(RACES) <= set(PROBLEMS)
 
@@ -284,6 +316,7 @@ def test_estimates_of_the_time_know_the_problem() -> None:
     [
         ({"structures": ("ful",)}, "Did you mean 'full'"),
         ({"rivals": ("adm",)}, "Did you mean 'adam'"),
+        ({"defaults": ("natural",)}, "Did you mean 'natural-gradient'"),
         ({"ingredients": ("kfac",)}, "--ingredients"),
         ({"configurations": 0}, "--configurations"),
         ({"starts": 0}, "--starts"),

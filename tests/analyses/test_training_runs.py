@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from analyses.training import ANALYSIS
 from analyses.training.config import Config
 from analyses.training.entrants import entered, entrants, problem_of
-from analyses.training.methods import METHODS, PASSES, half_coupled, output_layer
+from analyses.training.methods import DEFAULT, DEFAULTS, METHODS, PASSES, VARIANTS, half_coupled, output_layer
 from analyses.training.races import RACES, Race
 from analyses.training.run import FullBatch, Run, evaluate
-from curvlab.optim import NaturalGradient
+from curvlab.optim import LevenbergMarquardt, NaturalGradient, Preconditioner
 from curvlab.problems import Problem, resolve
 from curvlab.study import Cell, follow, generator
 from curvlab.study.execution import Plan
@@ -32,6 +32,10 @@ def digits() -> Problem:
 def problem(digits: Problem) -> Problem:
     """A problem whose model may be trained."""
     return digits.to()
+
+
+UNCLIPPED = f"{DEFAULT}-unclipped"
+"""What may diverge, as its steps have no bound."""
 
 
 class _Interrupted(Exception):
@@ -66,7 +70,9 @@ def same_parameters(one: Run, other: Run) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", ["muon", "kfac-adapted", "kfac-rare", "kfac-accumulated", "kfac-autocast", "full"])
+@pytest.mark.parametrize(
+    "name", ["muon", "kfac-adapted", "kfac-rare", "kfac-accumulated", "kfac-autocast", "full", *DEFAULTS]
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(
     name: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +158,11 @@ def test_a_fresh_run_takes_up_no_checkpoint(problem: Problem, tmp_path: Path, mo
     assert plan.task().observe(cell) == expected
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_takes_steps_that_lower_the_loss(name: str, problem: Problem) -> None:
-    run = run_on(problem, name, CONFIG.race, **({"damping": 1.0} if METHODS[name].structure else {}))
+@pytest.mark.parametrize("name", [name for name in METHODS if name != UNCLIPPED])
+def test_every_method_but_the_default_without_its_trust_region_takes_steps_that_lower_the_loss(
+    name: str, problem: Problem
+) -> None:
+    run = run_on(problem, name, CONFIG.race, **({"damping": 1.0} if "damping" in METHODS[name].points[0] else {}))
     before = evaluate(run.problem)["loss"]
     assert all(run.take(run.batches(step)) for step in range(4))
     assert evaluate(run.problem)["loss"] < before
@@ -167,12 +175,81 @@ def test_every_method_takes_steps_on_every_problem_that_admits_it(name: str) -> 
     config = Config(problem=name, batch=4)
     start = problem_of(config, 0)
     for method in entrants(config):
+        if method.name == UNCLIPPED:
+            continue
         run = entered(method, 0, start, config, 0)
         for step in range(2):
             assert run.take(run.batches(step)), method.name
         for parameter, before in zip(run.problem.model.parameters(), start.model.parameters(), strict=True):
             assert not torch.equal(parameter, before), method.name
             assert bool(parameter.isfinite().all()), method.name
+
+
+def options_of(optimiser: NaturalGradient) -> dict[str, object]:
+    """Everything that a natural gradient was asked for, but for the seed of its draws."""
+    pre, (group,) = optimiser.preconditioner, optimiser.param_groups
+    step = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
+    return {
+        **step, **structure_of(pre), "damping": optimiser._damping, "decoupled": optimiser.decoupled,
+        "quadratic": optimiser.chooses_step,
+    }  # fmt: skip
+
+
+def structure_of(pre: Preconditioner) -> dict[str, object]:
+    """Everything that a preconditioner was asked for, but for damping and the seed of its draws."""
+    return {
+        "structure": type(pre.structure), **pre.structure.options, "decay": pre.decay.value,
+        "kl_clip": pre.kl_clip and pre.kl_clip.value, "refresh_every": pre.refresh_every.value, "kind": pre.how.kind,
+        "draws": pre.how.draws, "rows": pre.how.per, "plain": tuple(pre.plain), "graph": pre.graph, "output": pre.output,
+        "patience": pre.patience,
+    }  # fmt: skip
+
+
+def made(name: str, problem: Problem) -> torch.optim.Optimizer:
+    (optimiser,) = run_on(problem, name, CONFIG.race).optimisers
+    return optimiser
+
+
+def test_the_defaults_are_those_of_model_and_loss_alone(problem: Problem) -> None:
+    model, loss = problem.model, problem.loss
+    found = made(DEFAULT, problem)
+    assert isinstance(found, NaturalGradient)
+    expected = NaturalGradient(model, loss)
+    assert (options_of(found), repr(found)) == (options_of(expected), repr(expected))
+    before_sgd = made("preconditioned-sgd", problem)
+    assert type(before_sgd) is torch.optim.SGD
+    pre, plain = before_sgd.preconditioner, Preconditioner(model, loss)
+    assert (structure_of(pre), pre.damping, repr(pre)) == (structure_of(plain), plain.damping, repr(plain))
+    assert {**before_sgd.defaults, **METHODS["preconditioned-sgd"].points[0]} == before_sgd.defaults
+
+
+LACKING = {
+    "unclipped": {"kl_clip": None},
+    "steady": {"damping": LevenbergMarquardt(omega=1.0)},
+    "fresh": {"invert_every": 1},
+    "product": {"factored_damping": False},
+}
+
+
+@pytest.mark.parametrize("part", LACKING)
+def test_what_lacks_a_part_of_the_default_differs_in_it_alone(part: str, problem: Problem) -> None:
+    name = f"{DEFAULT}-{part}"
+    found, base = options_of(made(name, problem)), options_of(made(METHODS[name].base, problem))
+    assert {key: value for key, value in found.items() if value != base[key]} == LACKING[part]
+    assert {name for name in VARIANTS if name.startswith(DEFAULT)} == {f"{DEFAULT}-{part}" for part in LACKING}
+
+
+def test_damping_that_is_steady_is_that_which_the_default_starts_with(problem: Problem) -> None:
+    adapted, steady = (run_on(problem.to(), name, CONFIG.race) for name in (DEFAULT, f"{DEFAULT}-steady"))
+    seen: dict[str, list[float]] = {}
+    for run in (adapted, steady):
+        (optimiser,) = run.optimisers
+        for step in range(12):
+            assert run.take(run.batches(step))
+            seen.setdefault(run.label, []).append(optimiser.log()["damping"])
+    moving, fixed = seen.values()
+    assert set(fixed) == {moving[0]}
+    assert len(set(moving)) > 1
 
 
 def after_steps(name: str, problem: Problem, *steps: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -13,7 +13,7 @@ from analyses.training.config import Config
 from analyses.training.entrants import TUNING, VARIES, chosen, entered, entrants, problem_of
 from analyses.training.experiments.judging import EXPLORED, JUDGING, PRACTICE, group_of
 from analyses.training.ingredients import Ingredient, compared
-from analyses.training.methods import INVERT_EVERY, Entrant
+from analyses.training.methods import INVERT_EVERY, METHODS, Entrant
 from analyses.training.races import TARGETS, Target
 from curvlab.problems import Problem
 from curvlab.study import (
@@ -61,7 +61,7 @@ def _less_time(versus: Comparison, target: Target, config: Config) -> Claim:
     steps = f"steps_to_{target}"
     return claim(
         f"time-{target}-{versus.method}-{versus.other}", PRACTICE, Wins((steps, SECONDS), "less"),
-        f"{versus.method} natural gradient needs less time to {config.race.described(target)} than {versus.other}.",
+        f"{METHODS[versus.method].title} needs less time to {config.race.described(target)} than {versus.other}.",
         "Its seconds, steps times the seconds of a step, minus those of the rival, seed by seed.",
         undecided("Its steps are fewer and dearer.", explored=EXPLORED), group=group_of(versus),
         at={"experiment": (JUDGING.name, "timing"), "method": (*versus.methods, None)}, estimate=versus.seconds(steps),

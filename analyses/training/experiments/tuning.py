@@ -1,4 +1,7 @@
-"""Every configuration of every method, from streams that no judged run has: the table from which the judged ones come."""
+"""Every configuration of the methods that have several, from streams that no judged run has.
+
+It is the table from which the judged ones come.
+"""
 
 from analyses.training.config import Config
 from analyses.training.entrants import TUNING, VARIES, entrants, final_loss, run, seconds, steps_to
@@ -10,6 +13,7 @@ def _points(config: Config) -> list[Point]:
     return [
         {"method": method.name, "configuration": index, "seed": start}
         for method in entrants(config)
+        if method.tuned
         for index in range(config.configurations)
         for start in range(config.starts)
     ]
