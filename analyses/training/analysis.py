@@ -35,7 +35,7 @@ FIGURES = {
         ],
         claims=(),
         height=2.5,
-        columns=6,
+        columns=5,
     ),
     "targets": _layout(
         [[partial(panels.targets, seconds=seconds, named=not seconds) for seconds in (False, True)]],

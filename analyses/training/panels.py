@@ -27,8 +27,8 @@ RIVALS: Mapping[str, style.Look] = {
 }
 """Greys, markers and names of the first-order methods; structures keep their looks."""
 DEFAULTS: Mapping[str, style.Look] = {
-    DEFAULT: style.Look("#B2182B", "*", "natural gradient, default"),
-    "preconditioned-sgd": style.Look("#762A83", "8", "preconditioned SGD, default"),
+    DEFAULT: style.Look("#B2182B", "*", "NaturalGradient"),
+    "preconditioned-sgd": style.Look("#762A83", "8", "Preconditioner, SGD"),
 }
 """Colours, markers and names of what is as it is by default."""
 DASHES: Mapping[str, Any] = {"adam": (0, (4, 1.5)), "adamw": (0, (1, 1)), "muon": (0, (5, 1, 1, 1))}
