@@ -125,7 +125,8 @@ def _as_it_is(
 
 def _before_sgd(model: nn.Module, loss: nn.Module, point: Point, _: Kind, seed: int) -> Sequence[torch.optim.Optimizer]:
     """The preconditioner with no argument beside model and loss, but for the seed of its draws, before SGD with momentum."""
-    return [attach(Preconditioner(model, loss, seed=seed), torch.optim.SGD(model.parameters(), **point))]
+    sgd = torch.optim.SGD(model.parameters(), lr=point["lr"], momentum=point["momentum"])
+    return [attach(Preconditioner(model, loss, seed=seed), sgd)]
 
 
 def output_layer(model: nn.Module) -> str:
