@@ -101,9 +101,9 @@ def targets(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named: boo
 
 
 def wins(axes: Axes, measurements: pd.DataFrame, *, seconds: bool, named: bool) -> None:
-    """Seeds at which a structure took fewer steps, or less time, to the loss than a rival, and those at which it took more.
+    """Seeds at which a structure, or a default, took fewer steps, or less time, to the loss than a rival, and those with more.
 
-    A square is blue where the structure wins at all seeds, red where it loses at all.
+    A square is blue where it wins at all seeds, red where it loses at all.
     """
     table = take(measurements, "judging", "steps_to_loss")
     if seconds:
