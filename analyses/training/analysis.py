@@ -40,7 +40,7 @@ FIGURES = {
     "targets": _layout(
         [[partial(panels.targets, seconds=seconds, named=not seconds) for seconds in (False, True)]],
         claims=(),
-        height=3.2,
+        height=3.7,
     ),
     "wins": _layout(
         [[partial(panels.wins, seconds=seconds, named=not seconds) for seconds in (False, True)]],
@@ -68,7 +68,7 @@ ANALYSIS: Analysis[Config] = Analysis(
         "--problem fashion-lenet --seeds 5                # LeNet on Fashion-MNIST",
     ),
     cost=(
-        "MLP on the ten digits, 28 methods, 22 of them in 4 configurations each on 3 seeds, 12 fresh ones to judge: about 6 "
+        "MLP on the ten digits, 28 methods, 22 of them in 4 configurations each on 3 seeds, 12 fresh ones to judge: about 5 "
         "minutes on 2 cores."
     ),
     config=Config,
