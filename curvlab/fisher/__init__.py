@@ -9,7 +9,8 @@ from curvlab.fisher.component_wise import ComponentWise  # isort: skip
 from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
 from curvlab.fisher.per_layer import PerLayer  # isort: skip
-from curvlab.fisher.structure import STRUCTURES, Structure, make  # isort: skip
+from curvlab.fisher.structure import STRUCTURES, Structure  # isort: skip
+from curvlab.fisher.by_key import make  # isort: skip
 from curvlab.fisher.damping import SolveInfo  # isort: skip
 from curvlab.fisher.step import natural_gradient_step  # isort: skip
 

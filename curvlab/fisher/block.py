@@ -21,6 +21,7 @@ from curvlab.rows.layer import LayerRows
 from curvlab.rows.loss import OutputRoot
 from curvlab.rows.parameters import Layout, Parameters
 from curvlab.rows.rows import Rows
+from curvlab.rows.side_by_side import dense, times
 
 BlockState = dict[str, Tensor | float | None]
 """What a block keeps, besides rows; plain tensors and numbers."""
@@ -279,6 +280,10 @@ class Block(ABC):
     def solve(self, x: Float[Tensor, "K P_b"], damping: float) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
         """Return `(F + ρI)⁻¹x`, or `F⁺x` for ρ = 0, and the squared norm of x outside range(F) if ρ = 0, else 0."""
 
+    def invert(self, x: Float[Tensor, "K P_b"], inverse: Power) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
+        """Return what `solve` does, for any inverse power, the first one by the block's own way."""
+        return self.solve(x, inverse.damping) if inverse.exponent == 1 else self.solve_power(x, inverse)
+
     def solve_power(
         self, x: Float[Tensor, "K P_b"], inverse: Power
     ) -> tuple[Float[Tensor, "K P_b"], Float[Tensor, " K"]]:
@@ -326,6 +331,16 @@ class Block(ABC):
         relation: RowRelation,
     ) -> Float[Tensor, "Q R"]:
         """Return `left (F + ρI)⁻¹ rightᵀ`; the relation is that of `right` to the rows S that `lift` takes."""
+
+    def sandwich_power(
+        self, left: tuple[LayerRows, ...], right: tuple[LayerRows, ...], inverse: Power
+    ) -> Float[Tensor, "Q R"]:
+        """Return `left f(F) rightᵀ` for an inverse power f. Memory `R·P_b`."""
+        rows = dense(right)
+        if self.index is None:
+            return times(left, self.transform(rows, inverse)).T
+        seen = self.transform(rows[:, self.index], inverse)
+        return times(left, torch.zeros_like(rows).index_copy_(1, self.index, seen)).T
 
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:

@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 
 from curvlab.errors import PartitionError
 from curvlab.fisher.block import Block
+from curvlab.fisher.by_key import make
 from curvlab.fisher.ekfac import decompose_factors
 from curvlab.fisher.kronecker import stagger
-from curvlab.fisher.structure import Structure, make
+from curvlab.fisher.structure import Structure
 from curvlab.rows import Rows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import ParameterSpace

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
 from math import inf, log
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from curvlab.errors import NotPositiveDefinite, OutsideRange, unknown_name
+from curvlab.errors import NotPositiveDefinite, OutsideRange
 from curvlab.fisher.block import Block, RowRelation
 from curvlab.fisher.damping import Damping, SolveInfo, absolute
 from curvlab.fisher.fitting import fit
@@ -42,7 +41,6 @@ from curvlab.rows.sharded import whole
 from curvlab.rows.sweep import PickOutput
 from curvlab.tools.looks import REGISTRIES, WITHOUT_STRUCTURE, Look, distinct
 from curvlab.tools.registry import Registry
-from curvlab.tools.text import what_was_given
 
 Own = TypeVar("Own", bound="Structure")
 
@@ -154,11 +152,16 @@ class Structure(State):
         self._prepare(rho)
         return rho
 
-    def _spectral_damping(self, damping: Damping, power: float) -> float:
-        """Return the absolute ρ, relative to a power of λ_max, once all eigendecompositions are made in batched calls."""
+    def _inverse(self, damping: Damping, power: float, damps: Damps) -> Power:
+        """Return the function that a solve applies, with the absolute ρ, once all factorisations are made in batched calls."""
+        check_power(power, damps)
+        if power == 1:
+            return Power(1.0, inverse=True, damping=self._damping(damping))
         self._ready()
         decompose([system for block in self._blocks for system in block.systems()])
-        return absolute(damping, lambda: self.largest_eigenvalue() ** power)
+        of = power if damps == "power" else 1.0
+        rho = absolute(damping, lambda: self.largest_eigenvalue() ** of)
+        return Power(power, inverse=True, damping=rho, damps=damps)
 
     def _prepare(self, damping: float) -> None:
         """Factorise what solves of all blocks need, so that matrices of equal size go in one batched call."""
@@ -255,16 +258,14 @@ class Structure(State):
 
         Cost: for powers other than 1 an eigendecomposition, kept until the next update.
         """
-        check_power(power, damps)
-        of_power = power if damps == "power" else 1.0
-        rho = self._damping(damping) if power == 1 else self._spectral_damping(damping, of_power)
-        inverse = Power(power, inverse=True, damping=rho, damps=damps)
+        inverse = self._inverse(damping, power, damps)
+        rho = inverse.damping
         named, restore = self._unpacked(vector)
         result: dict[str, Tensor] = {}
         outside, total = [], []
         for block in self._blocks:
             x = block.join(named)
-            solution, missed = block.solve(x, rho) if power == 1 else block.solve_power(x, inverse)
+            solution, missed = block.invert(x, inverse)
             block.put(solution, result)
             outside.append(missed)
             total.append(x.square().sum(-1))
@@ -312,6 +313,9 @@ class Structure(State):
         gradient: Mapping[str, Tensor],
         damping: Damping,
         per_sample_gradients: Callable[[str], LayerRows | None] | None = None,
+        *,
+        power: float = 1.0,
+        damps: Damps = "matrix",
     ) -> dict[str, Tensor]:
         """Return `(F + ρI)⁻¹g` as `solve` does, by a cheaper route where one is open and without its report.
 
@@ -321,16 +325,18 @@ class Structure(State):
             per_sample_gradients: returns, for the name of a parameter, rows of its layer that add up to g there, one a
                 sample: the layer's inputs, and the gradients at its outputs; None if there are none. Blocks with Kronecker
                 factors multiply with their inverses what takes fewer operations, the factors of these rows or g; blocks of
-                rows with the same inputs never form g. All agree to rounding.
+                rows with the same inputs never form g. All agree to rounding. For the first power only.
+            power: see `solve`.
+            damps: see `solve`.
         """
-        rho = self._damping(damping)
+        inverse = self._inverse(damping, power, damps)
         found: dict[str, Tensor] = {}
         for block in self._blocks:
-            layers = self._per_sample_gradients(block, rho, per_sample_gradients)
+            layers = None if power != 1 else self._per_sample_gradients(block, inverse.damping, per_sample_gradients)
             if layers is not None:
-                found.update({name: value[None] for name, value in block.solve_sum(layers, rho).items()})
+                found.update({name: value[None] for name, value in block.solve_sum(layers, inverse.damping).items()})
             else:
-                solution, _ = block.solve(block.join({name: gradient[name][None] for name in block.names}), rho)
+                solution, _ = block.invert(block.join({name: gradient[name][None] for name in block.names}), inverse)
                 block.put(solution, found)
         return {name: found[name][0] for name in self.space.shapes if name in found}
 
@@ -344,7 +350,15 @@ class Structure(State):
         fitting = [layer for layer, part in zip(layers, block.parts, strict=True) if layer and layer.layout == part]
         return tuple(fitting) if len(fitting) == len(layers) else None
 
-    def response(self, jacobian: Rows, damping: Damping, test: Rows | None = None) -> Float[Tensor, "Q R"]:
+    def response(
+        self,
+        jacobian: Rows,
+        damping: Damping,
+        test: Rows | None = None,
+        *,
+        power: float = 1.0,
+        damps: Damps = "matrix",
+    ) -> Float[Tensor, "Q R"]:
         """Return `M = J' (F + ρI)⁻¹ Jᵀ / count`: a step moves the outputs by `−η M ∂ℓ`.
 
         Here ∂ℓ holds the gradients of the loss terms with respect to the outputs, before the division by `count`.
@@ -353,6 +367,8 @@ class Structure(State):
             jacobian: J, rows of the data whose gradients drive the step; any rows will do.
             damping: ρ, absolute or relative.
             test: J' of the outputs whose change is asked for; J itself if None.
+            power: of the matrix that is inverted, see `solve`; others than 1 form the rows of one block after the other.
+            damps: see `solve`.
 
         Raises:
             ValueError: if the rows belong to other parameters.
@@ -363,6 +379,10 @@ class Structure(State):
         for rows in (left, jacobian):
             if dict(rows.space.shapes) != dict(self.space.shapes):
                 raise ValueError("The rows belong to other parameters than the structure's state.")
+        if power != 1:
+            inverse = self._inverse(damping, power, damps)
+            pairs = [block.sandwich_power(block.of(left), block.of(jacobian), inverse) for block in self._blocks]
+            return torch.stack(pairs).sum(0) / self.count
         relation = self._relation(jacobian)
         if self.averages or relation.behind(rho) is None:
             self._prepare(rho)
@@ -427,23 +447,3 @@ class Structure(State):
             if zeros and rho == 0:
                 return -inf
         return total
-
-
-def make(key: str | type[Structure] | Structure, **options: Any) -> Structure:
-    """Return a structure by its key in `STRUCTURES` or its class, with the options of its class; an object is returned as it is.
-
-    Raises:
-        ValueError: for an unknown key or option, with the nearest known one suggested, and for what is no structure.
-    """
-    if isinstance(key, Structure) and not options:
-        return key
-    made = STRUCTURES[key] if isinstance(key, str) else key
-    if not (isinstance(made, type) and issubclass(made, Structure)):
-        made_already = isinstance(key, Structure)
-        what = "one that is made takes no further options" if made_already else f"got {what_was_given(key)}"
-        raise ValueError(f"A structure is a key such as 'kfac', a class, or an object such as KFAC(); {what}.")
-    known = signature(made).parameters
-    for name in options:
-        if name not in known:
-            raise unknown_name(f"option of {getattr(made, 'key', made.__name__)!r}", name, known)
-    return made(**options)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import Structure
+from curvlab.fisher.power import Damps
 from curvlab.optim.gradients import norm
 from curvlab.optim.hyper import Hyper, Interval, Present, Schedule
 from curvlab.optim.preconditioner import DAMPING, KL_CLIP, Preconditioner
@@ -61,7 +62,9 @@ class NaturalGradient(torch.optim.Optimizer):
         draws: random rows of a loss term, for "mc" and for signs.
         rows: what a row stands for, see `Preconditioner`.
         damping: ρ, a number, a function of the step, or `LevenbergMarquardt`. If None, the last, where the loss of a batch can be
-            evaluated at other parameters; 0.01 for sharded models.
+            evaluated at other parameters; 0.01 for sharded models, and for powers other than 1.
+        power: p of `(F + ρI)^{-p}`, see `Preconditioner`.
+        damps: what ρ is added to, see `Preconditioner`.
         decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
@@ -102,6 +105,8 @@ class NaturalGradient(torch.optim.Optimizer):
         draws: int = 1,
         rows: RowPer | None = None,
         damping: Schedule | LevenbergMarquardt | None = None,
+        power: float = 1.0,
+        damps: Damps = "matrix",
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
         plain: str | Sequence[str] = (),
@@ -118,7 +123,12 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         self._gives_way, self._stuck = damping is None, False
         if damping is None:
-            damping = DAMPING if isinstance(model, nn.Module) and is_sharded(model) else LevenbergMarquardt()
+            fixed = power != 1 or (isinstance(model, nn.Module) and is_sharded(model))
+            damping = DAMPING if fixed else LevenbergMarquardt()
+        if power != 1 and (isinstance(damping, LevenbergMarquardt) or lr == "quadratic"):
+            raise ValueError(
+                f'LevenbergMarquardt and lr="quadratic" are about the quadratic model of F + ρI: with power={power:g} give numbers.'
+            )
         self._adapts = damping if isinstance(damping, LevenbergMarquardt) else None
         self._rho = Present(nan)
         self._quadratic = lr == "quadratic"
@@ -130,6 +140,8 @@ class NaturalGradient(torch.optim.Optimizer):
             draws=draws,
             rows=rows,
             damping=self._rho if isinstance(damping, LevenbergMarquardt) else damping,
+            power=power,
+            damps=damps,
             kl_clip=kl_clip,
             decay=decay,
             refresh_every=refresh_every,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import StateError, UnsupportedModel
 from curvlab.fisher import KFAC, Structure, make
+from curvlab.fisher.power import Damps, check_power
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
 from curvlab.optim.gradients import all_finite, interchangeable, masked, too_many_skipped
@@ -76,6 +77,8 @@ class Preconditioner:
             if None, but "sample" for "empirical" rows of a structure that adds a sample's rows up. The "batch" is that of the
             step: of all passes before it, in all processes.
         damping: ρ of `F + ρI`, a number or a function of the step.
+        power: p of `(F + ρI)^{-p}`; ½ for methods of Adagrad's family.
+        damps: "matrix", or "power" for `(F^p + ρI)⁻¹`, as Adam's ε beside the root.
         kl_clip: bound κ of the trust region, a number or a function of the step; None for none. The direction d is scaled by
             min(1, √(κu/dᵀ∇L)), so that its squared length in the metric of F + ρI is at most κ in the unit u of
             `curvlab.optim.trust.unit` (Ba, Grosse & Martens 2017, section 5).
@@ -106,6 +109,8 @@ class Preconditioner:
         draws: int = 1,
         rows: RowPer | None = None,
         damping: Schedule = DAMPING,
+        power: float = 1.0,
+        damps: Damps = "matrix",
         kl_clip: Schedule | None = KL_CLIP,
         decay: Schedule | None = None,
         refresh_every: Interval = 1,
@@ -120,6 +125,8 @@ class Preconditioner:
         self.structure = KFAC(factored_damping=True, invert_every=10) if structure is None else make(structure)
         self._blank = copy.deepcopy(self.structure)
         self.damping = Hyper("damping", damping)
+        check_power(power, damps)
+        self.power, self.damps = power, damps
         self.kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
         usual = 0.95 if self.structure.averages else 0.0
         self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
@@ -187,6 +194,7 @@ class Preconditioner:
         """Return the options that a line shows: structure, kind, damping and decay, and what is not as usual."""
         others: dict[str, object] = {"draws": self.how.draws, "rows": self.how.per}
         others |= {"kl_clip": self.kl_clip and self.kl_clip.value, "refresh_every": self.refresh_every.value}
+        others |= {"power": self.power, "damps": self.damps}
         others |= {"plain": self.plain, "graph": self.graph, "output": self.output, "patience": self.patience}
         main: dict[str, object] = {"structure": self.structure, "kind": self.how.kind}
         return main | {"damping": self.damping.value, "decay": self.decay.value} | changed(self, others)
@@ -340,7 +348,8 @@ class Preconditioner:
             )
         due = self.due
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()}
-        route = route_of(Step(self.structure, self._passes[0] if self._of_the_pass(complete) else None, due))
+        own = self._passes[0] if self._of_the_pass(complete) else None
+        route = route_of(Step(self.structure, own, due, self.power, self.damps))
         passes = self._passes.take()
         rows = [found.rows for found in passes if found.rows is not None]
         dtype = rows[0].dtype if rows else self.structure.dtype
@@ -365,9 +374,9 @@ class Preconditioner:
             self.refresh_seconds = time.perf_counter() - begun
         damping = self.damping.at(self.steps) if choose is None else choose(complete)
         if self._sharding is not None:
-            found = self._sharding.direction(self.structure, complete, damping)
+            found = self._sharding.direction(self.structure, complete, damping, self.power, self.damps)
         else:
-            if (processes := Processes.present()) is not None:
+            if (processes := Processes.present()) is not None and self.power == 1:
                 self.structure.share_inverses(damping, partial(inverses_by, processes))
             found = route.direction(complete, sums, damping)
         self.structure.forget_batch()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvlab.fisher import Structure
+from curvlab.fisher.power import Damps
 from curvlab.optim.sums import adds_up, is_small
 from curvlab.rows.collect import Collector
 from curvlab.rows.layer import LayerRows
@@ -31,11 +32,15 @@ class Step:
         structure: the curvature.
         own: the pass that the gradients are of, if they are of one pass and nothing has touched them since.
         due: whether the rows of this pass go into the curvature.
+        power: of the curvature, which is inverted; the first two routes are open for the first one.
+        damps: what damping is added to, see `curvlab.fisher.power`.
     """
 
     structure: Structure
     own: Collector | None
     due: bool
+    power: float = 1.0
+    damps: Damps = "matrix"
 
 
 class Route(ABC):
@@ -43,6 +48,7 @@ class Route(ABC):
 
     def __init__(self, step: Step) -> None:
         self.structure = step.structure
+        self._power, self._damps = step.power, step.damps
 
     @staticmethod
     @abstractmethod
@@ -74,7 +80,7 @@ class Gradient(Route):
         return set()
 
     def direction(self, gradients: Mapping[str, Tensor], sums: set[str], damping: float) -> dict[str, Tensor]:  # noqa: ARG002, D102
-        return self.structure.direction(gradients, damping)
+        return self.structure.direction(gradients, damping, power=self._power, damps=self._damps)
 
 
 class PerSampleGradients(Route):
@@ -87,7 +93,7 @@ class PerSampleGradients(Route):
 
     @staticmethod
     def applies(step: Step) -> bool:  # noqa: D102
-        return step.own is not None
+        return step.own is not None and step.power == 1
 
     def sums(self, gradients: Mapping[str, Tensor], *, looks: bool) -> set[str]:  # noqa: D102
         if not looks:
@@ -112,7 +118,8 @@ class Lift(PerSampleGradients):
     @staticmethod
     def applies(step: Step) -> bool:  # noqa: D102
         own = step.own
-        return step.due and own is not None and own.coefficients is not None and not step.structure.averages
+        lifts = own is not None and own.coefficients is not None and not step.structure.averages
+        return step.due and lifts and step.power == 1
 
     def _adds_up(self, layer: LayerRows, gradients: Mapping[str, Tensor]) -> bool:
         return adds_up(layer, gradients, self.own.coefficients)

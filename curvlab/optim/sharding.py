@@ -19,6 +19,7 @@ from torch import Size, Tensor, distributed, nn
 
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Structure
+from curvlab.fisher.power import Damps
 from curvlab.rows.owners import Owner, widest
 from curvlab.rows.processes import Processes, spread
 from curvlab.rows.rows import Rows
@@ -102,9 +103,11 @@ class Sharding:
             else:
                 structure.lend(rows, self.held_by(rank), total)
 
-    def direction(self, structure: Structure, parts: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """Return `(F + ρI)⁻¹ grad`, cut up, from this process' parts of the gradient."""
-        return self.to_shards(structure.direction(self.to_holders(parts), damping))
+    def direction(
+        self, structure: Structure, parts: Mapping[str, Tensor], damping: float, power: float, damps: Damps
+    ) -> dict[str, Tensor]:
+        """Return `(F + ρI)⁻¹ grad`, or that of another power, cut up, from this process' parts of the gradient."""
+        return self.to_shards(structure.direction(self.to_holders(parts), damping, power=power, damps=damps))
 
     def to_holders(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bring parts of gradients, those of this process, to the holders; returns the whole ones of its own layers.

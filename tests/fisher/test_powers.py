@@ -156,3 +156,17 @@ def test_powers_that_do_not_exist_are_refused_by_name() -> None:
             full.solve(v, 0.1, power=power)
     with pytest.raises(ValueError, match=r"Unknown damps 'powers'\. Did you mean 'power'\?"):
         full.solve(v, 0.1, damps="powers")
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in INDEFINITE])
+def test_the_response_of_a_power_is_that_of_the_dense_matrix(spec: str, network: str) -> None:
+    data = case(network, "ce-all")
+    structure = build(spec, list(positions(data.model))).update(data.rows)
+    dense, J, (elsewhere, other) = structure.to_dense(), data.reference.rows_of_J(), data.elsewhere
+    rho, count = 0.01 * structure.largest_eigenvalue(), data.reference.count
+    inverse = damped(dense, lambda x: (x + rho) ** -0.5)
+    assert_close(structure.response(data.rows.jacobian(), rho, power=0.5), J @ inverse @ J.T / count, 1e-7)
+    inverse = damped(dense, lambda x: 1 / (x**0.25 + rho))
+    found = structure.response(data.rows.jacobian(), rho, test=elsewhere, power=0.25, damps="power")
+    assert_close(found, other @ inverse @ J.T / count, 1e-7)
