@@ -177,9 +177,15 @@ def test_misspelt_argument_is_refused():
 
 def test_registered_problems_take_the_arguments_that_an_analysis_may_pass():
     on_images = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar10-5k", "karakida-osawa"}
-    trained = {"digits-mlp", "digits-residual", "fashion-lenet", "cifar10-5k-cnn", "characters", "chebyshev"} | set(
-        SHORT_TEXT
-    )
+    networks = {
+        "digits-mlp",
+        "digits-residual",
+        "fashion-mlp",
+        "fashion-lenet",
+        "cifar10-5k-cnn",
+        "cifar10-5k-residual",
+    }
+    trained = networks | {"characters", "chebyshev", *SHORT_TEXT}
     two_layer = {"two-layer", "synthetic-two-layer"}
     assert set(PROBLEMS) == on_images | two_layer | trained | {f"{graph}-gcn" for graph in GRAPHS}
     for name in on_images:
