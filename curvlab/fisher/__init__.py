@@ -8,6 +8,7 @@ from curvlab.fisher.diagonal import Diagonal  # isort: skip
 from curvlab.fisher.component_wise import ComponentWise  # isort: skip
 from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
+from curvlab.fisher.sketched import Sketched  # isort: skip
 from curvlab.fisher.per_layer import PerLayer  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, Structure  # isort: skip
 from curvlab.fisher.by_key import make  # isort: skip
@@ -25,6 +26,7 @@ __all__ = [
     "Full",
     "LayerWise",
     "PerLayer",
+    "Sketched",
     "SolveInfo",
     "Structure",
     "UnitWise",

@@ -100,12 +100,16 @@ class RowBlock(SidedBlock):
             return solution, x.new_zeros(len(x)) if damping else self._null_energy(x)
         seen = self.root.times(x)
         if damping > 0:
-            return (x - self.root.combine(self.system.solve(seen, damping))) / damping, x.new_zeros(len(x))
+            return (x - self._combined(self.system.solve(seen, damping))) / damping, x.new_zeros(len(x))
         eigen = self.system.eigen
         once = eigen.coordinates(seen.mT) * eigen.inverse(0.0)[:, None]
         both = torch.cat([once, once * eigen.inverse(0.0)[:, None]], dim=1) @ eigen.vectors.mT
         projection, solution = self.root.combine(both.mT.to(x)).split(len(x))
         return solution, (x - projection).square().sum(-1)
+
+    def _combined(self, c: Float[Tensor, "B n K"]) -> Float[Tensor, "K P_b"]:
+        """Combine rows with the solution of a system, to a step."""
+        return self.root.combine(c)
 
     def _null_energy(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, " K"]:
         """Return the squared norm of x in null directions of the parameter side."""
@@ -140,7 +144,7 @@ class RowBlock(SidedBlock):
     def lift(self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float) -> Float[Tensor, "K P_b"]:
         """Return `(F + ρI)⁻¹Sᵀc`; on the row side `Xᵀ(K + ρI)⁻¹c`, accurate at any damping."""
         if self.keeps_rows:
-            return self.root.combine(self.system.solve(self.root.coefficients(c), damping))
+            return self._combined(self.system.solve(self.root.coefficients(c), damping))
         combined = combine(layers, c)
         return self.solve(combined if self.index is None else combined[:, self.index], damping)[0]
 

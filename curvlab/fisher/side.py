@@ -92,13 +92,19 @@ class SidedBlock(Block):
         if side == "parameters" or (side == "auto" and window is None and width <= rows):
             return False
         if batch.fading and window is None:
-            memory = width * self.size * batch.layers[0].row_factors[-1].element_size() / 2**30
             raise StateError(
                 f"Block {self.name!r} keeps {rows} rows, which take decay 0 or 1, not {batch.decay}. Set window=k to "
-                f"keep the last k batches, or side='parameters' for a matrix of {width} × {width} "
-                f"({'' if self.count == 1 else f'{self.count} of them, '}{memory:.3g} GiB)."
+                f"keep the last k batches{self._other_side(batch)}."
             )
         return True
+
+    def _other_side(self, batch: Batch) -> str:
+        """Return the end of a message: what the parameter side would take."""
+        memory = self.width * self.size * batch.layers[0].row_factors[-1].element_size() / 2**30
+        return (
+            f", or side='parameters' for a matrix of {self.width} × {self.width} "
+            f"({'' if self.count == 1 else f'{self.count} of them, '}{memory:.3g} GiB)"
+        )
 
     def elements(self, batch: Batch) -> int:  # noqa: D102
         held = 0 if batch.decay == 0 else self._rows_held

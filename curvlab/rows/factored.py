@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.rows.aligned import product
-from curvlab.rows.layer import LayerRows, SharedRows, blank
+from curvlab.rows.layer import LayerRows, SharedRows, blank, part_of
 from curvlab.rows.parameters import Layout
 from curvlab.rows.products import add_pairs, add_product, cached, chunks, pairs_cost
 
@@ -95,6 +95,25 @@ class KroneckerRows(SharedRows):
     def restrict(self, names: Iterable[str]) -> KroneckerRows:  # noqa: D102
         layout, columns = self.layout.restrict(names)
         return replace(self, layout=layout, a=self.a[..., columns])
+
+    @property
+    def groups(self) -> int:  # noqa: D102
+        return self.g.shape[3]
+
+    def at(self, units: Int[Tensor, " u"], columns: Int[Tensor, " w"]) -> KroneckerRows:  # noqa: D102
+        return replace(self, layout=part_of(self, units, columns), a=self.a[..., columns], g=self.g[..., units])
+
+    def truncated(self, rank: int) -> KroneckerRows:
+        """Return rows of one position a singular value of `g[v,n,:,q,:]`, the largest ones: `Σ_t g ⊗ a` of that rank nearest in g.
+
+        Every row is a sample of its own, as singular vectors mix the inputs' positions: `V = 1`, and `N` is the number of rows.
+        Cost: `R·Q` decompositions of `[T, O]`; memory `R·rank·Q·(O + I)`.
+        """
+        u, s, v = torch.linalg.svd(self.g.transpose(2, 3), full_matrices=False)
+        kept = slice(min(rank, s.shape[-1]))
+        a = torch.einsum("vnqtk,ntqi->vnkqi", u[..., kept], self.a)
+        g = (s[..., kept, None] * v[..., kept, :]).transpose(2, 3)
+        return KroneckerRows(self.name, self.layout, a.flatten(0, 1), g.flatten(0, 1)[None])
 
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ`.
@@ -283,6 +302,12 @@ class EmbeddingRows(SharedRows):
     def restrict(self, names: Iterable[str]) -> EmbeddingRows:  # noqa: ARG002
         """Return the rows themselves: an embedding has one parameter."""
         return self
+
+    def at(self, units: Int[Tensor, " u"], columns: Int[Tensor, " w"]) -> EmbeddingRows:  # noqa: D102
+        place = self.index.new_full((self.layout.units,), -1).index_copy_(0, units, torch.arange(len(units)).to(units))
+        index = place[self.index]
+        g = self.g[..., columns] * (index >= 0)[..., None]
+        return replace(self, layout=part_of(self, units, columns), index=index.clamp_min(0), g=g)
 
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ`: the cheaper of forming the rows, `R·S·P_l`, and of the pairs of positions."""

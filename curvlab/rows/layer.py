@@ -103,6 +103,23 @@ class LayerRows(ABC):
         """Keep the columns of some of the parameters."""
 
     @abstractmethod
+    def at(self, units: Int[Tensor, " u"], columns: Int[Tensor, " w"]) -> LayerRows:
+        """Return the rows' entries at some units of every group and some columns; factored where the rows are."""
+
+    def entries(self, index: Int[Tensor, " q"]) -> DenseRows:
+        """Return the rows' entries at some places of a block vector, formed. Memory `R·q`, and that of some formed rows."""
+        V, N = self.shape
+        parts = chunks(N, V * self.size)
+        found = [self.select(part).dense()[:, index].view(V, -1, 1, len(index)) for part in parts]
+        layout = Layout.of(1, {self.name: torch.Size([len(index)])})
+        return DenseRows(self.name, layout, torch.cat(found, dim=1))
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of units that have inputs of their own."""
+        return 1
+
+    @abstractmethod
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ` to `out`; if `other is self`, only blocks on and above the diagonal (see `mirror`)."""
 
@@ -315,6 +332,9 @@ class DenseRows(LayerRows):
         layout, columns = self.layout.restrict(names)
         return replace(self, layout=layout, j=self.j[..., columns])
 
+    def at(self, units: Int[Tensor, " u"], columns: Int[Tensor, " w"]) -> DenseRows:  # noqa: D102
+        return replace(self, layout=part_of(self, units, columns), j=self.j[:, :, units][..., columns])
+
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ` at `R·S·P_l`."""
         self._add_dense_gram(out, other)
@@ -327,6 +347,12 @@ class DenseRows(LayerRows):
 
     def dense(self) -> Float[Tensor, "R P_l"]:  # noqa: D102
         return self.j.flatten(2).flatten(0, 1)
+
+
+def part_of(rows: LayerRows, units: Int[Tensor, " u"], columns: Int[Tensor, " w"]) -> Layout:
+    """Return the layout of what `LayerRows.at` returns, which is a parameter by itself."""
+    kept = len(units) * rows.groups
+    return Layout.of(kept, {rows.name: torch.Size([kept, len(columns)])})
 
 
 def blank(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
@@ -76,6 +76,10 @@ class TiedRows(LayerRows):
         layout, columns = self.layout.restrict(names)
         table = replace(self.table, layout=layout, g=self.table.g[..., columns])
         return TiedRows(self.name, layout, table, self.head.restrict(names))
+
+    def at(self, units: Int[Tensor, " u"], columns: Int[Tensor, " w"]) -> TiedRows:  # noqa: D102
+        table, head = self.table.at(units, columns), self.head.at(units, columns)
+        return TiedRows(self.name, head.layout, table, head)
 
     def add_gram(self, out: Float[Tensor, "R S"], other: LayerRows) -> None:
         """Add `self @ otherᵀ`: that of either part, and of all pairs of positions of the two, `N·T·M·S·V·(I + W)`."""

@@ -33,7 +33,7 @@ WITHOUT_STRUCTURE = {"gradient-descent": Look("#7F7F7F", "*", "gradient descent"
 
 SPARE: Mapping[str, tuple[str, ...]] = {
     "color": ("#44AA99", "#CC6677", "#332288", "#999933", "#6699CC", "#661100", "#117733", "#AA4499"),
-    "marker": ("d", ">", "<", "H", "8"),
+    "marker": ("d", ">", "<"),
 }
 """Colours and markers for things that bring none of their own; no structure of curvlab has them."""
 

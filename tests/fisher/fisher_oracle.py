@@ -337,11 +337,13 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac-reduce": ("kfac", {"sharing": "reduce"}),
     "kfac-no-exact": ("kfac", {"max_block": 0}),
     "ekfac": ("ekfac", {}),
+    "sketched": ("sketched", {}),
 }
 """Every structure, with the options that change what or how it computes."""
 
 PLAIN_SPECS = (
     "full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "component-wise", "diagonal", "kfac", "ekfac",
+    "sketched",
 )  # fmt: skip
 
 PARAMETER_SPECS = (
@@ -392,4 +394,5 @@ def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tens
         "component-wise": lambda: ref.component_wise(options.get("partition", "semantic")),
         "diagonal": lambda: ref.F.diagonal().diag(),
         "ekfac": lambda: ref.kronecker(corrected=True),
+        "sketched": lambda: ref.layer_wise(torch.eye(L, dtype=DOUBLE)),
     }[key]()

@@ -16,7 +16,7 @@ from curvlab.tools.looks import look
 def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None:
     assert list(cf.STRUCTURES) == [
         "full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise", "diagonal", "component-wise", "kfac",
-        "ekfac",
+        "ekfac", "sketched",
     ]  # fmt: skip
     for key, cls in cf.STRUCTURES.items():
         structure = cf.make(key)
