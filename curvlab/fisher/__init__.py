@@ -9,6 +9,7 @@ from curvlab.fisher.component_wise import ComponentWise  # isort: skip
 from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
 from curvlab.fisher.sketched import Sketched  # isort: skip
+from curvlab.fisher.adaptive_inverse import AdaptiveInverse  # isort: skip
 from curvlab.fisher.per_layer import PerLayer  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, Structure  # isort: skip
 from curvlab.fisher.by_key import make  # isort: skip
@@ -19,6 +20,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "STRUCTURES",
+    "AdaptiveInverse",
     "BlockDiagonal",
     "BlockTridiagonal",
     "ComponentWise",

@@ -69,6 +69,11 @@ class State(ABC):
         return {**self.__dict__, "_latest": None}
 
     @property
+    def usual_decay(self) -> float:
+        """The decay of a training that is given none: that of a long average, or 0 where the state would be many rows."""
+        return 0.95 if self.averages else 0.0
+
+    @property
     @abstractmethod
     def options(self) -> Mapping[str, object]:
         """The configuration, by the constructor's argument names."""

@@ -82,7 +82,7 @@ class Preconditioner:
         kl_clip: bound κ of the trust region, a number or a function of the step; None for none. The direction d is scaled by
             min(1, √(κu/dᵀ∇L)), so that its squared length in the metric of F + ρI is at most κ in the unit u of
             `curvlab.optim.trust.unit` (Ba, Grosse & Martens 2017, section 5).
-        decay: weight of the state so far when rows are added; 0.95 if None, or 0 for structures that keep rows.
+        decay: weight of the state so far when rows are added; `usual_decay` of the structure if None, 0 where it keeps rows.
         refresh_every: steps from one curvature to the next, a number or a function of the step.
         plain: modules or parameters, by name, that keep their plain gradient.
         graph: whether the loss is called on outputs of nodes of one graph, which interact.
@@ -128,8 +128,7 @@ class Preconditioner:
         check_power(power, damps)
         self.power, self.damps = power, damps
         self.kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
-        usual = 0.95 if self.structure.averages else 0.0
-        self.decay = Hyper("decay", usual if decay is None else decay, high=1.0)
+        self.decay = Hyper("decay", self.structure.usual_decay if decay is None else decay, high=1.0)
         self.refresh_every = Every("refresh_every", refresh_every)
         self.patience = whole("patience", patience)
         self.plain = as_names(plain, "plain")

@@ -85,7 +85,7 @@ class LayerReference:
 
 @dataclass(frozen=True)
 class Reference:
-    """What all structures are made of, for one batch."""
+    """What all structures are made of, for one batch; `terms` is its weight in an average."""
 
     J: Tensor
     moment: Tensor
@@ -93,6 +93,7 @@ class Reference:
     layers: tuple[LayerReference, ...]
     names: tuple[tuple[str, ...], ...]
     count: float
+    terms: float
 
     @property
     def F(self) -> Tensor:
@@ -228,7 +229,9 @@ def reference(
     z = found.z
     omega = term_weights(loss, z, targets).reshape(len(z), -1, z[0, 0].numel()).mean(1).sum(1)
     moment = output_moment(loss, z, targets, kind, seed)
-    return Reference(found.J, moment, omega, found.layers, found.names, count_of(loss, z, targets))
+    count = count_of(loss, z, targets)
+    terms = count if loss.reduction == "mean" else 1.0
+    return Reference(found.J, moment, omega, found.layers, found.names, count, terms)
 
 
 def layer_reference(model: nn.Module, module: nn.Module, inputs: Any, V: int, places: list[Tensor]) -> LayerReference:
@@ -338,12 +341,13 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac-no-exact": ("kfac", {"max_block": 0}),
     "ekfac": ("ekfac", {}),
     "sketched": ("sketched", {}),
+    "adaptive-inverse": ("adaptive-inverse", {}),
 }
 """Every structure, with the options that change what or how it computes."""
 
 PLAIN_SPECS = (
     "full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "component-wise", "diagonal", "kfac", "ekfac",
-    "sketched",
+    "sketched", "adaptive-inverse",
 )  # fmt: skip
 
 PARAMETER_SPECS = (
@@ -357,6 +361,11 @@ PARAMETER_SPECS = (
     "kfac-reduce",
 )
 """Specs that take any decay."""
+
+
+def beside_identity(F: Tensor, weight: float) -> Tensor:
+    """Return the average of a matrix of a weight and the identity, which has the weight 1."""
+    return (torch.eye(len(F), dtype=DOUBLE) + weight * F) / (1 + weight)
 
 
 def build(spec: str, names: Sequence[str], **more: Any) -> cf.Structure:
@@ -395,4 +404,5 @@ def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tens
         "diagonal": lambda: ref.F.diagonal().diag(),
         "ekfac": lambda: ref.kronecker(corrected=True),
         "sketched": lambda: ref.layer_wise(torch.eye(L, dtype=DOUBLE)),
+        "adaptive-inverse": lambda: beside_identity(ref.F, ref.terms),
     }[key]()

@@ -16,7 +16,7 @@ from curvlab.tools.looks import look
 def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None:
     assert list(cf.STRUCTURES) == [
         "full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise", "diagonal", "component-wise", "kfac",
-        "ekfac", "sketched",
+        "ekfac", "sketched", "adaptive-inverse",
     ]  # fmt: skip
     for key, cls in cf.STRUCTURES.items():
         structure = cf.make(key)
@@ -189,7 +189,7 @@ def test_what_lies_outside_the_range_is_reported(spec: str) -> None:
     solution, info = structure.solve(top, 0.0, info=True)
     assert_close(dense @ solution, top, 1e-9)
     assert float(info.outside) < 1e-6
-    if spec in ("diagonal", "component-wise-kernel-rows"):  # single weights, none of them null
+    if spec in ("diagonal", "component-wise-kernel-rows", "adaptive-inverse"):  # none is null
         return
     if "kfac" in spec:  # the range of K-FAC's factors, which holds EKFAC's, too
         projector = data.reference.kronecker() @ data.reference.kronecker(undamped_inverse=True)

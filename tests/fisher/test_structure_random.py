@@ -11,6 +11,7 @@ from fisher_oracle import (
     SPECS,
     Derivatives,
     Reference,
+    beside_identity,
     build,
     dense_structure,
     derivatives,
@@ -49,6 +50,8 @@ def merged(spec: str, place: dict[str, Tensor], references: list[Reference], mea
     """Return the structure of all batches: Σ count·F / Σ count for means, the sum for sums; of factors for K-FAC."""
     counts = torch.tensor([ref.count if mean else 1.0 for ref in references], dtype=DOUBLE)
     weights = counts / counts.sum() if mean else counts
+    if spec == "adaptive-inverse":
+        return beside_identity(merged("full", place, references, mean), float(counts.sum()) if mean else 1.0)
     total = sum(w * dense_structure(spec, ref, place) for w, ref in zip(weights, references, strict=True))
     assert isinstance(total, Tensor)
     if spec.startswith("kfac"):

@@ -1,15 +1,16 @@
-"""Training on real digits with low rank blocks, by the same preconditioner as with all structures."""
+"""Training on real digits with low rank blocks and adaptive inverses, by the same preconditioner as with all structures."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from curvlab.fisher import Sketched, Structure
+from curvlab.fisher import AdaptiveInverse, Sketched, Structure
 from curvlab.optim import Preconditioner
 from curvlab.problems import resolve
 
 SENG = {"sketch": 16, "threshold": 300}
+PARTS = ("1.weight", ("1.bias", "3.weight", "3.bias", "5.weight", "5.bias"))
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,12 @@ SENG = {"sketch": 16, "threshold": 300}
         pytest.param(Sketched(), {"kind": "empirical", "damping": 0.5}, id="low rank"),
         pytest.param(Sketched(**SENG), {"kind": "empirical", "damping": 0.5}, id="sketched"),
         pytest.param(Sketched(**SENG, scaling="published"), {"kind": "empirical", "damping": 0.5, "refresh_every": 10}, id="stale"),
+        pytest.param(AdaptiveInverse(), {"kind": "exact", "damping": 0.5}, id="adaptive"),
+        pytest.param(
+            AdaptiveInverse(recursion="first-order", rate=0.02, partition=PARTS),
+            {"kind": "mc", "damping": 0.1},
+            id="first order, in parts",
+        ),
     ],
 )  # fmt: skip
 def test_digits_are_learned_faster_than_by_gradient_descent_at_the_same_rate(
