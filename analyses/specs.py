@@ -3,13 +3,13 @@
 from collections.abc import Collection
 from typing import Any
 
-from curvlab.fisher import STRUCTURES, LayerWise
+from curvlab.fisher import STRUCTURES, LayerWise, of_theory
 from curvlab.problems import GRAPHS, Problem, swept_arguments
 
 
 def members() -> tuple[str, ...]:
-    """Return the structures but the layer-wise one, which is a family whose members with a name are here."""
-    return tuple(name for name in STRUCTURES if name != LayerWise.key)
+    """Return the structures of theory but the layer-wise one, which is a family whose members with a name are here."""
+    return tuple(name for name in of_theory() if name != LayerWise.key)
 
 
 def check_structures(names: Collection[str], *, families: bool = True) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from analyses.specs import check_structures
-from curvlab.fisher import STRUCTURES
+from curvlab.fisher import of_theory
 from curvlab.nn import ACTIVATIONS
 from curvlab.problems import swept_arguments
 from curvlab.study import CommonOptions, check_bounds, check_names, check_positive
@@ -29,7 +29,7 @@ class Config(CommonOptions):
     """Number of weight layers."""
     activation: str = "relu"
     """Activation of the hidden layers."""
-    structures: tuple[str, ...] = field(default_factory=lambda: tuple(STRUCTURES))
+    structures: tuple[str, ...] = field(default_factory=of_theory)
     """Structures to measure: keys, or module:Class."""
     other_depths: tuple[int, ...] = (2, 4, 5, 6, 7)
     """Depths tried besides, at the smallest width (unit: weight layers)."""

@@ -6,7 +6,7 @@ from typing import Literal
 from analyses.specs import check_structures
 from analyses.training.methods import CONFIGURATIONS, DEFAULTS, METHODS, RIVALS, VARIANTS, Entrant, in_order
 from analyses.training.races import RACES, USUAL, Race
-from curvlab.fisher import STRUCTURES
+from curvlab.fisher import of_theory
 from curvlab.study import CommonOptions, check_bounds, check_names
 
 
@@ -26,7 +26,7 @@ class Config(CommonOptions):
     """Runs of each configuration, with streams that no judged run has, by which one is chosen (unit: runs)."""
     rivals: tuple[str, ...] = tuple(RIVALS)
     """First-order methods to run."""
-    structures: tuple[str, ...] = field(default_factory=lambda: tuple(STRUCTURES))
+    structures: tuple[str, ...] = field(default_factory=of_theory)
     """Structures to run: keys, or module:Class."""
     defaults: tuple[str, ...] = tuple(DEFAULTS)
     """Optimisers of curvlab to run as they are by default, untuned."""

@@ -16,7 +16,7 @@ from curvlab.compare.deadline import Deadline
 from curvlab.compare.landscape import Landscape
 from curvlab.compare.memory import Needs, allowed_memory, needs_of
 from curvlab.compare.result import Comparison, record_of
-from curvlab.fisher import STRUCTURES, Structure, make
+from curvlab.fisher import Structure, make, of_theory
 from curvlab.fisher.damping import Damping, absolute
 from curvlab.rows.batches import Data
 from curvlab.rows.loss import Kind, RowPer
@@ -73,7 +73,8 @@ def compare(
             second is only looked at; or one pair (inputs, targets), whose last half is held out as the second batch. A batch that
             cannot be halved, such as a graph, has no second one. An iterator loses what is taken of it.
         structures: a key of `curvlab.fisher.STRUCTURES`, a structure, several, or structures by names of your own. If None, all
-            keys; but in large networks, where the rows have more than 2²¹ entries, only those that are not `costly`.
+            keys but those `of_optimiser`; and in large networks, where the rows have more than 2²¹ entries, only those that are not
+            `costly`.
         damping: value or values of ρ, absolute or relative to each structure's λ_max ("rel:1e-3"), taken of each fit anew; 0 is
             the pseudo-inverse.
         kind: rows from which the structures are built; the response is always that of the exact rows.
@@ -175,7 +176,7 @@ def _chosen(structures: Structures) -> dict[str, Structure]:
     else:
         listed = [structures] if isinstance(structures, str | Structure) else structures
         named = {}
-        for one in STRUCTURES if listed is None else listed:
+        for one in of_theory() if listed is None else listed:
             named[one.key if isinstance(one, Structure) else one] = make(one) if isinstance(one, str) else one
     for name, one in named.items():
         if not isinstance(one, Structure):

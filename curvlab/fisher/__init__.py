@@ -12,7 +12,7 @@ from curvlab.fisher.sketched import Sketched  # isort: skip
 from curvlab.fisher.adaptive_inverse import AdaptiveInverse  # isort: skip
 from curvlab.fisher.per_layer import PerLayer  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, Structure  # isort: skip
-from curvlab.fisher.by_key import make  # isort: skip
+from curvlab.fisher.by_key import make, of_theory  # isort: skip
 from curvlab.fisher.damping import SolveInfo  # isort: skip
 from curvlab.fisher.step import natural_gradient_step  # isort: skip
 
@@ -34,4 +34,5 @@ __all__ = [
     "UnitWise",
     "make",
     "natural_gradient_step",
+    "of_theory",
 ]

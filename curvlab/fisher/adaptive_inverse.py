@@ -323,6 +323,7 @@ class AdaptiveInverse(
     """
 
     costly = True
+    of_optimiser = True
 
     def __init__(
         self,

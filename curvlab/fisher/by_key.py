@@ -1,4 +1,4 @@
-"""Structures by key, class or as they are."""
+"""Structures by key, class or as they are, and the keys that are taken where none is named."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def make(key: str | type[Structure] | Structure, **options: Any) -> Structure:
         if name not in known:
             raise unknown_name(f"option of {getattr(made, 'key', made.__name__)!r}", name, known)
     return made(**options)
+
+
+def of_theory() -> tuple[str, ...]:
+    """Return the keys of all structures but those of optimisers: what analyses and comparisons take if none is named.
+
+    Those of installed packages count as they are here; one that nobody has loaded counts as a structure of theory.
+    """
+    of_optimisers = {key for key, structure in STRUCTURES.loaded.items() if structure.of_optimiser}
+    return tuple(key for key in STRUCTURES if key not in of_optimisers)

@@ -180,6 +180,7 @@ class Sketched(
     """
 
     within_layers = True
+    of_optimiser = True
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ class State(ABC):
     """Whether only the sum of a sample's rows is used, so that one row, its whole gradient, says as much."""
     costly: ClassVar[bool] = False
     """Whether its products with rows cost far more than a sweep in large networks, where it is compared if named only."""
+    of_optimiser: ClassVar[bool] = False
+    """Whether it is what an optimiser multiplies with, not a structure of the theory of F: analyses take it if named only."""
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
