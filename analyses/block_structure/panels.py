@@ -185,8 +185,8 @@ def step_against_share(axes: Axes, measurements: pd.DataFrame) -> None:
         look = looks[str(problem)]
         face = "white" if time == START else look.color
         axes.plot(
-            np.sqrt(rows["value"]), rows["value_step"], look.marker, color=look.color, markerfacecolor=face, markersize=3.5,
-            label=look.label if time == END else "_", alpha=0.8 if time != MIDDLE else 0.4,
+            np.sqrt(rows["value"]), rows["value_step"], marker=look.marker, linestyle="none", color=look.color,
+            markerfacecolor=face, markersize=3.5, label=look.label if time == END else "_", alpha=0.8 if time != MIDDLE else 0.4,
         )  # fmt: skip
     axes.set(xlabel=r"matrix error $\sqrt{\omega}$ of layers", ylabel="cosine of best steps")
 

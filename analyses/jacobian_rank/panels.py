@@ -258,7 +258,7 @@ def output_paths(axes: Axes, measurements: pd.DataFrame, *, run: str, images: st
         ends = [[table["value"].iloc[0], table["target"].iloc[0]] for table in (x, y)]
         axes.plot(*ends, color=NEUTRAL, linewidth=0.7, linestyle=DASHED, label=labels[0], zorder=1)
         axes.plot(
-            x["value"], y["value"], f"{look.marker}-", color=look.color, ms=2.2, lw=0.6, label=labels[1], zorder=2
+            x["value"], y["value"], marker=look.marker, color=look.color, ms=2.2, lw=0.6, label=labels[1], zorder=2
         )
         axes.plot(ends[0][1], ends[1][1], "x", color="#D55E00", markersize=6, label=labels[2], zorder=3)
     axes.set(xlabel="output 1", ylabel="output 2", title=label)

@@ -52,7 +52,8 @@ def _interval(values: Float[np.ndarray, " seeds"], logarithmic: bool) -> Float[n
 def _points(look: Look, hollow: bool) -> dict[str, Any]:
     """How measured points are drawn."""
     return {
-        "fmt": look.marker,
+        "marker": look.marker,
+        "linestyle": "none",
         "color": look.color,
         "ecolor": look.color,
         "markerfacecolor": "white" if hollow else look.color,
