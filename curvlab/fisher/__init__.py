@@ -10,6 +10,10 @@ from curvlab.fisher.kfac import KFAC  # isort: skip
 from curvlab.fisher.ekfac import EKFAC  # isort: skip
 from curvlab.fisher.sketched import Sketched  # isort: skip
 from curvlab.fisher.adaptive_inverse import AdaptiveInverse  # isort: skip
+from curvlab.fisher.partial_traces import ColumnScaled, OutputSide, PartialTraces, RankOne  # isort: skip
+from curvlab.fisher.traces_diagonal import PartialTracesDiagonal  # isort: skip
+from curvlab.fisher.input_side import InputSide  # isort: skip
+from curvlab.fisher.block_means import BlockMeans  # isort: skip
 from curvlab.fisher.per_layer import PerLayer  # isort: skip
 from curvlab.fisher.structure import STRUCTURES, Structure  # isort: skip
 from curvlab.fisher.by_key import make, of_theory  # isort: skip
@@ -22,12 +26,19 @@ __all__ = [
     "STRUCTURES",
     "AdaptiveInverse",
     "BlockDiagonal",
+    "BlockMeans",
     "BlockTridiagonal",
+    "ColumnScaled",
     "ComponentWise",
     "Diagonal",
     "Full",
+    "InputSide",
     "LayerWise",
+    "OutputSide",
+    "PartialTraces",
+    "PartialTracesDiagonal",
     "PerLayer",
+    "RankOne",
     "Sketched",
     "SolveInfo",
     "Structure",

@@ -37,16 +37,21 @@ class DiagonalBlock(Block):
         return x if self.index is None else x[..., self.index]
 
     @property
+    def values(self) -> Float[Tensor, " P_b"]:
+        """The diagonal."""
+        return self.average.value
+
+    @property
     def _null(self) -> Bool[Tensor, " P_b"]:
-        values = self.average.value
+        values = self.values
         return values <= rank_tolerance(values, self.rtol, 1, values.dtype)
 
     def _inverse(self, damping: float) -> Float[Tensor, " P_b"]:
-        values = self.average.value
+        values = self.values
         return 1 / (values + damping) if damping else inverse_values(values, 0.0, self._null)
 
     def matvec(self, x: Float[Tensor, "K P_b"]) -> Float[Tensor, "K P_b"]:  # noqa: D102
-        return x * self.average.value
+        return x * self.values
 
     def solve(  # noqa: D102
         self, x: Float[Tensor, "K P_b"], damping: float
@@ -55,7 +60,7 @@ class DiagonalBlock(Block):
         return x * self._inverse(damping), outside
 
     def transform(self, x: Float[Tensor, "K P_b"], power: Power) -> Float[Tensor, "K P_b"]:  # noqa: D102
-        return x * power.of(self.average.value, self._null, self.name)
+        return x * power.of(self.values, self._null, self.name)
 
     def lift(  # noqa: D102
         self, c: Float[Tensor, "K R"], layers: tuple[LayerRows, ...], damping: float
@@ -75,16 +80,16 @@ class DiagonalBlock(Block):
         return weighted_product(left[0], weights, right[0])
 
     def to_dense(self) -> Float[Tensor, "P_b P_b"]:  # noqa: D102
-        return self.average.value.diag()
+        return self.values.diag()
 
     def eigenvalues(self) -> Float[Tensor, " k"]:  # noqa: D102
-        return torch.where(self._null, 0, self.average.value)
+        return torch.where(self._null, 0, self.values)
 
     def largest_eigenvalue(self) -> float:  # noqa: D102
-        return float(self.average.value.max())
+        return float(self.values.max())
 
     def trace(self) -> float:  # noqa: D102
-        return float(self.average.value.sum())
+        return float(self.values.sum())
 
     def state(self) -> BlockState:  # noqa: D102
         return self.average.state()

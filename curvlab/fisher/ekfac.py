@@ -5,7 +5,7 @@ Source: George et al. 2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from curvlab.rows.parameters import Layout
 from curvlab.tools.looks import Look
 
 
-class _Corrected(KroneckerBlock):
+class Corrected(KroneckerBlock):
     """Replaces K-FAC's entries by the diagonal of the block in the same basis."""
 
     def __init__(self, name: str, layout: Layout, options: KroneckerOptions, *more: Any) -> None:
@@ -65,15 +65,15 @@ class _Corrected(KroneckerBlock):
         small = values <= rank_tolerance(values.flatten(), rtol, 1, values.dtype)
         return small if self.options.sharing != "expand" else small | super().null()
 
-    def state(self) -> BlockState:
+    def state(self) -> BlockState:  # noqa: D102
         return {**super().state(), **{f"corrections.{key}": value for key, value in self.corrections.state().items()}}
 
-    def restore(self, state: BlockState) -> None:
+    def restore(self, state: BlockState) -> None:  # noqa: D102
         super().restore(state)
         self.corrections.restore({key: state[f"corrections.{key}"] for key in ("total", "weight")})
 
 
-class _LinearEKFAC(_Corrected, LinearBlock):
+class _LinearEKFAC(Corrected, LinearBlock):
     """EKFAC of Linear and convolutions."""
 
     @property
@@ -81,11 +81,11 @@ class _LinearEKFAC(_Corrected, LinearBlock):
         return self.options.sharing != "expand"
 
 
-class _EmbeddingEKFAC(_Corrected, EmbeddingBlock):
+class _EmbeddingEKFAC(Corrected, EmbeddingBlock):
     """EKFAC of an embedding."""
 
 
-class _TiedEKFAC(_Corrected, TiedBlock):
+class _TiedEKFAC(Corrected, TiedBlock):
     """EKFAC of a table that is looked up and multiplied with; what couples the two uses is in its corrections."""
 
 
@@ -122,18 +122,11 @@ class EKFAC(KFAC, key="ekfac", summary="the diagonal of F in K-FAC's eigenbasis"
             sharing=sharing, max_block=max_block, max_factor=max_factor, rtol=rtol, output_groups=output_groups
         )
 
-    @property
-    def options(self) -> Mapping[str, object]:
-        """The configuration."""
-        return {
-            name: value for name, value in super().options.items() if name not in ("factored_damping", "invert_every")
-        }
-
     def _prepare_refining(self, blocks: Iterable[Block]) -> None:
         decompose_factors(blocks)
 
 
 def decompose_factors(blocks: Iterable[Block]) -> None:
     """Find the eigenvectors that corrections are in."""
-    corrected = [block for block in blocks if isinstance(block, _Corrected)]
+    corrected = [block for block in blocks if isinstance(block, Corrected)]
     decompose(factor for block in corrected for factor in (block.units, block.width) if isinstance(factor, Moment))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,9 @@ from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.layer import LayerRows
 from curvlab.rows.parameters import Layout
 from curvlab.rows.tied import TiedRows
+
+Side = Literal["outputs", "inputs"]
+"""The two sides of a linear map, or of a table, whose inputs are the choice of its row."""
 
 
 class LinearBlock(KroneckerBlock):
@@ -44,10 +47,11 @@ class LinearBlock(KroneckerBlock):
                 f"output_groups={groups} does not cut layer {name!r}, which has {Q} groups of {O} outputs. Choose layers by "
                 "curvlab.fisher.PerLayer."
             )
-        self.units, self.width = (self._factor(side) for side in (O // groups, layout.width))
+        self.units = self._factor("outputs", O // groups, rows)
+        self.width = self._factor("inputs", layout.width, rows)
 
-    def _factor(self, side: int) -> Moment | DiagonalMoment:
-        if side > self.options.max_factor:
+    def _factor(self, side: Side, size: int, rows: KroneckerRows) -> Factor:  # noqa: ARG002
+        if size > self.options.max_factor:
             return DiagonalMoment(self.options.rtol)
         return Moment(self.options.rtol, complete=self._leaves_span)
 
@@ -78,7 +82,7 @@ class LinearBlock(KroneckerBlock):
         outputs = self._cut(rows).output_root(reduce=self._reduce)
         if not batch.further:
             self._add_inputs(rows, weights, batch)
-        _add(self.units, outputs, batch.fresh_weight, batch.weight, batch, additive=batch.additive)
+        add(self.units, outputs, batch.fresh_weight, batch.weight, batch, additive=batch.additive)
 
     def _add_inputs(self, rows: KroneckerRows, weights: Float[Tensor, " N"], batch: Batch) -> None:
         """Add to A, some samples after the others where their inputs are not unfolded yet."""
@@ -87,7 +91,7 @@ class LinearBlock(KroneckerBlock):
             inputs, scale = rows.select(part).input_root(weights[part], reduce=self._reduce)
             weight = float(batch.sample_weights.sum()) if position == 0 else 0.0
             own = batch if position == 0 else replace(batch, decay=1.0)
-            _add(self.width, inputs, weight, scale, own, additive=False)
+            add(self.width, inputs, weight, scale, own, additive=False)
 
     def _cut(self, rows: KroneckerRows, inputs: Tensor | None = None) -> KroneckerRows:
         """Return the same rows with outputs in groups, which see the same inputs, or others that are given."""
@@ -127,7 +131,7 @@ class LinearBlock(KroneckerBlock):
         return N * T * ((1 if summed else V) * O**2 + I**2) + adding < O * I * (O + I)
 
 
-def _add(
+def add(
     factor: Factor, root: Float[Tensor, "Q m t d"], weight: float, scale: float, batch: Batch, *, additive: bool
 ) -> None:
     """Add `scale·Σ x xᵀ` over x in the root to a factor, or its diagonal where that is all it keeps."""
@@ -150,10 +154,13 @@ class TableBlock(KroneckerBlock):
     form: ClassVar[type[LayerRows]]
     """Class of the rows of such a table."""
 
-    def __init__(self, name: str, layout: Layout, options: KroneckerOptions) -> None:
+    def __init__(self, name: str, layout: Layout, options: KroneckerOptions, rows: LayerRows) -> None:
         super().__init__(name, layout, options)
-        self.units: DiagonalMoment = DiagonalMoment()
-        self.width: Moment = Moment(options.rtol)
+        self.units = self._factor("inputs", layout.units, rows)
+        self.width = self._factor("outputs", layout.width, rows)
+
+    def _factor(self, side: Side, size: int, rows: LayerRows) -> Factor:  # noqa: ARG002
+        return DiagonalMoment() if side == "inputs" else Moment(self.options.rtol)
 
     def elements(self, batch: Batch) -> int:  # noqa: D102
         self._factored(batch.layers[0], self.form)
@@ -161,13 +168,13 @@ class TableBlock(KroneckerBlock):
 
     def _add_entries(self, root: Float[Tensor, "m t I"], batch: Batch) -> None:
         """Add `Σ x xᵀ` over x in the root to the matrix, with the weight of the batch."""
-        _add(self.width, root[None], batch.fresh_weight, batch.weight, batch, additive=batch.additive)
+        add(self.width, root[None], batch.fresh_weight, batch.weight, batch, additive=batch.additive)
 
-    def _rotation(self, rows: LayerRows) -> tuple[Layout, Float[Tensor, "I s"]]:
-        """Return the layout of rotated rows, and the eigenvectors of the matrix."""
-        v = self.width.basis.vectors
-        assert v is not None
-        return Layout.of(rows.layout.units, {rows.name: torch.Size((rows.layout.units, v.shape[2]))}), v[0]
+    def _rotation(self, rows: LayerRows) -> tuple[Layout, Callable[[Tensor], Tensor]]:
+        """Return the layout of rotated rows, and what multiplies with the eigenvectors of the factor over entries."""
+        U, basis = rows.layout.units, self.width.basis
+        layout = Layout.of(U, {rows.name: torch.Size((U, basis.values.shape[1]))})
+        return layout, lambda x: x if basis.vectors is None else x @ basis.vectors[0]
 
 
 class EmbeddingBlock(TableBlock):
@@ -179,14 +186,19 @@ class EmbeddingBlock(TableBlock):
         rows, weights = self._shared(batch)
         assert isinstance(rows, EmbeddingRows)
         if not batch.further:
-            weight = float(batch.sample_weights.sum())
-            self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
+            self._add_frequency(rows, weights, batch)
         self._add_entries(rows.output_root(), batch)
+
+    def _add_frequency(self, rows: EmbeddingRows, weights: Float[Tensor, " N"], batch: Batch) -> None:
+        """Add to A."""
+        assert isinstance(self.units, DiagonalMoment)
+        weight = float(batch.sample_weights.sum())
+        self.units.update(rows.frequency(weights)[None], weight, batch.decay, total=batch.total)
 
     def rotate(self, rows: LayerRows) -> EmbeddingRows:  # noqa: D102
         assert isinstance(rows, EmbeddingRows)
-        layout, v = self._rotation(rows)
-        return replace(rows, layout=layout, g=rows.g @ v)
+        layout, rotate = self._rotation(rows)
+        return replace(rows, layout=layout, g=rotate(rows.g))
 
     def weigh(  # noqa: D102
         self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]
@@ -221,12 +233,12 @@ class TiedBlock(TableBlock):
         rows = self._factored(batch.layers[0], TiedRows)
         by_unit, root = rows.partial_traces()
         by_unit = batch.weight * by_unit
+        assert isinstance(self.units, DiagonalMoment)
         self.units.update(by_unit[None], float(by_unit.sum()), batch.decay, total=batch.total)
         self._add_entries(root[None], batch)
 
     def rotate(self, rows: LayerRows) -> TiedRows:  # noqa: D102
-        layout, v = self._rotation(rows)
-        return _in_columns(rows, layout, lambda x: x @ v)
+        return _in_columns(rows, *self._rotation(rows))
 
     def weigh(  # noqa: D102
         self, rows: LayerRows, units: Float[Tensor, "Q r"], width: Float[Tensor, "Q s"]

@@ -22,23 +22,12 @@ Izadi et al. 2020 (graphs).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Literal
 
-from curvlab.fisher.block import Block
-from curvlab.fisher.diagonal import DiagonalBlock
 from curvlab.fisher.factors import EmbeddingBlock, LinearBlock, TiedBlock
-from curvlab.fisher.kronecker import KFACBlock, KroneckerOptions, Sharing, stagger
-from curvlab.fisher.lasting import LastingBlock
-from curvlab.fisher.structure import Structure
-from curvlab.rows import Rows
-from curvlab.rows.factored import EmbeddingRows, KroneckerRows
-from curvlab.rows.layer import LayerRows
-from curvlab.rows.parameters import Layout
-from curvlab.rows.tied import TiedRows
+from curvlab.fisher.kronecker import KFACBlock, KroneckerOptions, Sharing
+from curvlab.fisher.kronecker_structure import KroneckerStructure
 from curvlab.tools.looks import Look
-from curvlab.tools.shown import some
 
 
 class _LinearKFAC(LinearBlock, KFACBlock):
@@ -53,7 +42,9 @@ class _TiedKFAC(TiedBlock, KFACBlock):
     """K-FAC of a table that is looked up and multiplied with."""
 
 
-class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a layer", look=Look("#E69F00", "P", "K-FAC")):
+class KFAC(
+    KroneckerStructure, key="kfac", summary="B ⊗ A, one Kronecker product a layer", look=Look("#E69F00", "P", "K-FAC")
+):
     """Kronecker-factored blocks.
 
     Args:
@@ -70,9 +61,6 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
             attention into 3 or into `3·heads`: B is block-diagonal, A is one. Choose such layers by `PerLayer`.
     """
 
-    averages = True
-    by_layer = True
-    adds = True
     linear: type[LinearBlock] = _LinearKFAC
     embedding: type[EmbeddingBlock] = _EmbeddingKFAC
     tied: type[TiedBlock] = _TiedKFAC
@@ -88,49 +76,7 @@ class KFAC(Structure, key="kfac", summary="B ⊗ A, one Kronecker product a laye
         invert_every: int = 1,
         output_groups: int = 1,
     ) -> None:
-        super().__init__()
-        self._config = KroneckerOptions(
-            sharing, factored_damping, max_block, max_factor, rtol, invert_every, output_groups
+        super().__init__(
+            KroneckerOptions(sharing, factored_damping, max_block, max_factor, rtol, invert_every, output_groups)
         )
         self.joins_positions = sharing == "gradient"
-
-    @property
-    def options(self) -> Mapping[str, object]:
-        """The configuration."""
-        return asdict(self._config)
-
-    def _make_blocks(self, rows: Rows) -> list[Block]:
-        return [self._make_block(layer) for layer in rows.layers]
-
-    def _begin(self, blocks: list[Block], rows: Rows) -> None:  # noqa: ARG002
-        stagger(blocks)
-
-    def work(self, layout: Layout, *, table: bool = False) -> float:
-        """Return the cubes of the sides of the factors, the sides themselves where these are diagonal."""
-        sides = ((layout.units, table), (layout.width, False))
-        most = self._config.max_factor
-        return float(sum(side if diagonal or side > most else side**3 for side, diagonal in sides))
-
-    def _make_block(self, layer: LayerRows) -> Block:
-        if isinstance(layer, KroneckerRows):
-            return self.linear(layer.name, layer.layout, self._config, layer)
-        if isinstance(layer, EmbeddingRows):
-            return self.embedding(layer.name, layer.layout, self._config)
-        if isinstance(layer, TiedRows):
-            return self.tied(layer.name, layer.layout, self._config)
-        if layer.size <= self._config.max_block:
-            return LastingBlock(layer.name, layer.layout, self._config.rtol, self._config.invert_every)
-        return DiagonalBlock(layer.name, layer.layout, self._config.rtol)
-
-    def _notes(self) -> list[str]:
-        def named(what: str, kind: type[Block]) -> list[str]:
-            names = [name for block in self._blocks if isinstance(block, kind) for name in block.names]
-            return [f"{what}: {some(names)}"] if names else []
-
-        long = [
-            f"{block.name} ({', '.join(block.diagonal_sides)})"
-            for block in self._blocks
-            if isinstance(block, LinearBlock) and block.diagonal_sides
-        ]
-        factors = [f"diagonal factors: {some(long)}"] if long else []
-        return factors + named("exact blocks", LastingBlock) + named("diagonal", DiagonalBlock)

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from math import sqrt
 
 import torch
 from jaxtyping import Float, Int
@@ -171,7 +170,7 @@ class Moment(Factor):
         """Return `(XᵀX + ρI)⁻¹ = (I − Xᵀ(XXᵀ + ρI)⁻¹X)/ρ` while the moment is kept as a root X."""
         if self.root is None:
             return None
-        root, rho = self.root / sqrt(self._divisor), damping[:, None]
+        root, rho = self.root / self._divisor**0.5, damping[:, None]
         small = root @ root.mT
         diagonal = small.diagonal(dim1=1, dim2=2).add_(rho)
         triangle, info = torch.linalg.cholesky_ex(small)
@@ -212,7 +211,7 @@ class Moment(Factor):
         eps = torch.finfo(root.dtype).eps
         tolerance = root.shape[2] * eps if self.rtol is None else self.rtol**0.5
         null = singular <= tolerance * singular.amax(-1, keepdim=True)
-        return Basis(singular.square() / self._divisor, vectors.mT, null)
+        return Basis((singular.square()[:, None] / self._divisor)[:, 0], vectors.mT, null)
 
     def _from_squared_root(self, root: Float[Tensor, "1 m d"]) -> Basis | None:
         """Decompose `XXᵀ` in double precision, which keeps all digits of singular values in single precision above the tolerance.
@@ -228,12 +227,12 @@ class Moment(Factor):
         if not bool(kept.any()):
             return None
         vectors = exact.mT @ (left[:, kept] / singular[kept])
-        found = (singular[kept].square() / self._divisor)[None].to(root.dtype)
+        found = (singular[kept].square() / self._divisor).view(1, -1).to(root.dtype)
         return Basis(found, vectors[None].to(root.dtype), torch.zeros_like(found, dtype=torch.bool))
 
     @property
-    def _divisor(self) -> float:
-        """The weight; 1 while no sample had any, so that the moment is zero."""
+    def _divisor(self) -> float | Float[Tensor, "Q 1 1"]:
+        """What the sum of products is divided by: its weight; 1 while no sample had any, so that the moment is zero."""
         return self.weight or 1.0
 
     def _from_matrix(self) -> Basis:
@@ -253,10 +252,14 @@ class Moment(Factor):
         return self.matrix / self._divisor
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
+        return (self._traces()[:, None, None] / self._divisor)[:, 0, 0] / self.shape[2]
+
+    def _traces(self) -> Float[Tensor, " Q"]:
+        """Return the traces of the sums of products."""
         if self.root is not None:
-            return self.root.square().sum((1, 2)) / (self._divisor * self.root.shape[2])
+            return self.root.square().sum((1, 2))
         assert self.matrix is not None
-        return self.matrix.diagonal(dim1=1, dim2=2).mean(-1) / self._divisor
+        return self.matrix.diagonal(dim1=1, dim2=2).sum(-1)
 
     def state(self) -> BlockState:  # noqa: D102
         if self.matrix is not None:
@@ -353,18 +356,23 @@ class DiagonalMoment(Factor):
 
     @property
     def basis(self) -> Basis:  # noqa: D102
-        values = self.average.value
+        values = self.values
         return Basis(values, None, values <= (self.rtol or 0.0) * values.amax(-1, keepdim=True))
 
     @property
+    def values(self) -> Float[Tensor, "Q d"]:
+        """The diagonals."""
+        return self.average.value
+
+    @property
     def shape(self) -> torch.Size:  # noqa: D102
-        return self.average.value.shape
+        return self.values.shape
 
     def inverse(self, damping: Float[Tensor, " Q"]) -> DiagonalInverse:  # noqa: D102
-        return DiagonalInverse((self.average.value + damping[:, None]).reciprocal())
+        return DiagonalInverse((self.values + damping[:, None]).reciprocal())
 
     def mean_eigenvalue(self) -> Float[Tensor, " Q"]:  # noqa: D102
-        return self.average.value.mean(-1)
+        return self.values.mean(-1)
 
     def state(self) -> BlockState:  # noqa: D102
         return self.average.state()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +18,9 @@ from curvlab.rows.products import add_pairs, add_product, cached, chunks, pairs_
 
 PIECE = 1 << 21
 """Elements of inputs that are unfolded at once where that may be done in pieces."""
+
+REDUCING_OVERHEAD = 4
+"""Time of a QR decomposition of vectors of positions, relative to the multiply-adds of their Gram matrix."""
 
 PAIRING_OVERHEAD = 2
 """Time of a multiply-add of pairs of positions, whose products are small, relative to one of formed rows."""
@@ -260,6 +263,53 @@ class KroneckerRows(SharedRows):
         g = self.g.sum(2, keepdim=True) if reduce else self.g
         return g.flatten(0, 1).movedim(2, 0)
 
+    def trace_roots(
+        self, *, units: bool = True, width: bool = True, in_pieces: bool = True
+    ) -> Iterator[tuple[Float[Tensor, "Q m t O"] | None, Float[Tensor, "Q m t I"] | None]]:
+        """Yield X and Y with `XᵀX = Σ_r M_r M_rᵀ` and `YᵀY = Σ_r M_rᵀ M_r` over the rows M `[O, I]` of some samples.
+
+        Args:
+            units: whether X is wanted; None otherwise.
+            width: whether Y is wanted; None otherwise.
+            in_pieces: whether to go through few samples at a time, so that what is formed stays small; else through all.
+
+        Cost: `R·Q·T·O·I` for rows that are formed. Where that is less work, the vectors of T positions on one side are replaced
+        by T coordinates in their span, at `N·Q·T²·I` or `R·Q·T²·O`: norms for T = 1, where no row is formed.
+        """
+        (V, N, T, Q, O), I = self.g.shape, self.layout.width  # noqa: E741
+        short_inputs = units and _worth_reducing(T, I, V * O * (T + O))
+        short_outputs = width and _worth_reducing(T, V * O, I * (T + I))
+        forming = (units and not short_inputs) or (width and not short_outputs)
+        each = V * self.size if forming else V * Q * T * (O + I)
+        for part in chunks(N, each) if in_pieces else [slice(0, N)]:
+            some = self.select(part)
+            a, g = some.a.movedim(2, 0), some.g.movedim(3, 0)
+            formed = torch.einsum("qvnto,qnti->qvnoi", g, a).flatten(1, 2) if forming else None
+            X = Y = None
+            if short_inputs:
+                X = torch.einsum("qvnto,qntk->qvnko", g, _coordinates(a)).flatten(1, 2)
+            elif units and formed is not None:
+                X = formed.mT
+            if short_outputs:
+                Y = torch.einsum("qntk,qnti->qnki", _coordinates(g.movedim(1, 3).flatten(3)), a)
+            elif width:
+                Y = formed
+            yield X, Y
+
+
+def _worth_reducing(T: int, length: int, saved: int) -> bool:
+    """Whether T vectors of some length are better replaced by T coordinates, if each entry less saves so many operations."""
+    return REDUCING_OVERHEAD * T**2 * length < saved * (length - T)
+
+
+def _coordinates(x: Float[Tensor, "*B T d"]) -> Float[Tensor, "*B T T"]:
+    """Return vectors with the same inner products."""
+    if x.shape[-2] == 1:
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norms
+    triangle: Tensor = torch.linalg.qr(x.mT, mode="r").R
+    return triangle.mT
+
 
 def _sum_of_products(
     g: Float[Tensor, "N T Q O"], a: Float[Tensor, "N T Q I"], multiply: Callable[[Tensor, Tensor], Tensor]
@@ -348,3 +398,11 @@ class EmbeddingRows(SharedRows):
     def output_root(self) -> Float[Tensor, "R T I"]:
         """Return X with `XᵀX = Σ_{v,n,t} g gᵀ`."""
         return self.g.flatten(0, 1)
+
+    def by_entry(self) -> tuple[Int[Tensor, " k"], Float[Tensor, "V k I"]]:
+        """Return the table row of every row of every sample that is not zero, and these, summed over positions."""
+        N, U = self.shape[1], self.layout.units
+        of_sample = self.index + U * torch.arange(N, device=self.index.device)[:, None]
+        met, place = torch.unique(of_sample, return_inverse=True)
+        summed = self.g.new_zeros(len(self.g), len(met), self.g.shape[3])
+        return met % U, summed.index_add_(1, place.flatten(), self.g.flatten(1, 2))

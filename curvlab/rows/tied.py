@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from curvlab.rows.factored import EmbeddingRows, KroneckerRows
 from curvlab.rows.grouping import Grouping
@@ -111,6 +112,15 @@ class TiedRows(LayerRows):
         at = self.table.index.expand(V, N, T)[..., None].expand_as(self.table.g)
         by_entry.scatter_add_(2, at, self.table.g.to(found.dtype))
         return found
+
+    def by_position(self) -> KroneckerRows:
+        """Return the same rows, as samples of one row each that have the positions of both uses. Memory `R·(T + S)·U`."""
+        (V, N, T, _), U = self.table.g.shape, self.layout.units
+        looked_up = one_hot(self.table.index, U).to(self.dtype).expand(V, N, T, U)
+        g = torch.cat([looked_up, self.head.g[:, :, :, 0]], dim=2)
+        heads = self.head.a[:, :, 0].expand(V, *self.head.a[:, :, 0].shape)
+        a = torch.cat([self.table.g, heads], dim=2)
+        return KroneckerRows(self.name, self.layout, a.flatten(0, 1)[:, :, None], g.flatten(0, 1)[None, :, :, None])
 
     def partial_traces(self) -> tuple[Float[Tensor, " U"], Float[Tensor, "m I"]]:
         """Return the partial traces of the sum of the outer products of all positions with themselves.

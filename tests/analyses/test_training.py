@@ -25,7 +25,7 @@ from analyses.training.methods import (
     Entrant,
 )
 from analyses.training.races import RACES
-from curvlab.fisher import STRUCTURES
+from curvlab.fisher import STRUCTURES, of_theory
 from curvlab.problems import PROBLEMS
 from curvlab.study import Cell, Trace, judge, stream
 from curvlab.study.execution import Plan
@@ -276,9 +276,7 @@ def test_divergence_is_a_status_with_its_step(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_batch_normalisation_admits_moments_only() -> None:
-    present = {
-        method.name for method in entrants(replace(CONFIG, problem="digits-residual", structures=tuple(STRUCTURES)))
-    }
+    present = {method.name for method in entrants(replace(CONFIG, problem="digits-residual", structures=of_theory()))}
     assert present == {"sgd", "diagonal", "kfac", "ekfac", *DEFAULTS}
 
 

@@ -37,6 +37,7 @@ def test_all_structures_of_theory_that_there_are_by_then_are_compared(monkeypatc
     assert table["structure"].tolist() == [*of_theory()]
     assert "mine" in of_theory()
     assert "sketched" not in of_theory()
+    assert "rank-one" not in of_theory()
 
 
 @pytest.mark.parametrize(

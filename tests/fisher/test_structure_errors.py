@@ -17,6 +17,8 @@ def test_the_registry_lists_every_structure_and_its_options_rebuild_it() -> None
     assert list(cf.STRUCTURES) == [
         "full", "block-diagonal", "layer-wise", "block-tridiagonal", "unit-wise", "diagonal", "component-wise", "kfac",
         "ekfac", "sketched", "adaptive-inverse",
+        "partial-traces", "output-side", "column-scaled", "rank-one", "partial-traces-diagonal", "input-side",
+        "block-means",
     ]  # fmt: skip
     for key, cls in cf.STRUCTURES.items():
         structure = cf.make(key)
