@@ -81,17 +81,17 @@ class BlockMeans(
 
     def _make_blocks(self, rows: Rows) -> list[Block]:
         return [
-            _MeansBlock(layer.name, layer.layout, self._rtol, self._labels(layer.layout).to(rows.device))
+            _MeansBlock(layer.name, layer.layout, self._rtol, self._labels(layer.layout, rows.device))
             for layer in rows.layers
         ]
 
-    def _labels(self, layout: Layout) -> Int[Tensor, " P_l"]:
+    def _labels(self, layout: Layout, device: torch.device) -> Int[Tensor, " P_l"]:
         """Number the blocks of a layer, and say to which every entry belongs."""
         columns, blocks = [], 0
         for slot in layout.slots:
             by_unit = self._over == "units" and len(slot.shape) > 1
             count = layout.units if by_unit else 1
-            label = blocks + torch.arange(layout.units) % count
+            label = blocks + torch.arange(layout.units, device=device) % count
             columns.append(label[:, None].expand(-1, slot.stop - slot.start))
             blocks += count
         return torch.cat(columns, dim=1).flatten()

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
@@ -27,6 +28,9 @@ from curvlab.tools.errors import CommandError
 from curvlab.tools.text import capitalised, nearest, unknown
 
 T = TypeVar("T")
+
+WIDTH = 200
+"""Characters of the line that shows a registry."""
 
 
 class UnknownName(CommandError, KeyError, ValueError):
@@ -69,7 +73,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._things: dict[str, T] = dict(things or {})
 
     def __repr__(self) -> str:
-        return f"{self.what}: {', '.join(self)}"
+        return shorten(f"{self.what}: {', '.join(self)}", WIDTH, placeholder=" …")
 
     def register(self, name: str, thing: T) -> T:
         """Add a thing, and return it; one that is defined again, as in a notebook, replaces itself.
