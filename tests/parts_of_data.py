@@ -14,7 +14,21 @@ from torchrun import leave
 
 import curvlab
 from curvlab.errors import StateError
-from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, Full, LayerWise, Structure, UnitWise
+from curvlab.fisher import (
+    EKFAC,
+    KFAC,
+    BlockDiagonal,
+    BlockMeans,
+    ComponentWise,
+    Diagonal,
+    Full,
+    InputSide,
+    LayerWise,
+    PartialTraces,
+    PartialTracesDiagonal,
+    Structure,
+    UnitWise,
+)
 from curvlab.spectrum import GGN, Fisher, Hessian
 
 SAMPLES = 21
@@ -24,6 +38,10 @@ FITS: dict[str, Callable[..., Structure]] = {
     "ekfac": EKFAC.fit,
     "diagonal": lambda *data, **how: Diagonal.fit(*data, **{**how, "kind": "empirical"}),
     "component-wise": ComponentWise.fit,
+    "partial-traces": lambda *data, **how: PartialTraces.fit(*data, max_factor=5, **how),
+    "partial-traces-diagonal": PartialTracesDiagonal.fit,
+    "input-side": InputSide.fit,
+    "block-means": BlockMeans.fit,
     "full": Full.fit,
     "kfac-reduce": lambda *data, **how: KFAC.fit(*data, sharing="reduce", max_factor=5, **{**how, "kind": "empirical"}),
     "full-parameters": lambda *data, **how: Full.fit(*data, side="parameters", **how),

@@ -15,7 +15,7 @@ from torchrun import run
 from curvlab.testing.oracle import assert_close
 
 SCRIPT = Path(__file__).parent / "parts_of_data.py"
-FEW = ["kfac", "ekfac", "diagonal", "component-wise", "full"]
+FEW = ["kfac", "ekfac", "diagonal", "component-wise", "partial-traces", "partial-traces-diagonal", "full"]
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,90 @@ class Reference:
             result[at[:, None], at[None, :]] = block
         return result
 
+    def of_optimiser(self, spec: str, F: Tensor | None = None, moments: Sequence[Tensor] = ()) -> Tensor:
+        """Return the matrix of a spec of `OPTIMISERS`, of averages of F and of the layers' moments of inputs if these are given."""
+        key, options = OPTIMISERS[spec]
+        F = self.F if F is None else F
+        result = torch.zeros_like(F)
+        for k, layer in enumerate(self.layers):
+            at = layer.at.flatten()
+            block = F[at[:, None], at[None, :]]
+            if layer.a is None:
+                dense = block if options.get("max_block", MAX_BLOCK[key]) >= len(at) else block.diagonal().diag()
+            elif key == "input-side":
+                A = (
+                    moments[k]
+                    if moments
+                    else self.factors(layer, options.get("sharing", "expand"))[1] / self.omega.sum()
+                )
+                dense = input_block(layer, A)
+            else:
+                dense = trace_block(layer, block, **(KEPT[key] | {k: v for k, v in options.items() if k in KEPT[key]}))
+            result[at[:, None], at[None, :]] = dense
+        return result
+
+
+KEPT: dict[str, dict[str, Any]] = {
+    "partial-traces": {"outputs": "matrix", "inputs": "matrix"},
+    "output-side": {"outputs": "matrix", "inputs": "identity"},
+    "column-scaled": {"outputs": "identity", "inputs": "diagonal"},
+    "rank-one": {"outputs": "diagonal", "inputs": "diagonal"},
+    "partial-traces-diagonal": {"outputs": "matrix", "inputs": "matrix", "corrected": True},
+}
+"""What is kept of the partial traces."""
+
+MAX_BLOCK = {"partial-traces": 1024, "output-side": 1024, "input-side": 1024} | dict.fromkeys(
+    ("column-scaled", "rank-one", "partial-traces-diagonal"), 0
+)
+"""Largest exact block of layers without factors."""
+
+
+def partial_traces(block: Tensor, groups: int, width: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the block of every group, with its traces over inputs `[O, O]` and over outputs `[I, I]`."""
+    found = []
+    for part in block.view(groups, len(block) // groups, groups, -1).diagonal(dim1=0, dim2=2).movedim(2, 0):
+        four = part.reshape(len(part) // width, width, -1, width)
+        found.append((part, torch.einsum("aibi->ab", four), torch.einsum("aiaj->ij", four)))
+    return found
+
+
+def trace_block(
+    layer: LayerReference, block: Tensor, outputs: str, inputs: str, *, corrected: bool = False, limit: int = 8192
+) -> Tensor:
+    """Return the product of what is kept of the partial traces, or the diagonal of the block in their eigenbasis."""
+    assert layer.a is not None
+    first, second = (inputs, outputs) if layer.table else (outputs, inputs)
+    blocks = []
+    for part, left, right in partial_traces(block, 1 if layer.table else layer.a.shape[2], layer.at.shape[1]):
+        rows = "diagonal" if layer.table and first == "matrix" else first
+        L, R = kept(left, rows, limit), kept(right, second, limit)
+        product = torch.kron(L, R) / (left.trace() if "identity" not in (first, second) else 1)
+        if corrected:
+            K = torch.kron(eigenvectors(L), eigenvectors(R))
+            product = K @ (K.T @ part @ K).diagonal().diag() @ K.T
+        blocks.append(product)
+    return torch.block_diag(*blocks)
+
+
+def kept(matrix: Tensor, what: str, limit: int) -> Tensor:
+    if what == "identity":
+        return torch.eye(len(matrix), dtype=DOUBLE)
+    return matrix.diagonal().diag() if what == "diagonal" or len(matrix) > limit else matrix.contiguous()
+
+
+def eigenvectors(matrix: Tensor) -> Tensor:
+    """Return those of a matrix, the unit vectors for a diagonal one."""
+    diagonal = bool((matrix == matrix.diagonal().diag()).all())
+    return torch.eye(len(matrix), dtype=DOUBLE) if diagonal else torch.linalg.eigh(matrix).eigenvectors.contiguous()
+
+
+def input_block(layer: LayerReference, A: Tensor) -> Tensor:
+    """Return `I ⊗ A`; of a table, whose inputs are one-hot, `A ⊗ I`."""
+    U, W = layer.at.shape
+    if layer.table:
+        return torch.kron(A[0].contiguous(), torch.eye(W, dtype=DOUBLE))
+    return torch.block_diag(*(torch.kron(torch.eye(U // len(A), dtype=DOUBLE), a.contiguous()) for a in A))
+
 
 def kronecker_block(
     layer: LayerReference, B: Tensor, A: Tensor, exact: Tensor | None = None, inverse: bool = False
@@ -345,6 +429,20 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every structure, with the options that change what or how it computes."""
 
+OPTIMISERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "partial-traces": ("partial-traces", {}),
+    "partial-traces-outputs": ("partial-traces", {"outputs": "diagonal"}),
+    "partial-traces-inputs": ("partial-traces", {"outputs": "identity"}),
+    "partial-traces-no-exact": ("partial-traces", {"inputs": "diagonal", "max_block": 0}),
+    "output-side": ("output-side", {}),
+    "column-scaled": ("column-scaled", {}),
+    "rank-one": ("rank-one", {}),
+    "partial-traces-diagonal": ("partial-traces-diagonal", {}),
+    "input-side": ("input-side", {}),
+    "input-side-reduce": ("input-side", {"sharing": "reduce"}),
+}
+"""Structures of optimisers that have factors; their matrices follow from the exact one, or from inputs."""
+
 PLAIN_SPECS = (
     "full", "block-diagonal", "block-tridiagonal", "layer-wise", "unit-wise", "component-wise", "diagonal", "kfac", "ekfac",
     "sketched", "adaptive-inverse",
@@ -370,7 +468,7 @@ def beside_identity(F: Tensor, weight: float) -> Tensor:
 
 def build(spec: str, names: Sequence[str], **more: Any) -> cf.Structure:
     """Make the structure of a spec for parameters of given names."""
-    key, options = SPECS[spec]
+    key, options = (SPECS | OPTIMISERS)[spec]
     if options.get("partition") is halves:
         options = {**options, "partition": halves(names)}
     return cf.make(key, **options, **more)

@@ -24,6 +24,11 @@ AVERAGES = (
     "block-diagonal-parameters",
     "unit-wise-parameters",
     "component-wise-parameters",
+    "partial-traces",
+    "output-side",
+    "rank-one",
+    "partial-traces-diagonal",
+    "input-side",
 )
 
 

@@ -5,7 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from curvlab.fisher import EKFAC, KFAC, BlockDiagonal, ComponentWise, Diagonal, Full, PerLayer, Structure, UnitWise
+from curvlab.fisher import (
+    EKFAC,
+    KFAC,
+    BlockDiagonal,
+    ComponentWise,
+    Diagonal,
+    Full,
+    PartialTraces,
+    PerLayer,
+    RankOne,
+    Structure,
+    UnitWise,
+)
 from curvlab.optim import NaturalGradient
 
 OF_LAYERS: dict[str, tuple[Callable[[], Structure], dict[str, Any]]] = {
@@ -17,6 +29,8 @@ OF_LAYERS: dict[str, tuple[Callable[[], Structure], dict[str, Any]]] = {
     "diagonal": (Diagonal, {"kind": "empirical"}),
     "diagonal-signs": (Diagonal, {"kind": "empirical", "rows": "signs", "draws": 2}),
     "component-wise": (ComponentWise, {"kind": "empirical"}),
+    "partial-traces": (lambda: PartialTraces(factored_damping=True), {"kind": "empirical"}),
+    "rank-one-batch": (RankOne, {"kind": "empirical", "rows": "batch"}),
     "block-diagonal": (BlockDiagonal, {"kind": "mc"}),
     "unit-wise": (UnitWise, {"kind": "mc"}),
     "per-layer": (lambda: PerLayer({"*3": EKFAC(), "*0": Diagonal(), "*": KFAC()}), {"kind": "mc"}),
