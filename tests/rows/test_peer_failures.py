@@ -84,7 +84,7 @@ def test_a_factor_outside_the_loss_module_is_part_of_the_gradient_only() -> None
 
 @pytest.mark.parametrize(
     "key", [key for key in STRUCTURES if key not in ("adaptive-inverse", "input-side")]
-)  # no loss in them
+)  # an identity and inputs do not scale
 def test_structures_scale_with_the_loss(key: str) -> None:
     model, x = network()
     once, twice = (STRUCTURES[key].fit(model, LOSSES[name], (x, LABELS)) for name in ("class weights", "twice"))
