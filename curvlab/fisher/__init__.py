@@ -19,6 +19,7 @@ from curvlab.fisher.structure import STRUCTURES, Structure  # isort: skip
 from curvlab.fisher.by_key import make, of_theory  # isort: skip
 from curvlab.fisher.damping import SolveInfo  # isort: skip
 from curvlab.fisher.step import natural_gradient_step  # isort: skip
+from curvlab.fisher.reading import OptimizerMatrix, from_optimizer  # isort: skip
 
 __all__ = [
     "EKFAC",
@@ -34,6 +35,7 @@ __all__ = [
     "Full",
     "InputSide",
     "LayerWise",
+    "OptimizerMatrix",
     "OutputSide",
     "PartialTraces",
     "PartialTracesDiagonal",
@@ -43,6 +45,7 @@ __all__ = [
     "SolveInfo",
     "Structure",
     "UnitWise",
+    "from_optimizer",
     "make",
     "natural_gradient_step",
     "of_theory",
