@@ -204,7 +204,7 @@ def _adafactor(parts: list[Part]) -> OptimizerMatrix:
         else:
             rows, columns = part.kept("row_var"), part.kept("col_var")
             found = rows @ columns / rows.mean(-2, keepdim=True).clamp_min(least)
-        return found.clamp_min(least**2)
+        return torch.clamp_min(found, least**2)
 
     return OptimizerMatrix(diagonal({part.name: square(part) for part in parts}), 0.5, 0.0)
 
