@@ -175,7 +175,8 @@ def _sgd(parts: list[Part]) -> OptimizerMatrix:
 def _adam(parts: list[Part]) -> OptimizerMatrix:
     def square(part: Part) -> Tensor:
         key = "max_exp_avg_sq" if part.group.get("amsgrad") else "exp_avg_sq"
-        return part.kept(key) / (1 - part.group["betas"][1] ** float(part.state["step"]))
+        unbiased: float = 1 - part.group["betas"][1] ** float(part.state["step"])
+        return part.kept(key) / unbiased
 
     return OptimizerMatrix(diagonal({part.name: square(part) for part in parts}), 0.5, _eps(parts))
 
