@@ -22,7 +22,7 @@ from curvlab.rows.products import chunks
 from curvlab.testing.oracle import assert_close, outputs
 from curvlab.tools.live_memory import Live
 
-KEYS = ("kfac", "ekfac", "diagonal")
+KEYS = ("kfac", "ekfac", "diagonal", "partial-traces")
 PICKED = [a for a in ARCHITECTURES if a.output is None]
 
 

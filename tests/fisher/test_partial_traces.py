@@ -242,7 +242,7 @@ def empirical(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, rows: str
 
 
 def test_the_product_is_exact_where_the_gradients_have_a_kronecker_second_moment() -> None:
-    """In a deep linear network with squared error; docs: claim 2 of matrix optimisers."""
+    """In a deep linear network with squared error."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)).double()
     rows = sqrt_fisher(model, nn.MSELoss(), draw(6, 3), draw(6, 2, seed=1))
     exact = cf.BlockDiagonal().update(rows)
@@ -292,7 +292,7 @@ def test_the_diagonal_in_the_eigenbasis_is_the_nearest_one(network: str) -> None
 
 
 def test_column_scaling_maps_the_norms_of_columns_of_the_gradient() -> None:
-    """A column of norm t becomes one of norm t/(t² + ρ) in the same direction, the bias as well: D-NGD, claim 2."""
+    """A column of norm t becomes one of norm t/(t² + ρ) in the same direction, the bias as well (D-NGD)."""
     model, loss, x, y = one_layer(bias=True)
     rows, rho = empirical(model, loss, x, y, "batch"), 0.1
     gradient = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
@@ -304,7 +304,7 @@ def test_column_scaling_maps_the_norms_of_columns_of_the_gradient() -> None:
 
 
 def test_the_output_side_is_the_output_factor_of_kfac_weighted_by_the_norms_of_inputs() -> None:
-    """NG+, claims 1 and 2: E[‖a‖² δδᵀ], the partial trace of the empirical block, with an identity in place of A."""
+    """NG+: E[‖a‖² δδᵀ], the partial trace of the empirical block, with an identity in place of A."""
     model, loss, x, y = one_layer(bias=True)
     delta, a = 2 * (model(x) - y).detach(), torch.cat([x, torch.ones(len(x), 1, dtype=DOUBLE)], 1)
     L = torch.einsum("n,no,np->op", a.square().sum(1), delta, delta) / y.numel()
@@ -316,7 +316,7 @@ def test_the_output_side_is_the_output_factor_of_kfac_weighted_by_the_norms_of_i
 
 
 def test_the_output_side_of_one_input_is_the_empirical_block() -> None:
-    """NG+, claim 3."""
+    """NG+ is the empirical natural gradient of the block there."""
     rows = empirical(*one_layer(inputs=1))
     exact, structure, v = cf.BlockDiagonal().update(rows), cf.OutputSide().update(rows), draw(3)
     assert_close(structure.to_dense(), exact.to_dense())
