@@ -7,7 +7,11 @@ A quantity is due when its credit and the balance both cover what it is expected
 measurements. Before the first that is the forward and backward passes that it states, at the present time of a step; the first
 one, which allocates and compiles, is paid for, and foretells nothing unless it took less. The credit has to cover that and half
 as much again. So the share goes above the budget only where a measurement takes longer still, by what it takes beyond that, and
-what was overdrawn is paid back before the next one. The work of planning is on the balance, too.
+what was overdrawn is paid back before the next one.
+
+The work of planning is on the balance, too. Most calls pass without a look at the plan, and count at a fixed price; the next look
+comes at half of the time until anything may be due, and later where steps are fast: looks at each of them would take all of the
+budget, and nothing would ever be due.
 """
 
 from __future__ import annotations
@@ -28,6 +32,10 @@ MARGIN = 1.5
 """Credit that a measurement needs, over what it is expected to cost."""
 UNSEEN = 100
 """Steps that may pass without a look at the plan, at most."""
+PASSING = 3e-7
+"""Seconds of a call without a look at the plan: counted so, as reading a clock would take longer than the call."""
+LOOKS = 0.1
+"""Part of the budget that looks at the plan may take, as long as that needs no more than `UNSEEN` steps between them."""
 
 
 @runtime_checkable
@@ -114,6 +122,7 @@ class Budget:
         self._skipped = 0
         self._accounts = {name: _Account(weights[name], passes[name]) for name in weights}
         self._wake = 0.0
+        self._look = 0.0  # seconds of the last one
 
     @property
     def trained(self) -> float:
@@ -139,16 +148,16 @@ class Budget:
             usual = steps * self.step_seconds
             seconds = min(seconds, usual + max(usual, PAUSE))
         self._trained += seconds
+        self._spent += PASSING * (steps - 1)
         self.steps += steps
 
     def rest(self) -> int:
-        """Return the steps that half of the time until anything may be due will take."""
+        """Return the steps that half of the time until anything may be due will take, or those that pay for a look."""
         if not self._trained:
             return 0
         self._wake = min(map(self._due_at, self._accounts.values()), default=inf)
-        if self._wake == inf:
-            return UNSEEN
-        return max(0, min(UNSEEN, int((self._wake - self._trained) / (2 * self.step_seconds))))
+        seconds = max((self._wake - self._trained) / 2, self._look / (LOOKS * self.share))
+        return int(min(UNSEEN, seconds / self.step_seconds))
 
     def due(self, name: str | None = None, ahead: int = 0) -> bool:  # noqa: ARG002
         """Whether the credit of a quantity and the balance cover its next measurement."""
@@ -161,7 +170,9 @@ class Budget:
     def spend(self, seconds: float, name: str | None = None) -> None:
         """Count what a measurement took."""
         self._spent += seconds
-        if name is not None:
+        if name is None:
+            self._look = seconds
+        else:
             self._accounts[name].add(seconds)
 
     def drop(self, name: str) -> None:

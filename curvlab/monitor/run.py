@@ -127,8 +127,8 @@ class Monitor:
         self._before = {}
         self._last = self._clock()
         self.plan.spend(self._last - begun - counted + self._own)
-        self._own = 0.0
         self._rest = self.plan.rest()
+        self._own = self._clock() - self._last
 
     def measure(self, inputs: Any, targets: Any, *quantities: str) -> dict[str, float]:
         """Measure now, whatever the plan says; writers and events as usual.
