@@ -4,6 +4,7 @@ On the CPU it is processor time on one thread, which does not run while another 
 still shared), elsewhere the clock, synchronised.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def no_older_garbage() -> Iterator[None]:
+    """Context in which garbage is not looked for among what was there before: it takes long, and falls anywhere."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def now(device: str) -> float:

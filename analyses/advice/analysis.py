@@ -3,17 +3,10 @@
 from functools import partial
 
 from analyses.advice import panels
-from analyses.advice.config import PROBLEMS, Config
+from analyses.advice.config import Config
 from analyses.advice.experiment import ADVICE
-from curvlab.problems import data_hash
 from curvlab.study import Analysis
 from curvlab.study.panels import PanelGrid
-
-
-def _data_hash(config: Config) -> str:
-    """Return a digest of the user's own problems; the names of others say everything about them."""
-    return " ".join(data_hash(name) for name in config.problems if name not in PROBLEMS)
-
 
 _layout = partial(PanelGrid, "python -m analyses.advice")
 
@@ -41,7 +34,7 @@ ANALYSIS: Analysis[Config] = Analysis(
     config=Config,
     experiments=(ADVICE,),
     subject=lambda config: {"problems": config.problems, "budget": f"{config.budget:g} s"},
-    data_hash=_data_hash,
+    data_hash=lambda config: config.data_hash,
     figures=FIGURES,
     axes=("problem", "further", "arms"),
     memory_option="--problem",

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analyses.advice.arms import ARMS
-from curvlab.study import CommonOptions, check_bounds, check_names, check_positive
+from analyses.several import SeveralProblems
+from curvlab.study import check_names, check_positive
 
 PROBLEMS = (
     "digits-mlp",
@@ -20,20 +21,15 @@ PROBLEMS = (
 """All training problems, in an order that fixes the seeds of each."""
 BATCH: Mapping[str, int] = {"digits-mlp": 64, "characters": 32}
 """Samples of a step, 128 where nothing else is said; graphs are one batch."""
-MOST = 100
-"""Seeds of a problem at most: those of the next one begin so many further."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommonOptions):
+class Config(SeveralProblems):
     """Options of the advice analysis. A full run has all problems, all arms and 12 seeds, see the examples."""
 
+    KNOWN = PROBLEMS
     seeds: int = 5
     """How many random seeds each problem is run at (unit: seeds)."""
-    problem: str = "digits-mlp"
-    """A training problem: a name, or module:function that returns a Problem."""
-    further: tuple[str, ...] = ("karate-gcn",)
-    """Further ones."""
     arms: tuple[str, ...] = ("advice", "adam")
     """How an optimiser is chosen: advice, adam (tuned in the same budget) and grid (a search at ten times the cost)."""
     budget: float = 10.0
@@ -44,16 +40,4 @@ class Config(CommonOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("name in --arms", self.arms, ARMS)
-        check_bounds(self, seeds=(1, MOST))
         check_positive(self, "budget")
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """All problems, each once."""
-        return tuple(dict.fromkeys((self.problem, *self.further)))
-
-    def seeds_of(self, problem: str) -> range:
-        """The seeds of a problem, which no other one has."""
-        own = [name for name in self.problems if name not in PROBLEMS]
-        first = self.first_seed + MOST * (*PROBLEMS, *own).index(problem)
-        return range(first, first + self.seeds)

@@ -123,8 +123,8 @@ def _claims(config: Config) -> list[study.Claim]:
 def _cells(config: Config) -> list[study.Point]:
     return [
         {"problem": problem, "arm": arm, "seed": seed}
-        for problem in config.problems
-        for seed in config.seeds_of(problem)
+        for problem, seeds in config.seeds_by_problem.items()
+        for seed in seeds
         for arm in config.arms
     ]
 

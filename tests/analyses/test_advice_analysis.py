@@ -58,9 +58,10 @@ def test_the_command_measures_all_arms_and_draws(tmp_path: Path) -> None:
 
 def test_no_two_problems_share_a_seed_and_a_further_problem_changes_none() -> None:
     config = Config(problem=PROBLEMS[0], further=PROBLEMS[1:], seeds=12)
-    seeds = [seed for name in PROBLEMS for seed in config.seeds_of(name)]
+    seeds = [seed for own in config.seeds_by_problem.values() for seed in own]
     assert len(set(seeds)) == 12 * len(PROBLEMS)
-    assert Config(problem="cora-gcn", further=(), seeds=12).seeds_of("cora-gcn") == config.seeds_of("cora-gcn")
+    alone = Config(problem="cora-gcn", further=(), seeds=12).seeds_by_problem
+    assert alone == {"cora-gcn": config.seeds_by_problem["cora-gcn"]}
 
 
 def test_batches_have_every_sample_once_in_the_order_of_a_seed_and_graphs_are_one() -> None:
