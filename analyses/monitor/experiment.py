@@ -60,20 +60,20 @@ def _observations(found: Followed, budget: float, *, ramped: bool) -> list[dict[
     return rows
 
 
-def _shares(names: Sequence[str], config: Config, suffix: str, words: str, group: str) -> list[study.Claim]:
-    measured = "Seconds of the monitor a second of training by the clock of the loop, all quantities at a constant learning rate "
-    measured += "and the edge alone at a growing one"
+def _shares(names: Sequence[str], config: Config, suffix: str, where: str, group: str) -> list[study.Claim]:
     found = [
-        ("always", study.Always(SHARE, "less", config.budget), f"The monitor never takes more than its budget {words}."),
+        ("always", study.Always(SHARE, "less", config.budget), f"The monitor never takes more than its budget{where}."),
         (
             "mean",
             study.Inequality(SHARE, "less", config.budget, centre="mean"),
-            f"The monitor takes less than its budget {words}, on average.",
+            f"On average, the monitor takes less than its budget{where}.",
         ),
     ]
     return [
         claim(
-            f"share-{kind}{suffix}", SOURCE, rule, statement, f"{measured}; {', '.join(names)}.",
+            f"share-{kind}{suffix}", SOURCE, rule, statement,
+            "Seconds of the monitor a second of training by the clock of the loop, all quantities at a constant learning rate and "
+            f"the edge alone at a growing one; {', '.join(names)}.",
             study.undecided("A measurement that takes far longer than those before overdraws the budget.", explored=EXPLORED),
             group=group, at={"problem": tuple(names)}, bound_from="the budget (--budget)",
         )
@@ -108,13 +108,13 @@ def _claims(config: Config) -> list[study.Claim]:
         one
         for name in names
         for one in (
-            *_shares([name], config, f"-{name}", f"on {name}", "exploration"),
+            *_shares([name], config, f"-{name}", f" on {name}", "exploration"),
             _told([name], config, f"-{name}", f"On {name}, in most runs", "exploration", 0.5),
             _ahead(name),
         )
     ]
     return [
-        *_shares(names, config, "", "on any problem", "derived"),
+        *_shares(names, config, "", "", "derived"),
         _told(names, config, "", "In more than four runs of five", "derived", MOSTLY),
         *each,
     ]

@@ -11,7 +11,7 @@ from analyses.monitor.courses import COURSES
 from analyses.monitor.experiment import AHEAD, CONSTANT, RAMP, SHARE, SHOWN, TOLD
 from curvlab.study import style
 from curvlab.study.measurements import is_outside
-from curvlab.study.panels import DASHED, NEUTRAL, NotStored, take
+from curvlab.study.panels import DASHED, NEUTRAL, NotStored, note, take
 
 LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 """Colours and markers of the problems, in their order; those of one's own are grey."""
@@ -37,7 +37,9 @@ def told(axes: Axes, measurements: pd.DataFrame) -> None:
     """
     shown = take(measurements, "runs", SHOWN, rate=RAMP).set_index(["problem", "seed"])["value"]
     try:
-        events = take(measurements, "runs", TOLD, rate=RAMP).set_index(["problem", "seed"])["value"].reindex(shown.index)
+        events = (
+            take(measurements, "runs", TOLD, rate=RAMP).set_index(["problem", "seed"])["value"].reindex(shown.index)
+        )
     except NotStored:
         events = pd.Series(np.nan, shown.index)
     top = 1.15 * float(shown.max())
@@ -47,8 +49,10 @@ def told(axes: Axes, measurements: pd.DataFrame) -> None:
         axes.plot(x, y, look.marker, color=look.color, label=name, markersize=4, alpha=0.7)
         missed = x[y.isna()]
         axes.plot(missed, [top] * len(missed), look.marker, color=look.color, markerfacecolor="white", markersize=4)
+    if events.isna().any():
+        note(axes, 0, top, "no event", va="center", xytext=(3, 0))
     axes.set(xlim=(0, top), ylim=(0, 1.05 * top))
-    axes.set(xlabel="step at which the loss shows an instability", ylabel="step of the event")
+    axes.set(xlabel="step at which the loss shows it", ylabel="step of the event")
 
 
 def ahead(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -79,10 +83,10 @@ def shares(axes: Axes, measurements: pd.DataFrame) -> None:
             if len(values):
                 style.across(axes, values, -place + shift, look)
         axes.plot([], [], look.marker, color=look.color, label=look.label)
-    axes.axvline(100 * float(table["budget"].iloc[0]), color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
+    budget = 100 * float(table["budget"].iloc[0])
+    axes.axvline(budget, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
     _rows(axes, problems)
-    axes.set_xlim(left=0)
-    axes.set(xlabel="share of the time (%)")
+    axes.set(xlim=(0, 1.1 * max(budget, 100 * float(table["value"].max()))), xlabel="share of the time (%)")
 
 
 def _rows(axes: Axes, names: list[str]) -> None:

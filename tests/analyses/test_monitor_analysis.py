@@ -143,7 +143,12 @@ def test_a_run_without_an_event_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"ramp": 1.0}, "--ramp"), ({"steps": 2999}, "--steps"), ({"budget": 0.0}, "--budget"), ({"seeds": 101}, "--seeds")],
+    [
+        ({"ramp": 1.0}, "--ramp"),
+        ({"steps": 2999}, "--steps"),
+        ({"budget": 0.0}, "--budget"),
+        ({"seeds": 101}, "--seeds"),
+    ],
 )
 def test_options_are_checked(options: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
