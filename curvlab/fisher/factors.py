@@ -136,7 +136,7 @@ def add(
 ) -> None:
     """Add `scale·Σ x xᵀ` over x in the root to a factor, or its diagonal where that is all it keeps."""
     if isinstance(factor, DiagonalMoment):
-        diagonal = scale * torch.einsum("qmtd,qmtd->qd", root, root)
+        diagonal = scale * root.square().sum((1, 2))
         factor.update(diagonal, weight, batch.decay, additive=additive, total=batch.total)
     else:
         assert isinstance(factor, Moment)

@@ -19,7 +19,7 @@ Cost: where a layer is applied once to a sample, no X_r is formed, as `L = Î£ â€
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -100,22 +100,18 @@ class _Traces(KroneckerBlock):
 
     options: TraceOptions
 
-    def _add_traces(
-        self,
-        batch: Batch,
-        pieces: Iterable[tuple[Tensor | None, Tensor | None]],
-        diagonals: Callable[[], tuple[Tensor, Tensor]],
-    ) -> None:
-        """Add the traces over the width and over units: roots, of some samples after the others, or diagonals."""
+    @property
+    def _wanted(self) -> dict[str, bool]:
+        """Which of the traces are kept."""
+        return {"units": not isinstance(self.units, Identity), "width": not isinstance(self.width, Identity)}
+
+    def _add_traces(self, batch: Batch, pieces: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
+        """Add roots of the traces over the width and over units, of some samples after the others."""
         for position, roots in enumerate(pieces):
             own, weight = (batch, batch.fresh_weight) if position == 0 else (replace(batch, decay=1.0), 0.0)
             for factor, root in zip((self.units, self.width), roots, strict=True):
                 if root is not None:
                     add(factor, root, weight, batch.weight, own, additive=batch.additive)
-        if isinstance(self.units, DiagonalMoment) or isinstance(self.width, DiagonalMoment):
-            for factor, diagonal in zip((self.units, self.width), diagonals(), strict=True):
-                if isinstance(factor, DiagonalMoment):
-                    batch.average(factor.average, diagonal)
 
 
 class LinearTraces(LinearBlock, _Traces):
@@ -142,15 +138,7 @@ class LinearTraces(LinearBlock, _Traces):
         assert isinstance(rows, KroneckerRows)
         if self.options.convolution == "published" and any(len(slot.shape) > 2 for slot in rows.layout.slots):
             rows = replace(rows, g=rows.g * rows.sizes().pow(-0.25).view(len(rows.a), 1, -1, 1))
-        shape = (*rows.g.shape[3:], rows.layout.width)
-
-        def diagonals() -> tuple[Tensor, Tensor]:
-            diagonal = rows.diagonal().view(shape)
-            return diagonal.sum(2), diagonal.sum(1)
-
-        left, right = isinstance(self.units, Moment), isinstance(self.width, Moment)
-        roots = rows.trace_roots(units=left, width=right, in_pieces=batch.total is None) if left or right else ()
-        self._add_traces(batch, roots, diagonals)
+        self._add_traces(batch, rows.trace_roots(**self._wanted, in_pieces=batch.total is None))
 
 
 class _TableTraces(TableBlock, _Traces):
@@ -174,14 +162,13 @@ class EmbeddingTraces(_TableTraces, EmbeddingBlock):
         rows = batch.layers[0]
         assert isinstance(rows, EmbeddingRows)
         at, entries = rows.by_entry()
-        energy = entries.square().sum(0)
-
-        def diagonals() -> tuple[Tensor, Tensor]:
-            by_row = energy.new_zeros(1, rows.layout.units).index_add_(1, at, energy.sum(1)[None])
-            return by_row, energy.sum(0, keepdim=True)
-
-        roots = [(None, entries[None])] if isinstance(self.width, Moment) else []
-        self._add_traces(batch, roots, diagonals)
+        if self._wanted["units"]:
+            assert isinstance(self.units, DiagonalMoment)
+            energy = entries.square().sum((0, 2))[None]
+            by_row = energy.new_zeros(1, rows.layout.units).index_add_(1, at, energy)
+            batch.average(self.units.average, by_row)
+        if self._wanted["width"]:
+            self._add_traces(batch, [(None, entries[None])])
 
 
 class TiedTraces(_TableTraces, TiedBlock):
@@ -190,22 +177,13 @@ class TiedTraces(_TableTraces, TiedBlock):
     def update_factors(self, batch: Batch) -> None:  # noqa: D102
         rows = batch.layers[0]
         assert isinstance(rows, TiedRows)
+        self._add_traces(batch, self._roots(rows, in_pieces=batch.total is None))
 
-        def diagonals() -> tuple[Tensor, Tensor]:
-            diagonal = rows.diagonal().view(1, rows.layout.units, rows.layout.width)
-            return diagonal.sum(2), diagonal.sum(1)
-
-        self._add_traces(batch, self._roots(rows, in_pieces=batch.total is None), diagonals)
-
-    def _roots(self, rows: TiedRows, *, in_pieces: bool) -> Iterable[tuple[None, Tensor]]:
-        if not isinstance(self.width, Moment):
-            return
+    def _roots(self, rows: TiedRows, *, in_pieces: bool) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         V, N = rows.shape
         each = V * (rows.table.positions + rows.head.positions) * rows.layout.units
         for part in chunks(N, each) if in_pieces else [slice(0, N)]:
-            for _, root in rows.select(part).by_position().trace_roots(units=False, in_pieces=False):
-                assert root is not None
-                yield None, root
+            yield from rows.select(part).by_position().trace_roots(**self._wanted, in_pieces=False)
 
 
 class _LinearProduct(LinearTraces, KFACBlock):

@@ -476,6 +476,8 @@ def build(spec: str, names: Sequence[str], **more: Any) -> cf.Structure:
 
 def dense_structure(spec: str, ref: Reference, place: dict[str, Tensor]) -> Tensor:
     """Return the matrix that a spec stands for."""
+    if spec in OPTIMISERS:
+        return ref.of_optimiser(spec)
     key, options = SPECS[spec]
     L = len(ref.layers)
     if options.get("partition") is halves:

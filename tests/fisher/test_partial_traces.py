@@ -1,7 +1,5 @@
 """Structures of optimisers: partial traces of F, their diagonal, the inputs' moment, and block means, against dense definitions."""
 
-from typing import Any
-
 import pytest
 import torch
 from fisher_cases import CUTS, NETWORKS, batches, case, draw, rows_and_references
@@ -346,8 +344,8 @@ def test_the_input_side_knows_no_targets() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-KINDS: dict[str, Any] = {"output-side": "sample", "input-side": "sample"}
-"""What a row stands for in the optimiser, if not a batch."""
+POWERS = {"output-side": 1.0, "input-side": 1.0, "column-scaled": 1.0}
+"""Of optimisers that do not take roots."""
 
 
 @pytest.mark.parametrize("key", [key for key, cls in cf.STRUCTURES.items() if cls.of_optimiser])
@@ -363,10 +361,11 @@ def test_each_trains_on_handwritten_digits(key: str) -> None:
         loss,
         cf.make(key),
         kind="empirical",
-        rows=KINDS.get(key, "batch"),
+        rows="sample" if key.endswith("side") else "batch",
         damping=0.1,
         decay=0.9,
         kl_clip=0.1,
+        power=POWERS.get(key, 0.5),
     )
     first = float(loss(model(x), y).detach())
     for epoch in range(3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fisher_cases import case
-from fisher_oracle import PLAIN_SPECS, SPECS, build, dense_structure, positions
+from fisher_oracle import OPTIMISERS, PLAIN_SPECS, SPECS, build, dense_structure, positions
 from oracle import LOSSES
 from torch import nn
 
@@ -17,7 +17,7 @@ from curvlab.testing.oracle import assert_close
 def test_structures_of_every_loss(loss: str, reduction: str, kind: str) -> None:
     data = case("mlp", loss, reduction, kind)
     place = positions(data.model)
-    for spec in PLAIN_SPECS:
+    for spec in (*PLAIN_SPECS, "partial-traces", "input-side"):
         structure = build(spec, list(place)).update(data.rows)
         assert_close(structure.to_dense(), dense_structure(spec, data.reference, place), 1e-9)
         assert structure.count == pytest.approx(data.reference.count)
@@ -34,7 +34,7 @@ def test_structures_of_losses_with_extra_axes(loss: str, reduction: str, kind: s
         assert_close(structure.to_dense(), dense_structure(spec, data.reference, place), 1e-9)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *OPTIMISERS])
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_weight_two_is_a_duplicated_sample(spec: str, kind: str) -> None:
     """Class weights of 1, 1 and 2 on distinct samples are the same as the samples of class 2 being there twice."""
@@ -50,7 +50,7 @@ def test_weight_two_is_a_duplicated_sample(spec: str, kind: str) -> None:
     assert once.count == pytest.approx(more.count)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *OPTIMISERS])
 def test_an_ignored_sample_changes_nothing(spec: str) -> None:
     data = case("mlp", "ce", "sum")
     loss = nn.CrossEntropyLoss(ignore_index=-1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fisher_cases import batches, case, draw, rows_and_references
-from fisher_oracle import PARAMETER_SPECS, SPECS, build, positions, sigma_of
+from fisher_oracle import OPTIMISERS, PARAMETER_SPECS, SPECS, build, positions, sigma_of
 from torch import nn
 
 import curvlab.fisher as cf
@@ -27,13 +27,16 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("network", "spec"),
-    [*(("cnn", spec) for spec in (*SPECS, "full-window")), ("sequence", "kfac"), ("sequence", "ekfac")],
+    [
+        *(("cnn", spec) for spec in (*SPECS, *OPTIMISERS, "full-window")),
+        *(("sequence", spec) for spec in ("kfac", "ekfac", "partial-traces", "partial-traces-diagonal")),
+    ],
 )
 def test_a_saved_state_continues_bit_for_bit(spec: str, network: str) -> None:
     data = case(network, "mse", N=6)
     rows, _ = rows_and_references(data)
     names = list(positions(data.model))
-    decay = 0.5 if spec in (*PARAMETER_SPECS, "ekfac", "full-window") else 1.0
+    decay = 0.5 if spec in (*PARAMETER_SPECS, *OPTIMISERS, "ekfac", "full-window") else 1.0
 
     def fresh() -> cf.Structure:
         return cf.Full(window=2) if spec == "full-window" else build(spec, names)
@@ -66,7 +69,7 @@ def stored(saved: Any) -> int:
     return buffer.tell()
 
 
-@pytest.mark.parametrize("spec", [*PARAMETER_SPECS, "ekfac"])
+@pytest.mark.parametrize("spec", [*PARAMETER_SPECS, *OPTIMISERS, "ekfac"])
 def test_averages_store_nothing_of_the_batches(spec: str) -> None:
     """A state made of 4000 samples takes no more memory than one of 40, in checkpoints, pickles and copies."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
