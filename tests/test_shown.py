@@ -54,6 +54,7 @@ def instances() -> Iterator[Any]:
         yield structure.update(rows)
     vector = rows.rmatvec(torch.ones(rows.R, dtype=torch.float64))
     yield structures[0].solve(vector, 1e-3, info=True)[1]
+    yield fisher.from_optimizer(torch.optim.SGD(model.parameters(), 0.1), model)
     kfac = fisher.KFAC().update(rows)
     hessian = spectrum.Hessian(model, loss, (x, y))
     ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}

@@ -35,12 +35,13 @@ from curvlab.rows.layer import DenseRows, LayerRows
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import Layout, ParameterSpace, Vector
 from curvlab.rows.rows import Rows
+from curvlab.tools.shown import line
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizerMatrix:
     """P of an optimiser.
 
@@ -55,6 +56,9 @@ class OptimizerMatrix:
     power: float
     damping: float
     damps: Damps = "power"
+
+    def __repr__(self) -> str:
+        return line(self, self.structure.key, power=self.power, damping=self.damping, P=self.structure.space.size)
 
     def matvec(self, vector: Vector) -> Vector:
         """Return `P v`."""
@@ -175,8 +179,9 @@ def _sgd(parts: list[Part]) -> OptimizerMatrix:
 def _adam(parts: list[Part]) -> OptimizerMatrix:
     def square(part: Part) -> Tensor:
         key = "max_exp_avg_sq" if part.group.get("amsgrad") else "exp_avg_sq"
+        moment = part.kept(key)
         unbiased: float = 1 - part.group["betas"][1] ** float(part.state["step"])
-        return part.kept(key) / unbiased
+        return moment / unbiased
 
     return OptimizerMatrix(diagonal({part.name: square(part) for part in parts}), 0.5, _eps(parts))
 
