@@ -36,6 +36,15 @@ def test_the_python_examples_of_a_page_run(page):
     exec(compile(python_of(EXAMPLES[page]), str(ROOT / page), "exec"), {})
 
 
+def test_the_loop_on_the_page_of_the_monitor_trains():
+    """From chance, which is a loss of 2.3."""
+    torch.manual_seed(0)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", PAGES["docs/monitor.md"], flags=re.DOTALL)[1], names)
+    with torch.no_grad():
+        assert names["loss"](names["model"](names["x"]), names["y"]) < 1.5
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_to_files_point_somewhere(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", PAGES[page], flags=re.DOTALL)
