@@ -7,7 +7,6 @@ so that the fall of other batches drowns in the noise between them. It is too la
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from curvlab.advice.race import Clock, Entrant
 from curvlab.compare.batches import Batch
 from curvlab.nn.modes import random_state, replayed
 from curvlab.optim import NaturalGradient
-from curvlab.rows.sweep import PickOutput, as_arguments, select_output
+from curvlab.rows.sweep import PickOutput
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,42 +150,36 @@ def dampings(
     """
     state = random_state(model)
 
-    def value(of: nn.Module, data: Batch) -> float:
-        inputs, targets = data
-        args, kwargs = as_arguments(inputs)
+    def value(entrant: Entrant, data: Batch) -> float:
         with torch.no_grad(), replayed(state):
-            returned = of(*args, **kwargs)
-            return float(loss(returned if output is None else select_output(returned, output), targets))
+            return float(entrant.value(data))
 
-    seen, before = [], []
+    def enter(damping: float | None = None) -> Entrant:
+        own = {} if damping is None else {"damping": damping}
+        settings = {**candidate.settings, **own}
+        return Entrant.of(replace(candidate, settings=settings), model, loss, output, graph=graph)
+
+    start, before = enter(), []
     for data in (batch, *others):
         with suppress(ValueError):  # of batch normalisation that is given one sample
-            before.append(value(copy.deepcopy(model), data))
-            seen.append(data)
-    if not seen or seen[0] is not batch:
+            before.append((data, value(start, data)))
+    if not before or before[0][0] is not batch:
         return None
 
-    def tried(one: Candidate) -> tuple[Entrant, Tried]:
-        entrant = Entrant.of(one, model, loss, output, graph=graph)
+    def step(entrant: Entrant) -> tuple[float, float, float]:
         with replayed(state):
             entrant.run([batch], -inf, clock)
-        falls = [b - value(entrant.model, data) for b, data in zip(before, seen, strict=True)]
-        other = torch.tensor(falls[1:], dtype=torch.float64)
-        mean = float(other.mean()) if len(other) else nan
-        error = float(other.std() / len(other) ** 0.5) if len(other) > 1 else nan
-        return entrant, Tried(nan, falls[0] if entrant.trouble is None else -inf, mean, error)
+        own, *apart = [b - value(entrant, data) for data, b in before]
+        falls = torch.tensor(apart, dtype=torch.float64)
+        mean = float(falls.mean()) if apart else nan
+        error = float(falls.std() / len(apart) ** 0.5) if len(apart) > 1 else nan
+        return own if entrant.trouble is None else -inf, mean, error
 
-    entrant, first = tried(candidate)
+    first = step(entrant := enter())
     assert isinstance(entrant.optimizer, NaturalGradient)
-    start = entrant.optimizer.log().get("damping")
-    if entrant.trouble is not None or not start:
+    usual = entrant.optimizer.log().get("damping")
+    if entrant.trouble is not None or not usual:
         return None
-    found = [replace(first, damping=start)]
-    for distance in range(1, FURTHEST + 1):
-        for sign in (1, -1):
-            if clock() >= until:
-                break
-            damping = start * 10 ** (sign * distance / 2)
-            _, one = tried(replace(candidate, settings={**candidate.settings, "damping": damping}))
-            found.append(replace(one, damping=damping))
-    return Dampings(tuple(sorted(found, key=lambda one: one.damping)), start, len(seen) - 1)
+    outwards = [usual * 10 ** (sign * distance / 2) for distance in range(1, FURTHEST + 1) for sign in (1, -1)]
+    found = [Tried(usual, *first), *(Tried(rho, *step(enter(rho))) for rho in outwards if clock() < until)]
+    return Dampings(tuple(sorted(found, key=lambda one: one.damping)), usual, len(before) - 1)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import ceil, inf, isfinite, log2
-from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from curvlab.advice.candidates import Candidate
 from curvlab.compare.batches import Batch
@@ -94,23 +94,26 @@ class Entrant:
                 return
 
     def _step(self, batch: Batch) -> float:
-        inputs, targets = batch
         self.optimizer.zero_grad()
         with self.optimizer.collect() if isinstance(self.optimizer, NaturalGradient) else nullcontext():
-            value = self.loss(self._outputs(inputs), targets)
+            value = self.value(batch)
             value.backward()
         self.optimizer.step()
         return float(value.detach())
 
-    def _outputs(self, inputs: Any) -> Any:
+    def value(self, batch: Batch) -> Float[Tensor, ""]:
+        """Return the loss of a batch at the present weights, in the mode of the model."""
+        inputs, targets = batch
         args, kwargs = as_arguments(inputs)
         returned = self.model(*args, **kwargs)
-        return returned if self.output is None else select_output(returned, self.output)
+        outputs = returned if self.output is None else select_output(returned, self.output)
+        value: Tensor = self.loss(outputs, targets)
+        return value
 
     def look(self, held: Sequence[Batch]) -> float:
         """See the loss of batches that it does not train on, their mean, in evaluation mode."""
         with evaluating(self.model), torch.no_grad():
-            found = [float(self.loss(self._outputs(inputs), targets)) for inputs, targets in held]
+            found = [float(self.value(batch)) for batch in held]
         loss = sum(found) / len(found)
         self.looks.append(Look(self.steps, self.seconds, loss if isfinite(loss) else inf))
         return loss

@@ -10,8 +10,9 @@ G is never formed. It starts at a multiple of the identity, which is a part of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from typing import Literal, get_args
 
 import torch
@@ -68,19 +69,15 @@ class Adaption:
         Raises:
             ValueError: if there is no such rate.
         """
-        text = self.rate
-        try:
-            if not isinstance(text, str):
-                assert text is not None
-                if not 0 < text < 1:
-                    raise ValueError
-                return text
-            c = float(text.removesuffix("/t"))
-            if not (text.endswith("/t") and isfinite(c) and c > 0):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(f'rate is a number in (0, 1), or a string such as "1/t", got {text!r}.') from None
-        return min(c / update, LARGEST_RATE)
+        rate, numerator = self.rate, nan
+        if isinstance(rate, str) and rate.endswith("/t"):
+            with suppress(ValueError):
+                numerator = float(rate.removesuffix("/t"))
+        if isfinite(numerator) and numerator > 0:
+            return min(numerator / update, LARGEST_RATE)
+        if isinstance(rate, float | int) and 0 < rate < 1:
+            return rate
+        raise ValueError(f'rate is a number in (0, 1), or a string such as "1/t", got {rate!r}.')
 
     def start(self, size: int, like: Tensor) -> Float[Tensor, "n n"]:
         """Return the inverse before the first batch."""

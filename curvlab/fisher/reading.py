@@ -95,7 +95,7 @@ def from_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimi
     """
     for kind in type(optimizer).__mro__:
         if kind in READERS:
-            return READERS[kind](_parts(optimizer, model))
+            return READERS[kind](parts_of(optimizer, model))
     known = ", ".join(kind.__name__ for kind in READERS)
     raise UnsupportedModel(
         f"It is not known what {type(optimizer).__name__} divides by, only for {known}. Add a function that returns its "
@@ -131,13 +131,18 @@ class Part:
         return found
 
 
-def _parts(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Part]:
+def parts_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Part]:
+    """Return the trainable parameters of a model, as an optimiser has them.
+
+    Raises:
+        UnsupportedModel: for one that it does not move.
+    """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     parameters = trainable(model)
     missing = [name for name, p in parameters.items() if p not in groups]
     if missing:
         raise UnsupportedModel(
-            f"{type(optimizer).__name__} does not move {', '.join(missing)}: freeze them, or read the optimiser that does."
+            f"{type(optimizer).__name__} does not move {', '.join(sorted(missing))}: freeze them, or give them to it."
         )
     return [Part(name, p.detach(), optimizer.state[p], groups[p]) for name, p in parameters.items()]
 
@@ -176,14 +181,19 @@ def _sgd(parts: list[Part]) -> OptimizerMatrix:
     return OptimizerMatrix(diagonal({part.name: torch.ones_like(part.value) for part in parts}), 1.0, 0.0)
 
 
-def _adam(parts: list[Part]) -> OptimizerMatrix:
-    def square(part: Part) -> Tensor:
-        key = "max_exp_avg_sq" if part.group.get("amsgrad") else "exp_avg_sq"
-        moment = part.kept(key)
-        unbiased: float = 1 - part.group["betas"][1] ** float(part.state["step"])
-        return moment / unbiased
+def second_moment(part: Part) -> Tensor:
+    """Return v̂ of a parameter in an Adam, without its bias.
 
-    return OptimizerMatrix(diagonal({part.name: square(part) for part in parts}), 0.5, _eps(parts))
+    Raises:
+        UnsupportedModel: before the first step, and for an optimiser that has none.
+    """
+    moment = part.kept("max_exp_avg_sq" if part.group.get("amsgrad") else "exp_avg_sq")
+    unbiased: float = 1 - part.group["betas"][1] ** float(part.state["step"])
+    return moment / unbiased
+
+
+def _adam(parts: list[Part]) -> OptimizerMatrix:
+    return OptimizerMatrix(diagonal({part.name: second_moment(part) for part in parts}), 0.5, _eps(parts))
 
 
 def _rmsprop(parts: list[Part]) -> OptimizerMatrix:

@@ -374,7 +374,6 @@ class Structure(State):
             ValueError: if the rows belong to other parameters.
         """
         self._ready()
-        rho = absolute(damping, self.largest_eigenvalue)
         left = jacobian if test is None else test
         for rows in (left, jacobian):
             if dict(rows.space.shapes) != dict(self.space.shapes):
@@ -383,6 +382,7 @@ class Structure(State):
             inverse = self._inverse(damping, power, damps)
             pairs = [block.sandwich_power(block.of(left), block.of(jacobian), inverse) for block in self._blocks]
             return torch.stack(pairs).sum(0) / self.count
+        rho = absolute(damping, self.largest_eigenvalue)
         relation = self._relation(jacobian)
         if self.averages or relation.behind(rho) is None:
             self._prepare(rho)

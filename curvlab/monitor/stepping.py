@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import UnsupportedModel
 from curvlab.fisher import Structure
+from curvlab.fisher.reading import parts_of
 from curvlab.optim import NaturalGradient, Preconditioner
 from curvlab.rows.owners import trainable
 from curvlab.rows.parameters import ParameterSpace
@@ -123,13 +124,8 @@ def stepping_of(
 
 def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> Groups:
     """Return names of trainable parameters and options, by parameter group."""
-    names = {p: name for name, p in trainable(model).items()}
-    groups = [([names[p] for p in group["params"] if p in names], group) for group in optimizer.param_groups]
-    missing = set(names.values()).difference(*(own for own, _ in groups))
-    if missing:
-        raise UnsupportedModel(
-            f"{type(optimizer).__name__} does not move {', '.join(sorted(missing))}: freeze them, or give them to it."
-        )
+    parts = parts_of(optimizer, model)
+    groups = [([part.name for part in parts if part.group is group], group) for group in optimizer.param_groups]
     if any(group.get("maximize") for _, group in groups):
         raise UnsupportedModel(
             f"{type(optimizer).__name__} maximises: give it the negative loss, as the monitor has it."

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from curvlab.tools.shown import some
-
 
 def is_hooked(parameter: nn.Parameter) -> bool:
     """Whether a hook may have changed what the backward pass brought."""
@@ -29,40 +27,6 @@ def masked(direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> 
     """Return the direction, 0 if it or a gradient is not finite, without asking the device which it is."""
     finite = torch.stack([x.sum() for x in (*gradients.values(), *direction.values())]).isfinite().all()
     return {name: torch.where(finite, step, torch.zeros_like(step)) for name, step in direction.items()}
-
-
-def too_many_skipped(steps: int, model: nn.Module, outputs: Sequence[Tensor], inverse: str) -> str:
-    """Say why steps in a row were skipped, and the remedy.
-
-    Args:
-        steps: how many.
-        model: whose steps they are.
-        outputs: those of the last step's passes, `[N, …]`.
-        inverse: the damped inverse that was beyond what numbers hold, in words; empty if gradients or rows were not finite.
-    """
-    if not inverse:
-        return f"Gradients or rows were not finite in {steps} steps in a row. {_not_finite(model, outputs)}"
-    return (
-        f"Preconditioned gradients were not finite in {steps} steps in a row, although gradients and rows were: {inverse}. Raise "
-        "the damping, or convert model and data to float64."
-    )
-
-
-def _not_finite(model: nn.Module, outputs: Sequence[Tensor]) -> str:
-    """Say which parameters, or else at which sample a model's outputs, are not finite, and the remedy.
-
-    Args:
-        model: whose steps are skipped.
-        outputs: those of the last step's passes, `[N, …]`.
-    """
-    broken = [name for name, p in model.named_parameters() if not all_finite([p.detach()])]
-    if broken:
-        return f"{some(broken)} of the model are not finite: begin again with finite ones, and a lower learning rate."
-    for z in outputs:
-        samples = (~z.isfinite()).flatten(1).any(1).nonzero()
-        if len(samples):
-            return f"The model's output is not, first at sample {int(samples[0])}: check the inputs, or lower the learning rate."
-    return "Lower the learning rate or raise the damping."
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

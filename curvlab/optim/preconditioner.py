@@ -30,7 +30,7 @@ from curvlab.fisher import KFAC, Structure, make
 from curvlab.fisher.power import Damps, check_power
 from curvlab.nn.modes import without_autocast
 from curvlab.optim.bound import Bound, coupled_modules
-from curvlab.optim.gradients import all_finite, interchangeable, masked, too_many_skipped
+from curvlab.optim.gradients import all_finite, interchangeable, masked
 from curvlab.optim.hyper import Every, Hyper, Interval, Schedule, whole
 from curvlab.optim.passes import Passes
 from curvlab.optim.plain import preconditioned
@@ -38,6 +38,7 @@ from curvlab.optim.processes import inverses_by, own_share
 from curvlab.optim.quadratic import BatchLoss, inner
 from curvlab.optim.routes import Step, route_of
 from curvlab.optim.sharding import Sharding
+from curvlab.optim.skips import Skips
 from curvlab.optim.trust import Heard, clip
 from curvlab.rows.collect import Collector
 from curvlab.rows.guard import Checks
@@ -130,10 +131,10 @@ class Preconditioner:
         self.kl_clip = None if kl_clip is None else Hyper("kl_clip", kl_clip, open_low=True)
         self.decay = Hyper("decay", self.structure.usual_decay if decay is None else decay, high=1.0)
         self.refresh_every = Every("refresh_every", refresh_every)
-        self.patience = whole("patience", patience)
+        self._skips = Skips(whole("patience", patience))
         self.plain = as_names(plain, "plain")
         self.graph, self.output = graph, output
-        self.steps = self.skipped = self._skipped_in_a_row = 0
+        self.steps = 0
         self._last_due: int | None = None
         self.heard = Heard()
         self.refresh_seconds = 0.0
@@ -194,7 +195,7 @@ class Preconditioner:
         others: dict[str, object] = {"draws": self.how.draws, "rows": self.how.per}
         others |= {"kl_clip": self.kl_clip and self.kl_clip.value, "refresh_every": self.refresh_every.value}
         others |= {"power": self.power, "damps": self.damps}
-        others |= {"plain": self.plain, "graph": self.graph, "output": self.output, "patience": self.patience}
+        others |= {"plain": self.plain, "graph": self.graph, "output": self.output, "patience": self._skips.patience}
         main: dict[str, object] = {"structure": self.structure, "kind": self.how.kind}
         return main | {"damping": self.damping.value, "decay": self.decay.value} | changed(self, others)
 
@@ -203,6 +204,11 @@ class Preconditioner:
         coupled = coupled_modules(self.model)
         ignored = [f"batch coupling ignored in {some(coupled)}"] if coupled else []
         return [f"{self.steps} steps, {self.skipped} skipped", *ignored]
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out so far, because something was not finite."""
+        return self._skips.total
 
     @property
     def due(self) -> bool:
@@ -382,7 +388,7 @@ class Preconditioner:
         if looks and not self._all_finite(list(found.values()), shared=due or self._sharding is not None):
             self._skip(passes, f"(F + ρI)⁻¹ leaves the range of {dtype} at ρ = {damping:.3g}")
             return None
-        self._skipped_in_a_row = 0
+        self._skips.in_a_row = 0
         self._advance(due=due)
         found = found if looks else masked(found, complete)
         return {name: step.to(parameters[name].dtype) for name, step in found.items()}
@@ -431,19 +437,15 @@ class Preconditioner:
     def _skip(self, passes: Sequence[Collector], inverse: str = "") -> None:
         """Leave a step out, because of its gradients or rows, or because of the inverse that is named."""
         self._advance(due=self.due)
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.patience:
-            outputs = [found.output for found in passes]
-            raise FloatingPointError(too_many_skipped(self._skipped_in_a_row, self.model, outputs, inverse))
+        self._skips.count(self.model, [found.output for found in passes], inverse)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on bit for bit; without configuration."""
         return {
             "steps": self.steps,
-            "skipped": self.skipped,
+            "skipped": self._skips.total,
             "last_due": self._last_due,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "skipped_in_a_row": self._skips.in_a_row,
             "heard": self.heard.state_dict(),
             "generator": self._generator.get_state(),
             "former": None if self._former is None else dict(self._former),
@@ -461,8 +463,8 @@ class Preconditioner:
             self.structure = copy.deepcopy(self._blank)
         else:
             self.structure.load_state_dict(state["structure"])
-        self.steps, self.skipped, self._last_due = state["steps"], state["skipped"], state["last_due"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.steps, self._last_due = state["steps"], state["last_due"]
+        self._skips.total, self._skips.in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.heard.load_state_dict(state["heard"])
         self._generator.set_state(state["generator"].cpu())
         self._former = state["former"]

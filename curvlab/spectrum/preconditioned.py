@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import OutsideRange
 from curvlab.fisher.damping import Damping, absolute
+from curvlab.fisher.reading import parts_of, second_moment
 from curvlab.fisher.structure import Structure
 from curvlab.rows.parameters import ParameterSpace, Vector
 from curvlab.spectrum.operator import Operator, check_operator
@@ -74,26 +75,12 @@ class DiagonalPreconditioner:
         """Return `diag(√v̂ + ε)` of a `torch.optim.Adam`, AdamW included: its steps are `−η P⁻¹ m̂`.
 
         Raises:
-            ValueError: for a trainable parameter for which the optimiser has no second moment, before its first step.
+            UnsupportedModel: for a trainable parameter that it does not move or has no second moment of, as before its first step.
 
         Source: Kingma & Ba 2015, algorithm 1; v̂ is the running second moment with its bias corrected.
         """
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        diagonal: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            state: dict[str, Any] = optimizer.state.get(parameter, {})
-            if "exp_avg_sq" not in state:
-                raise ValueError(
-                    f"{type(optimizer).__name__} holds no second moment of {name!r}. Pass an Adam optimiser of all "
-                    "trainable parameters, after a step."
-                )
-            group = groups[id(parameter)]
-            moment = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-            correction = 1 - group["betas"][1] ** float(state["step"])
-            diagonal[name] = (moment / correction).sqrt() + group["eps"]
-        return cls(diagonal)
+        parts = parts_of(optimizer, model)
+        return cls({part.name: second_moment(part).sqrt() + part.group["eps"] for part in parts})
 
     def matvec(self, vector: Vector) -> Vector:
         """Return `D v`."""

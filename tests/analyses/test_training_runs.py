@@ -201,7 +201,7 @@ def structure_of(pre: Preconditioner) -> dict[str, object]:
         "structure": type(pre.structure), **pre.structure.options, "decay": pre.decay.value,
         "kl_clip": pre.kl_clip and pre.kl_clip.value, "refresh_every": pre.refresh_every.value, "kind": pre.how.kind,
         "draws": pre.how.draws, "rows": pre.how.per, "plain": tuple(pre.plain), "graph": pre.graph, "output": pre.output,
-        "patience": pre.patience,
+        "patience": pre._skips.patience,
     }  # fmt: skip
 
 

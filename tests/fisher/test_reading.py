@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_named() -> None:
     model = network()
     with pytest.raises(UnsupportedModel, match="no exp_avg_sq of '0.weight': take a step with it first"):
         from_optimizer(torch.optim.Adam(model.parameters()), model)
-    with pytest.raises(UnsupportedModel, match="does not move 0.weight, 0.bias, 3.weight, 3.bias: freeze them"):
+    with pytest.raises(UnsupportedModel, match="does not move 0.bias, 0.weight, 3.bias, 3.weight: freeze them"):
         from_optimizer(torch.optim.Adam(model[5].parameters()), model)
     with pytest.raises(UnsupportedModel, match="not known what LBFGS divides by, only for SGD, Adam"):
         from_optimizer(torch.optim.LBFGS(model.parameters()), model)
