@@ -16,7 +16,7 @@ from curvlab.study import load, style
 from curvlab.study.panels import DASHED, NEUTRAL, SMALL, NotStored, Rows, note, one_each, plain_ticks, take
 
 STORED = Path(__file__).with_name("stored")
-"""Results of a full run, which come with the package."""
+"""Results of a run, which come with the package."""
 ARMS: Mapping[str, style.Look] = {
     "advice": style.Look("#0072B2", "o", "advice"),
     "adam": style.Look("#D55E00", "s", "Adam, tuned as long"),
@@ -28,10 +28,9 @@ ARMS: Mapping[str, style.Look] = {
 def _all(measurements: pd.DataFrame, quantity: str, *arms: str) -> pd.DataFrame:
     """Return the observations of a quantity, with those that come along of problems that some arm was not run on."""
     table = measurements[measurements["quantity"] == quantity].assign(stored=False)
-    if STORED.exists():
-        stored = load(STORED).measurements
-        stored = stored[(stored["quantity"] == quantity) & ~stored["problem"].isin(_complete(table, arms))]
-        table = pd.concat([table[~table["problem"].isin(stored["problem"])], stored.assign(stored=True)])
+    stored = load(STORED).measurements
+    stored = stored[(stored["quantity"] == quantity) & ~stored["problem"].isin(_complete(table, arms))]
+    table = pd.concat([table[~table["problem"].isin(stored["problem"])], stored.assign(stored=True)])
     table = table[table["problem"].isin(_complete(table, arms)) & table["arm"].isin(arms)]
     return take(table, "advice", quantity)
 
@@ -51,7 +50,7 @@ def _problems(table: pd.DataFrame) -> list[str]:
 def ratios(axes: Axes, measurements: pd.DataFrame, *, other: str) -> None:
     """Lowest test loss after advice over that after another choice: each seed, and the geometric mean with its interval.
 
-    Hollow: not measured in this run, from the full run that comes with the package. Dotted, against the grid search: 10 % above it.
+    Hollow: not measured in this run, from the run that comes with the package. Dotted, against the grid search: 10 % above it.
     """
     table = _all(measurements, LOSS, "advice", other)
     axes.set_xscale("log")
@@ -91,7 +90,7 @@ def advised(axes: Axes, measurements: pd.DataFrame) -> None:
 def curve(axes: Axes, measurements: pd.DataFrame, *, problem: str) -> None:
     """Test loss against the share of the budget that was trained, mean over seeds with its interval.
 
-    Dashed: not measured in this run, from the full run that comes with the package.
+    Dashed: not measured in this run, from the run that comes with the package.
     """
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -190,6 +190,26 @@ def test_figures_show_ratios_and_counts() -> None:
     assert "12" in texts
 
 
+def test_what_a_run_lacks_is_drawn_hollow_from_the_results_that_come_along() -> None:
+    table = made({"advice": 1.0, "adam": 2.0, "grid": 0.8})
+    own = table[(table["arm"] != "grid") & (table["problem"] != "fashion-mlp")]
+    with style.use():
+        _, grid_of_axes = style.canvas(1, 2)
+        for axes, other in zip(grid_of_axes[0], ("adam", "grid"), strict=True):
+            ratios(axes, own, other=other)
+    for axes, hollow in zip(
+        grid_of_axes[0], ({"fashion-mlp"}, {"digits-mlp", "karate-gcn", "fashion-mlp"}), strict=True
+    ):
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        faces = {
+            names[round(line.get_ydata()[0])]: line.get_markerfacecolor()
+            for line in axes.lines
+            if line.get_marker() == "o"
+        }
+        assert set(faces) == {"digits-mlp", "karate-gcn", "fashion-mlp"}
+        assert {name for name, face in faces.items() if face == "white"} == hollow
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
