@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from analyses.advice.config import PROBLEMS
 from analyses.advice.experiment import DIVERGED, LOSS, RATIO, SEEN, ratio
@@ -64,10 +65,12 @@ def ratios(axes: Axes, measurements: pd.DataFrame, *, other: str) -> None:
     axes.axvline(1.0, color=NEUTRAL, linestyle=DASHED, linewidth=0.8, zorder=1)
     if other == "grid":
         axes.axvline(RATIO, color=NEUTRAL, linestyle=":", linewidth=0.8, zorder=1)
-    plain_ticks(axes.xaxis)
+    low, high = axes.get_xlim()
+    if high < 100 * low:
+        plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(names)), names[::-1])
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlabel(f"loss after advice / after {'tuned Adam' if other == 'adam' else 'grid search'}")
+    axes.set_xlabel(f"test loss, advice / {'tuned Adam' if other == 'adam' else 'grid search'}")
 
 
 def advised(axes: Axes, measurements: pd.DataFrame) -> None:
@@ -103,7 +106,8 @@ def curve(axes: Axes, measurements: pd.DataFrame, *, problem: str) -> None:
         if len(runs):
             line = DASHED if runs["stored"].any() else "-"
             style.band(axes, runs, "share", label=look.label, color=look.color, linestyle=line)
-    plain_ticks(axes.xaxis)
+    axes.set_xticks((0.01, 0.1, 1.0), ("1 %", "10 %", "100 %"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(title=problem, xlabel="share of the budget", ylabel="test loss")
 
 
