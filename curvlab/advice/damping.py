@@ -105,6 +105,9 @@ class Dampings:
             + (" and of another one" if self.batches else "; there is no other to tell noise by")
         )
         found = self.interval
+        if len(self.tried) == 1:
+            whether = f"a step {what}" if found else f"it does not hold that a step {what}"
+            return f"At the damping {self.start:.2g} that training starts at {whether}. There was no time for other dampings."
         if found is None:
             return f"No damping was found at which a step {what}."
         low, high = (

@@ -97,6 +97,10 @@ def test_no_further_damping_is_tried_once_time_is_up() -> None:
     found = dampings(EXACT, model, loss, batch, [], output=None, graph=False, until=0.0, clock=perf_counter)
     assert found is not None
     assert [one.damping for one in found.tried] == [found.start]
+    assert str(found).startswith(
+        f"At the damping {found.start:.2g} that training starts at a step lowers the loss of its batch"
+    )
+    assert str(found).endswith("There was no time for other dampings.")
 
 
 def test_steps_and_losses_see_one_mask_of_dropout_and_the_model_stays() -> None:
